@@ -1,0 +1,211 @@
+"""Ray: the only module that imports it.
+
+Workers are generic hosts. A host keeps its process, and with it the slow imports of torch and diffusers,
+from stage to stage; it keeps a stage's worker (the loaded teacher) until another stage's is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipeline.engine import ATTEMPTS, Failure, WorkerShape, retry_or_raise
+from stages.base import Progress, StageError
+
+Item = TypeVar("Item")
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 2
+"""Calls under way on one host: while it writes one shard it solves the next."""
+
+LOST = Failure("its worker process died (killed, or out of memory)", "the worker process died", final=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What comes back from a host: a value or a failure, and the log lines that went with it."""
+
+    value: Any
+    failure: Failure | None
+    records: list[tuple[int, str]]
+
+
+class Host:
+    """The actor. Its methods never raise: what goes wrong comes back as a Failure."""
+
+    def __init__(self) -> None:
+        self._key: str | None = None
+        self._worker: Any = None
+        self._making = threading.Lock()
+        self._records = _RecordBuffer()
+        logging.captureWarnings(True)
+        logging.basicConfig(level=logging.INFO, handlers=[self._records], force=True)
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def call(self, key: str, make_worker: Callable[[], Callable[[Any], Any]], item: Any) -> Outcome:
+        try:
+            with self._making:
+                if self._key != key:
+                    self._worker = self._key = None
+                    self._worker, self._key = make_worker(), key
+            return Outcome(self._worker(item), None, self._records.take())
+        except Exception as error:
+            return Outcome(None, Failure.of(error), self._records.take())
+
+    def stream(
+        self, function: Callable[..., Generator[Progress, None, Any]], arguments: tuple[Any, ...]
+    ) -> Iterator[Outcome]:
+        """The function's progress, then its result as the last outcome."""
+        self._worker = self._key = None
+        steps = function(*arguments)
+        try:
+            while True:
+                yield Outcome(next(steps), None, self._records.take())
+        except StopIteration as end:
+            yield Outcome(end.value, None, self._records.take())
+        except Exception as error:
+            yield Outcome(None, Failure.of(error), self._records.take())
+
+
+class _RecordBuffer(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken: list[tuple[int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._taken.append((record.levelno, f"[worker {os.getpid()}] {record.getMessage()}"))
+
+    def take(self) -> list[tuple[int, str]]:
+        taken, self._taken = self._taken, []
+        return taken
+
+
+class RayEngine:
+    """An embedded local Ray, started when a stage first needs it, and its pool of hosts."""
+
+    def __init__(self) -> None:
+        self._ray: Any = None
+        self._hosts: list[Any] = []
+        self._successors: dict[Any, Any] = {}
+        self._shape: WorkerShape | None = None
+
+    def map(
+        self, key: str, make_worker: Callable[[], Callable[[Item], Any]], items: Iterable[Item], shape: WorkerShape
+    ) -> Iterator[tuple[Item, Any]]:
+        waiting = [(item, 1) for item in items]
+        if not waiting:
+            return
+        waiting.reverse()  # taken from the end, so that an item tried again comes next
+        hosts = self._take_hosts(min(shape.workers, len(waiting)), shape)
+        ray = self._ray
+        maker = ray.put(make_worker)
+        free = hosts * IN_FLIGHT
+        running: dict[Any, tuple[Item, int, Any]] = {}
+        while waiting or running:
+            while waiting and free:
+                item, attempt = waiting.pop()
+                host = free.pop(0)
+                running[host.call.remote(key, maker, item)] = (item, attempt, host)
+            (reference, *_), _ = ray.wait(list(running), num_returns=1)
+            item, attempt, host = running.pop(reference)
+            outcome, lost = self._get(reference)
+            if lost:
+                host = self._replace(host, free)
+            free.append(host)
+            if outcome.failure is None:
+                yield item, outcome.value
+            else:
+                retry_or_raise(outcome.failure, str(item), attempt)
+                waiting.append((item, attempt + 1))
+
+    def run(
+        self, function: Callable[..., Generator[Progress, None, Any]], arguments: tuple[Any, ...], shape: WorkerShape
+    ) -> Generator[Progress, None, Any]:
+        for attempt in range(1, ATTEMPTS + 1):
+            (host,) = self._take_hosts(1, shape)
+            last: Any = None
+            for reference in host.stream.options(num_returns="streaming").remote(function, arguments):
+                outcome, lost = self._get(reference)
+                if lost:  # the function goes on from what it has left on disk
+                    self._replace(host, [])
+                    retry_or_raise(LOST, "the work", attempt)
+                    break
+                if outcome.failure is not None:
+                    log.error("%s", outcome.failure.traceback)
+                    raise StageError(outcome.failure.message)
+                last = outcome.value
+                if isinstance(last, Progress):
+                    yield last
+            else:
+                return last
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def close(self) -> None:
+        if self._ray is not None:
+            self._ray.shutdown()
+            self._ray, self._hosts = None, []
+
+    def _start(self) -> Any:
+        if self._ray is None:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # these would override address="local"
+                if os.environ.pop(name, None):
+                    log.warning("%s is ignored: this run starts a Ray of its own", name)
+            import ray
+
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}},
+            )
+            self._ray = ray
+        return self._ray
+
+    def _take_hosts(self, count: int, shape: WorkerShape) -> list[Any]:
+        """Hosts that are there already where their shape fits, new ones for the rest."""
+        self._start()
+        if self._shape is not None and self._shape.gpus != shape.gpus:
+            for host in self._hosts:
+                self._ray.kill(host)
+            self._hosts = []
+        self._shape = shape
+        while len(self._hosts) < count:
+            self._hosts.append(self._new_host())
+        return self._hosts[:count]
+
+    def _new_host(self) -> Any:
+        assert self._shape is not None
+        actor = self._ray.remote(Host)
+        # num_cpus=0: threads are set by the stage, and a second count by Ray could only keep a worker waiting
+        return actor.options(num_cpus=0, num_gpus=self._shape.gpus, max_concurrency=IN_FLIGHT).remote()
+
+    def _replace(self, host: Any, free: list[Any]) -> Any:
+        """A new host in the place of a dead one, also where the dead one is listed as free."""
+        if host in self._successors:  # found lost before, by its other call
+            return self._successors[host]
+        new = self._successors[host] = self._new_host()
+        self._hosts[self._hosts.index(host)] = new
+        free[:] = [new if h is host else h for h in free]
+        return new
+
+    def _get(self, reference: Any) -> tuple[Outcome, bool]:
+        """The outcome, and whether its host was lost. What the host logged goes into our own log."""
+        try:
+            outcome: Outcome = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError:
+            return Outcome(None, LOST, []), True
+        except self._ray.exceptions.RayTaskError as error:  # arguments that do not unpickle, say
+            return Outcome(None, Failure.of(error), []), False
+        for level, text in outcome.records:
+            logging.getLogger("worker").log(level, "%s", text)
+        return outcome, False

@@ -1,0 +1,183 @@
+"""A YAML text as plain values, with the place of every key and value, for errors that point at it.
+
+Scalars follow YAML 1.2's core schema, not PyYAML's 1.1: `1e-4` is a float, `no` and `off` are strings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from pipeline.errors import ManifestError
+
+Path = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the core schema's scalars."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 16) if text.startswith("0x") else int(text)
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+@dataclass
+class Document:
+    """`value` is the YAML as dicts, lists and scalars; `places` and `keys` say where each path stands."""
+
+    name: str
+    lines: list[str] = field(default_factory=list)
+    value: Any = None
+    places: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    keys: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    overrides: dict[Path, str] = field(default_factory=dict)
+
+    def problem(self, path: Path, message: str, *, at_key: bool = False) -> str:
+        """`file:line:column: path: message`, with the line itself and a caret.
+
+        A path that the text does not have is placed at the nearest one above it that it has.
+        """
+        dotted = ".".join(str(part) for part in path) or "manifest"
+        for override, text in self.overrides.items():
+            if path[: len(override)] == override:
+                return f"--set {text}: {dotted}: {message}"
+        place = self.keys.get(path) if at_key else None
+        above = path
+        while place is None:
+            place = self.places.get(above) or self.keys.get(above)
+            if not above:
+                break
+            above = above[:-1]
+        return self.at(place or (0, 0), f"{dotted}: {message}")
+
+    def at(self, place: tuple[int, int], message: str) -> str:
+        line, column = place
+        shown = self.lines[line] if line < len(self.lines) else ""
+        caret = re.sub(r"[^\t]", " ", shown[:column]) + "^"
+        return f"{self.name}:{line + 1}:{column + 1}: {message}\n    {shown}\n    {caret}"
+
+    def set(self, text: str) -> None:
+        """Apply an override `a.b.c=VALUE`, VALUE being YAML."""
+        dotted, equals, raw = text.partition("=")
+        path = tuple(dotted.split("."))
+        if not equals or not all(path):
+            raise ManifestError([f"--set {text}: expected PATH=VALUE, such as stages.pairs.count=128"])
+        try:
+            value = yaml.load(raw, _Loader)  # _Loader is a SafeLoader
+        except yaml.YAMLError as error:
+            raise ManifestError([f"--set {text}: {raw!r} is not YAML: {error}"]) from None
+        holder = self.value
+        for i, part in enumerate(path[:-1]):
+            if not isinstance(holder.get(part), dict):
+                known = ", ".join(holder) or "nothing"
+                where = ".".join(path[:i]) or "the manifest"
+                raise ManifestError([f"--set {text}: there is no {part!r} in {where}, which has {known}"])
+            holder = holder[part]
+        holder[path[-1]] = value
+        self.overrides[path] = text
+
+
+def parse(text: str, name: str) -> Document:
+    """Read a YAML text whose top is a mapping. Raises ManifestError, with the place, for anything else."""
+    document = Document(name, text.splitlines())
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = (mark.line, mark.column) if mark else (0, 0)
+        raise ManifestError([document.at(place, f"not YAML: {error.problem or error.context}")]) from None
+    except yaml.YAMLError as error:
+        raise ManifestError([f"{name}: not YAML: {error}"]) from None
+    problems: list[str] = []
+    document.value = _Builder(document, loader, problems).build(node, ()) if node else {}
+    if node and not isinstance(document.value, dict):
+        problems.append(document.at((0, 0), "a manifest is a mapping with name, store and stages"))
+    if problems:
+        raise ManifestError(problems)
+    return document
+
+
+@dataclass
+class _Builder:
+    document: Document
+    loader: _Loader
+    problems: list[str]
+    open: list[yaml.Node] = field(default_factory=list)
+
+    def build(self, node: yaml.Node, path: Path) -> Any:
+        place = (node.start_mark.line, node.start_mark.column)
+        self.document.places.setdefault(path, place)
+        if node in self.open:
+            self.problems.append(self.document.at(place, "an alias that contains itself"))
+            return None
+        self.open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, path)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+            return self._scalar(node, place)
+        finally:
+            self.open.pop()
+
+    def _scalar(self, node: yaml.Node, place: tuple[int, int]) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except (yaml.YAMLError, ValueError) as error:
+            problem = getattr(error, "problem", None) or str(error)
+            self.problems.append(self.document.at(place, f"cannot be read: {problem}"))
+            return None
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        self._no_duplicates(node.value)
+        try:
+            self.loader.flatten_mapping(node)  # `<<: *anchor`; the mapping's own keys come last and win
+        except yaml.MarkedYAMLError as error:
+            self.problems.append(self.document.at((node.start_mark.line, node.start_mark.column), str(error.problem)))
+            return {}
+        result: dict[str, Any] = {}
+        for key, value in node.value:
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else None
+            place = (key.start_mark.line, key.start_mark.column)
+            if name is None:
+                self.problems.append(self.document.at(place, "a key must be a plain word"))
+                continue
+            self.document.keys[(*path, name)] = place
+            self.document.places.pop((*path, name), None)
+            result[name] = self.build(value, (*path, name))
+        return result
+
+    def _no_duplicates(self, pairs: Sequence[tuple[yaml.Node, yaml.Node]]) -> None:
+        seen: dict[str, int] = {}
+        for key, _ in pairs:
+            name = str(key.value)
+            place = (key.start_mark.line, key.start_mark.column)
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                text = f"duplicate key {name!r}, first given on line {seen[name] + 1}"
+                self.problems.append(self.document.at(place, text))
+            seen[name] = place[0]

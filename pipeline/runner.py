@@ -1,0 +1,221 @@
+"""Carries out a plan: locks, runs and seals each stage in turn, and writes down what happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.engine import Engine, WorkerShape, describe
+from pipeline.errors import Locked, StageFailed, UsageError
+from pipeline.manifest import Manifest, Resources
+from pipeline.plan import Plan, PlannedStage
+from pipeline.report import Reporter
+from pipeline.runs import Run
+from stages.base import Artifact, Progress, StageError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+EVENT_EVERY = 5.0
+"""Seconds between two progress events of one stage."""
+
+WAIT_EVERY = 1.0
+"""Seconds between two looks at a lock that another run holds."""
+
+
+@dataclass
+class Runner:
+    run: Run
+    manifest: Manifest
+    engine: Engine
+    reporter: Reporter
+    wait: bool = False
+
+    def execute(self, plan: Plan, only: str | None = None) -> None:
+        """Make what `plan` says is to be made, or of it `only` one stage. Raises StageFailed, Locked,
+        UsageError, or KeyboardInterrupt; whatever it raises, the run can be resumed."""
+        chosen = [stage for stage in plan if only in (None, stage.name)]
+        blocked = next((stage for stage in chosen if stage.state == "blocked"), None)
+        if blocked is not None:
+            raise UsageError(f"stage {blocked.name} is blocked: {blocked.why}")
+        if only is not None:
+            self._inputs_are_there(chosen[0], plan)
+        self.run.event("run_started", pid=os.getpid(), only=only)
+        for stage in chosen:
+            self._stage(stage)
+        self.run.event("run_done")
+
+    def _inputs_are_there(self, stage: PlannedStage, plan: Plan) -> None:
+        for artifact in stage.artifact.inputs.values():
+            maker = next((s.name for s in plan if s.artifact == artifact), None)
+            if maker and not self.run.store.is_sealed(artifact):
+                raise UsageError(f"stage {stage.name} needs {maker}, which is not made yet; run it without --only first")
+
+    def _stage(self, stage: PlannedStage) -> None:
+        store = self.run.store
+        with self._lock(stage):
+            # Looked at again under the lock: another run may have made it since the plan was.
+            if store.is_sealed(stage.artifact) and store.damage(stage.artifact) is None:
+                self.reporter.ended(stage.name, "reused")
+                self.run.event("stage_reused", stage.name, fingerprint=stage.artifact.fingerprint)
+                return
+            self.reporter.started(stage.name, f"{stage.state}: {stage.why}")
+            self.run.event("stage_started", stage.name, fingerprint=stage.artifact.fingerprint, why=stage.why)
+            try:
+                with _log_to(self.run.log_file(stage.name)):
+                    seconds = self._make(stage)
+            except KeyboardInterrupt:
+                self.run.event("stage_interrupted", stage.name)
+                raise
+            except (StageError, OSError) as error:
+                self._failed(stage, describe(error), error)
+            except Exception as error:
+                logging.getLogger(__name__).exception("unexpected")
+                self._failed(stage, f"unexpected {describe(error)}", error)
+            self.reporter.ended(stage.name, f"done in {seconds:.0f} s")
+            self.run.event("stage_done", stage.name, seconds=round(seconds, 3))
+
+    def _failed(self, stage: PlannedStage, why: str, error: BaseException) -> None:
+        try:
+            self.run.event("stage_failed", stage.name, error=why)
+        except OSError:  # a full disk takes no events either; the message below still says why
+            pass
+        raise StageFailed(
+            f"stage {stage.name} failed: {why}\n"
+            f"log: {self.run.log_file(stage.name)}\n"
+            f"carry on with: retort resume {self.run.name} --store {self.run.store.root}"
+        ) from error
+
+    def _make(self, stage: PlannedStage) -> float:
+        store, artifact = self.run.store, stage.artifact
+        work = store.work(artifact)
+        work.mkdir(parents=True, exist_ok=True)
+        resources = self.manifest.resources.get(stage.name, Resources())
+        context = Context(self, stage, work, resources)
+        started, since = time.monotonic(), datetime.now(UTC)
+        metrics = artifact.stage.run(context)
+        seconds = time.monotonic() - started
+        record = {
+            "kind": artifact.kind,
+            "fingerprint": artifact.fingerprint,
+            "settings": artifact.stage.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "seed": stage.seed,
+            "inputs": {f: os.path.relpath(a.folder, artifact.folder) for f, a in artifact.inputs.items()},
+            "identity": stage.identity,
+            "made_by": {"run": self.run.name, "host": platform.node(), "started": since.isoformat(timespec="seconds")},
+            "resources": resources.model_dump(),
+            "threads": context.threads,
+            "seconds": round(seconds, 3),
+            "device_seconds": round(seconds * resources.workers, 3),
+            "versions": _versions(),
+            "commit": _commit(),
+            "metrics": metrics,
+        }
+        store.seal(artifact, work, record)
+        return seconds
+
+    @contextmanager
+    def _lock(self, stage: PlannedStage) -> Iterator[None]:
+        waited = False
+        while True:
+            try:
+                with self.run.store.lock(stage.artifact, self.run.name):
+                    yield
+                return
+            except Locked as error:
+                if not self.wait:
+                    raise
+                if not waited:
+                    self.reporter.started(stage.name, f"waiting: {error}")
+                    waited = True
+                time.sleep(WAIT_EVERY)
+
+
+class Context:
+    """What a stage sees of its runner: the StageContext of stages/base.py."""
+
+    def __init__(self, runner: Runner, stage: PlannedStage, work: Path, resources: Resources) -> None:
+        self._runner, self._stage = runner, stage
+        self._shape = WorkerShape(resources.workers, resources.gpus_per_worker)
+        self._last_event = 0.0
+        self.inputs: Mapping[str, Artifact] = stage.artifact.inputs
+        self.fingerprint = stage.artifact.fingerprint
+        self.seed = stage.seed
+        self.contents = stage.contents
+        self.output = work
+        self.pool = stage.pool
+        self.threads = stage.artifact.stage.execution.threads or max(1, (os.cpu_count() or 1) // resources.workers)
+
+    def map(
+        self, make_worker: Callable[[], Callable[[Item], Result]], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        return self._runner.engine.map(self.fingerprint, make_worker, items, self._shape)
+
+    def run(self, function: Callable[..., Generator[Progress, None, Result]], *arguments: Any) -> Result:
+        steps = self._runner.engine.run(function, arguments, self._shape)
+        while True:
+            try:
+                self.progress(next(steps))
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+
+    def progress(self, progress: Progress) -> None:
+        self._runner.reporter.progress(self._stage.name, progress)
+        now = time.monotonic()
+        if now - self._last_event >= EVENT_EVERY or progress.done == progress.total:
+            self._last_event = now
+            self._runner.run.event(
+                "progress",
+                self._stage.name,
+                done=progress.done,
+                total=progress.total,
+                unit=progress.unit,
+                **progress.figures,
+            )
+
+
+@contextmanager
+def _log_to(file: Path) -> Iterator[None]:
+    """Everything that is logged or warned in this process goes to the stage's log, and not to the terminal."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _versions() -> dict[str, str]:
+    names = ("retort", "torch", "diffusers", "transformers", "numpy", "ray")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _commit() -> str | None:
+    """The commit of Retort's own checkout; None for an installed package."""
+    folder = Path(__file__).parent.parent
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+    )
+    return found.stdout.strip() or None

@@ -1,0 +1,78 @@
+"""A run's folder: what was asked, what was planned, what happened.
+
+    STORE/runs/NAME/manifest.yaml   resolved: defaults and overrides written out, paths absolute
+    STORE/runs/NAME/plan.json       frozen when the run was submitted
+    STORE/runs/NAME/events.jsonl    a JSON object a line: time, event, stage, ...
+    STORE/runs/NAME/logs/STAGE.log
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import manifest
+from pipeline.errors import UsageError
+from pipeline.plan import Plan
+from pipeline.store import Store
+from stages.data.files import write_atomically
+
+
+class Run:
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name, self.folder = store, name, store.root / "runs" / name
+
+    @classmethod
+    def find(cls, store: Store, name: str | None) -> Run:
+        """The run of that name, or the store's only one. Raises UsageError with the names there are."""
+        runs = store.root / "runs"
+        names = sorted(p.parent.name for p in runs.glob("*/plan.json"))
+        if name is None and len(names) == 1:
+            name = names[0]
+        if name is None or name not in names:
+            asked = f"no run {name!r}" if name else "say which run"
+            there = f"it has: {', '.join(names)}" if names else "it has none; `retort submit MANIFEST` makes one"
+            raise UsageError(f"{asked}: {there} (store {store.root})")
+        return cls(store, name)
+
+    def freeze(self, resolved: manifest.Manifest, plan: Plan) -> None:
+        """Keep what is to be done. Also called again for a run that is submitted anew."""
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "manifest.yaml", manifest.dump(resolved).encode("utf-8"))
+        stages = {stage.name: stage.as_dict() for stage in plan}
+        write_atomically(self.folder / "plan.json", json.dumps(stages, indent=2).encode("utf-8"))
+
+    def manifest(self) -> manifest.Loaded:
+        return manifest.load(self.folder / "manifest.yaml")
+
+    def plan(self) -> dict[str, dict[str, Any]] | None:
+        """The frozen plan by stage; None before the first."""
+        try:
+            plan: dict[str, dict[str, Any]] = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+            return plan
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def log_file(self, stage: str) -> Path:
+        return self.folder / "logs" / f"{stage}.log"
+
+    def event(self, event: str, stage: str | None = None, **details: Any) -> None:
+        """Append one line; a single write, so that lines of two processes do not mix."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": time, "event": event, "stage": stage, **details}, ensure_ascii=False)
+        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def events(self) -> Iterator[Mapping[str, Any]]:
+        try:
+            with open(self.folder / "events.jsonl", encoding="utf-8") as file:
+                for line in file:
+                    try:
+                        yield json.loads(line)
+                    except ValueError:  # the last line of a killed driver
+                        continue
+        except FileNotFoundError:
+            return

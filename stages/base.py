@@ -1,0 +1,192 @@
+"""What a stage is, and what it may ask of whoever runs it.
+
+A stage is a function from (its settings, sealed inputs, a seed) to a folder. Its class is both the
+settings, as a pydantic model that the manifest is validated against, and the function, as `run`.
+This module, and every module that defines a stage, imports no torch: planning must stay instant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class StageError(Exception):
+    """A stage cannot go on, for a reason its user can act on. Its message is all that is printed;
+    it is never retried, because it would happen again."""
+
+
+# --- Markers: what the planner must know about a field, written where the field is declared ----------
+
+
+@dataclass(frozen=True)
+class Input:
+    """The field names another stage of the manifest, or the path of a sealed artifact, of this kind."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """The field may name a file, a folder or a hub repository: it enters the fingerprint by content.
+
+    `names` are the values that mean something built in, and are taken as they stand. A field that may
+    name a hub repository, `owner/name`, says which field beside it holds the revision.
+    """
+
+    names: tuple[str, ...] = ()
+    revision_field: str | None = None
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """The field was added after artifacts existed: at its default it leaves fingerprints unchanged."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The field says how much, not what: it is left out of the identity of the pool of parts."""
+
+
+class Config(BaseModel):
+    """A part of the manifest: immutable, strictly typed, refusing keys that it does not know."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
+    )
+
+
+class Execution(Config):
+    """How a stage is carried out. Recorded in what it makes, and never a reason to make it again."""
+
+    threads: int | None = Field(None, ge=1, description="CPU threads a worker; default: cores over workers")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Stage(Config):
+    """Base of all stage kinds. VERSION is raised when the same settings come to give other results."""
+
+    VERSION: ClassVar[int]
+    PARALLEL: ClassVar[bool] = False
+    """Whether its work is spread over several workers, with `map`."""
+    kind: str
+    seed: int | None = Field(None, ge=0, description="default: the manifest's seed")
+    execution: Execution = Execution()
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        """Yield (field path, problem) for each setting that contradicts the stages it reads."""
+        yield from ()
+
+    def damage(self, folder: Path) -> str | None:
+        """What is missing of the sealed `folder`, if it relies on files outside of it; None if nothing is."""
+        return None
+
+    def progress_in(self, work: Path, pool: Path) -> str | None:
+        """What an interrupted attempt left that a new one will go on from, in words; None if nothing."""
+        return None
+
+    def run(self, context: StageContext) -> Mapping[str, Any]:
+        """Fill `context.output`; return figures for the artifact's record. Raises StageError."""
+        raise TypeError(f"{type(self).__name__} does not say how it runs")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a stage came to, or will come to: its folder holds `artifact.json` if and only if it is sealed."""
+
+    stage: Stage
+    fingerprint: str
+    folder: Path
+    inputs: Mapping[str, Artifact] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.stage.kind
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The sealed record: config, inputs, versions, device, seconds, counts, hashes, metrics."""
+        record: dict[str, Any] = json.loads((self.folder / "artifact.json").read_text(encoding="utf-8"))
+        return record
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` `unit`s are finished; `figures` are the numbers to show and to log beside it."""
+
+    done: int
+    total: int
+    unit: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class StageContext(Protocol):
+    """What a stage may ask for. It never learns who gives it: Ray, or the same process."""
+
+    inputs: Mapping[str, Artifact]
+    fingerprint: str
+    seed: int
+    contents: Mapping[str, str]
+    """What each `Content` field was found to hold when the plan was made: field path -> identity."""
+    output: Path
+    """The folder to fill. It survives a kill: a stage finds there what its last attempt left."""
+    pool: Path
+    """A folder shared by all artifacts that differ only in `Extent` fields: finished parts live there."""
+    threads: int
+    """CPU threads that each worker may use."""
+
+    def map(
+        self, make_worker: Callable[[], Callable[[Item], Result]], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """Run `make_worker()(item)` for each item on a pool of workers, which keep what they made.
+        Results come in the order of completion. Lost workers are replaced and their items tried again,
+        a bounded number of times; then StageError names the item."""
+
+    def run(self, function: Callable[..., Generator[Progress, None, Result]], *arguments: Any) -> Result:
+        """Run a generator function on one worker, passing on the progress it yields; return its result."""
+
+    def progress(self, progress: Progress) -> None:
+        """Show and log how far the stage is."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Annotates a field whose settings' class is `registry[value[key]]`.
+
+    A registry instead of a union of types, so that another package may add an entry.
+    """
+
+    key: str
+    registry: Mapping[str, type[Config]]
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
+        return core_schema.no_info_plain_validator_function(
+            self._choose, serialization=core_schema.plain_serializer_function_ser_schema(lambda c: c.model_dump())
+        )
+
+    def of(self, value: Any) -> type[Config] | None:
+        """The class that `value`, not yet validated, asks for."""
+        name = value.get(self.key) if isinstance(value, Mapping) else None
+        return self.registry.get(name) if isinstance(name, str) else None
+
+    def _choose(self, value: Any) -> Config:
+        if isinstance(value, Config):
+            return value
+        chosen = self.of(value)
+        if chosen is not None:
+            return chosen.model_validate(value)
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("dict_type", "a mapping is needed here")
+        given = value.get(self.key)
+        error = PydanticCustomError("unknown_choice", "unknown", {"allowed": sorted(self.registry)})
+        loc = (self.key,)
+        raise ValidationError.from_exception_data(self.key, [{"type": error, "loc": loc, "input": given}])

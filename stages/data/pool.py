@@ -1,0 +1,73 @@
+"""Pools and lists of shards: which shards a count asks for, which are there, and the list that is sealed.
+
+A pool is a folder of finished shards that differ in nothing but their number, so that raising `count`
+reuses every full shard. A last, shorter shard lives in a folder of its own, named by its length, and
+is never taken for a full one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.base import StageError
+from stages.data.files import write_atomically
+
+LIST = "receipts.json"
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Shard `number` holds the samples from `start` up to `stop`, at `place` below the pool."""
+
+    number: int
+    start: int
+    stop: int
+    shard_size: int
+
+    @property
+    def place(self) -> str:
+        name = f"{self.number:05d}.tar"
+        return name if self.stop - self.start == self.shard_size else f"tail-{self.stop - self.start}/{name}"
+
+    def __str__(self) -> str:
+        return f"shard {self.number:05d}"
+
+
+def plan_shards(count: int, shard_size: int) -> list[ShardPlan]:
+    """The shards that hold samples 0 to count - 1, in order."""
+    return [
+        ShardPlan(number, start, min(start + shard_size, count), shard_size)
+        for number, start in enumerate(range(0, count, shard_size))
+    ]
+
+
+@dataclass(frozen=True)
+class ListedShard:
+    """A shard as a sealed artifact lists it: where the tar lies, and what it was when it was sealed."""
+
+    tar: Path
+    count: int
+    bytes: int
+    sha256: str
+
+
+def write_list(folder: Path, pool: Path, shards: Sequence[ListedShard]) -> None:
+    """Seal the list of an artifact's shards into `folder`, by paths relative to it."""
+    entries = [
+        {"tar": os.path.relpath(s.tar, pool), "count": s.count, "bytes": s.bytes, "sha256": s.sha256} for s in shards
+    ]
+    write_atomically(folder / LIST, json.dumps({"pool": pool.name, "shards": entries}, indent=1).encode() + b"\n")
+
+
+def read_list(folder: Path) -> list[ListedShard]:
+    """The shards of a sealed `pairs` artifact. Raises StageError if the list is not there."""
+    try:
+        listed = json.loads((folder / LIST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{folder} holds no sealed pairs: it has no {LIST}") from None
+    pool = folder.parent / "pool" / listed["pool"]
+    return [ListedShard(pool / s["tar"], s["count"], s["bytes"], s["sha256"]) for s in listed["shards"]]

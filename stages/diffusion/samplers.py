@@ -1,0 +1,47 @@
+"""Deterministic samplers: solve the probability-flow ODE from noise to data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from stages.diffusion.prediction import Array, Prediction, to_noise, to_x0
+from stages.diffusion.schedule import NoiseSchedule
+
+Spacing = Literal["trailing", "leading"]
+
+
+def timesteps(train_steps: int, steps: int, spacing: Spacing = "trailing") -> list[int]:
+    """The `steps` timesteps at which the network is called, descending.
+
+    `trailing` starts at T - 1, where the noise was; `leading` is diffusers' grid for Stable Diffusion
+    with `steps_offset=1`, which never sees it (Lin et al. 2023, 2305.08891, table 2).
+    """
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"steps must be between 1 and {train_steps}, not {steps}")
+    if spacing == "trailing":
+        return [round(train_steps * (steps - i) / steps) - 1 for i in range(steps)]
+    return [(train_steps // steps) * i + 1 for i in reversed(range(steps))]
+
+
+def ddim(
+    denoise: Callable[[Array, int], Array],
+    noise: Array,
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    grid: list[int],
+) -> Array:
+    """DDIM with eta = 0 (Song et al. 2021, 2010.02502, eq. 12), ending at clean data.
+
+    `denoise(z, t)` is the network's output, guided if it is to be, of the shape of `z`. It is called
+    once for each t in `grid`. Each step goes to the next point of the grid itself: diffusers' DDIMScheduler
+    goes to `t - T // steps`, which misses its own grid unless `steps` divides T.
+    """
+    z = noise
+    for t, s in zip(grid, [*grid[1:], -1], strict=True):
+        alpha, sigma = schedule.at(t)
+        alpha_s, sigma_s = schedule.at(s)
+        output = denoise(z, t)
+        x0 = to_x0(prediction, output, z, alpha, sigma)
+        z = alpha_s * x0 + sigma_s * to_noise(prediction, output, z, alpha, sigma) if s >= 0 else x0
+    return z

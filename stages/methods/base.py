@@ -1,0 +1,104 @@
+"""What a method tells the training loop: its players, and for each step whose turn it is with which loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import Field
+
+from stages.base import Config, Execution
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from stages.networks.latent import LatentTeacher
+
+Batch = Mapping[str, Any]
+
+
+class TrainingSettings(Config):
+    """How the networks of a stage are optimised: AdamW, linear warm-up, then constant or cosine to zero."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["constant", "cosine"] = "cosine"
+    betas: tuple[float, float] = Field((0.9, 0.99), strict=False)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of a player's gradient")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are what is kept")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
+    mixed_precision: Literal["no", "bf16"] = "no"
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of the 0-based `step`: a function of the step alone, so that resuming needs no state."""
+        from math import cos, pi
+
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        fall = 0.5 * (1 + cos(pi * step / self.steps)) if self.decay == "cosine" else 1.0
+        return self.learning_rate * warm * fall
+
+
+class TrainingExecution(Execution):
+    checkpoint_every: int = Field(250, ge=1, description="training steps between two checkpoints")
+
+
+def training_progress(checkpoints: Path) -> str | None:
+    """The newest checkpoint below a folder, in words."""
+    newest = max(checkpoints.rglob("step-*"), key=lambda path: path.stat().st_mtime, default=None)
+    return f"checkpoint of step {int(newest.name.removeprefix('step-'))}" if newest else None
+
+
+@dataclass(frozen=True)
+class Player:
+    """A trainable module and how it is optimised."""
+
+    module: nn.Module
+    training: TrainingSettings
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimizer step of one player. `loss(batch)` gives the scalar loss and further figures to log."""
+
+    player: str
+    loss: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Method(Protocol):
+    """Everything that the training loop needs to know. It never asks which method it runs."""
+
+    players: Mapping[str, Player]
+    """By name; a distillation method's result is its player `student`."""
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        """Who is optimised in this step, in order. All turns of a step see the same batch."""
+
+    def after_step(self, step: int) -> None:
+        """Called when all turns of `step` are done: for targets that follow the players."""
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a distillation method is given to work with."""
+
+    teacher: LatentTeacher
+    """Frozen; `teacher.unet` may be copied, not changed."""
+    timesteps: Sequence[int]
+    """The grid on which the pairs were solved, descending: a one-step student is called at the first."""
+    training: TrainingSettings
+
+
+class MethodConfig(Config):
+    """A method's part of the manifest."""
+
+    name: str
+    data: ClassVar[Literal["pairs", "latents", "prompts"]]
+
+    def create(self, materials: Materials) -> Method:
+        """The method itself; this is where torch is imported."""
+        raise TypeError(f"{type(self).__name__} does not say how it is made")

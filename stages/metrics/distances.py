@@ -1,0 +1,96 @@
+"""Distances between two sets of feature vectors, each (N, D); float64 throughout. NumPy only.
+
+Features from a network trained here are never called FID's: name the distance with the features' name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Features = NDArray[np.float64]
+
+
+def frechet_distance(a: Features, b: Features) -> float:
+    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, 1706.08500, eq. 6).
+
+    Biased upwards by about 1/N: compare only at equal numbers of samples.
+    """
+    root = _symmetric_root(np.cov(a, rowvar=False))
+    cov_b = np.cov(b, rowvar=False)
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0.0, None)).sum()
+    distance = np.square(a.mean(0) - b.mean(0)).sum() + np.square(root).sum() + np.trace(cov_b) - 2.0 * cross
+    return float(distance)
+
+
+def _symmetric_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, vectors = np.linalg.eigh(matrix)
+    root: NDArray[np.float64] = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    return root
+
+
+def kernel_distance(a: Features, b: Features) -> float:
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, 1801.01401, section 3).
+
+    0 in expectation for equal laws, so it may be negative.
+    """
+
+    def kernel(x: Features, y: Features) -> NDArray[np.float64]:
+        values: NDArray[np.float64] = (x @ y.T / x.shape[1] + 1.0) ** 3
+        return values
+
+    def off_diagonal_mean(values: NDArray[np.float64]) -> float:
+        n = len(values)
+        return float((values.sum() - np.trace(values)) / (n * (n - 1)))
+
+    return off_diagonal_mean(kernel(a, a)) + off_diagonal_mean(kernel(b, b)) - 2.0 * float(kernel(a, b).mean())
+
+
+def precision_recall(real: Features, made: Features, k: int = 3) -> tuple[float, float]:
+    """Share of `made` inside the k-nearest-neighbour manifold of `real`, and the reverse
+    (Kynkaanniemi et al. 2019, 1904.06991, eq. 1 and 2)."""
+    across = _squared_distances(made, real)
+    return (
+        float((across <= _radii(real, k)[None, :]).any(1).mean()),
+        float((across <= _radii(made, k)[:, None]).any(0).mean()),
+    )
+
+
+def _squared_distances(a: Features, b: Features) -> NDArray[np.float64]:
+    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :] - 2.0 * a @ b.T
+    distances: NDArray[np.float64] = np.clip(squares, 0.0, None)
+    return distances
+
+
+def _radii(points: Features, k: int) -> NDArray[np.float64]:
+    """Squared distance from each point to its k-th nearest other."""
+    distances = _squared_distances(points, points)
+    np.fill_diagonal(distances, np.inf)
+    radii: NDArray[np.float64] = np.partition(distances, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def diversity(features: Features, groups: list[str]) -> float:
+    """Mean Euclidean distance between two samples of one group (one prompt, different noises)."""
+    names = np.array(groups)
+    total, pairs = 0.0, 0
+    for name in dict.fromkeys(groups):
+        members = features[names == name]
+        upper = np.triu_indices(len(members), 1)
+        total += float(np.sqrt(_squared_distances(members, members))[upper].sum())
+        pairs += len(upper[0])
+    return total / pairs if pairs else float("nan")
+
+
+def standard_error(
+    statistic: Callable[[Features, Features], float], a: Features, b: Features, groups: int = 10
+) -> float:
+    """Delete-a-group jackknife over both sets at once (Kott 2001): the spread that fresh samples would show.
+
+    The groups are random, since samples often come in a cycle of prompts.
+    """
+    of_a, of_b = (np.random.default_rng(0).permutation(len(x)) % groups for x in (a, b))
+    values = [statistic(a[of_a != g], b[of_b != g]) for g in range(groups)]
+    return float(np.sqrt((groups - 1) / groups * np.square(np.array(values) - np.mean(values)).sum()))

@@ -1,0 +1,60 @@
+"""An analytic teacher: data is N(mean, std^2) in every dimension, so that everything about it is known.
+
+It needs no torch. Tests, soaks and simulations of a cluster lean on it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.diffusion.prediction import Prediction
+from stages.diffusion.schedule import NoiseSchedule
+
+FILE = "gaussian.json"
+
+
+class GaussianTeacher:
+    """The optimal epsilon-predicting denoiser of N(mean, std^2), on Stable Diffusion's schedule.
+
+    Its condition is empty: every prompt, and so every guidance scale, gives the same output.
+    `delay` seconds are slept at each call, standing for a network's work.
+    """
+
+    prediction: Prediction = "epsilon"
+
+    def __init__(self, mean: float, std: float, shape: tuple[int, int, int], delay: float = 0.0) -> None:
+        self.mean, self.std, self.latent_shape, self.delay = mean, std, shape, delay
+        self.schedule = NoiseSchedule.stable_diffusion()
+
+    @classmethod
+    def load(cls, folder: Path) -> GaussianTeacher:
+        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return cls(values["mean"], values["std"], tuple(values["shape"]), values["delay"])
+
+    def denoiser(
+        self, prompts: Sequence[str], guidance_scale: float
+    ) -> Callable[[NDArray[np.floating], int], NDArray[np.floating]]:
+        def denoise(z: NDArray[np.floating], t: int) -> NDArray[np.floating]:
+            if self.delay:
+                time.sleep(self.delay)
+            alpha, sigma = self.schedule.at(t)
+            variance = alpha**2 * self.std**2 + sigma**2
+            return (sigma / variance) * (z - alpha * self.mean)
+
+        return denoise
+
+    def to_device(self, array: NDArray[np.floating]) -> NDArray[np.floating]:
+        return array.astype(np.float32)
+
+    def to_numpy(self, array: NDArray[np.floating]) -> NDArray[np.floating]:
+        return array
+
+    def inference(self) -> AbstractContextManager[None]:
+        return nullcontext()

@@ -1,0 +1,88 @@
+"""One-step students: a U-Net called once, and its export as a pipeline that plain diffusers runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from stages.diffusion.prediction import Prediction, to_x0
+from stages.diffusion.schedule import NoiseSchedule
+from stages.networks.latent import LatentTeacher
+
+FILE = "student.json"
+GUIDANCE_EMBEDDING = 256
+"""Width of the zero-initialised guidance embedding, diffusers' own choice for distilled models."""
+
+
+class OneStepStudent(nn.Module):
+    """x0 = G(noise, condition): one call of the U-Net at timestep `t`, read as `prediction`."""
+
+    def __init__(self, unet: nn.Module, schedule: NoiseSchedule, t: int, prediction: Prediction) -> None:
+        super().__init__()
+        self.unet, self.t, self.prediction = unet, t, prediction
+        self.alpha, self.sigma = schedule.at(t)
+
+    @classmethod
+    def from_teacher(cls, teacher: LatentTeacher, t: int, prediction: Prediction) -> OneStepStudent:
+        unet = copy.deepcopy(teacher.unet).requires_grad_(True)
+        return cls(unet, teacher.schedule, t, prediction)
+
+    @classmethod
+    def load(cls, folder: Path, teacher: LatentTeacher) -> OneStepStudent:
+        """The student exported to `folder`, on its teacher's device."""
+        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+        student = cls(unet, teacher.schedule, about["timesteps"][0], about["prediction"])
+        return student.to(teacher.device, teacher.dtype).eval().requires_grad_(False)
+
+    def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
+        """noise (B, C, H, W), condition (B, L, D) -> x0 (B, C, H, W), a scaled latent."""
+        return to_x0(self.prediction, self.unet(noise, self.t, condition).sample, noise, self.alpha, self.sigma)
+
+
+def export(student: OneStepStudent, teacher: LatentTeacher, folder: Path, card: str) -> None:
+    """Write a folder that plain `DiffusionPipeline.from_pretrained(folder)` runs in one step.
+
+    The scheduler's trailing grid calls t = T - 1 and returns x0 exactly. The U-Net gets a guidance
+    embedding of weight zero: diffusers then switches classifier-free guidance off at any scale, which
+    would spoil a student that has its guidance built in. Raises ValueError if the student was trained
+    at another timestep, for which plain diffusers has no one-step grid.
+    """
+    if student.t != len(teacher.schedule) - 1:
+        raise ValueError(f"a one-step pipeline calls t = {len(teacher.schedule) - 1}, the student knows t = {student.t}")
+    scheduler = DDIMScheduler.from_config(
+        DDIMScheduler.from_pretrained(teacher.folder / "scheduler").config,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        steps_offset=1,
+        clip_sample=False,
+        prediction_type=student.prediction,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=teacher.vae,
+        text_encoder=teacher.text_encoder,
+        tokenizer=teacher.tokenizer,
+        unet=_with_guidance_embedding(student.unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    about: dict[str, Any] = {"steps": 1, "timesteps": [student.t], "prediction": student.prediction}
+    (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _with_guidance_embedding(unet: nn.Module) -> UNet2DConditionModel:
+    config = {**unet.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING}
+    embedded = UNet2DConditionModel.from_config(config).to(next(unet.parameters()).dtype)
+    embedded.load_state_dict(unet.state_dict(), strict=False)
+    torch.nn.init.zeros_(embedded.time_embedding.cond_proj.weight)
+    return embedded

@@ -1,0 +1,44 @@
+"""Draw images with a sealed teacher or student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from stages.base import Artifact, StageError
+
+
+def draw(
+    artifact: Artifact, prompts: list[str], count: int, seed: int, steps: int, guidance_scale: float, out: Path
+) -> None:
+    """Write one image: a row a prompt, a column a noise, the same noises in every row. Raises StageError."""
+    import torch
+    from PIL import Image
+
+    from stages.data.noise import noise_for
+    from stages.diffusion.config import Sampler
+    from stages.networks.latent import LatentTeacher
+    from stages.networks.student import OneStepStudent
+    from stages.networks.teachers import solve
+
+    kinds = {"teacher": lambda a: a, "distill": lambda a: a.inputs["pairs"].inputs["teacher"]}
+    if artifact.kind not in kinds:
+        raise StageError(f"{artifact.folder} is a {artifact.kind}; images are drawn with a teacher or a student")
+    folder = kinds[artifact.kind](artifact).folder
+    if not (folder / "unet").exists():
+        raise StageError(f"{folder} is an analytic teacher: it has no images to draw")
+    teacher = LatentTeacher(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
+    rows = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            if artifact.kind == "distill":
+                student = OneStepStudent.load(artifact.folder, teacher)
+                latents = student(teacher.to_device(noise), teacher.encode_prompts([prompt] * count))
+            else:
+                sampler = Sampler(steps=steps, guidance_scale=guidance_scale)
+                latents = solve(teacher, noise, [prompt] * count, sampler)
+            images = ((teacher.decode(latents).numpy() + 1) * 127.5).round().astype(np.uint8)
+            rows.append(np.concatenate(images.transpose(0, 2, 3, 1), axis=1))
+    Image.fromarray(np.concatenate(rows)).save(out)

@@ -1,0 +1,97 @@
+"""`kind: teacher`: the many-step model to distil, sealed as a stock diffusers folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages.base import Content, Stage, StageContext, StageError
+from stages.methods.base import TrainingExecution, training_progress
+from stages.teachers import layout
+from stages.teachers.config import GaussianSettings, TrainedTeacher
+
+
+class Teacher(Stage):
+    """Exactly one of `train`, `from` and `gaussian` says where the teacher comes from."""
+
+    VERSION: ClassVar[int] = 1
+    kind: Literal["teacher"]
+    train: TrainedTeacher | None = None
+    from_: Annotated[str | None, Content(revision_field="revision")] = Field(None, alias="from")
+    revision: str | None = Field(None, description="of a hub id: a branch, tag or commit; a commit needs no network to plan")
+    gaussian: GaussianSettings | None = None
+    execution: TrainingExecution = TrainingExecution()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("train", "from_", "gaussian") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of train, from and gaussian, not {len(given)} of them")
+        if self.revision and not self.from_:
+            raise ValueError("revision belongs to a teacher with `from`")
+        return self
+
+    def progress_in(self, work: Path, pool: Path) -> str | None:
+        return training_progress(work / "checkpoints")
+
+    def run(self, context: StageContext) -> Mapping[str, Any]:
+        if self.gaussian:
+            text = json.dumps(self.gaussian.model_dump(), indent=2) + "\n"
+            (context.output / "gaussian.json").write_text(text, encoding="utf-8")
+            return {}
+        if self.from_:
+            return _adopt(self.from_, context.contents["from_"], context.output)
+        figures = context.run(
+            _train, self.train, context.seed, self.execution, context.output, context.threads
+        )
+        shutil.rmtree(context.output / "checkpoints", ignore_errors=True)
+        return figures
+
+
+def _train(*arguments: Any) -> Any:
+    from stages.teachers.train import train_teacher
+
+    return train_teacher(*arguments)
+
+
+def _adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
+    commit = identity.removeprefix("hub:") if identity.startswith("hub:") else None
+    folder = _download(source, commit) if commit else Path(source)
+    layout.check(folder)
+    for pattern in layout.FILES:
+        for file in folder.glob(pattern):
+            if not file.is_file() or file.parent.name not in ("", folder.name, *layout.COMPONENTS):
+                continue
+            copy = output / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    kept = {name: value for name, value in index.items() if name.startswith("_") or name in layout.COMPONENTS}
+    kept |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    (output / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    return {"source": source, "revision": commit, "licence": _licence(folder)}
+
+
+def _download(source: str, commit: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=commit, allow_patterns=[*layout.FILES, "README.md"]))
+    except Exception as error:
+        raise StageError(
+            f"{source} cannot be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "download it where there is a network and name the folder"
+        ) from error
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that a model card's header names."""
+    card = folder / "README.md"
+    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.M) if card.exists() else None
+    return found[1] if found else None

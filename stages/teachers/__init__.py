@@ -1,0 +1,1 @@
+"""Where teachers come from: trained here, or adopted from a diffusers folder."""

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stages.methods.base import Batch, Player, TrainingSettings, Turn
+
+KL_WEIGHT = 1e-6
+"""As latent diffusion's KL autoencoders (Rombach et al. 2022, 2112.10752, appendix G)."""
+
+
+class AutoencoderTraining:
+    """L = mean |x - D(z)|^2 + KL_WEIGHT * KL(q(z|x) | N(0, I)), z ~ q(z|x)."""
+
+    def __init__(self, vae: torch.nn.Module, training: TrainingSettings) -> None:
+        self.vae = vae
+        self.players = {"vae": Player(vae, training)}
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("vae", self.loss)]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`batch`: images (B, 3, H, W) in [-1, 1]."""
+        posterior = self.vae.encode(batch["images"]).latent_dist
+        mse = (self.vae.decode(posterior.sample()).sample - batch["images"]).square().mean()
+        return mse + KL_WEIGHT * posterior.kl().mean(), {"mse": mse}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+
+@torch.no_grad()
+def latents_of(vae: torch.nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """The posterior means, unscaled."""
+    return torch.cat([vae.encode(x).latent_dist.mode() for x in images.split(batch_size)])
+
+
+@torch.no_grad()
+def reconstruction_mse(vae: torch.nn.Module, images: Tensor, batch_size: int = 256) -> float:
+    """Mean squared error over pixels in [-1, 1], through the posterior's mean."""
+    errors = [
+        (vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().sum() for x in images.split(batch_size)
+    ]
+    return float(torch.stack(errors).sum() / images.numel())

@@ -1,0 +1,46 @@
+"""The parts of a `kind: teacher` manifest."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from stages.base import Config
+from stages.diffusion.prediction import Prediction
+from stages.methods.base import TrainingSettings
+
+
+class VaeSettings(Config):
+    channels: list[int] = Field([32, 64], min_length=2, description="of each level; each halves the side once more")
+    training: TrainingSettings = TrainingSettings(steps=400)
+    max_mse: float = Field(0.01, gt=0, description="largest reconstruction error on held-out images in [-1, 1]")
+
+
+class DenoiserSettings(Config):
+    channels: list[int] = Field([48, 96], min_length=1, description="of each U-Net level, the last with attention")
+    training: TrainingSettings = TrainingSettings(steps=1000)
+
+
+class TrainedTeacher(Config):
+    """A small pipeline trained here: VAE, tokenizer, text encoder, conditional U-Net, DDIM scheduler."""
+
+    dataset: Literal["digits"]
+    size: Literal[16] = 16
+    prediction: Prediction = "v_prediction"
+    drop_text: float = Field(0.1, ge=0, lt=1, description="share of prompts replaced by the empty one")
+    vae: VaeSettings = VaeSettings()
+    denoiser: DenoiserSettings = DenoiserSettings()
+
+    @property
+    def latent_size(self) -> int:
+        return self.size >> (len(self.vae.channels) - 1)
+
+
+class GaussianSettings(Config):
+    """The analytic teacher of N(mean, std^2); `delay` seconds a call stand for a network's work."""
+
+    mean: float = 0.0
+    std: float = Field(1.0, gt=0)
+    shape: list[int] = Field([4, 8, 8], min_length=3, max_length=3)
+    delay: float = Field(0.0, ge=0)

@@ -1,0 +1,187 @@
+"""The one training loop: for teachers, perceptual networks and students alike."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn, optim
+
+from stages import checkpoint
+from stages.base import Execution, Progress, StageError
+from stages.methods.base import Batch, Method, Player, TrainingExecution, Turn
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY = 10
+"""Steps between two lines of the history."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Averaged (EMA) weights of each player, and the figures logged on the way."""
+
+    averages: dict[str, nn.Module]
+    history: list[dict[str, float]]
+
+
+def pick_device(execution: Execution) -> str:
+    if execution.device != "auto":
+        return execution.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def step_seed(seed: int, *counters: int) -> int:
+    """A seed for this one step: with every step seeded, a resumed run needs no generator's state."""
+    return int(np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def train(
+    method: Method,
+    batches: Callable[[int], Batch],
+    *,
+    seed: int,
+    checkpoints: Path,
+    execution: TrainingExecution,
+    unit: str = "steps",
+) -> Generator[Progress, None, Trained]:
+    """Optimise `method.players` on `batches(0), batches(1), ...`, from the last checkpoint if there is one.
+
+    On CPU the result is the same bit for bit wherever it was interrupted, at an equal number of threads.
+    Raises StageError when a loss is not finite.
+    """
+    run = _Run(method, execution)
+    total = next(iter(method.players.values())).training.steps
+    start = run.restore(checkpoints)
+    started = time.monotonic()
+    for step in range(start, total):
+        figures: dict[str, Tensor] = {}
+        for turn in method.turns(step):
+            figures |= run.take(turn, batches, step, seed)
+        run.average(step)
+        method.after_step(step)
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == total:
+            run.history.append({"step": done, **_finite(figures, step)})
+            rate = (done - start) / (time.monotonic() - started)
+            yield Progress(done, total, unit, {**run.history[-1], "per_second": rate})
+        if done % execution.checkpoint_every == 0 and done < total:
+            _finite(figures, step)
+            run.save(checkpoints, done)
+    return Trained(run.averages, run.history)
+
+
+def _finite(figures: dict[str, Tensor], step: int) -> dict[str, float]:
+    """The figures as numbers: read now and then only, since reading waits for the GPU."""
+    numbers = {name: float(value) for name, value in figures.items()}
+    for name, number in numbers.items():
+        if name.endswith("loss") and not math.isfinite(number):
+            raise StageError(
+                f"the {name} is {number} at step {step}; lower learning_rate, or see what is in the "
+                "training data (`retort stats` for pairs)"
+            )
+    return numbers
+
+
+class _Run:
+    """Players, their optimizers and averages, on their device: what a checkpoint holds."""
+
+    def __init__(self, method: Method, execution: TrainingExecution) -> None:
+        self.players = dict(method.players)
+        settings = next(iter(self.players.values())).training
+        AcceleratorState._reset_state(reset_partial_state=True)  # a warm worker may have trained otherwise before
+        self.accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision, cpu=pick_device(execution) == "cpu"
+        )
+        self.optimizers = {name: _optimizer(player) for name, player in self.players.items()}
+        for player in self.players.values():
+            player.module.to(self.accelerator.device)
+        self.averages = {
+            name: copy.deepcopy(player.module).eval().requires_grad_(False) for name, player in self.players.items()
+        }
+        self.history: list[dict[str, float]] = []
+
+    def take(self, turn: Turn, batches: Callable[[int], Batch], step: int, seed: int) -> dict[str, Tensor]:
+        """One optimizer step of `turn.player`, all others frozen."""
+        player, optimizer = self.players[turn.player], self.optimizers[turn.player]
+        for name, other in self.players.items():
+            other.module.requires_grad_(name == turn.player).train(name == turn.player)
+        accumulate = player.training.accumulate
+        sums: dict[str, Tensor] = {}
+        for part in range(accumulate):
+            torch.manual_seed(step_seed(seed, step, part))
+            with self.accelerator.autocast():
+                loss, figures = turn.loss(self._on_device(batches(step * accumulate + part)))
+            self.accelerator.backward(loss / accumulate)
+            for name, value in {"loss": loss, **figures}.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / accumulate
+        norm = self.accelerator.clip_grad_norm_(player.module.parameters(), player.training.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = player.training.learning_rate_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        sums["gradient_norm"] = torch.as_tensor(norm)
+        prefix = "" if len(self.players) == 1 else f"{turn.player}_"
+        return {prefix + name: value for name, value in sums.items()}
+
+    @torch.no_grad()
+    def average(self, step: int) -> None:
+        """EMA with a warm-up: the decay is at most (1 + n) / (10 + n) after n steps, as in TensorFlow's."""
+        for name, player in self.players.items():
+            decay = min(player.training.ema_decay, (2 + step) / (11 + step))
+            for mean, value in zip(self.averages[name].parameters(), player.module.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+            for mean, value in zip(self.averages[name].buffers(), player.module.buffers(), strict=True):
+                mean.copy_(value)
+
+    def save(self, folder: Path, step: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, player in self.players.items():
+            tensors |= checkpoint.module_tensors(f"{name}/module", player.module)
+            tensors |= checkpoint.module_tensors(f"{name}/average", self.averages[name])
+            tensors |= checkpoint.optimizer_tensors(f"{name}/optimizer", self.optimizers[name])
+        checkpoint.save(folder, step, tensors, {"history": self.history, "threads": torch.get_num_threads()})
+
+    def restore(self, folder: Path) -> int:
+        """Load the newest checkpoint; return the step to go on from."""
+        found = checkpoint.latest(folder)
+        if found is None:
+            return 0
+        tensors, state = found
+        if state["threads"] != torch.get_num_threads():
+            log.warning(
+                "the checkpoint was made with %d threads and training goes on with %d: results will differ "
+                "in the last bits from an uninterrupted run",
+                state["threads"],
+                torch.get_num_threads(),
+            )
+        for name, player in self.players.items():
+            checkpoint.load_module(f"{name}/module", player.module, tensors)
+            checkpoint.load_module(f"{name}/average", self.averages[name], tensors)
+            checkpoint.load_optimizer(f"{name}/optimizer", self.optimizers[name], tensors)
+        self.history = state["history"]
+        return int(state["step"])
+
+    def _on_device(self, batch: Batch) -> dict[str, Any]:
+        device = self.accelerator.device
+        return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+
+def _optimizer(player: Player) -> optim.Optimizer:
+    settings = player.training
+    return optim.AdamW(
+        player.module.parameters(),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )

@@ -1,0 +1,103 @@
+"""The floors of the house, read from the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+FLOORS = [
+    # each line may import the lines below it, and its own neighbours only where they are one package
+    {"pipeline.cli"},
+    {"pipeline.runner"},
+    {"pipeline.status", "pipeline.tables", "pipeline.cluster", "pipeline.report"},
+    {"pipeline.runs", "pipeline.engine"},
+    {"pipeline.plan"},
+    {"pipeline.content", "pipeline.fingerprint"},
+    {"pipeline.manifest", "pipeline.store"},
+    {"pipeline.document"},
+    {"pipeline.errors"},
+    {"stages"},
+    {"stages.evaluate", "stages.sampling"},
+    {"stages.evaluation"},
+    {"stages.distill"},
+    {"stages.pairs", "stages.teacher"},
+    {"stages.teachers"},
+    {"stages.training"},
+    {"stages.methods", "stages.checkpoint"},
+    {"stages.networks"},
+    {"stages.losses", "stages.data", "stages.metrics"},
+    {"stages.diffusion"},
+    {"stages.base"},
+]
+
+HOMES = {
+    "ray": {"pipeline.cluster"},
+    "webdataset": {"stages.data"},
+    "diffusers": {"stages.networks", "stages.teachers"},
+    "transformers": {"stages.networks"},
+    "accelerate": {"stages.training"},
+    "click": {"pipeline.cli"},
+}
+
+FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(module: str) -> str | None:
+    """The longest entry of FLOORS that `module` lies in."""
+    rooms = [r for floor in FLOORS for r in floor if module == r or module.startswith(r + ".")]
+    if module.count(".") == 0 or (module.startswith("stages.") and module.split(".")[1].isupper()):
+        rooms = [r for r in rooms if r == module.split(".")[0]]
+    return max(rooms, key=len, default=None)
+
+
+def level(name: str) -> int:
+    return next(i for i, floor in enumerate(FLOORS) if name in floor)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_down(path):
+    own = room(module_of(path))
+    if own is None:  # pipeline/__init__ and the like
+        assert not imports(path) or module_of(path) in ("pipeline", "stages")
+        return
+    for name in imports(path):
+        other = room(name)
+        if other is None or other == own:
+            continue
+        assert level(other) > level(own), f"{module_of(path)} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_heavy_libraries_have_one_home(path):
+    for name in imports(path):
+        homes = HOMES.get(name.split(".")[0])
+        assert homes is None or room(module_of(path)) in homes, f"{module_of(path)} imports {name}"
+
+
+def test_the_machine_imports_no_science_libraries():
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "diffusers", "transformers", "numpy"}
+
+
+def test_nothing_pickles():
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert "pickle" not in {name.split(".")[0] for name in imports(path)}
+        assert "torch.load(" not in text and "torch.save(" not in text and "allow_pickle=True" not in text

@@ -1,0 +1,116 @@
+"""Conversions and samplers against closed forms, in float64."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.diffusion.guidance import guide
+from stages.diffusion.prediction import target, to_noise, to_x0
+from stages.diffusion.samplers import ddim, timesteps
+from stages.diffusion.schedule import NoiseSchedule
+from stages.networks.gaussian import GaussianTeacher
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@given(log_snr=st.floats(-8, 8), seed=st.integers(0, 1000))
+def test_a_perfect_network_gives_back_x0_and_noise(prediction, log_snr, seed):
+    alpha, sigma = (1 / (1 + np.exp(-log_snr))) ** 0.5, (1 / (1 + np.exp(log_snr))) ** 0.5
+    x0, noise = np.random.default_rng(seed).standard_normal((2, 5))
+    z = alpha * x0 + sigma * noise
+    output = target(prediction, x0, noise, alpha, sigma)
+    np.testing.assert_allclose(to_x0(prediction, output, z, alpha, sigma), x0, atol=1e-10)
+    np.testing.assert_allclose(to_noise(prediction, output, z, alpha, sigma), noise, atol=1e-10)
+
+
+def test_v_at_the_ends_is_noise_and_minus_x0():
+    x0, noise = np.array([2.0]), np.array([3.0])
+    assert target("v_prediction", x0, noise, 1.0, 0.0) == noise
+    assert target("v_prediction", x0, noise, 0.0, 1.0) == -x0
+
+
+def test_schedule_is_that_of_diffusers():
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    theirs = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod.double().numpy())
+    ours = NoiseSchedule.stable_diffusion()
+    np.testing.assert_allclose(ours.alpha, theirs.alpha, rtol=1e-5)
+    np.testing.assert_allclose(ours.alpha**2 + ours.sigma**2, 1.0, atol=1e-14)
+    assert ours.log_snr(0) > ours.log_snr(999)
+    assert ours.at(-1) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 10, 20, 25, 40, 50])
+def test_timesteps_are_those_of_diffusers(steps):
+    from diffusers import DDIMScheduler
+
+    for spacing in ("trailing", "leading"):
+        scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=1)
+        scheduler.set_timesteps(steps)
+        assert timesteps(1000, steps, spacing) == scheduler.timesteps.tolist()
+
+
+@given(st.integers(1, 1000))
+def test_trailing_timesteps_start_at_the_noise_and_descend(steps):
+    grid = timesteps(1000, steps)
+    assert grid[0] == 999 and grid[-1] >= 0 and len(grid) == steps
+    assert all(a > b for a, b in zip(grid, grid[1:], strict=False))
+
+
+def test_too_many_steps_are_refused():
+    with pytest.raises(ValueError, match="between 1 and 1000"):
+        timesteps(1000, 1001)
+
+
+COSINE_STD = {  # methods.md 0.2: output std of N-step DDIM with a perfect denoiser of N(0, S^2), alpha = cos(pi t / 2)
+    1.0: {1: 0.0, 2: 0.5, 4: 0.72855, 8: 0.85623, 16: 0.92568, 64: 0.98091},
+    0.6: {1: 0.0, 2: 0.26471, 4: 0.41725, 8: 0.50297, 16: 0.54968, 64: 0.58703},
+}
+
+
+@pytest.mark.parametrize("std", COSINE_STD)
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 16, 64])
+def test_ddim_of_a_gaussian_teacher_has_the_known_std(std, steps):
+    t = np.arange(1, 65) / 64
+    schedule = NoiseSchedule(np.cos(np.pi * t / 2), np.sin(np.pi * t / 2))
+    schedule.alpha[-1], schedule.sigma[-1] = 0.0, 1.0
+    teacher = GaussianTeacher(0.7, std, (1, 1, 1))
+
+    def predict_v(z, i):
+        alpha, sigma = schedule.at(i)
+        variance = alpha**2 * std**2 + sigma**2
+        return alpha * sigma * (1 - std**2) / variance * (z - alpha * teacher.mean) - sigma * teacher.mean
+
+    noise = np.array([-1.0, 0.0, 2.0])
+    out = ddim(predict_v, noise, schedule, "v_prediction", timesteps(64, steps))
+    np.testing.assert_allclose(out, 0.7 + COSINE_STD[std][steps] * noise, atol=1e-5)
+
+
+def test_one_ddim_step_from_pure_noise_returns_the_mean():
+    teacher = GaussianTeacher(0.3, 0.8, (1, 2, 2))
+    teacher.schedule.alpha[-1], teacher.schedule.sigma[-1] = 1e-9, 1.0
+    out = ddim(teacher.denoiser([""], 1.0), np.ones((1, 1, 2, 2)) * 1.7, teacher.schedule, "epsilon", [999])
+    np.testing.assert_allclose(out, 0.3, atol=1e-6)
+
+
+def test_many_steps_reach_the_exact_ode():
+    """PF-ODE from t to 0: x = m + sqrt(S^2 / v_t) (z - alpha_t m)."""
+    teacher = GaussianTeacher(0.5, 0.6, (1, 2, 2))
+    alpha, sigma = teacher.schedule.at(999)
+    noise = np.random.default_rng(0).standard_normal((1, 1, 2, 2))
+    exact = 0.5 + 0.6 / (alpha**2 * 0.36 + sigma**2) ** 0.5 * (noise - alpha * 0.5)
+    errors = [
+        np.abs(ddim(teacher.denoiser([""], 1.0), noise, teacher.schedule, "epsilon", timesteps(1000, n)) - exact).max()
+        for n in (10, 100, 1000)
+    ]
+    assert errors[0] > 5 * errors[1] > 5 * errors[2] > 0
+    assert errors[2] < 3e-3
+
+
+def test_guidance_scale_one_is_the_conditional_output():
+    a, b = np.random.default_rng(0).standard_normal((2, 4))
+    np.testing.assert_allclose(guide(a, b, 1.0), b, rtol=1e-15)
+    np.testing.assert_allclose(guide(a, b, 3.0), b + 2.0 * (b - a), rtol=1e-12)

@@ -1,0 +1,168 @@
+"""Manifests: what is read, and that every error points at its place."""
+
+import textwrap
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.document import parse
+from pipeline.errors import ManifestError, UsageError
+from pipeline.manifest import dump, load, loads
+from tests.conftest import GAUSSIAN, ROOT, TINY
+
+MANIFESTS = sorted((ROOT / "manifests").glob("*.yaml"))
+
+
+def problems(text: str, *overrides: str) -> str:
+    with pytest.raises(ManifestError) as caught:
+        loads(textwrap.dedent(text), "m.yaml", overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_a_resolved_manifest_reads_back_equal(path):
+    manifest = load(path).manifest
+    assert loads(dump(manifest), "again.yaml").manifest == manifest
+
+
+def test_scalars_follow_the_core_schema():
+    value = parse("a: 1e-4\nb: no\nc: 1.5E+3\nd: 010\ne: 0x1F\nf: ~\ng: 2024-01-01\nh: '1'\ni: on\nj: true\nk: 1:30", "x").value
+    assert value == {
+        "a": 1e-4, "b": "no", "c": 1500.0, "d": 10, "e": 31, "f": None,
+        "g": "2024-01-01", "h": "1", "i": "on", "j": True, "k": "1:30",
+    }  # fmt: skip
+
+
+def test_anchors_and_merge_keys_work():
+    value = parse("a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3", "x").value
+    assert value["b"] == {"x": 1, "y": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        ("name: a\nname: b\nstages: {}", "m.yaml:2:1", "duplicate key 'name', first given on line 1"),
+        ("name: [", "m.yaml:1:8", "not YAML"),
+        ("- a\n- b", "m.yaml:1:1", "a manifest is a mapping"),
+        ("a: &a [*a]", "m.yaml:1:8", "an alias that contains itself"),
+        ("? [x]\n: 1", "m.yaml:1:3", "a key must be a plain word"),
+        ("name: !!python/object:os.system x", "m.yaml:1:7", "cannot be read"),
+    ],
+)
+def test_broken_yaml_is_placed(text, place, words):
+    message = problems(text)
+    assert message.startswith(place) and words in message
+
+
+def test_every_problem_is_reported_with_place_line_and_caret():
+    message = problems(
+        """\
+        name: x y
+        stages:
+          teacher: {kind: teacher, gaussian: {std: -1.0, man: 2}}
+          pairs:
+            kind: pairs
+            teacher: teacher
+            prompts: digits
+            count: "40"
+            sampler: {name: dimm, steps: 20.5}
+        """
+    )
+    assert "m.yaml:1:7: name: " in message
+    assert "m.yaml:3:44: stages.teacher.gaussian.std: should be greater than 0, not -1.0" in message
+    assert "m.yaml:3:50: stages.teacher.gaussian.man: unknown key; did you mean 'mean'?" in message
+    assert "m.yaml:8:12: stages.pairs.count: should be a valid integer, not '40'" in message
+    assert "m.yaml:9:21: stages.pairs.sampler.name: unknown value 'dimm'; did you mean 'ddim'?" in message
+    assert "m.yaml:9:34: stages.pairs.sampler.steps" in message
+    lines = message.splitlines()
+    at = next(i for i, line in enumerate(lines) if "did you mean 'ddim'" in line)
+    assert lines[at + 1][4:] == "    sampler: {name: dimm, steps: 20.5}"
+    assert lines[at + 2].index("^") == lines[at + 1].index("dimm")
+
+
+def test_unknown_kinds_methods_and_missing_fields():
+    message = problems("name: x\nstages:\n  a: {kind: teecher}\n  b: {kind: distill, pairs: a, method: {name: knowledge}}\n  c: {}")
+    assert "m.yaml:3:13: stages.a.kind: unknown kind 'teecher'; did you mean 'teacher'?" in message
+    assert "m.yaml:4:46: stages.b.method.name: unknown name 'knowledge'" in message
+    assert "stages.b.training: missing" in message
+    assert "stages.c.kind: missing (allowed: distill, evaluate, pairs, teacher)" in message
+
+
+def test_references_are_checked():
+    assert "there is no stage 'techer'; did you mean 'teacher'?" in problems(GAUSSIAN.replace("teacher: teacher", "teacher: techer"))
+    assert "needs a stage of kind teacher; 'pairs' is a pairs" in problems(GAUSSIAN.replace("teacher: teacher", "teacher: pairs"))
+    message = problems(TINY, "stages.pairs.teacher=pairs")
+    assert "--set stages.pairs.teacher=pairs" in message
+
+
+def test_cycles_are_found():
+    text = """\
+    name: x
+    stages:
+      a: {kind: evaluate, student: b}
+      b: {kind: distill, pairs: a, method: {name: knowledge_distillation}, training: {steps: 1}}
+    """
+    assert "a cycle: a -> b -> a" in problems(text)
+
+
+def test_a_teacher_has_exactly_one_source():
+    assert "give exactly one of train, from and gaussian, not 0" in problems("name: x\nstages: {t: {kind: teacher}}")
+
+
+def test_resources_name_stages_that_can_use_them():
+    assert "resources.pears: there is no such stage; did you mean 'pairs'?" in problems(GAUSSIAN + "resources: {pears: {}}")
+    assert "a stage of kind teacher runs on one worker" in problems(GAUSSIAN + "resources: {teacher: {workers: 2}}")
+
+
+def test_overrides():
+    loaded = loads(GAUSSIAN, "m.yaml", ["stages.pairs.count=7", "stages.pairs.sampler.guidance_scale=1", "seed=3"])
+    assert loaded.manifest.stages["pairs"].count == 7
+    assert loaded.manifest.stages["pairs"].sampler.guidance_scale == 1.0
+    assert loaded.manifest.seed == 3
+    assert "expected PATH=VALUE" in problems(GAUSSIAN, "nonsense")
+    assert "there is no 'pears' in stages, which has teacher, pairs" in problems(GAUSSIAN, "stages.pears.count=1")
+    assert "--set stages.pairs.count=x: stages.pairs.count: should be a valid integer" in problems(GAUSSIAN, "stages.pairs.count=x")
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        load(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes("name: grün".encode("latin-1"))
+    with pytest.raises(UsageError, match="not UTF-8"):
+        load(tmp_path / "latin.yaml")
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([]), st.just({}))
+
+
+def paths_in(value, path=()):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield (*path, key)
+            yield from paths_in(inner, (*path, key))
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_mutated_manifest_is_valid_or_refused_with_a_place(data):
+    text = data.draw(st.sampled_from([GAUSSIAN, TINY, *(path.read_text() for path in MANIFESTS)]))
+    value = yaml.safe_load(text)
+    path = data.draw(st.sampled_from(list(paths_in(value))))
+    holder = value
+    for part in path[:-1]:
+        holder = holder[part]
+    mutation = data.draw(st.sampled_from(["delete", "rename", "replace"]))
+    if mutation == "replace":
+        holder[path[-1]] = data.draw(SCALARS)
+    else:
+        old = holder.pop(path[-1])
+        if mutation == "rename":
+            holder[data.draw(st.text(max_size=6))] = old
+    try:
+        loads(yaml.safe_dump(value), "m.yaml")
+    except ManifestError as error:
+        assert all(problem.startswith("m.yaml:") for problem in error.problems)
+    except UsageError as error:
+        assert "store" in str(error)

@@ -1,0 +1,65 @@
+"""Distances against closed forms and laws."""
+
+import numpy as np
+import pytest
+
+from stages.metrics.distances import diversity, frechet_distance, kernel_distance, precision_recall, standard_error
+
+rng = np.random.default_rng(0)
+A = rng.standard_normal((2000, 8))
+
+
+def whitened(x):
+    """Mean exactly 0, covariance exactly the identity."""
+    x = x - x.mean(0)
+    return x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+
+
+def test_frechet_distance_in_closed_form():
+    x = whitened(A)
+    mu = np.arange(8.0)
+    assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-9)
+    assert frechet_distance(x, x + mu) == pytest.approx((mu**2).sum())
+    assert frechet_distance(x, 3.0 * x) == pytest.approx(8 * (3 - 1) ** 2)
+
+
+def test_frechet_distance_ignores_rotation():
+    q, _ = np.linalg.qr(rng.standard_normal((8, 8)))
+    b = rng.standard_normal((500, 8)) * 2 + 1
+    assert frechet_distance(A @ q, b @ q) == pytest.approx(frechet_distance(A, b))
+
+
+def test_frechet_distance_has_its_known_bias():
+    d, n = 16, 1000
+    found = [frechet_distance(rng.standard_normal((n, d)), rng.standard_normal((n, d))) for _ in range(20)]
+    assert np.mean(found) == pytest.approx(2 * d / n + d * (d + 1) / (2 * n), rel=0.1)
+
+
+def test_kernel_distance_is_unbiased():
+    found = np.array([kernel_distance(rng.standard_normal((200, 8)), rng.standard_normal((200, 8))) for _ in range(60)])
+    assert abs(found.mean()) < 3 * found.std() / 60**0.5
+    assert kernel_distance(A, A + 1) > 10 * found.std()
+
+
+def test_precision_and_recall():
+    assert precision_recall(A[:500], A[:500]) == (1.0, 1.0)
+    assert precision_recall(A[:500], A[:500] + 100) == (0.0, 0.0)
+    modes = np.concatenate([A[:500], A[500:1000] + 50])
+    precision, recall = precision_recall(modes, A[1000:1500])
+    assert precision > 0.9 and recall == pytest.approx(0.5, abs=0.05)
+
+
+def test_diversity_is_within_groups():
+    points = np.array([[0.0], [2.0], [100.0], [104.0]])
+    assert diversity(points, ["a", "a", "b", "b"]) == pytest.approx((2 + 4) / 2)
+    assert np.isnan(diversity(points, ["a", "b", "c", "d"]))
+
+
+def test_the_standard_error_is_the_spread_over_fresh_samples():
+    def difference(a, b):
+        return float(a.mean() - b.mean())
+
+    estimate = np.mean(
+        [standard_error(difference, rng.standard_normal((400, 1)), rng.standard_normal((400, 1))) for _ in range(30)]
+    )
+    assert estimate == pytest.approx((2 / 400) ** 0.5, rel=0.15)

@@ -1,0 +1,192 @@
+"""The pair factory: its law, its purity, and faults at every moment."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pipeline.errors import StageFailed
+from stages.data import shards
+from stages.data.files import sha256_of
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+from tests.conftest import GAUSSIAN, ROOT, command, execute, retort
+
+SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.015")
+
+
+def hashes(pool: Path) -> dict[str, str]:
+    return {str(tar.relative_to(pool)): sha256_of(tar) for tar in sorted(pool.rglob("*.tar"))}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, str]:
+    """Hashes of every tar of SLOW, made in one go by the inline engine."""
+    return hashes(execute(SLOW, tmp_path_factory.mktemp("whole"))["pairs"].pool)
+
+
+def test_pairs_follow_the_linear_map_of_ddim(tmp_path):
+    """Regressing latents on noise gives the mean and the product of DDIM's factors (methods.md 0.2 and 1)."""
+    text = GAUSSIAN.replace("count: 40", "count: 64\n    storage_dtype: float32")
+    plan = execute(text, tmp_path)
+    reader = PairReader(read_list(plan["pairs"].artifact.folder))
+    batch = reader.batch(range(64))
+    slope, intercept = np.polyfit(batch.noise.ravel(), batch.latent.ravel(), 1)
+
+    from stages.diffusion.samplers import timesteps
+    from stages.diffusion.schedule import NoiseSchedule
+
+    schedule, std, mean = NoiseSchedule.stable_diffusion(), 0.6, 0.5
+    points = [schedule.at(t) for t in [*timesteps(1000, 10), -1]]
+    vectors = [np.array([alpha * std, sigma]) for alpha, sigma in points]
+    product = np.prod([s @ t / (t @ t) for t, s in zip(vectors, vectors[1:], strict=False)])
+    assert slope == pytest.approx(product, rel=1e-4)
+    assert intercept == pytest.approx(mean - product * points[0][0] * mean, rel=1e-4)
+    np.testing.assert_allclose(batch.latent, slope * batch.noise + intercept, atol=1e-4)
+
+
+def test_what_is_stored_is_what_was_solved_from(tiny):
+    """Solving again from the stored float16 noise gives the stored latents, bit for bit."""
+    from stages.data import prompts
+    from stages.networks import teachers
+
+    _, plan = tiny
+    pairs = plan["pairs"].artifact
+    reader = PairReader(read_list(pairs.folder))
+    teacher = teachers.load(pairs.inputs["teacher"].folder, device="cpu")
+    held = reader.batch(range(32, 48))
+    assert held.prompts == [prompts.load("digits")[i % 60] for i in range(32, 48)]
+    with teacher.inference():
+        again = teachers.solve(teacher, held.noise, held.prompts, pairs.stage.sampler)
+    np.testing.assert_array_equal(teacher.to_numpy(again).astype(np.float16), held.latent)
+
+
+def test_raising_the_count_reuses_every_full_shard(tmp_path):
+    first = execute(GAUSSIAN, tmp_path)["pairs"]
+    assert sorted(hashes(first.pool)) == ["00000.tar", "00001.tar", "tail-8/00002.tar"]
+    before = {p: p.stat().st_mtime_ns for p in first.pool.rglob("*.parquet")}
+    more = execute(GAUSSIAN, tmp_path, ["stages.pairs.count=64"])["pairs"]
+    assert more.artifact.record["metrics"]["reused_count"] == 32
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    assert [s.count for s in read_list(more.artifact.folder)] == [16] * 4
+    assert [s.count for s in read_list(first.artifact.folder)] == [16, 16, 8]
+
+
+def test_receipts_say_where_shards_come_from(tmp_path):
+    plan = execute(GAUSSIAN, tmp_path)
+    facts = shards.read_facts(plan["pairs"].pool / "00000.parquet")
+    assert facts.provenance["teacher"] == plan["teacher"].artifact.fingerprint
+    assert facts.provenance["sampler"]["steps"] == 10
+    assert facts.provenance["execution"]["micro_batch"] == 8
+    assert {"noise", "dtype", "device", "versions", "seconds", "seed"} <= set(facts.provenance)
+
+
+@pytest.mark.parametrize("moment", [0.3, 0.8, 1.3, 1.8])
+def test_a_killed_driver_is_resumed_to_the_same_bytes(tmp_path, moment, uninterrupted):
+    """SIGKILL at several moments of an inline run, in the middle of solving and of writing."""
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(SLOW)
+    store = tmp_path / "store"
+    process = subprocess.Popen(
+        command("submit", manifest, "--store", store, "--engine", "inline"),
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not (store / "pairs" / "pool").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = retort("resume", "gaussian", "--store", store, "--engine", "inline")
+    assert done.returncode == 0, done.stderr
+    (pool,) = (store / "pairs" / "pool").iterdir()
+    assert hashes(pool) == uninterrupted
+    leftovers = [p for p in pool.rglob(".*") if p.is_file()]
+    assert len(leftovers) <= 1  # a temporary of the killed process, under a name that no reader looks at
+
+
+def test_a_truncated_tar_is_made_again(tmp_path, uninterrupted):
+    plan = execute(SLOW, tmp_path)["pairs"]
+    tar = plan.pool / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1024])
+    execute(SLOW, tmp_path)
+    assert hashes(plan.pool) == uninterrupted
+
+
+@pytest.fixture
+def broken_teacher(tiny, tmp_path) -> Path:
+    """A real diffusers folder whose U-Net has one NaN in its last layer."""
+    _, plan = tiny
+    folder = tmp_path / "broken"
+    shutil.copytree(plan["teacher"].artifact.folder, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.bias"] = np.full_like(tensors["conv_out.bias"], np.nan)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_teacher_that_yields_nan_fails_with_one_sentence(broken_teacher, tmp_path):
+    text = GAUSSIAN.replace("gaussian: {mean: 0.5, std: 0.6, shape: [2, 4, 4], delay: 0.0}", f"from: {broken_teacher}")
+    with pytest.raises(StageFailed, match=r"shard 00000: the teacher's output for sample 0 \(prompt 'a red"):
+        execute(text.replace("steps: 10", "steps: 2"), tmp_path / "store")
+    pool = tmp_path / "store" / "pairs" / "pool"
+    assert not list(pool.rglob("*.parquet")) and not list(pool.rglob("*.tar"))
+
+
+def test_an_unwritable_store_is_one_sentence_and_exit_2(tmp_path):
+    (tmp_path / "file").write_text("")
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(GAUSSIAN)
+    done = retort("submit", manifest, "--store", tmp_path / "file" / "store", "--engine", "inline")
+    assert done.returncode == 2
+    assert done.stderr.startswith("retort: store ") and "cannot be written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_is_one_sentence_exit_1_and_resumable(tmp_path, uninterrupted):
+    """A real one: a file system of 96 KB, in a mount namespace of its own."""
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(SLOW)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    inside = " ".join(map(str, command("submit", manifest, "--store", disk, "--engine", "inline")))
+    again = " ".join(map(str, command("resume", "gaussian", "--store", disk, "--engine", "inline")))
+    script = (
+        f"mount -t tmpfs -o size=96k none {disk} && {inside}; echo code $?; ls -A {disk}/pairs/pool/*; "
+        f"mount -o remount,size=10m {disk} && {again}; echo code $?; sha256sum {disk}/pairs/pool/*/*.tar"
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "code 1\n" in done.stdout and "code 0\n" in done.stdout, done.stdout + done.stderr
+    assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert all(sha in done.stdout for name, sha in uninterrupted.items() if "tail" not in name)
+
+
+def test_stats_say_what_is_there(tmp_path):
+    plan = execute(GAUSSIAN, tmp_path)["pairs"]
+    done = retort("stats", plan.artifact.folder, "--json", "--deep")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["count"] == 40 and found["shards"] == 3
+    assert found["distinct_prompts"] == 40 and found["repeated_noises"] == 0 and found["damaged"] == {}
+    assert found["arrays"]["noise"]["std"] == pytest.approx(1.0, abs=0.05)
+    assert found["provenance"]["sampler"]["steps"] == 10
+    assert "repeated noises" in retort("stats", plan.pool).stdout
+    tar = plan.pool / "00001.tar"
+    content = bytearray(tar.read_bytes())
+    content[-3000] ^= 1
+    tar.write_bytes(content)
+    assert retort("stats", plan.artifact.folder).returncode == 0
+    done = retort("stats", plan.artifact.folder, "--deep")
+    assert done.returncode == 1 and "00001.tar: its content is not what the receipt says" in done.stdout
+    done = retort("stats", tmp_path / "nothing")
+    assert done.returncode == 2 and "holds no shards" in done.stderr

@@ -1,0 +1,219 @@
+"""Planning: what is reused, what runs, and why; and that fingerprints are what they were."""
+
+import ast
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+
+from pipeline.errors import ManifestError
+from pipeline.fingerprint import fingerprint, identity, pool_fingerprint
+from stages import KINDS
+from stages.base import Extent, Neutral, Stage
+from tests.conftest import GAUSSIAN, ROOT, TINY, execute, plan_of
+
+RECORDED = Path(__file__).parent / "recorded.json"
+
+BLOCKER = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "ray", "diffusers", "transformers", "webdataset"}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+from pipeline.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "manifests").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_manifest_is_planned_without_torch_ray_or_diffusers(path, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKER, "plan", str(path), "--store", str(tmp_path), "--json"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {stage["state"] for stage in json.loads(done.stdout).values()} <= {"run", "blocked"}
+
+
+def test_planning_changes_nothing(tmp_path):
+    plan_of(TINY, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_is_sealed_is_reused_and_what_changed_says_why(tmp_path):
+    execute(GAUSSIAN, tmp_path)
+    assert {s.state for s in plan_of(GAUSSIAN, tmp_path).values()} == {"reuse"}
+    plan = plan_of(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=25", "stages.pairs.dtype=float16"])
+    assert plan["teacher"].state == "reuse"
+    assert (plan["pairs"].state, plan["pairs"].why) == ("run", "dtype float32 -> float16; sampler.steps 10 -> 25")
+    plan = plan_of(GAUSSIAN, tmp_path, ["stages.teacher.gaussian.std=0.7"])
+    assert plan["teacher"].why == "gaussian.std 0.6 -> 0.7"
+    assert plan["pairs"].why == "its input teacher is another"
+    assert plan_of(GAUSSIAN, tmp_path, ["seed=5"])["teacher"].why == "seed 0 -> 5"
+
+
+def test_execution_and_resources_make_nothing_stale(tmp_path):
+    execute(GAUSSIAN, tmp_path)
+    changed = GAUSSIAN.replace("micro_batch: 8", "micro_batch: 16, threads: 1") + "resources: {pairs: {workers: 2}}"
+    assert {s.state for s in plan_of(changed, tmp_path).values()} == {"reuse"}
+
+
+def test_two_manifests_share_what_they_have_in_common(tmp_path):
+    first = execute(GAUSSIAN, tmp_path)
+    other = plan_of(GAUSSIAN.replace("name: gaussian", "name: other"), tmp_path)
+    assert other["pairs"].state == "reuse" and other["pairs"].artifact.folder == first["pairs"].artifact.folder
+
+
+def test_a_prompts_file_counts_by_content(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    text = GAUSSIAN.replace("prompts: digits", f"prompts: {prompts}")
+    before = execute(text, tmp_path / "store")["pairs"]
+    elsewhere = tmp_path / "same.txt"
+    elsewhere.write_text("a cat\na dog\n")
+    assert plan_of(text.replace(str(prompts), str(elsewhere)), tmp_path / "store")["pairs"].state == "reuse"
+    prompts.write_text("a cat\na cow\n")
+    after = plan_of(text, tmp_path / "store")["pairs"]
+    assert (after.state, after.why) == ("run", "the content of prompts changed")
+    assert after.pool != before.pool
+
+
+def test_a_count_is_no_part_of_the_pool(tmp_path):
+    plan, more = plan_of(GAUSSIAN, tmp_path)["pairs"], plan_of(GAUSSIAN, tmp_path, ["stages.pairs.count=99"])["pairs"]
+    assert plan.artifact.fingerprint != more.artifact.fingerprint and plan.pool == more.pool
+    assert plan_of(GAUSSIAN, tmp_path, ["stages.pairs.shard_size=8"])["pairs"].pool != plan.pool
+
+
+def test_a_seed_of_its_own_leaves_the_inputs_alone(tmp_path):
+    plan, other = plan_of(TINY, tmp_path), plan_of(TINY, tmp_path, ["stages.student.seed=1"])
+    assert plan["pairs"].artifact == other["pairs"].artifact
+    assert plan["student"].artifact.fingerprint != other["student"].artifact.fingerprint
+    same = plan_of(TINY, tmp_path, ["stages.student.seed=0"])
+    assert same["student"].artifact.fingerprint == plan["student"].artifact.fingerprint
+
+
+def test_damage_is_noticed(tmp_path):
+    pairs = execute(GAUSSIAN, tmp_path)["pairs"]
+    next(pairs.pool.glob("00001.tar")).unlink()
+    plan = plan_of(GAUSSIAN, tmp_path)["pairs"]
+    assert plan.state == "resume" and "1 of 3 shards are missing or changed, such as 00001.tar" in plan.why
+    execute(GAUSSIAN, tmp_path)
+    assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "reuse"
+    teacher = execute(GAUSSIAN, tmp_path)["teacher"].artifact.folder / "gaussian.json"
+    teacher.write_text("{}")
+    plan = plan_of(GAUSSIAN, tmp_path)["teacher"]
+    assert plan.state == "resume" and "gaussian.json is missing or changed" in plan.why
+
+
+def test_an_artifact_may_be_named_by_its_path(tmp_path):
+    teacher = execute(GAUSSIAN, tmp_path)["teacher"].artifact
+    text = GAUSSIAN.replace("teacher: teacher", f"teacher: {teacher.folder}")
+    assert plan_of(text, tmp_path)["pairs"].state == "reuse"
+    with pytest.raises(ManifestError, match="is no sealed artifact"):
+        plan_of(text.replace(teacher.fingerprint, "nothing"), tmp_path)
+
+
+def test_contradictions_between_stages_are_errors_of_the_plan(tmp_path):
+    for override, words in {
+        "stages.student.held_out=96": "96 pairs held out of 96 leave none to train on",
+        "stages.pairs.sampler.timestep_spacing=leading": "needs pairs solved with timestep_spacing: trailing",
+    }.items():
+        with pytest.raises(ManifestError, match=words):
+            plan_of(TINY, tmp_path, [override])
+    with pytest.raises(ManifestError, match="no network that a student could start from"):
+        student = "{kind: distill, pairs: pairs, held_out: 8, method: {name: knowledge_distillation}, training: {steps: 1}}"
+        plan_of(f"{GAUSSIAN}  student: {student}", tmp_path)
+
+
+def test_an_unreachable_hub_blocks_but_a_commit_does_not(tmp_path):
+    text = "name: hub\nstages:\n  teacher: {kind: teacher, from: someone/model%s}\n"
+    blocked = plan_of(text % "", tmp_path)["teacher"]
+    assert blocked.state == "blocked" and "give `revision:` a full commit" in blocked.why
+    pinned = plan_of(text % f", revision: {'a' * 40}", tmp_path)["teacher"]
+    assert pinned.state == "run" and pinned.contents == {"from_": "hub:" + "a" * 40}
+
+
+class Example(Stage):
+    VERSION = 1
+    kind: str = "example"
+    size: int = 3
+    amount: Annotated[int, Extent()] = 10
+
+
+class Extended(Example):
+    added: Annotated[float, Neutral()] = 0.5
+
+
+def test_a_neutral_default_leaves_fingerprints_unchanged():
+    before = identity(Example(), 0, {}, {})
+    assert identity(Extended(), 0, {}, {}) == before
+    assert identity(Extended(added=1.0), 0, {}, {}) != before
+
+
+def test_pools_leave_out_extents_only():
+    a, b, c = Example(), Example(amount=11), Example(size=4)
+    ids = [identity(x, 0, {}, {}) for x in (a, b, c)]
+    pools = [pool_fingerprint(x, i) for x, i in zip((a, b, c), ids, strict=True)]
+    assert len({fingerprint(i) for i in ids}) == 3 and pools[0] == pools[1] != pools[2]
+
+
+# --- Recorded: these fail when results change identity, to make whoever edits decide -----------------
+
+
+def recorded_now(store: Path) -> dict[str, dict[str, object]]:
+    return {
+        "fingerprints": {
+            f"{text.split()[1]}/{name}": stage.artifact.fingerprint
+            for text in (GAUSSIAN, TINY)
+            for name, stage in plan_of(text, store).items()
+        },
+        "sources": {kind: {"version": stage.VERSION, "sha256": source_hash(kind)} for kind, stage in KINDS.items()},
+    }
+
+
+def source_hash(kind: str) -> str:
+    """Hash of the code, without comments and docstrings, of the stage's module and all of `stages` it imports."""
+    seen: dict[Path, str] = {}
+    todo = [ROOT / "stages" / f"{kind}.py"]
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                body[:] = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                target = ROOT / Path(*name.split("."))
+                found = [f for f in (target.with_suffix(".py"), target / "__init__.py") if f.exists()]
+                todo += [f for f in found if f.is_relative_to(ROOT / "stages")]
+        seen[path] = ast.dump(tree)
+    text = "".join(seen[path] for path in sorted(seen))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_fingerprints_are_those_recorded(tmp_path):
+    assert recorded_now(tmp_path)["fingerprints"] == json.loads(RECORDED.read_text())["fingerprints"], (
+        "fingerprints changed: every artifact of every user becomes stale. If that is meant, "
+        "run `python -m tests.test_plan`; if a setting was added, mark it Neutral()"
+    )
+
+
+def test_sources_are_those_recorded_for_their_versions(tmp_path):
+    assert recorded_now(tmp_path)["sources"] == json.loads(RECORDED.read_text())["sources"], (
+        "the code behind a stage changed. If its results change, raise its VERSION; "
+        "then, or if they do not, run `python -m tests.test_plan`"
+    )
+
+
+if __name__ == "__main__":
+    RECORDED.write_text(json.dumps(recorded_now(Path("/nonexistent")), indent=1) + "\n")

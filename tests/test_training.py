@@ -1,0 +1,159 @@
+"""The training loop, through a method of its own: a linear student of a Gaussian teacher."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from stages.base import StageError
+from stages.data.order import ShuffledOrder
+from stages.methods.base import Player, TrainingExecution, TrainingSettings, Turn
+from stages.training import train
+
+MEAN, STD = 0.5, 0.6
+
+
+class Linear:
+    """x = m + S z, to be found by regression; `noisy` draws from the global generator in its loss."""
+
+    def __init__(self, noisy: bool = False, **settings):
+        torch.manual_seed(0)
+        self.noisy = noisy
+        module = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1 if noisy else 0.0))
+        self.players = {"student": Player(module, TrainingSettings(**{"steps": 40, "batch_size": 8, **settings}))}
+
+    def turns(self, step):
+        return [Turn("student", self.loss)]
+
+    def loss(self, batch):
+        z = batch["z"] + (0.1 * torch.randn_like(batch["z"]) if self.noisy else 0.0)
+        return (self.players["student"].module(z) - batch["x"]).square().mean(), {}
+
+    def after_step(self, step):
+        pass
+
+
+Z = torch.linspace(-2, 2, 37)[:, None]
+
+
+def batches(size=8):
+    order = ShuffledOrder(len(Z), size, 3)
+    return lambda step: {"z": Z[order.batch(step)], "x": MEAN + STD * Z[order.batch(step)]}
+
+
+def finish(steps):
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value
+
+
+def run(method, folder, size=8, every=7):
+    execution = TrainingExecution(checkpoint_every=every, device="cpu")
+    return train(method, batches(size), seed=1, checkpoints=folder, execution=execution)
+
+
+def weights(trained):
+    return {name: t.clone() for name, t in trained.averages["student"].state_dict().items()}
+
+
+def test_regression_finds_the_teachers_map(tmp_path):
+    trained = finish(run(Linear(steps=600, learning_rate=0.05), tmp_path))
+    weight, bias = (p.item() for p in trained.averages["student"].parameters())
+    assert (weight, bias) == pytest.approx((STD, MEAN), abs=1e-3)
+
+
+def test_killed_at_any_step_the_result_is_the_same_bit_for_bit(tmp_path):
+    """The generator is dropped where a kill would end it: nothing of the loop runs after that."""
+    whole = finish(run(Linear(noisy=True), tmp_path / "whole", every=3))
+    for stop in range(1, 5):
+        folder = tmp_path / f"stop{stop}"
+        list(itertools.islice(run(Linear(noisy=True), folder, every=3), stop))
+        torch.manual_seed(stop)
+        torch.randn(stop)
+        again = finish(run(Linear(noisy=True), folder, every=3))
+        assert all(torch.equal(a, weights(whole)[name]) for name, a in weights(again).items())
+        strip = [{k: v for k, v in line.items()} for line in again.history]
+        assert strip == whole.history
+
+
+def test_a_half_written_checkpoint_is_not_believed(tmp_path):
+    whole = finish(run(Linear(), tmp_path / "whole"))
+    list(itertools.islice(run(Linear(), tmp_path / "cut"), 2))
+    (newest,) = (tmp_path / "cut").glob("step-*")
+    shutil.copytree(newest, tmp_path / "cut" / ".step-00000099.123")
+    (tmp_path / "cut" / ".step-00000099.123" / "tensors.safetensors").write_bytes(b"cut")
+    again = finish(run(Linear(), tmp_path / "cut"))
+    assert all(torch.equal(a, weights(whole)[name]) for name, a in weights(again).items())
+
+
+def test_accumulating_two_halves_is_one_whole_batch(tmp_path):
+    one = Linear(batch_size=8)
+    two = Linear(batch_size=4, accumulate=2)
+    a = finish(run(one, tmp_path / "one", size=8))
+    b = finish(run(two, tmp_path / "two", size=4))
+    for name, tensor in weights(a).items():
+        torch.testing.assert_close(weights(b)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_another_number_of_threads_is_warned_about(tmp_path, caplog):
+    list(itertools.islice(run(Linear(), tmp_path), 2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads % 2 + 1)
+    try:
+        finish(run(Linear(), tmp_path))
+    finally:
+        torch.set_num_threads(threads)
+    assert "results will differ" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
+    method = Linear(learning_rate=1e-3)
+    method.loss = lambda batch: (method.players["student"].module(batch["z"]).sum() * float("nan"), {})
+    with pytest.raises(StageError, match="the loss is nan at step 6; lower learning_rate"):
+        finish(run(method, tmp_path))
+    assert not list(tmp_path.glob("step-*"))
+
+
+class TwoPlayers:
+    """Each player's loss also touches the other: only the one whose turn it is may move."""
+
+    def __init__(self):
+        settings = TrainingSettings(steps=1, batch_size=8, learning_rate=0.1)
+        self.players = {name: Player(nn.Linear(1, 1), settings) for name in ("student", "critic")}
+        self.seen = []
+
+    def turns(self, step):
+        return [Turn("critic", lambda batch: self.loss("critic", batch)), Turn("student", lambda batch: self.loss("student", batch))]
+
+    def loss(self, whose, batch):
+        frozen = {n: [p.requires_grad for p in player.module.parameters()] for n, player in self.players.items()}
+        self.seen.append((whose, {n: all(flags) for n, flags in frozen.items()}))
+        both = [player.module(batch["z"]) for player in self.players.values()]
+        return sum(both).square().mean(), {"size": both[0].detach().abs().mean()}
+
+    def after_step(self, step):
+        self.seen.append(("after", step))
+
+
+def test_only_the_player_whose_turn_it_is_learns(tmp_path):
+    method = TwoPlayers()
+    trained = finish(run(method, tmp_path))
+    assert method.seen == [
+        ("critic", {"student": False, "critic": True}),
+        ("student", {"student": True, "critic": False}),
+        ("after", 0),
+    ]
+    assert {"critic_loss", "student_loss", "student_size", "critic_gradient_norm"} <= set(trained.history[0])
+
+
+def test_learning_rates():
+    settings = TrainingSettings(steps=100, learning_rate=1.0, warmup_steps=9)
+    assert settings.learning_rate_at(0) == pytest.approx(0.1)
+    assert settings.learning_rate_at(50) == pytest.approx(0.5)
+    assert settings.learning_rate_at(99) < 1e-3
+    constant = TrainingSettings(steps=100, learning_rate=1.0, decay="constant")
+    assert constant.learning_rate_at(99) == 1.0

@@ -21,18 +21,28 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130
 
-_set = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a setting of the manifest.")
+_set = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a setting of the manifest."
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 _store = click.option(
-    "--store", envvar="RETORT_STORE", metavar="FOLDER", help="The store; default: RETORT_STORE, the manifest's, ./retort-store."
+    "--store",
+    envvar="RETORT_STORE",
+    metavar="FOLDER",
+    help="The store; default: RETORT_STORE, the manifest's, ./retort-store.",
 )
 _name = click.option("--name", help="Name of the run; default: the manifest's name.")
 
 
 def _execution(command: F) -> F:
     for option in (
-        click.option("--engine", type=click.Choice(["ray", "inline"]), default="ray", show_default=True,
-                     help="ray: worker processes; inline: all in this process, for debugging."),
+        click.option(
+            "--engine",
+            type=click.Choice(["ray", "inline"]),
+            default="ray",
+            show_default=True,
+            help="ray: worker processes; inline: all in this process, for debugging.",
+        ),
         click.option("--wait", is_flag=True, help="Wait for locks that other runs hold."),
         click.option("--debug", is_flag=True, help="Show tracebacks."),
     ):
@@ -61,8 +71,15 @@ def cli() -> None:
 @_execution
 @_json
 def submit(
-    manifest: Path, overrides: tuple[str, ...], only: str | None, name: str | None, store: str | None,
-    engine: str, wait: bool, debug: bool, as_json: bool,
+    manifest: Path,
+    overrides: tuple[str, ...],
+    only: str | None,
+    name: str | None,
+    store: str | None,
+    engine: str,
+    wait: bool,
+    debug: bool,
+    as_json: bool,
 ) -> None:
     """Run the pipeline of MANIFEST, reusing whatever the store already holds."""
     from pipeline import manifest as manifests
@@ -248,11 +265,13 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         from pipeline.engine import describe
-        from pipeline.errors import RetortError
+        from pipeline.errors import ManifestError, RetortError
 
         if debug or not isinstance(error, RetortError | OSError):
             raise
-        click.echo(f"retort: {error if isinstance(error, RetortError) else describe(error)}", err=True)
+        # a manifest's problems begin with file:line:column, as editors expect
+        prefix = "" if isinstance(error, ManifestError) else "retort: "
+        click.echo(f"{prefix}{error if isinstance(error, RetortError) else describe(error)}", err=True)
         sys.exit(error.exit_code if isinstance(error, RetortError) else 1)
 
 

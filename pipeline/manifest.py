@@ -32,7 +32,7 @@ class Manifest(Config):
     seed: int = Field(0, ge=0)
     store: str = "./retort-store"
     stages: dict[Name, Annotated[Stage, Choice("kind", KINDS)]] = Field(min_length=1)
-    resources: dict[str, Resources] = {}
+    resources: dict[str, Resources] = Field(default_factory=dict)
 
     def seed_of(self, stage: str) -> int:
         own = self.stages[stage].seed
@@ -85,8 +85,7 @@ def dump(manifest: Manifest) -> str:
 
     values = manifest.model_dump(mode="json", by_alias=True)
     values["stages"] = {
-        name: stage.model_dump(mode="json", by_alias=True, exclude_none=True)
-        for name, stage in manifest.stages.items()
+        name: stage.model_dump(mode="json", by_alias=True, exclude_none=True) for name, stage in manifest.stages.items()
     }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -134,7 +133,10 @@ def _fields_at(path: Sequence[str | int], value: Any) -> list[str]:
     """The keys that the mapping at `path` may have."""
     model: Any = Manifest
     for part in path:
-        value = value[part] if isinstance(value, list) or (isinstance(value, dict) and part in value) else None
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
         if isinstance(model, type) and issubclass(model, Config):
             info = _field(model, str(part))
             if info is None:

@@ -89,7 +89,7 @@ def _plan_stage(
     upstream = [planned[r] for r in inputs_of(stage).values() if r in planned]
     state: State
     if unknown:
-        state, why = "blocked", unknown[0]
+        state, why = "blocked", str(unknown[0])
     elif any(p.state == "blocked" for p in upstream):
         state, why = "blocked", f"waits for {next(p.name for p in upstream if p.state == 'blocked')}"
     else:

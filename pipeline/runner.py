@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -60,7 +60,9 @@ class Runner:
         for artifact in stage.artifact.inputs.values():
             maker = next((s.name for s in plan if s.artifact == artifact), None)
             if maker and not self.run.store.is_sealed(artifact):
-                raise UsageError(f"stage {stage.name} needs {maker}, which is not made yet; run it without --only first")
+                raise UsageError(
+                    f"stage {stage.name} needs {maker}, which is not made yet; run it without --only first"
+                )
 
     def _stage(self, stage: PlannedStage) -> None:
         store = self.run.store
@@ -87,10 +89,8 @@ class Runner:
             self.run.event("stage_done", stage.name, seconds=round(seconds, 3))
 
     def _failed(self, stage: PlannedStage, why: str, error: BaseException) -> None:
-        try:
+        with suppress(OSError):  # a full disk takes no events either; the message below still says why
             self.run.event("stage_failed", stage.name, error=why)
-        except OSError:  # a full disk takes no events either; the message below still says why
-            pass
         raise StageFailed(
             f"stage {stage.name} failed: {why}\n"
             f"log: {self.run.log_file(stage.name)}\n"
@@ -186,10 +186,15 @@ class Context:
             )
 
 
+class _StageLog(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log line that a full disk does not take is no reason to print a traceback."""
+
+
 @contextmanager
 def _log_to(file: Path) -> Iterator[None]:
     """Everything that is logged or warned in this process goes to the stage's log, and not to the terminal."""
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = _StageLog(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level

@@ -1,9 +1,9 @@
 """A run's folder: what was asked, what was planned, what happened.
 
-    STORE/runs/NAME/manifest.yaml   resolved: defaults and overrides written out, paths absolute
-    STORE/runs/NAME/plan.json       frozen when the run was submitted
-    STORE/runs/NAME/events.jsonl    a JSON object a line: time, event, stage, ...
-    STORE/runs/NAME/logs/STAGE.log
+STORE/runs/NAME/manifest.yaml   resolved: defaults and overrides written out, paths absolute
+STORE/runs/NAME/plan.json       frozen when the run was submitted
+STORE/runs/NAME/events.jsonl    a JSON object a line: time, event, stage, ...
+STORE/runs/NAME/logs/STAGE.log
 """
 
 from __future__ import annotations

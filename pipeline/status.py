@@ -23,7 +23,13 @@ def status_of(run: Run) -> dict[str, dict[str, Any]]:
         kind, fingerprint = planned["kind"], planned["fingerprint"]
         folder = run.store.folder(kind, fingerprint)
         state, detail = _state(run, folder.joinpath(RECORD).exists(), kind, fingerprint, last.get(name))
-        stages[name] = {"state": state, "kind": kind, "fingerprint": fingerprint, "detail": detail, "artifact": str(folder)}
+        stages[name] = {
+            "state": state,
+            "kind": kind,
+            "fingerprint": fingerprint,
+            "detail": detail,
+            "artifact": str(folder),
+        }
         if state not in ("done", "waiting") and name in progress:
             stages[name]["progress"] = {k: progress[name][k] for k in ("done", "total", "unit")}
     return stages

@@ -1,10 +1,10 @@
 """The store: sealed artifacts by content, work in progress, pools of parts, locks, runs.
 
-    STORE/KIND/FINGERPRINT/      a sealed artifact; artifact.json is written last
-    STORE/KIND/pool/FINGERPRINT/ finished parts that several artifacts of a kind may share
-    STORE/work/KIND-FINGERPRINT/ what an unfinished attempt has so far
-    STORE/locks/                 one file an artifact, locked by whoever makes it
-    STORE/runs/NAME/             see runs.py
+STORE/KIND/FINGERPRINT/      a sealed artifact; artifact.json is written last
+STORE/KIND/pool/FINGERPRINT/ finished parts that several artifacts of a kind may share
+STORE/work/KIND-FINGERPRINT/ what an unfinished attempt has so far
+STORE/locks/                 one file an artifact, locked by whoever makes it
+STORE/runs/NAME/             see runs.py
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Store:
 
     def __init__(self, root: Path | str) -> None:
         if "://" in str(root):
-            raise UsageError(f"store {root}: this version keeps its store in a folder; on a cluster, one that all share")
+            raise UsageError(
+                f"store {root}: this version keeps its store in a folder; on a cluster, one that all share"
+            )
         self.root = Path(root).absolute()
 
     def folder(self, kind: str, fingerprint: str) -> Path:
@@ -100,8 +102,8 @@ class Store:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Locked(
-                    f"{artifact.kind}/{artifact.fingerprint} is being made by {self.holder(artifact.kind, artifact.fingerprint)}; "
-                    "wait for it (--wait), or stop it"
+                    f"{artifact.kind}/{artifact.fingerprint} is being made by "
+                    f"{self.holder(artifact.kind, artifact.fingerprint)}; wait for it (--wait), or stop it"
                 ) from None
             file.truncate(0)
             since = datetime.now(UTC).isoformat(timespec="seconds")

@@ -21,7 +21,9 @@ class Distill(Stage):
     pairs: Annotated[str, Input("pairs")]
     method: Annotated[MethodConfig, Choice("name", METHODS)]
     training: TrainingSettings
-    held_out: int = Field(256, ge=1, description="the last pairs, never trained on: for the held-out loss and evaluation")
+    held_out: int = Field(
+        256, ge=1, description="the last pairs, never trained on: for the held-out loss and evaluation"
+    )
     execution: TrainingExecution = TrainingExecution()
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
@@ -30,7 +32,10 @@ class Distill(Stage):
         if self.held_out >= pairs.count:
             yield "held_out", f"{self.held_out} pairs held out of {pairs.count} leave none to train on"
         if pairs.sampler.timestep_spacing != "trailing":
-            yield "pairs", "a one-step student needs pairs solved with timestep_spacing: trailing, from the last timestep"
+            yield (
+                "pairs",
+                "a one-step student needs pairs solved with timestep_spacing: trailing, from the last timestep",
+            )
         teacher = inputs["pairs"].inputs["teacher"].stage
         if getattr(teacher, "gaussian", None):
             yield "pairs", "their teacher is `gaussian:`, which has no network that a student could start from"
@@ -59,7 +64,7 @@ def distill(
     from stages.diffusion.samplers import timesteps
     from stages.methods.base import Batch, Materials
     from stages.networks.latent import LatentTeacher
-    from stages.networks.student import export
+    from stages.networks.student import OneStepStudent, export
     from stages.training import pick_device, train
 
     assert isinstance(pairs.stage, Pairs)
@@ -80,10 +85,9 @@ def distill(
             "prompts": drawn.prompts,
         }
 
-    trained = yield from train(
-        method, batch, seed=seed, checkpoints=output / "checkpoints", execution=config.execution
-    )
+    trained = yield from train(method, batch, seed=seed, checkpoints=output / "checkpoints", execution=config.execution)
     student = trained.averages["student"]
+    assert isinstance(student, OneStepStudent)
     errors = []
     for start in range(len(reader) - config.held_out, len(reader), config.training.batch_size):
         held = reader.batch(range(start, min(start + config.training.batch_size, len(reader))))

@@ -34,4 +34,13 @@ class Evaluate(Stage):
     def run(self, context: StageContext) -> Mapping[str, Any]:
         from stages.evaluation import evaluate
 
-        return context.run(evaluate, self, context.inputs["student"], context.output, context.threads)
+        return context.run(
+            evaluate,
+            context.inputs["student"],
+            self.samples,
+            self.teacher_steps,
+            self.real,
+            self.execution,
+            context.output,
+            context.threads,
+        )

@@ -67,9 +67,7 @@ class Pairs(Stage):
         done = self.count - sum(plan.stop - plan.start for plan in missing)
         reused, started = done, time.monotonic()
         context.progress(Progress(done, self.count, "pairs"))
-        make = partial(
-            ShardWorker, self, context.inputs["teacher"], context.pool, context.seed, context.threads
-        )
+        make = partial(ShardWorker, self, context.inputs["teacher"], context.pool, context.seed, context.threads)
         for plan, _ in context.map(make, missing):
             done += plan.stop - plan.start
             rate = (done - reused) / (time.monotonic() - started)

@@ -24,7 +24,9 @@ class Teacher(Stage):
     kind: Literal["teacher"]
     train: TrainedTeacher | None = None
     from_: Annotated[str | None, Content(revision_field="revision")] = Field(None, alias="from")
-    revision: str | None = Field(None, description="of a hub id: a branch, tag or commit; a commit needs no network to plan")
+    revision: str | None = Field(
+        None, description="of a hub id: a branch, tag or commit; a commit needs no network to plan"
+    )
     gaussian: GaussianSettings | None = None
     execution: TrainingExecution = TrainingExecution()
 
@@ -47,9 +49,7 @@ class Teacher(Stage):
             return {}
         if self.from_:
             return _adopt(self.from_, context.contents["from_"], context.output)
-        figures = context.run(
-            _train, self.train, context.seed, self.execution, context.output, context.threads
-        )
+        figures = context.run(_train, self.train, context.seed, self.execution, context.output, context.threads)
         shutil.rmtree(context.output / "checkpoints", ignore_errors=True)
         return figures
 

@@ -75,7 +75,7 @@ def train(
             run.history.append({"step": done, **_finite(figures, step)})
             rate = (done - start) / (time.monotonic() - started)
             yield Progress(done, total, unit, {**run.history[-1], "per_second": rate})
-        if done % execution.checkpoint_every == 0 and done < total:
+        if done % execution.checkpoint_every == 0 or done == total:
             _finite(figures, step)
             run.save(checkpoints, done)
     return Trained(run.averages, run.history)
@@ -100,9 +100,7 @@ class _Run:
         self.players = dict(method.players)
         settings = next(iter(self.players.values())).training
         AcceleratorState._reset_state(reset_partial_state=True)  # a warm worker may have trained otherwise before
-        self.accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision, cpu=pick_device(execution) == "cpu"
-        )
+        self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=pick_device(execution) == "cpu")
         self.optimizers = {name: _optimizer(player) for name, player in self.players.items()}
         for player in self.players.values():
             player.module.to(self.accelerator.device)
@@ -141,8 +139,8 @@ class _Run:
             decay = min(player.training.ema_decay, (2 + step) / (11 + step))
             for mean, value in zip(self.averages[name].parameters(), player.module.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
-            for mean, value in zip(self.averages[name].buffers(), player.module.buffers(), strict=True):
-                mean.copy_(value)
+            for kept, now in zip(self.averages[name].buffers(), player.module.buffers(), strict=True):
+                kept.copy_(now)
 
     def save(self, folder: Path, step: int) -> None:
         tensors: dict[str, Tensor] = {}

@@ -1,5 +1,7 @@
 """Conversions and samplers against closed forms, in float64."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -57,7 +59,7 @@ def test_timesteps_are_those_of_diffusers(steps):
 def test_trailing_timesteps_start_at_the_noise_and_descend(steps):
     grid = timesteps(1000, steps)
     assert grid[0] == 999 and grid[-1] >= 0 and len(grid) == steps
-    assert all(a > b for a, b in zip(grid, grid[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(grid))
 
 
 def test_too_many_steps_are_refused():

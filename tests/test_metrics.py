@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from stages.metrics.distances import diversity, frechet_distance, kernel_distance, precision_recall, standard_error
+from stages.metrics.distances import (
+    diversity,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    standard_error,
+)
 
 rng = np.random.default_rng(0)
 A = rng.standard_normal((2000, 8))
@@ -44,8 +50,9 @@ def test_kernel_distance_is_unbiased():
 def test_precision_and_recall():
     assert precision_recall(A[:500], A[:500]) == (1.0, 1.0)
     assert precision_recall(A[:500], A[:500] + 100) == (0.0, 0.0)
-    modes = np.concatenate([A[:500], A[500:1000] + 50])
-    precision, recall = precision_recall(modes, A[1000:1500])
+    flat = A[:, :2]
+    modes = np.concatenate([flat[:500], flat[500:1000] + 50])
+    precision, recall = precision_recall(modes, flat[1000:1500])
     assert precision > 0.9 and recall == pytest.approx(0.5, abs=0.05)
 
 

@@ -1,5 +1,6 @@
 """The pair factory: its law, its purity, and faults at every moment."""
 
+import itertools
 import json
 import os
 import shutil
@@ -46,7 +47,7 @@ def test_pairs_follow_the_linear_map_of_ddim(tmp_path):
     schedule, std, mean = NoiseSchedule.stable_diffusion(), 0.6, 0.5
     points = [schedule.at(t) for t in [*timesteps(1000, 10), -1]]
     vectors = [np.array([alpha * std, sigma]) for alpha, sigma in points]
-    product = np.prod([s @ t / (t @ t) for t, s in zip(vectors, vectors[1:], strict=False)])
+    product = np.prod([s @ t / (t @ t) for t, s in itertools.pairwise(vectors)])
     assert slope == pytest.approx(product, rel=1e-4)
     assert intercept == pytest.approx(mean - product * points[0][0] * mean, rel=1e-4)
     np.testing.assert_allclose(batch.latent, slope * batch.noise + intercept, atol=1e-4)

@@ -126,7 +126,9 @@ def test_contradictions_between_stages_are_errors_of_the_plan(tmp_path):
         with pytest.raises(ManifestError, match=words):
             plan_of(TINY, tmp_path, [override])
     with pytest.raises(ManifestError, match="no network that a student could start from"):
-        student = "{kind: distill, pairs: pairs, held_out: 8, method: {name: knowledge_distillation}, training: {steps: 1}}"
+        student = (
+            "{kind: distill, pairs: pairs, held_out: 8, method: {name: knowledge_distillation}, training: {steps: 1}}"
+        )
         plan_of(f"{GAUSSIAN}  student: {student}", tmp_path)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import Locked, UsageError
 from pipeline.store import RECORD, Store, load_artifact
-from tests.conftest import GAUSSIAN, ROOT, execute, plan_of
+from tests.conftest import GAUSSIAN, ROOT, command, execute, plan_of
 
 HOLD = """
 import sys, time
@@ -58,7 +58,10 @@ def test_a_lock_names_its_holder_and_a_killed_holder_frees_it_at_once(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(Locked, match=rf"being made by run other \(process {holder.pid} on "), store.lock(teacher, "mine"):
+    with (
+        pytest.raises(Locked, match=rf"being made by run other \(process {holder.pid} on "),
+        store.lock(teacher, "mine"),
+    ):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -69,22 +72,21 @@ def test_a_lock_names_its_holder_and_a_killed_holder_frees_it_at_once(tmp_path):
 
 def test_two_runs_at_once_make_a_shared_stage_once(tmp_path):
     """Two drivers, one waiting for the other; every stage is made by one of them and reused by the other."""
-    slow = GAUSSIAN.replace("delay: 0.0", "delay: 0.02")
-    script = (
-        "import sys; from pathlib import Path; from tests.conftest import *;"
-        "from pipeline.runner import Runner; Runner.wait = True;"
-        "execute(sys.argv[1], Path(sys.argv[2]), name=sys.argv[3])"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.02"))
+    store = tmp_path / "store"
     runs = [
-        subprocess.Popen([sys.executable, "-c", script, slow, str(tmp_path), name], cwd=ROOT, env=env)
+        subprocess.Popen(
+            command("submit", manifest, "--store", store, "--name", name, "--engine", "inline", "--wait"),
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+        )
         for name in ("one", "two")
-    ]
+    ]  # fmt: skip
     assert [run.wait(60) for run in runs] == [0, 0]
     events = [
         json.loads(line)
         for name in ("one", "two")
-        for line in (tmp_path / "runs" / name / "events.jsonl").read_text().splitlines()
+        for line in (store / "runs" / name / "events.jsonl").read_text().splitlines()
     ]
     assert sum(e["event"] == "stage_done" and e["stage"] == "pairs" for e in events) == 1
     assert sum(e["event"] == "stage_reused" and e["stage"] == "pairs" for e in events) == 1

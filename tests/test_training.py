@@ -127,7 +127,10 @@ class TwoPlayers:
         self.seen = []
 
     def turns(self, step):
-        return [Turn("critic", lambda batch: self.loss("critic", batch)), Turn("student", lambda batch: self.loss("student", batch))]
+        return [
+            Turn("critic", lambda batch: self.loss("critic", batch)),
+            Turn("student", lambda batch: self.loss("student", batch)),
+        ]
 
     def loss(self, whose, batch):
         frozen = {n: [p.requires_grad for p in player.module.parameters()] for n, player in self.players.items()}

@@ -19,9 +19,7 @@ class ShuffledOrder:
         if length < 1:
             raise ValueError("there is nothing to draw from")
         self.length, self.batch_size, self.rank, self.world = length, batch_size, rank, world
-        self._permutation = lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng([seed, epoch]).permutation(length)
-        )
+        self._permutation = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(length))
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """The indices of the 0-based `step`."""

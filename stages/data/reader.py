@@ -66,7 +66,9 @@ class _OpenShard:
         self.bytes = np.memmap(tar, dtype=np.uint8, mode="r")
         self.prompts = rows["prompt"]
         self.offsets = {name: rows[f"{name}_offset"].to_numpy() for name in ARRAYS}
-        self.kinds = {name: (np.dtype(facts.arrays[name]["dtype"]), tuple(facts.arrays[name]["shape"])) for name in ARRAYS}
+        self.kinds = {
+            name: (np.dtype(facts.arrays[name]["dtype"]), tuple(facts.arrays[name]["shape"])) for name in ARRAYS
+        }
 
     def array(self, name: str, row: int) -> NDArray[np.floating]:
         dtype, shape = self.kinds[name]

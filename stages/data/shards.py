@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import webdataset as wds
 from numpy.typing import NDArray
 
 from stages.data.files import publish, sha256_of
@@ -35,6 +34,8 @@ def write_shard(tar: Path, pairs: Sequence[Pair], sample_facts: dict[str, Any], 
     `sample_facts` go into every sample's .json member beside its index. Interrupted anywhere, it leaves
     no shard; called again, it leaves the same tar.
     """
+    import webdataset as wds  # here, since it imports torch, which reading needs not wait for
+
     temporary = tar.with_name(f".{tar.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file, wds.TarWriter(file, mtime=0, encoder=False) as writer:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stages.base import Artifact, Progress, StageError
-
-if TYPE_CHECKING:
-    from stages.evaluate import Evaluate
+from stages.base import Artifact, Execution, Progress, StageError
 
 
 def evaluate(
-    config: Evaluate, student: Artifact, output: Path, threads: int
+    student: Artifact,
+    samples: int,
+    teacher_steps: list[int],
+    real: str | None,
+    execution: Execution,
+    output: Path,
+    threads: int,
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Write `metrics.json`, `grid.png` and `index.html` to `output`; return the metrics."""
     import torch
@@ -23,18 +26,18 @@ def evaluate(
     from stages.evaluation.sides import sample_sides
 
     torch.set_num_threads(threads)
-    sides, setting = yield from sample_sides(config, student)
+    sides, setting = yield from sample_sides(student, samples, teacher_steps, execution)
     metrics: dict[str, Any] = {
-        "samples": config.samples,
+        "samples": samples,
         "student": student.fingerprint,
         "sides": {side.name: measure.against_teacher(side, sides[0]) for side in sides},
     }
-    if config.real:
+    if real:
         try:
             metrics |= {"features": measure.FEATURE_NAME}
-            yield from measure.against_real(metrics, sides, setting, config.samples)
+            yield from measure.against_real(metrics, sides, setting, samples)
         except ValueError as error:
-            raise StageError(f"evaluation against {config.real}: {error}") from error
+            raise StageError(f"evaluation against {real}: {error}") from error
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     page.write(output, metrics, sides, setting.prompts)
     return metrics

@@ -5,27 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.base import Artifact, Progress
+from stages.base import Artifact, Execution, Progress
 from stages.data import prompts as prompt_sources
 from stages.data.noise import noise_for
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.diffusion.config import Sampler
+from stages.distill import Distill
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import OneStepStudent
 from stages.networks.teachers import solve
 from stages.pairs import Pairs
 from stages.training import pick_device
-
-if TYPE_CHECKING:
-    from stages.distill import Distill
-    from stages.evaluate import Evaluate
 
 BATCH = 64
 UNIT = "samples"
@@ -53,11 +49,13 @@ class Setting:
     """The teacher's full-step latents of the first samples, taken from held-out pairs."""
 
 
-def sample_sides(config: Evaluate, student: Artifact) -> Generator[Progress, None, tuple[list[Side], Setting]]:
+def sample_sides(
+    student: Artifact, samples: int, teacher_steps: list[int], execution: Execution
+) -> Generator[Progress, None, tuple[list[Side], Setting]]:
     """The teacher at full steps first, then in few, the student last."""
     pairs = student.inputs["pairs"]
     assert isinstance(pairs.stage, Pairs)
-    setting = _setting(config, student)
+    setting = _setting(student, samples, execution)
     network = OneStepStudent.load(student.folder, setting.teacher)
     full = pairs.stage.sampler
 
@@ -69,30 +67,29 @@ def sample_sides(config: Evaluate, student: Artifact) -> Generator[Progress, Non
         return network(setting.teacher.to_device(noise), setting.teacher.encode_prompts(prompts))
 
     calls = 1 if full.guidance_scale == 1 else 2
-    plans = [(f"teacher_{steps}", ode(steps), steps * calls) for steps in (full.steps, *config.teacher_steps)]
+    plans = [(f"teacher_{steps}", ode(steps), steps * calls) for steps in (full.steps, *teacher_steps)]
     plans.append(("student", once, 1))
     sides: list[Side] = []
-    total = len(plans) * config.samples
+    total = len(plans) * samples
     for name, sampler, n_calls in plans:
         known = setting.solved if not sides else setting.solved[:0]
         latents, seconds = _sample(sampler, setting, known)
         sides.append(Side(name, latents, setting.teacher.decode(latents), n_calls, seconds))
-        yield Progress(len(sides) * config.samples, total, UNIT, {"seconds_per_image": seconds})
+        yield Progress(len(sides) * samples, total, UNIT, {"seconds_per_image": seconds})
     return sides, setting
 
 
-def _setting(config: Evaluate, student: Artifact) -> Setting:
+def _setting(student: Artifact, samples: int, execution: Execution) -> Setting:
     """Held-out pairs first; where they do not suffice, fresh noise past the last pair's."""
-    distill: Distill = student.stage  # type: ignore[assignment]
-    pairs = student.inputs["pairs"]
-    assert isinstance(pairs.stage, Pairs)
-    teacher = LatentTeacher(pairs.inputs["teacher"].folder, device=pick_device(config.execution))
+    distill, pairs = student.stage, student.inputs["pairs"]
+    assert isinstance(distill, Distill) and isinstance(pairs.stage, Pairs)
+    teacher = LatentTeacher(pairs.inputs["teacher"].folder, device=pick_device(execution))
     reader = PairReader(read_list(pairs.folder))
-    taken = min(config.samples, distill.held_out)
+    taken = min(samples, distill.held_out)
     start = len(reader) - distill.held_out
     held = reader.batch(range(start, start + taken))
     texts = prompt_sources.load(pairs.stage.prompts)
-    fresh = range(len(reader), len(reader) + config.samples - taken)
+    fresh = range(len(reader), len(reader) + samples - taken)
     seed = int(pairs.record["seed"])
     noise = [noise_for(seed, i, teacher.latent_shape, held.noise.dtype)[None] for i in fresh]
     return Setting(

@@ -72,8 +72,9 @@ class Turn:
 class Method(Protocol):
     """Everything that the training loop needs to know. It never asks which method it runs."""
 
-    players: Mapping[str, Player]
-    """By name; a distillation method's result is its player `student`."""
+    @property
+    def players(self) -> Mapping[str, Player]:
+        """By name; a distillation method's result is its player `student`."""
 
     def turns(self, step: int) -> Sequence[Turn]:
         """Who is optimised in this step, in order. All turns of a step see the same batch."""

@@ -12,7 +12,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from stages.diffusion.prediction import Prediction
 
-
 TEXT_WIDTH = 64
 
 

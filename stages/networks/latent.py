@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel
+from transformers.utils import logging as transformers_logging
 
 from stages.diffusion.guidance import guide
 from stages.diffusion.prediction import Prediction
 from stages.diffusion.schedule import NoiseSchedule
 
 CACHED_PROMPTS = 4096
+
+diffusers_logging.disable_progress_bar()  # a worker's output is a log
+transformers_logging.disable_progress_bar()
 
 
 class LatentTeacher:
@@ -30,8 +36,8 @@ class LatentTeacher:
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compile: bool = False
     ) -> None:
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
-        self.unet = self._component(UNet2DConditionModel, "unet")
-        self.text_encoder = self._component(CLIPTextModel, "text_encoder")
+        self.unet = self._load(UNet2DConditionModel, "unet", torch_dtype=dtype)
+        self.text_encoder = self._load(CLIPTextModel, "text_encoder", dtype=dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         self.schedule = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod.double().numpy())
@@ -41,14 +47,14 @@ class LatentTeacher:
         self._network = torch.compile(self.unet) if compile else self.unet
         self._conditions: dict[str, Tensor] = {}
 
-    def _component(self, kind: type, name: str) -> torch.nn.Module:
-        module = kind.from_pretrained(self.folder, subfolder=name, use_safetensors=True)  # type: ignore[attr-defined]
-        return module.to(self.device, self.dtype).eval().requires_grad_(False)
+    def _load(self, kind: Any, name: str, **dtype: torch.dtype) -> Any:
+        module = kind.from_pretrained(self.folder, subfolder=name, use_safetensors=True, **dtype)
+        return module.to(self.device).eval().requires_grad_(False)
 
     @cached_property
-    def vae(self) -> torch.nn.Module:
+    def vae(self) -> Any:
         """Loaded when first asked for: solving an ODE needs no VAE."""
-        return self._component(AutoencoderKL, "vae")
+        return self._load(AutoencoderKL, "vae", torch_dtype=self.dtype)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -98,12 +104,12 @@ class LatentTeacher:
         return torch.cat([self.vae.encode(x).latent_dist.mode() * factor for x in parts])
 
 
-def encode(tokenizer: object, text_encoder: torch.nn.Module, texts: Sequence[str]) -> Tensor:
+def encode(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> Tensor:
     """Texts to states (B, L, D), padded to the tokenizer's length, as StableDiffusionPipeline does it."""
-    tokens = tokenizer(  # type: ignore[operator]
+    tokens = tokenizer(
         list(texts),
         padding="max_length",
-        max_length=tokenizer.model_max_length,  # type: ignore[attr-defined]
+        max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     )

@@ -23,9 +23,10 @@ GUIDANCE_EMBEDDING = 256
 class OneStepStudent(nn.Module):
     """x0 = G(noise, condition): one call of the U-Net at timestep `t`, read as `prediction`."""
 
-    def __init__(self, unet: nn.Module, schedule: NoiseSchedule, t: int, prediction: Prediction) -> None:
+    def __init__(self, unet: Any, schedule: NoiseSchedule, t: int, prediction: Prediction) -> None:
         super().__init__()
-        self.unet, self.t, self.prediction = unet, t, prediction
+        self.unet: Any = unet
+        self.t, self.prediction = t, prediction
         self.alpha, self.sigma = schedule.at(t)
 
     @classmethod
@@ -55,7 +56,9 @@ def export(student: OneStepStudent, teacher: LatentTeacher, folder: Path, card: 
     at another timestep, for which plain diffusers has no one-step grid.
     """
     if student.t != len(teacher.schedule) - 1:
-        raise ValueError(f"a one-step pipeline calls t = {len(teacher.schedule) - 1}, the student knows t = {student.t}")
+        raise ValueError(
+            f"a one-step pipeline calls t = {len(teacher.schedule) - 1}, the student knows t = {student.t}"
+        )
     scheduler = DDIMScheduler.from_config(
         DDIMScheduler.from_pretrained(teacher.folder / "scheduler").config,
         timestep_spacing="trailing",
@@ -80,7 +83,7 @@ def export(student: OneStepStudent, teacher: LatentTeacher, folder: Path, card: 
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _with_guidance_embedding(unet: nn.Module) -> UNet2DConditionModel:
+def _with_guidance_embedding(unet: Any) -> UNet2DConditionModel:
     config = {**unet.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING}
     embedded = UNet2DConditionModel.from_config(config).to(next(unet.parameters()).dtype)
     embedded.load_state_dict(unet.state_dict(), strict=False)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ KL_WEIGHT = 1e-6
 class AutoencoderTraining:
     """L = mean |x - D(z)|^2 + KL_WEIGHT * KL(q(z|x) | N(0, I)), z ~ q(z|x)."""
 
-    def __init__(self, vae: torch.nn.Module, training: TrainingSettings) -> None:
+    def __init__(self, vae: Any, training: TrainingSettings) -> None:
         self.vae = vae
         self.players = {"vae": Player(vae, training)}
 
@@ -32,13 +33,13 @@ class AutoencoderTraining:
 
 
 @torch.no_grad()
-def latents_of(vae: torch.nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+def latents_of(vae: Any, images: Tensor, batch_size: int = 256) -> Tensor:
     """The posterior means, unscaled."""
     return torch.cat([vae.encode(x).latent_dist.mode() for x in images.split(batch_size)])
 
 
 @torch.no_grad()
-def reconstruction_mse(vae: torch.nn.Module, images: Tensor, batch_size: int = 256) -> float:
+def reconstruction_mse(vae: Any, images: Tensor, batch_size: int = 256) -> float:
     """Mean squared error over pixels in [-1, 1], through the posterior's mean."""
     errors = [
         (vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().sum() for x in images.split(batch_size)

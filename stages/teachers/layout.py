@@ -39,13 +39,14 @@ def check(folder: Path) -> None:
         found = (index.get(name) or [None, None])[1]
         if found is None or (kind is not None and found != kind):
             raise StageError(
-                f"{folder} is a {index.get('_class_name', 'pipeline')} whose {name} is {found or 'missing'}; {SUPPORTED}"
+                f"{folder} is a {index.get('_class_name', 'pipeline')} whose {name} is {found or 'missing'}; "
+                f"{SUPPORTED}"
             )
     for pattern in FILES:
         if not any(folder.glob(pattern)):
             raise StageError(f"{folder} has no {pattern}; {SUPPORTED}")
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
-    if "beta_schedule" not in scheduler and "trained_betas" not in scheduler:
+    if not scheduler.get("beta_schedule") and not scheduler.get("trained_betas"):
         raise StageError(f"{folder}'s scheduler, {scheduler.get('_class_name')}, has no betas; {SUPPORTED}")
 
 

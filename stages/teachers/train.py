@@ -18,8 +18,8 @@ from stages.data.order import ShuffledOrder
 from stages.diffusion.schedule import NoiseSchedule
 from stages.methods.base import Batch, TrainingExecution
 from stages.networks import build
-from stages.teachers.config import TrainedTeacher
 from stages.teachers.autoencoder import AutoencoderTraining, latents_of, reconstruction_mse
+from stages.teachers.config import TrainedTeacher
 from stages.teachers.denoiser import DenoiserTraining
 from stages.training import train
 
@@ -35,7 +35,6 @@ def train_teacher(
     images = digits.load(config.size)
     pixels = torch.from_numpy(images.images)
     tokenizer = build.word_tokenizer(digits.captions())
-    vae = build.autoencoder(config.size, config.vae.channels)
     networks = nn.ModuleDict(
         {
             "text_encoder": build.text_encoder(tokenizer),
@@ -45,14 +44,14 @@ def train_teacher(
 
     order = ShuffledOrder(len(images), config.vae.training.batch_size, seed)
     fitted = yield from train(
-        AutoencoderTraining(vae, config.vae.training),
+        AutoencoderTraining(build.autoencoder(config.size, config.vae.channels), config.vae.training),
         lambda step: {"images": pixels[order.batch(step)]},
         seed=seed,
         checkpoints=output / "checkpoints" / "vae",
         execution=execution,
         unit="VAE steps",
     )
-    vae = fitted.averages["vae"].cpu()
+    vae: Any = fitted.averages["vae"].cpu()
     mse = reconstruction_mse(vae, torch.from_numpy(digits.load(config.size, held_out=True).images))
     log.info("VAE reconstruction MSE on held-out images: %.5f", mse)
     if mse > config.vae.max_mse:
@@ -68,23 +67,21 @@ def train_teacher(
     schedule = NoiseSchedule.stable_diffusion()
     order = ShuffledOrder(len(images), config.denoiser.training.batch_size, seed + 1)
     trained = yield from train(
-        DenoiserTraining(
-            networks, tokenizer, schedule, config.prediction, config.drop_text, config.denoiser.training
-        ),
+        DenoiserTraining(networks, tokenizer, schedule, config.prediction, config.drop_text, config.denoiser.training),
         lambda step: _captioned(latents, images, order, step),
         seed=seed + 1,
         checkpoints=output / "checkpoints" / "denoiser",
         execution=execution,
         unit="U-Net steps",
     )
-    _seal(vae, tokenizer, trained.averages["denoiser"].cpu(), config, output)
+    averages = trained.averages["denoiser"].cpu()
+    assert isinstance(averages, nn.ModuleDict)
+    _seal(vae, tokenizer, averages, config, output)
     return {
         "vae_reconstruction_mse": mse,
         "scaling_factor": factor,
         "denoiser_loss": trained.history[-1]["loss"],
-        "parameters_millions": {
-            name: build.parameters_millions(m) for name, m in {"vae": vae, **networks}.items()
-        },
+        "parameters_millions": {name: build.parameters_millions(m) for name, m in {"vae": vae, **networks}.items()},
     }
 
 
@@ -93,7 +90,7 @@ def _captioned(latents: Tensor, images: digits.LabelledImages, order: ShuffledOr
     return {"latents": latents[index], "captions": [images.captions[i] for i in index]}
 
 
-def _seal(vae: nn.Module, tokenizer: Any, networks: nn.Module, config: TrainedTeacher, output: Path) -> None:
+def _seal(vae: nn.Module, tokenizer: Any, networks: nn.ModuleDict, config: TrainedTeacher, output: Path) -> None:
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=copy.deepcopy(networks["text_encoder"]),

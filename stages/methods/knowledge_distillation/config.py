@@ -19,7 +19,9 @@ class KnowledgeDistillationConfig(MethodConfig):
     data: ClassVar[Literal["pairs"]] = "pairs"
     name: Literal["knowledge_distillation"] = "knowledge_distillation"
     loss: RegressionLoss = "l1"
-    prediction: Literal["v_prediction", "epsilon"] = Field("v_prediction", description="what the student's U-Net puts out")
+    prediction: Literal["v_prediction", "epsilon"] = Field(
+        "v_prediction", description="what the student's U-Net puts out"
+    )
 
     def create(self, materials: Materials) -> Method:
         from stages.methods.knowledge_distillation.method import KnowledgeDistillation

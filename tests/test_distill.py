@@ -1,0 +1,127 @@
+"""Students: their start, their export to plain diffusers, their resume after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from stages.data.files import sha256_of
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+from stages.losses.regression import regression_loss
+from stages.networks.latent import LatentTeacher
+from stages.networks.student import OneStepStudent
+from tests.conftest import ROOT, TINY, command, execute
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
+
+
+def held_out(tiny):
+    return PairReader(read_list(tiny[1]["pairs"].artifact.folder)).batch(range(64, 96))
+
+
+def test_losses_in_closed_form():
+    a, b = torch.zeros(2, 1, 3, 3), torch.full((2, 1, 3, 3), 2.0)
+    assert regression_loss("l1", a, b) == 2.0 and regression_loss("mse", a, b) == 4.0
+    far = torch.full((2, 1, 3, 3), 1e4)
+    assert regression_loss("pseudo_huber", a, far) == pytest.approx(1e4 / 3 * 3 / 1.0, rel=1e-3)
+    near = regression_loss("pseudo_huber", a, a + 1e-6)
+    assert 0 < near < 1e-6
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+def test_a_new_student_is_its_formula_on_the_teachers_weights(teacher, prediction):
+    student = OneStepStudent.from_teacher(teacher, 999, prediction)
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    condition = teacher.encode_prompts(["a red handwritten seven", ""])
+    output = teacher.unet(noise, 999, condition).sample
+    alpha, sigma = teacher.schedule.at(999)
+    expected = alpha * noise - sigma * output if prediction == "v_prediction" else (noise - sigma * output) / alpha
+    torch.testing.assert_close(student(noise, condition), expected)
+
+
+def test_the_student_learns_what_it_never_saw(tiny, teacher):
+    held = held_out(tiny)
+    target = torch.from_numpy(held.latent).float()
+
+    def error(student):
+        x0 = student(teacher.to_device(held.noise), teacher.encode_prompts(held.prompts))
+        return float((x0 - target).square().mean())
+
+    with torch.no_grad():
+        before = error(OneStepStudent.from_teacher(teacher, 999, "v_prediction"))
+        after = error(OneStepStudent.load(tiny[1]["student"].artifact.folder, teacher))
+    assert after < before
+    assert after == pytest.approx(tiny[1]["student"].artifact.record["metrics"]["held_out_mse"], rel=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_plain_diffusers_runs_the_export_in_one_step_at_any_guidance(tiny, teacher, guidance_scale):
+    from diffusers import DiffusionPipeline
+
+    folder = tiny[1]["student"].artifact.folder
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    held = held_out(tiny)
+    noise, prompts = teacher.to_device(held.noise[:3]), held.prompts[:3]
+    images = pipeline(
+        prompts, latents=noise, num_inference_steps=1, guidance_scale=guidance_scale, output_type="np"
+    ).images
+    with torch.no_grad():
+        x0 = OneStepStudent.load(folder, teacher)(noise, teacher.encode_prompts(prompts))
+    ours = ((teacher.decode(x0) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(images, ours, atol=1e-5)
+
+
+def test_the_export_says_what_it_is(tiny):
+    student = tiny[1]["student"].artifact
+    card = (student.folder / "README.md").read_text()
+    assert "num_inference_steps=1" in card and student.fingerprint in card
+    assert tiny[1]["teacher"].artifact.fingerprint in card and "license: apache-2.0" in card
+    assert json.loads((student.folder / "student.json").read_text())["timesteps"] == [999]
+    assert not list(student.folder.rglob("*.bin")) and not (student.folder / "checkpoints").exists()
+
+
+def test_training_twice_gives_the_same_bytes(tiny, tmp_path):
+    again = execute(TINY, tmp_path)
+    for name in ("teacher", "student"):
+        ours, theirs = again[name].artifact.folder, tiny[1][name].artifact.folder
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        assert sha256_of(ours / weights) == sha256_of(theirs / weights)
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3])
+def test_a_killed_driver_resumes_training_to_the_same_bytes(tiny, tmp_path, lines):
+    """SIGKILL once so many checkpoints have been seen; the resumed student equals the uninterrupted one."""
+    store = tmp_path / "store"
+    teacher, pairs = (tiny[1][name].artifact.folder for name in ("teacher", "pairs"))
+    text = TINY.replace("pairs: pairs", f"pairs: {pairs}")
+    start, end = text.index("  teacher:"), text.index("  student:")
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(text[:start] + text[end:])
+    submit = command("submit", manifest, "--store", store, "--engine", "inline")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(submit, cwd=ROOT, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    wanted = 7 * lines
+    while process.poll() is None and time.monotonic() < deadline:
+        steps = [int(p.name[5:]) for p in store.glob("work/*/checkpoints/step-*")]
+        if steps and max(steps) >= wanted:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(submit, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (student,) = (store / "distill").iterdir()
+    for file in ("unet/diffusion_pytorch_model.safetensors", "history.jsonl"):
+        assert sha256_of(student / file) == sha256_of(tiny[1]["student"].artifact.folder / file)
+    assert teacher.exists()

@@ -1,0 +1,81 @@
+"""The comparison of a student with its teacher, small."""
+
+import json
+
+import pytest
+
+from pipeline.errors import ManifestError
+from tests.conftest import TINY, execute, plan_of
+
+QUALITY = TINY + "  quality: {kind: evaluate, student: student, real: digits, samples: 60, teacher_steps: [2, 1]}\n"
+
+
+@pytest.fixture(scope="module")
+def quality(tiny):
+    return execute(QUALITY, tiny[0])["quality"].artifact
+
+
+def test_every_side_is_measured_on_the_same_prompts_and_noise(quality):
+    metrics = json.loads((quality.folder / "metrics.json").read_text())
+    assert list(metrics["sides"]) == ["teacher_5", "teacher_2", "teacher_1", "student"]
+    assert [side["network_calls"] for side in metrics["sides"].values()] == [10, 4, 2, 1]
+    assert metrics["sides"]["teacher_5"]["latent_mse"] == 0
+    assert 0 < metrics["sides"]["teacher_2"]["latent_mse"] < metrics["sides"]["teacher_1"]["latent_mse"]
+    assert metrics["features"] == "digits_probe_64" and metrics["samples"] == 60
+    for values in (*metrics["sides"].values(), *metrics["references"].values()):
+        for name in ("prompt_accuracy", "frechet_distance", "kernel_distance"):
+            assert values[f"{name}_se"] >= 0
+        assert 0 <= values["precision"] <= 1 and 0 <= values["recall"] <= 1
+    assert metrics["probe_accuracy"] > 0.9
+    assert metrics["references"]["real"]["prompt_accuracy"] > 0.9
+    assert metrics["references"]["real"]["frechet_distance"] < metrics["sides"]["teacher_1"]["frechet_distance"]
+    assert quality.record["metrics"] == metrics
+
+
+def test_held_out_pairs_are_taken_and_the_rest_is_solved_as_the_factory_would(quality, tiny):
+    """32 held-out pairs, 60 samples: the other 28 are what pairs 96 to 123 would be."""
+    import torch
+
+    from stages.base import Execution
+    from stages.data.pool import read_list
+    from stages.data.reader import PairReader
+    from stages.evaluation.sides import sample_sides
+
+    student = tiny[1]["student"].artifact
+    steps = sample_sides(student, 60, [], Execution(device="cpu"))
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        sides, setting = end.value
+    more = execute(TINY, tiny[0], ["stages.pairs.count=128", "stages.student.held_out=33"], only="pairs")["pairs"]
+    truth = PairReader(read_list(more.artifact.folder)).batch(range(64, 124))
+    assert setting.prompts == truth.prompts
+    assert (setting.noise == truth.noise).all()
+    error = (sides[0].latents - torch.from_numpy(truth.latent).float()).abs().max()
+    assert error < 2e-2  # float16 storage, other batches
+
+
+def test_the_page_is_self_contained(quality):
+    page = (quality.folder / "index.html").read_text()
+    assert "data:image/png;base64," in page and "http" not in page
+    assert "student, 1 step" in page and "VAE reconstruction" in page and "They are not FID" in page
+    assert (quality.folder / "grid.png").exists()
+
+
+def test_contradictions_are_found_when_planning(tmp_path):
+    with pytest.raises(ManifestError, match="6 is more than the 5 steps of the pairs themselves"):
+        plan_of(QUALITY, tmp_path, ["stages.quality.teacher_steps=[6]"])
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat\n")
+    with pytest.raises(ManifestError, match="needs pairs with prompts: digits"):
+        plan_of(QUALITY, tmp_path, [f"stages.pairs.prompts={prompts}"])
+
+
+def test_without_real_images_only_the_teacher_is_compared_with(tiny):
+    text = TINY + "  quality: {kind: evaluate, student: student, samples: 20, teacher_steps: []}\n"
+    artifact = execute(text, tiny[0])["quality"].artifact
+    metrics = json.loads((artifact.folder / "metrics.json").read_text())
+    assert set(metrics["sides"]["student"]) == {
+        "network_calls", "seconds_per_image", "latent_mse", "latent_mse_se", "pixel_mse",
+    }  # fmt: skip

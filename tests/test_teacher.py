@@ -1,0 +1,109 @@
+"""Teachers: trained, adopted, refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline.errors import StageFailed
+from tests.conftest import TINY, execute, plan_of
+
+
+def adopt(folder, store):
+    return execute(f"name: adopt\nstages:\n  teacher: {{kind: teacher, from: {folder}}}\n", store)["teacher"].artifact
+
+
+def test_a_trained_teacher_is_a_stock_diffusers_folder(tiny):
+    from diffusers import DiffusionPipeline
+
+    folder = tiny[1]["teacher"].artifact.folder
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline("a red handwritten seven", num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    metrics = tiny[1]["teacher"].artifact.record["metrics"]
+    assert metrics["vae_reconstruction_mse"] > 0 and metrics["scaling_factor"] > 0
+
+
+def test_latents_are_scaled_to_unit_variance_and_decode_back(tiny):
+    from stages.data import digits
+    from stages.networks.latent import LatentTeacher
+
+    teacher = LatentTeacher(tiny[1]["teacher"].artifact.folder)
+    images = torch.from_numpy(digits.load(16).images[::37])
+    latents = teacher.encode(images)
+    assert latents.std() == pytest.approx(1.0, abs=0.1)
+    expected = tiny[1]["teacher"].artifact.record["metrics"]["vae_reconstruction_mse"]
+    assert (teacher.decode(latents) - images).square().mean() == pytest.approx(expected, rel=0.5)
+
+
+def test_guidance_in_one_call_equals_two(tiny):
+    from stages.networks.latent import LatentTeacher
+
+    teacher = LatentTeacher(tiny[1]["teacher"].artifact.folder)
+    z = torch.randn(4, *teacher.latent_shape)
+    prompts = ["a red handwritten seven"] * 4
+    with torch.no_grad():
+        conditional = teacher.denoiser(prompts, 1.0)(z, 500)
+        empty = teacher.denoiser([""] * 4, 1.0)(z, 500)
+        guided = teacher.denoiser(prompts, 3.0)(z, 500)
+    torch.testing.assert_close(guided, empty + 3.0 * (conditional - empty), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompts_encoding_does_not_depend_on_its_batch(tiny):
+    from stages.networks.latent import LatentTeacher
+
+    folder = tiny[1]["teacher"].artifact.folder
+    alone = LatentTeacher(folder).encode_prompts(["a red handwritten seven"])
+    together = LatentTeacher(folder).encode_prompts(["a blue handwritten two", "a red handwritten seven", ""])
+    assert torch.equal(alone[0], together[1])
+
+
+def test_a_bad_autoencoder_stops_before_the_unet(tmp_path):
+    text = TINY.replace("max_mse: 1.0, training: {steps: 40", "max_mse: 0.0001, training: {steps: 2")
+    with pytest.raises(StageFailed, match=r"reconstructs held-out images with MSE .* train.vae.max_mse = 0.0001"):
+        execute(text, tmp_path, only="teacher")
+
+
+def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny[1]["teacher"].artifact.folder, source)
+    (source / "model_card.txt").write_text("not taken")
+    teacher = adopt(source, tmp_path / "store")
+    assert {p.name for p in teacher.folder.iterdir()} == {
+        "artifact.json", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler",
+    }  # fmt: skip
+    text = f"name: adopt\nstages:\n  teacher: {{kind: teacher, from: {source}}}\n"
+    assert plan_of(text, tmp_path / "store")["teacher"].state == "reuse"
+    config = source / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("v_prediction", "epsilon"))
+    assert plan_of(text, tmp_path / "store")["teacher"].why == "the content of from_ changed"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("model_index.json", {"unet": ["diffusers", "SD3Transformer2DModel"]}, "whose unet is SD3Transformer2DModel"),
+        ("model_index.json", {"text_encoder": [None, None]}, "whose text_encoder is missing"),
+        ("model_index.json", None, "it is no diffusers pipeline"),
+        ("unet/diffusion_pytorch_model.safetensors", None, "has no unet/diffusion_pytorch_model.safetensors"),
+        (
+            "scheduler/scheduler_config.json",
+            {"beta_schedule": ..., "_class_name": "FlowMatch"},
+            "FlowMatch, has no betas",
+        ),
+    ],
+)
+def test_other_layouts_are_refused_with_what_is_supported(tiny, tmp_path, file, change, words):
+    source = tmp_path / "source"
+    shutil.copytree(tiny[1]["teacher"].artifact.folder, source)
+    if change is None:
+        (source / file).unlink()
+    else:
+        value = json.loads((source / file).read_text()) | change
+        (source / file).write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+    with pytest.raises(StageFailed, match=words) as caught:
+        adopt(source, tmp_path / "store")
+    assert "supported teachers: folders or hub ids of Stable Diffusion 1.x or 2.x layout" in str(caught.value)

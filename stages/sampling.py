@@ -17,6 +17,7 @@ def draw(
     from PIL import Image
 
     from stages.data.noise import noise_for
+    from stages.data.pictures import strip
     from stages.diffusion.config import Sampler
     from stages.networks.latent import LatentTeacher
     from stages.networks.student import OneStepStudent
@@ -39,6 +40,5 @@ def draw(
             else:
                 sampler = Sampler(steps=steps, guidance_scale=guidance_scale)
                 latents = solve(teacher, noise, [prompt] * count, sampler)
-            images = ((teacher.decode(latents).numpy() + 1) * 127.5).round().astype(np.uint8)
-            rows.append(np.concatenate(images.transpose(0, 2, 3, 1), axis=1))
+            rows.append(strip(teacher.decode(latents).numpy()))
     Image.fromarray(np.concatenate(rows)).save(out)

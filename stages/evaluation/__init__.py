@@ -32,12 +32,14 @@ def evaluate(
         "student": student.fingerprint,
         "sides": {side.name: measure.against_teacher(side, sides[0]) for side in sides},
     }
+    shown = page.columns(len(setting.prompts))
+    pictures = {side.name: setting.teacher.decode(side.latents[shown]).numpy() for side in sides}
     if real:
         try:
             metrics |= {"features": measure.FEATURE_NAME}
-            yield from measure.against_real(metrics, sides, setting, samples)
+            yield from measure.against_real(metrics, sides, setting, size=pictures["student"].shape[-1])
         except ValueError as error:
             raise StageError(f"evaluation against {real}: {error}") from error
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    page.write(output, metrics, sides, setting.prompts)
+    page.write(output, metrics, pictures, [setting.prompts[i] for i in shown])
     return metrics

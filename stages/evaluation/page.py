@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from stages.evaluation.sides import Side
+from stages.data.pictures import strip
 
 COLUMNS = 16
 ZOOM = 64
@@ -39,15 +41,22 @@ tr.student td { font-weight: 600 } .reference td { color: #666 } small { color: 
 """
 
 
-def write(output: Path, metrics: Mapping[str, Any], sides: Sequence[Side], prompts: Sequence[str]) -> None:
-    """Write `grid.png` (rows: sides, columns: one noise each) and `index.html`."""
-    shown = np.random.default_rng(0).permutation(len(prompts))[:COLUMNS]  # prompts come in a cycle
-    rows = [_row(side, shown) for side in sides]
-    Image.fromarray(np.concatenate(rows)).save(output / "grid.png")
-    captions = " · ".join(html.escape(prompts[i]) for i in shown)
+def columns(samples: int) -> list[int]:
+    """Which samples to show: drawn at random, since prompts come in a cycle."""
+    return [int(i) for i in np.random.default_rng(0).permutation(samples)[:COLUMNS]]
+
+
+def write(
+    output: Path, metrics: Mapping[str, Any], pictures: Mapping[str, NDArray[np.float32]], prompts: Sequence[str]
+) -> None:
+    """Write `grid.png` (rows: sides, columns: one noise each) and `index.html`. `pictures` maps a side's name to
+    its images (N, 3, H, W) in [-1, 1], made from `prompts`."""
+    rows = {name: _enlarge(strip(images)) for name, images in pictures.items()}
+    Image.fromarray(np.concatenate(list(rows.values()))).save(output / "grid.png")
+    captions = " · ".join(map(html.escape, prompts))
     strips = "".join(
-        f'<div class="row"><span>{_title(side.name)}</span><img alt="{side.name}" src="{_data_url(row)}"></div>'
-        for side, row in zip(sides, rows, strict=True)
+        f'<div class="row"><span>{_title(name)}</span><img alt="{name}" src="{_data_url(row)}"></div>'
+        for name, row in rows.items()
     )
     (output / "index.html").write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: student and teacher</title>
@@ -88,7 +97,7 @@ def _legend(metrics: Mapping[str, Any]) -> str:
     ]
     if "features" in metrics:
         lines += [
-            f"Distances, precision, recall and diversity in {metrics['features']}: features of a classifier trained "
+            f"Distances are at {metrics['distance_samples']} samples a side. Distances, precision, recall and diversity in {metrics['features']}: features of a classifier trained "
             "on real images. They are not FID. 'Real': other real images at the same number of samples, the floor; "
             "'VAE reconstruction': those through the VAE alone, the floor for every latent model of this teacher.",
             f"The classifier is right on {metrics['probe_accuracy']:.1%} of real images it never saw.",
@@ -103,17 +112,12 @@ def _title(name: str) -> str:
     return {"student": "student, 1 step", "vae_reconstruction": "VAE reconstruction"}.get(name, name)
 
 
-def _row(side: Side, shown: np.ndarray) -> np.ndarray:
-    """The images to show side by side, (H, COLUMNS * W, 3) uint8."""
-    images = ((side.images[shown].numpy() + 1) * 127.5).round().astype(np.uint8)
-    scale = max(1, ZOOM // images.shape[-1])
-    row = np.concatenate(images.transpose(0, 2, 3, 1), axis=1)
+def _enlarge(row: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    scale = max(1, ZOOM // row.shape[0])
     return row.repeat(scale, 0).repeat(scale, 1)
 
 
-def _data_url(row: np.ndarray) -> str:
-    from io import BytesIO
-
+def _data_url(row: NDArray[np.uint8]) -> str:
     buffer = BytesIO()
     Image.fromarray(row).save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -29,11 +29,10 @@ UNIT = "samples"
 
 @dataclass(frozen=True)
 class Side:
-    """latents (N, C, h, w), scaled; images (N, 3, H, W) in [-1, 1]; seconds an image, decoding left out."""
+    """latents (N, C, h, w), scaled, on the CPU; seconds an image, decoding left out."""
 
     name: str
     latents: Tensor
-    images: Tensor
     calls: int
     seconds: float
 
@@ -74,7 +73,7 @@ def sample_sides(
     for name, sampler, n_calls in plans:
         known = setting.solved if not sides else setting.solved[:0]
         latents, seconds = _sample(sampler, setting, known)
-        sides.append(Side(name, latents, setting.teacher.decode(latents), n_calls, seconds))
+        sides.append(Side(name, latents, n_calls, seconds))
         yield Progress(len(sides) * samples, total, UNIT, {"seconds_per_image": seconds})
     return sides, setting
 

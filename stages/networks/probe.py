@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,9 +41,9 @@ class Probe(nn.Module):
         return features, {name: head(functional.relu(features)) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def look(self, images: Tensor, batch_size: int = 256) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
-        """Features in float64 and the predicted class of each label."""
-        seen = [self(x) for x in images.split(batch_size)]
+    def look(self, batches: Iterable[Tensor]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
+        """Features (N, 64) in float64, and the predicted class (N,) of each label, over all batches."""
+        seen = [self(images) for images in batches]
         features = torch.cat([f for f, _ in seen]).double().numpy()
         return features, {name: torch.cat([p[name] for _, p in seen]).argmax(1).numpy() for name in self.heads}
 

@@ -1,6 +1,6 @@
 """Seconds of the commands that must feel instant, median of several cold processes.
 
-    python -m tests.benchmarks.commands STORE      (a store in which the digits run is done)
+python -m tests.benchmarks.commands STORE      (a store in which the digits run is done)
 """
 
 from __future__ import annotations

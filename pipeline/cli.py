@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -159,10 +158,10 @@ def stats(shards: Path, deep: bool, as_json: bool) -> None:
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--prompt", "-p", "prompts", multiple=True, required=True, help="Repeat for several.")
-@click.option("--count", "-n", default=4, show_default=True, help="Images of each prompt.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--steps", default=50, show_default=True, help="For a teacher; a student knows its own.")
-@click.option("--guidance-scale", default=3.0, show_default=True, help="For a teacher.")
+@click.option("--count", "-n", type=click.IntRange(1), default=4, show_default=True, help="Images of each prompt.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="For a teacher.")
+@click.option("--guidance-scale", type=click.FloatRange(1.0), default=3.0, show_default=True, help="For a teacher.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
 def sample(
     artifact: Path, prompts: tuple[str, ...], count: int, seed: int, steps: int, guidance_scale: float, out: Path
@@ -186,7 +185,7 @@ def sample(
 
 
 def _with_store(overrides: tuple[str, ...], store: str | None) -> list[str]:
-    return [*overrides, *([f"store={json.dumps(store)}"] if store else [])]
+    return [*overrides, *([f"store={json.dumps(store, ensure_ascii=False)}"] if store else [])]
 
 
 def _open_store(store: str | None) -> Store:
@@ -205,6 +204,7 @@ def _plan(loaded: Loaded, run: Run) -> Plan:
 
 def _carry_out(loaded: Loaded, name: str, only: str | None, engine: str, wait: bool, as_json: bool) -> None:
     from pipeline import tables
+    from pipeline.content import pinned
     from pipeline.engine import InlineEngine
     from pipeline.errors import UsageError
     from pipeline.report import reporter
@@ -216,28 +216,31 @@ def _carry_out(loaded: Loaded, name: str, only: str | None, engine: str, wait: b
     store = _open_store(loaded.manifest.store)
     store.create()
     run = Run(store, name)
-    planned = _plan(loaded, run)
-    run.freeze(loaded.manifest, planned)
-    if engine == "inline":
+    with run.held():
+        planned = _plan(loaded, run)
         chosen: Any = InlineEngine()
-    else:
-        from pipeline.cluster import RayEngine
+        if engine == "ray":
+            from pipeline.cluster import RayEngine
 
-        chosen = RayEngine()
-    shown = reporter(quiet=as_json)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        Runner(run, loaded.manifest, chosen, shown, wait).execute(planned, only)
-    except KeyboardInterrupt:
-        run.event("run_interrupted")
-        shown.close()
-        click.echo(f"interrupted; carry on with: retort resume {name} --store {store.root}", err=True)
-        raise
-    finally:
-        shown.close()
-        chosen.close()
-    result = {s.name: {"kind": s.artifact.kind, "artifact": str(s.artifact.folder)} for s in planned}
-    _print(as_json, {"run": name, "stages": result}, lambda: tables.done(planned))
+            chosen = RayEngine()
+        shown = reporter(quiet=as_json)
+        signal.signal(signal.SIGTERM, _interrupt)
+        runner = Runner(run, loaded.manifest, chosen, shown, wait)
+        runner.check(planned, only)
+        run.freeze(pinned(loaded.manifest, {s.name: s.contents for s in planned}), planned)
+        try:
+            runner.execute(planned, only)
+        except KeyboardInterrupt:
+            run.event("run_interrupted")
+            shown.close()
+            click.echo(f"interrupted; carry on with: retort resume {name} --store {store.root}", err=True)
+            raise
+        finally:
+            shown.close()
+            chosen.close()
+    made = [s for s in planned if store.is_sealed(s.artifact)]
+    result = {s.name: {"kind": s.artifact.kind, "artifact": str(s.artifact.folder)} for s in made}
+    _print(as_json, {"run": name, "stages": result}, lambda: tables.done(made))
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -253,16 +256,11 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
         from pipeline.engine import describe
         from pipeline.errors import ManifestError, RetortError

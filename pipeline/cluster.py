@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -93,7 +94,6 @@ class RayEngine:
     def __init__(self) -> None:
         self._ray: Any = None
         self._hosts: list[Any] = []
-        self._successors: dict[Any, Any] = {}
         self._shape: WorkerShape | None = None
 
     def map(
@@ -103,22 +103,23 @@ class RayEngine:
         if not waiting:
             return
         waiting.reverse()  # taken from the end, so that an item tried again comes next
-        hosts = self._take_hosts(min(shape.workers, len(waiting)), shape)
-        ray = self._ray
-        maker = ray.put(make_worker)
-        free = hosts * IN_FLIGHT
-        running: dict[Any, tuple[Item, int, Any]] = {}
+        places = self._take_hosts(min(shape.workers, len(waiting)), shape)
+        maker = self._ray.put(make_worker)
+        running: dict[Any, tuple[Item, int, int, Any]] = {}
+        load = [0] * len(places)
         while waiting or running:
-            while waiting and free:
+            # An item that was lost is tried again alone on its host: the next loss is then surely its own.
+            while waiting and min(load) < (most := IN_FLIGHT if waiting[-1][1] == 1 else 1):
                 item, attempt = waiting.pop()
-                host = free.pop(0)
-                running[host.call.remote(key, maker, item)] = (item, attempt, host)
-            (reference, *_), _ = ray.wait(list(running), num_returns=1)
-            item, attempt, host = running.pop(reference)
+                place = load.index(min(load))
+                load[place] += IN_FLIGHT + 1 - most
+                running[places[place].call.remote(key, maker, item)] = (item, attempt, place, places[place])
+            (reference, *_), _ = self._ray.wait(list(running), num_returns=1)
+            item, attempt, place, host = running.pop(reference)
+            load[place] -= 1 if attempt == 1 else IN_FLIGHT
             outcome, lost = self._get(reference)
-            if lost:
-                host = self._replace(host, free)
-            free.append(host)
+            if lost and places[place] == host:  # its other call finds it replaced
+                places[place] = self._replace(host)
             if outcome.failure is None:
                 yield item, outcome.value
             else:
@@ -134,7 +135,7 @@ class RayEngine:
             for reference in host.stream.options(num_returns="streaming").remote(function, arguments):
                 outcome, lost = self._get(reference)
                 if lost:  # the function goes on from what it has left on disk
-                    self._replace(host, [])
+                    self._replace(host)
                     retry_or_raise(LOST, "the work", attempt)
                     break
                 if outcome.failure is not None:
@@ -161,6 +162,7 @@ class RayEngine:
                     log.warning("%s is ignored: this run starts a Ray of its own", name)
             import ray
 
+            ours = signal.getsignal(signal.SIGTERM)
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -168,12 +170,18 @@ class RayEngine:
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}},
             )
+            signal.signal(signal.SIGTERM, ours)  # Ray puts a plain sys.exit in its place
             self._ray = ray
         return self._ray
 
     def _take_hosts(self, count: int, shape: WorkerShape) -> list[Any]:
         """Hosts that are there already where their shape fits, new ones for the rest."""
-        self._start()
+        there = self._start().cluster_resources().get("GPU", 0.0)
+        if count * shape.gpus > there:
+            raise StageError(
+                f"{count} workers with {shape.gpus:g} GPUs each need {count * shape.gpus:g} GPUs; Ray found {there:g}. "
+                "Change `resources:` in the manifest"
+            )
         if self._shape is not None and self._shape.gpus != shape.gpus:
             for host in self._hosts:
                 self._ray.kill(host)
@@ -189,23 +197,20 @@ class RayEngine:
         # num_cpus=0: threads are set by the stage, and a second count by Ray could only keep a worker waiting
         return actor.options(num_cpus=0, num_gpus=self._shape.gpus, max_concurrency=IN_FLIGHT).remote()
 
-    def _replace(self, host: Any, free: list[Any]) -> Any:
-        """A new host in the place of a dead one, also where the dead one is listed as free."""
-        if host in self._successors:  # found lost before, by its other call
-            return self._successors[host]
-        new = self._successors[host] = self._new_host()
+    def _replace(self, host: Any) -> Any:
+        """A new host in the place of a dead one."""
+        new = self._new_host()
         self._hosts[self._hosts.index(host)] = new
-        free[:] = [new if h is host else h for h in free]
         return new
 
     def _get(self, reference: Any) -> tuple[Outcome, bool]:
         """The outcome, and whether its host was lost. What the host logged goes into our own log."""
         try:
             outcome: Outcome = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError:
-            return Outcome(None, LOST, []), True
         except self._ray.exceptions.RayTaskError as error:  # arguments that do not unpickle, say
             return Outcome(None, Failure.of(error), []), False
+        except self._ray.exceptions.RayError:  # killed, out of memory, its node gone
+            return Outcome(None, LOST, []), True
         for level, text in outcome.records:
             logging.getLogger("worker").log(level, "%s", text)
         return outcome, False

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.manifest import Loaded, marked
+from pipeline.manifest import Loaded, Manifest, marked
 from stages.base import Content, Stage
 from stages.data.files import sha256_of, write_atomically
 
@@ -24,12 +25,25 @@ Contents = Mapping[str, Mapping[str, str]]
 def read_contents(loaded: Loaded, cache_file: Path) -> Contents:
     """Identify all that the manifest's stages read from outside. Hashes are cached by path, size and time."""
     cache = HashCache(cache_file)
-    contents = {
-        name: {field: _identify(stage, field, marker, cache) for field, marker in marked(stage, Content)}
-        for name, stage in loaded.manifest.stages.items()
-    }
+    contents = {name: identify(stage, cache) for name, stage in loaded.manifest.stages.items()}
     cache.save()
     return contents
+
+
+def identify(stage: Stage, cache: HashCache) -> Mapping[str, str]:
+    """field -> identity, for all that one stage reads from outside."""
+    return {field: _identify(stage, field, marker, cache) for field, marker in marked(stage, Content)}
+
+
+def pinned(manifest: Manifest, contents: Contents) -> Manifest:
+    """The manifest with each hub revision replaced by the commit that was found, so that resuming asks no hub."""
+    stages = dict(manifest.stages)
+    for name, stage in manifest.stages.items():
+        for field, marker in marked(stage, Content):
+            kind, _, commit = contents[name][field].partition(":")
+            if kind == "hub":
+                stages[name] = stage.model_copy(update={marker.revision_field: commit})
+    return manifest.model_copy(update={"stages": stages})
 
 
 def _identify(stage: Stage, field: str, content: Content, cache: HashCache) -> str:
@@ -40,7 +54,7 @@ def _identify(stage: Stage, field: str, content: Content, cache: HashCache) -> s
     if path.is_absolute() or content.revision_field is None:
         if not path.exists():
             return Unknown(f"{value} does not exist")
-        return f"sha256:{cache.of(path)}"
+        return f"sha256:{cache.of(path, content.files)}"
     return _hub_commit(value, getattr(stage, content.revision_field))
 
 
@@ -73,11 +87,16 @@ class HashCache:
         except (OSError, ValueError):
             self._known = {}
 
-    def of(self, path: Path) -> str:
-        """A file's sha256; for a folder, that of the names and hashes of all files in it."""
+    def of(self, path: Path, patterns: Sequence[str] = ("**/*",)) -> str:
+        """A file's sha256; for a folder, that of the names and hashes of its files that match a pattern.
+        Links are followed."""
         if path.is_file():
             return self._file_hash(path)
-        lines = [f"{p.relative_to(path)}\0{self._file_hash(p)}\n" for p in sorted(path.rglob("*")) if p.is_file()]
+        found: set[Path] = set()
+        for folder, _, names in os.walk(path, followlinks=True):
+            inside = [(Path(folder) / name).relative_to(path) for name in names]
+            found |= {p for p in inside if "**/*" in patterns or any(p.match(pattern) for pattern in patterns)}
+        lines = [f"{name}\0{self._file_hash(path / name)}\n" for name in sorted(found)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _file_hash(self, path: Path) -> str:

@@ -92,6 +92,9 @@ class Document:
             raise ManifestError([f"--set {text}: {raw!r} is not YAML: {error}"]) from None
         holder = self.value
         for i, part in enumerate(path[:-1]):
+            if part not in holder and path[:i] != ("stages",):  # a section that the manifest leaves out
+                holder[part] = {}
+                self.overrides[path[: i + 1]] = text
             if not isinstance(holder.get(part), dict):
                 known = ", ".join(holder) or "nothing"
                 where = ".".join(path[:i]) or "the manifest"
@@ -122,12 +125,25 @@ def parse(text: str, name: str) -> Document:
     return document
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would read as something else than a string."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump(value: Any) -> str:
+    """YAML that `parse` reads back to an equal value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 @dataclass
 class _Builder:
     document: Document
     loader: _Loader
     problems: list[str]
     open: list[yaml.Node] = field(default_factory=list)
+    merged: list[yaml.Node] = field(default_factory=list)
 
     def build(self, node: yaml.Node, path: Path) -> Any:
         place = (node.start_mark.line, node.start_mark.column)
@@ -154,7 +170,9 @@ class _Builder:
             return None
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        self._no_duplicates(node.value)
+        if node not in self.merged:  # an anchor's mapping is met again at each of its aliases
+            self._no_duplicates(node.value)
+            self.merged.append(node)
         try:
             self.loader.flatten_mapping(node)  # `<<: *anchor`; the mapping's own keys come last and win
         except yaml.MarkedYAMLError as error:

@@ -14,10 +14,12 @@ from pydantic_core import ErrorDetails
 from pipeline import document as yaml_document
 from pipeline.document import Document
 from pipeline.errors import ManifestError, UsageError
+from pipeline.store import is_url
 from stages import KINDS
 from stages.base import Choice, Config, Content, Input, Stage
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
+Name = Annotated[str, StringConstraints(pattern=NAME)]
 
 
 class Resources(Config):
@@ -81,13 +83,11 @@ def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
 
 def dump(manifest: Manifest) -> str:
     """The resolved manifest as YAML that `loads` reads back to an equal one."""
-    import yaml
-
     values = manifest.model_dump(mode="json", by_alias=True)
     values["stages"] = {
         name: stage.model_dump(mode="json", by_alias=True, exclude_none=True) for name, stage in manifest.stages.items()
     }
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml_document.dump(values)
 
 
 def marked(stage: Stage, marker: type) -> Iterator[tuple[str, Any]]:
@@ -232,14 +232,19 @@ def _absolute(manifest: Manifest) -> Manifest:
         paths: dict[str, str] = {}
         for field, content in marked(stage, Content):
             value = getattr(stage, field)
-            hub = content.revision_field is not None and not Path(value).exists() and not value.startswith((".", "/"))
-            if value not in content.names and not hub:
-                paths[field] = str(Path(value).absolute())
+            path = value.startswith((".", "/", "~")) or Path(value).exists() or content.revision_field is None
+            if value not in content.names and path:
+                paths[field] = _full(value)
         for field, _ in marked(stage, Input):
             if is_artifact_path(getattr(stage, field)):
-                paths[field] = str(Path(getattr(stage, field)).absolute())
+                paths[field] = _full(getattr(stage, field))
         stages[name] = stage.model_copy(update=paths)
-    return manifest.model_copy(update={"stages": stages, "store": str(Path(manifest.store).absolute())})
+    store = manifest.store if is_url(manifest.store) else _full(manifest.store)
+    return manifest.model_copy(update={"stages": stages, "store": store})
+
+
+def _full(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def inputs_of(stage: Stage) -> Mapping[str, str]:

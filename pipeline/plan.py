@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pipeline.content import Contents, Unknown
 from pipeline.errors import ManifestError, UsageError
 from pipeline.fingerprint import differences, fingerprint, identity, pool_fingerprint
-from pipeline.manifest import Loaded, inputs_of
+from pipeline.manifest import Loaded, inputs_of, marked
 from pipeline.store import Store, load_artifact
-from stages.base import Artifact
+from stages.base import Artifact, Input
 
 State = Literal["reuse", "resume", "run", "blocked"]
 
@@ -59,7 +59,7 @@ def make_plan(loaded: Loaded, contents: Contents, store: Store, previous: Mappin
                 inputs[field] = planned[reference].artifact
                 continue
             try:
-                inputs[field] = load_artifact(Path(reference))
+                inputs[field] = _named(Path(reference), dict(marked(stage, Input))[field].kind, store)
             except UsageError as error:
                 problems.append(loaded.problem(name, field, str(error)))
         if len(inputs) < len(inputs_of(stage)):
@@ -69,6 +69,17 @@ def make_plan(loaded: Loaded, contents: Contents, store: Store, previous: Mappin
     if problems:
         raise ManifestError(problems)
     return list(planned.values())
+
+
+def _named(folder: Path, kind: str, store: Store) -> Artifact:
+    """A sealed artifact given by its path. Raises UsageError if it is of another kind, or damaged."""
+    artifact = load_artifact(folder)
+    if artifact.kind != kind:
+        raise UsageError(f"needs an artifact of kind {kind}; {folder} is a {artifact.kind}")
+    damage = store.damage(artifact)
+    if damage:
+        raise UsageError(f"{folder} is damaged: {damage}")
+    return artifact
 
 
 def _plan_stage(
@@ -100,11 +111,10 @@ def _plan_stage(
 def _state(
     artifact: Artifact, store: Store, pool: Path, of: Mapping[str, Any], before: Mapping[str, Any] | None
 ) -> tuple[State, str]:
-    if store.is_sealed(artifact):
-        damage = store.damage(artifact)
-        return ("reuse", "sealed") if damage is None else ("resume", damage)
+    damage = store.damage(artifact) if store.is_sealed(artifact) else None
+    if store.is_sealed(artifact) and damage is None:
+        return "reuse", "sealed"
     changed = "; ".join(differences(before["identity"], of)) if before else ""
     left = artifact.stage.progress_in(store.work(artifact), pool)
-    if left:
-        return "resume", f"{changed}; {left}" if changed else left
-    return "run", changed or ("not finished yet" if before else "never made")
+    why = damage or changed or ("not finished yet" if before else "never made")
+    return ("resume", f"{why}; {left}") if left else ("run", why)

@@ -9,21 +9,25 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.content import HashCache, identify
 from pipeline.engine import Engine, WorkerShape, describe
 from pipeline.errors import Locked, StageFailed, UsageError
+from pipeline.locks import hold
 from pipeline.manifest import Manifest, Resources
 from pipeline.plan import Plan, PlannedStage
 from pipeline.report import Reporter
 from pipeline.runs import Run
+from pipeline.store import RECORD
 from stages.base import Artifact, Progress, StageError
 
+log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -42,15 +46,19 @@ class Runner:
     reporter: Reporter
     wait: bool = False
 
-    def execute(self, plan: Plan, only: str | None = None) -> None:
-        """Make what `plan` says is to be made, or of it `only` one stage. Raises StageFailed, Locked,
-        UsageError, or KeyboardInterrupt; whatever it raises, the run can be resumed."""
+    def check(self, plan: Plan, only: str | None = None) -> None:
+        """Raise UsageError if `plan`, or of it `only` one stage, cannot be carried out."""
         chosen = [stage for stage in plan if only in (None, stage.name)]
         blocked = next((stage for stage in chosen if stage.state == "blocked"), None)
         if blocked is not None:
             raise UsageError(f"stage {blocked.name} is blocked: {blocked.why}")
         if only is not None:
             self._inputs_are_there(chosen[0], plan)
+
+    def execute(self, plan: Plan, only: str | None = None) -> None:
+        """Make what `plan` says is to be made, or of it `only` one stage. Raises StageFailed, Locked or
+        KeyboardInterrupt; whatever it raises, the run can be resumed."""
+        chosen = [stage for stage in plan if only in (None, stage.name)]
         self.run.event("run_started", pid=os.getpid(), only=only)
         for stage in chosen:
             self._stage(stage)
@@ -58,53 +66,55 @@ class Runner:
 
     def _inputs_are_there(self, stage: PlannedStage, plan: Plan) -> None:
         for artifact in stage.artifact.inputs.values():
-            maker = next((s.name for s in plan if s.artifact == artifact), None)
-            if maker and not self.run.store.is_sealed(artifact):
-                raise UsageError(
-                    f"stage {stage.name} needs {maker}, which is not made yet; run it without --only first"
-                )
+            maker = next((s for s in plan if s.artifact == artifact), None)
+            if maker and maker.state != "reuse":
+                why = f"needs {maker.name}, which is not made yet ({maker.why})"
+                raise UsageError(f"stage {stage.name} {why}; run it without --only first")
 
     def _stage(self, stage: PlannedStage) -> None:
         store = self.run.store
-        with self._lock(stage):
+        with self._locked(stage):
             # Looked at again under the lock: another run may have made it since the plan was.
             if store.is_sealed(stage.artifact) and store.damage(stage.artifact) is None:
                 self.reporter.ended(stage.name, "reused")
-                self.run.event("stage_reused", stage.name, fingerprint=stage.artifact.fingerprint)
+                self._event("stage_reused", stage)
                 return
             self.reporter.started(stage.name, f"{stage.state}: {stage.why}")
-            self.run.event("stage_started", stage.name, fingerprint=stage.artifact.fingerprint, why=stage.why)
-            try:
-                with _log_to(self.run.log_file(stage.name)):
+            self._event("stage_started", stage, why=stage.why)
+            with _log_to(self.run.log_file(stage.name)):
+                try:
                     seconds = self._make(stage)
-            except KeyboardInterrupt:
-                self.run.event("stage_interrupted", stage.name)
-                raise
-            except (StageError, OSError) as error:
-                self._failed(stage, describe(error), error)
-            except Exception as error:
-                logging.getLogger(__name__).exception("unexpected")
-                self._failed(stage, f"unexpected {describe(error)}", error)
+                except KeyboardInterrupt:
+                    self._event("stage_interrupted", stage)
+                    raise
+                except Exception as error:
+                    log.exception("the stage failed")
+                    with suppress(OSError):  # a full disk takes no events either; the message below still says why
+                        self._event("stage_failed", stage, error=describe(error))
+                    raise StageFailed(
+                        f"stage {stage.name} failed: {describe(error)}\n"
+                        f"log: {self.run.log_file(stage.name)}\n"
+                        f"carry on with: retort resume {self.run.name} --store {store.root}"
+                    ) from error
             self.reporter.ended(stage.name, f"done in {seconds:.0f} s")
-            self.run.event("stage_done", stage.name, seconds=round(seconds, 3))
+            self._event("stage_done", stage, seconds=round(seconds, 3))
 
-    def _failed(self, stage: PlannedStage, why: str, error: BaseException) -> None:
-        with suppress(OSError):  # a full disk takes no events either; the message below still says why
-            self.run.event("stage_failed", stage.name, error=why)
-        raise StageFailed(
-            f"stage {stage.name} failed: {why}\n"
-            f"log: {self.run.log_file(stage.name)}\n"
-            f"carry on with: retort resume {self.run.name} --store {self.run.store.root}"
-        ) from error
+    def _event(self, event: str, stage: PlannedStage, **details: Any) -> None:
+        self.run.event(event, stage.name, fingerprint=stage.artifact.fingerprint, **details)
 
     def _make(self, stage: PlannedStage) -> float:
         store, artifact = self.run.store, stage.artifact
         work = store.work(artifact)
         work.mkdir(parents=True, exist_ok=True)
+        started, since = time.monotonic(), datetime.now(UTC)
+        if (work / RECORD).exists():  # killed between the record and the move
+            store.finish(artifact, work)
+            return time.monotonic() - started
         resources = self.manifest.resources.get(stage.name, Resources())
         context = Context(self, stage, work, resources)
-        started, since = time.monotonic(), datetime.now(UTC)
-        metrics = artifact.stage.run(context)
+        self._contents_are_as_planned(stage)
+        metrics = dict(artifact.stage.run(context))
+        self._contents_are_as_planned(stage)
         seconds = time.monotonic() - started
         record = {
             "kind": artifact.kind,
@@ -116,6 +126,7 @@ class Runner:
             "made_by": {"run": self.run.name, "host": platform.node(), "started": since.isoformat(timespec="seconds")},
             "resources": resources.model_dump(),
             "threads": context.threads,
+            "device": metrics.pop("device", "cpu"),
             "seconds": round(seconds, 3),
             "device_seconds": round(seconds * resources.workers, 3),
             "versions": _versions(),
@@ -125,19 +136,38 @@ class Runner:
         store.seal(artifact, work, record)
         return seconds
 
+    def _contents_are_as_planned(self, stage: PlannedStage) -> None:
+        """What was read must be what the fingerprint says. Raises StageError if a file changed in between."""
+        files = {field: value for field, value in stage.contents.items() if value.startswith("sha256:")}
+        now = identify(stage.artifact.stage, HashCache(self.run.store.root / "contents.json")) if files else {}
+        for field, value in files.items():
+            if now[field] != value:
+                path = getattr(stage.artifact.stage, field)
+                raise StageError(f"{path} changed since the run was planned; resume to plan again with it as it is")
+
     @contextmanager
-    def _lock(self, stage: PlannedStage) -> Iterator[None]:
+    def _locked(self, stage: PlannedStage) -> Iterator[None]:
+        """Hold the artifact's lock, and that of the pool it shares with artifacts of other extents."""
+        kind, artifact = stage.artifact.kind, stage.artifact
+        with ExitStack() as stack:
+            for fingerprint in dict.fromkeys((artifact.fingerprint, stage.pool.name)):
+                what = f"{kind}/{fingerprint}"
+                stack.enter_context(self._waiting(stage.name, self.run.store.lock_of(kind, fingerprint), what))
+            yield
+
+    @contextmanager
+    def _waiting(self, name: str, file: Path, what: str) -> Iterator[None]:
         waited = False
         while True:
             try:
-                with self.run.store.lock(stage.artifact, self.run.name):
+                with hold(file, what, self.run.name):
                     yield
                 return
             except Locked as error:
                 if not self.wait:
                     raise
                 if not waited:
-                    self.reporter.started(stage.name, f"waiting: {error}")
+                    self.reporter.started(name, f"waiting: {error}")
                     waited = True
                 time.sleep(WAIT_EVERY)
 
@@ -179,6 +209,7 @@ class Context:
             self._runner.run.event(
                 "progress",
                 self._stage.name,
+                fingerprint=self.fingerprint,
                 done=progress.done,
                 total=progress.total,
                 unit=progress.unit,
@@ -211,8 +242,12 @@ def _log_to(file: Path) -> Iterator[None]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("retort", "torch", "diffusers", "transformers", "numpy", "ray")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    """Of what may change a result; of what is not installed, nothing."""
+    found = {"python": platform.python_version()}
+    for name in ("retort", "torch", "diffusers", "transformers", "numpy", "ray"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _commit() -> str | None:

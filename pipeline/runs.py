@@ -9,13 +9,16 @@ STORE/runs/NAME/logs/STAGE.log
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline import manifest
 from pipeline.errors import UsageError
+from pipeline.locks import hold
 from pipeline.plan import Plan
 from pipeline.store import Store
 from stages.data.files import write_atomically
@@ -23,6 +26,8 @@ from stages.data.files import write_atomically
 
 class Run:
     def __init__(self, store: Store, name: str) -> None:
+        if not re.fullmatch(manifest.NAME, name):
+            raise UsageError(f"{name!r} is no name for a run: letters, digits, - and _ only")
         self.store, self.name, self.folder = store, name, store.root / "runs" / name
 
     @classmethod
@@ -38,6 +43,13 @@ class Run:
             raise UsageError(f"{asked}: {there} (store {store.root})")
         return cls(store, name)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only driver of this run. Raises Locked, naming the other."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with hold(self.folder / "lock", f"run {self.name}", self.name):
+            yield
+
     def freeze(self, resolved: manifest.Manifest, plan: Plan) -> None:
         """Keep what is to be done. Also called again for a run that is submitted anew."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -46,7 +58,8 @@ class Run:
         write_atomically(self.folder / "plan.json", json.dumps(stages, indent=2).encode("utf-8"))
 
     def manifest(self) -> manifest.Loaded:
-        return manifest.load(self.folder / "manifest.yaml")
+        """As it was resolved, but for the store, which is where the run was found: a store may be moved."""
+        return manifest.load(self.folder / "manifest.yaml", [f"store={json.dumps(str(self.store.root))}"])
 
     def plan(self) -> dict[str, dict[str, Any]] | None:
         """The frozen plan by stage; None before the first."""

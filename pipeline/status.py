@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.locks import holder_of
 from pipeline.runs import Run
 from pipeline.store import RECORD
 
@@ -30,7 +31,7 @@ def status_of(run: Run) -> dict[str, dict[str, Any]]:
             "detail": detail,
             "artifact": str(folder),
         }
-        if state not in ("done", "waiting") and name in progress:
+        if state not in ("done", "waiting") and progress.get(name, {}).get("fingerprint") == fingerprint:
             stages[name]["progress"] = {k: progress[name][k] for k in ("done", "total", "unit")}
     return stages
 
@@ -38,10 +39,10 @@ def status_of(run: Run) -> dict[str, dict[str, Any]]:
 def _state(run: Run, sealed: bool, kind: str, fingerprint: str, last: dict[str, Any] | None) -> tuple[str, str]:
     if sealed:
         return "done", f"{last['seconds']:.0f} s" if last and "seconds" in last else "reused"
-    holder = run.store.holder(kind, fingerprint)
+    holder = holder_of(run.store.lock_of(kind, fingerprint))
     if holder:
         return "running", holder
-    if last is None or last.get("fingerprint", fingerprint) != fingerprint:
+    if last is None or last.get("fingerprint") != fingerprint:
         return "waiting", ""
     endings = {
         "stage_failed": ("failed", last.get("error", "")),

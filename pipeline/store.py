@@ -3,40 +3,40 @@
 STORE/KIND/FINGERPRINT/      a sealed artifact; artifact.json is written last
 STORE/KIND/pool/FINGERPRINT/ finished parts that several artifacts of a kind may share
 STORE/work/KIND-FINGERPRINT/ what an unfinished attempt has so far
-STORE/locks/                 one file an artifact, locked by whoever makes it
+STORE/locks/                 a file for each artifact and pool, locked by whoever makes it
 STORE/runs/NAME/             see runs.py
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Locked, UsageError
+from pipeline.errors import UsageError
 from stages import KINDS
-from stages.base import Artifact
+from stages.base import SCRATCH, Artifact
 from stages.data.files import fsync_folder, sha256_of, write_atomically
 
 RECORD = "artifact.json"
+
+
+def is_url(root: Path | str) -> bool:
+    return "://" in str(root)
 
 
 class Store:
     """A folder, on a disk of this machine or shared by all nodes of a cluster."""
 
     def __init__(self, root: Path | str) -> None:
-        if "://" in str(root):
+        if is_url(root):
             raise UsageError(
                 f"store {root}: this version keeps its store in a folder; on a cluster, one that all share"
             )
-        self.root = Path(root).absolute()
+        self.root = Path(root).expanduser().absolute()
 
     def folder(self, kind: str, fingerprint: str) -> Path:
         return self.root / kind / fingerprint
@@ -81,11 +81,16 @@ class Store:
         files = {
             str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             for path in sorted(work.rglob("*"))
-            if path.is_file() and path.name != RECORD
+            if path.is_file() and path.name != RECORD and SCRATCH not in path.relative_to(work).parts
         }
         text = json.dumps({**record, "files": files}, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(work / RECORD, text.encode("utf-8"))
         fsync_folder(work)
+        write_atomically(work / RECORD, text.encode("utf-8"))
+        self.finish(artifact, work)
+
+    def finish(self, artifact: Artifact, work: Path) -> None:
+        """The end of sealing, which may be done again: from here on `work` holds a record, and only moves."""
+        shutil.rmtree(work / SCRATCH, ignore_errors=True)
         artifact.folder.parent.mkdir(parents=True, exist_ok=True)
         if artifact.folder.exists():  # damaged, or it would not have been made again
             shutil.rmtree(artifact.folder)
@@ -93,45 +98,8 @@ class Store:
 
     # --- Locks ---
 
-    @contextmanager
-    def lock(self, artifact: Artifact, run: str) -> Iterator[None]:
-        """Hold the artifact's lock. Raises Locked, naming the holder. A killed holder's lock is free at once."""
-        path = self._lock_file(artifact.kind, artifact.fingerprint)
-        with open(path, "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Locked(
-                    f"{artifact.kind}/{artifact.fingerprint} is being made by "
-                    f"{self.holder(artifact.kind, artifact.fingerprint)}; wait for it (--wait), or stop it"
-                ) from None
-            file.truncate(0)
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            holder = {"run": run, "pid": os.getpid(), "host": socket.gethostname(), "since": since}
-            file.write(json.dumps(holder))
-            file.flush()
-            try:
-                yield
-            finally:
-                file.truncate(0)
-
-    def holder(self, kind: str, fingerprint: str) -> str | None:
-        """Who holds an artifact's lock, in words; None if it is free."""
-        path = self._lock_file(kind, fingerprint)
-        if not path.exists():
-            return None
-        with open(path, encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except BlockingIOError:
-                try:
-                    who = json.loads(file.read())
-                except ValueError:
-                    return "another process"
-                return f"run {who['run']} (process {who['pid']} on {who['host']}, since {who['since']})"
-
-    def _lock_file(self, kind: str, fingerprint: str) -> Path:
+    def lock_of(self, kind: str, fingerprint: str) -> Path:
+        """The file to lock while an artifact, or a pool, of this kind is being made."""
         return self.root / "locks" / f"{kind}-{fingerprint}"
 
 

@@ -20,6 +20,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+SCRATCH = "checkpoints"
+
+
 class StageError(Exception):
     """A stage cannot go on, for a reason its user can act on. Its message is all that is printed;
     it is never retried, because it would happen again."""
@@ -45,6 +48,8 @@ class Content:
 
     names: tuple[str, ...] = ()
     revision_field: str | None = None
+    files: tuple[str, ...] = ("**/*",)
+    """Of a folder, the patterns of what is read, and so of what counts."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ class StageContext(Protocol):
     contents: Mapping[str, str]
     """What each `Content` field was found to hold when the plan was made: field path -> identity."""
     output: Path
-    """The folder to fill. It survives a kill: a stage finds there what its last attempt left."""
+    """The folder to fill. It survives a kill: a stage finds there what its last attempt left. What lies in its
+    folder SCRATCH is for the stage alone, and is dropped when the artifact is sealed."""
     pool: Path
     """A folder shared by all artifacts that differ only in `Extent` fields: finished parts live there."""
     threads: int

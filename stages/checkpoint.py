@@ -22,15 +22,15 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "tensors.safetensors")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary / "tensors.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
     fsync_folder(temporary)
     if final.exists():  # the same step, written by a worker that outlived its driver: the same state
         shutil.rmtree(temporary)
     else:
         temporary.replace(final)
-    for old in folder.iterdir():
-        if old.name != final.name:
+    for old in folder.glob("step-*"):
+        if old.name < final.name:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -44,7 +44,7 @@ def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": tensor.clone() for name, tensor in module.state_dict().items()}
+    return {f"{prefix}/{name}": tensor.detach().cpu() for name, tensor in module.state_dict().items()}
 
 
 def load_module(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -55,7 +55,7 @@ def load_module(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -
 def optimizer_tensors(prefix: str, optimizer: optim.Optimizer) -> dict[str, Tensor]:
     """An optimizer whose state is tensors alone, as Adam's is."""
     return {
-        f"{prefix}/{index}/{name}": torch.as_tensor(value)
+        f"{prefix}/{index}/{name}": torch.as_tensor(value).cpu()
         for index, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.base import Artifact, Choice, Input, Progress, Stage, StageContext
+from stages.base import SCRATCH, Artifact, Choice, Input, Progress, Stage, StageContext, StageError
 from stages.methods import METHODS
 from stages.methods.base import MethodConfig, TrainingExecution, TrainingSettings, training_progress
 from stages.pairs import Pairs
@@ -41,20 +40,19 @@ class Distill(Stage):
             yield "pairs", "their teacher is `gaussian:`, which has no network that a student could start from"
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
-        return training_progress(work / "checkpoints")
+        return training_progress(work / SCRATCH)
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
-        figures = context.run(
+        return context.run(
             distill, self, context.inputs["pairs"], context.seed, context.output, context.threads, context.fingerprint
         )
-        shutil.rmtree(context.output / "checkpoints", ignore_errors=True)
-        return figures
 
 
 def distill(
     config: Distill, pairs: Artifact, seed: int, output: Path, threads: int, fingerprint: str
 ) -> Generator[Progress, None, dict[str, Any]]:
     import json
+    import math
 
     import torch
 
@@ -63,14 +61,15 @@ def distill(
     from stages.data.reader import PairReader
     from stages.diffusion.samplers import timesteps
     from stages.methods.base import Batch, Materials
+    from stages.networks.compute import device_of, prepare
     from stages.networks.latent import LatentTeacher
     from stages.networks.student import OneStepStudent, export
-    from stages.training import pick_device, train
+    from stages.training import train
 
     assert isinstance(pairs.stage, Pairs)
-    torch.set_num_threads(threads)
+    prepare(threads)
     torch.manual_seed(seed)
-    teacher = LatentTeacher(pairs.inputs["teacher"].folder, device=pick_device(config.execution))
+    teacher = LatentTeacher(pairs.inputs["teacher"].folder, device=device_of(config.execution))
     sampler = pairs.stage.sampler
     grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
     method = config.method.create(Materials(teacher, grid, config.training))
@@ -85,7 +84,7 @@ def distill(
             "prompts": drawn.prompts,
         }
 
-    trained = yield from train(method, batch, seed=seed, checkpoints=output / "checkpoints", execution=config.execution)
+    trained = yield from train(method, batch, seed=seed, checkpoints=output / SCRATCH, execution=config.execution)
     student = trained.averages["student"]
     assert isinstance(student, OneStepStudent)
     errors = []
@@ -95,7 +94,13 @@ def distill(
             x0 = student(teacher.to_device(held.noise), teacher.encode_prompts(held.prompts))
         errors.append((x0 - teacher.to_device(held.latent)).square().mean((1, 2, 3)))
     held_out_mse = float(torch.cat(errors).mean())
-    figures = {"held_out_mse": held_out_mse, "training_loss": trained.history[-1]["loss"]}
+    if not math.isfinite(held_out_mse):
+        raise StageError(f"the student's error on held-out pairs is {held_out_mse}; lower training.learning_rate")
+    figures = {
+        "held_out_mse": held_out_mse,
+        "training_loss": trained.history[-1]["loss"],
+        "device": trained.device,
+    }
     export(student, teacher, output, _card(config, pairs, held_out_mse, fingerprint))
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
     (output / "history.jsonl").write_text(lines, encoding="utf-8")

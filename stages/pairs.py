@@ -43,11 +43,18 @@ class Pairs(Stage):
     storage_dtype: Literal["float16", "float32"] = "float16"
     execution: PairsExecution = PairsExecution()
 
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        from stages.data.prompts import problem
+
+        found = problem(self.prompts)
+        if found:
+            yield "prompts", found
+
     def damage(self, folder: Path) -> str | None:
-        from stages.data.pool import read_list
+        from stages.data.pool import intact, read_list
 
         shards = read_list(folder)
-        bad = [s for s in shards if not s.tar.exists() or s.tar.stat().st_size != s.bytes]
+        bad = [shard for shard in shards if not intact(shard)]
         return f"{len(bad)} of {len(shards)} shards are missing or changed, such as {bad[0].tar.name}" if bad else None
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
@@ -61,13 +68,23 @@ class Pairs(Stage):
         from stages.data import pool, shards
 
         context.pool.mkdir(parents=True, exist_ok=True)
+        for left in context.pool.rglob(".*"):  # temporaries of a worker that was killed
+            left.unlink()
         plans = pool.plan_shards(self.count, self.shard_size)
         have = {plan: shards.valid_facts(context.pool / plan.place) for plan in plans}
         missing = [plan for plan in plans if have[plan] is None]
         done = self.count - sum(plan.stop - plan.start for plan in missing)
         reused, started = done, time.monotonic()
         context.progress(Progress(done, self.count, "pairs"))
-        make = partial(ShardWorker, self, context.inputs["teacher"], context.pool, context.seed, context.threads)
+        make = partial(
+            ShardWorker,
+            self,
+            context.inputs["teacher"],
+            context.contents["prompts"],
+            context.pool,
+            context.seed,
+            context.threads,
+        )
         for plan, _ in context.map(make, missing):
             done += plan.stop - plan.start
             rate = (done - reused) / (time.monotonic() - started)
@@ -107,6 +124,7 @@ class ShardWorker:
 
     config: Pairs
     teacher_artifact: Artifact
+    prompts_identity: str
     pool: Path
     seed: int
     threads: int
@@ -118,34 +136,33 @@ class ShardWorker:
         from stages.data import prompts
         from stages.networks import teachers
 
-        self._set_threads()
+        self._prepare()
         config = self.config
         self.teacher = teachers.load(
             self.teacher_artifact.folder,
-            device=config.execution.device,
+            config.execution,
             dtype=config.dtype,
             compile=config.execution.compile,
         )
-        self.prompts = prompts.load(config.prompts)
+        self.prompts = prompts.load(config.prompts, self.prompts_identity)
         self.storage = np.dtype(config.storage_dtype)
 
     def __call__(self, plan: ShardPlan) -> str:
         from stages.data import shards
 
-        self._set_threads()
-        started = time.monotonic()
+        self._prepare()
         with self._solving:
+            started = time.monotonic()
             pairs = [
                 pair
                 for start in range(plan.start, plan.stop, self.config.execution.micro_batch)
                 for pair in self._solve(range(start, min(start + self.config.execution.micro_batch, plan.stop)))
             ]
+            seconds = time.monotonic() - started
         tar = self.pool / plan.place
         tar.parent.mkdir(parents=True, exist_ok=True)
         sampler = self.config.sampler.model_dump()
-        return shards.write_shard(
-            tar, pairs, {"sampler": sampler, "seed": self.seed}, self._provenance(time.monotonic() - started)
-        )
+        return shards.write_shard(tar, pairs, {"sampler": sampler, "seed": self.seed}, self._provenance(seconds))
 
     def _solve(self, indices: range) -> Iterator[Pair]:
         """One batch: noise, the ODE, and out again. Raises StageError if the teacher's output is not finite."""
@@ -173,12 +190,12 @@ class ShardWorker:
         for row, index in enumerate(indices):
             yield Pair(index, prompts[row], noise[row], latents[row])
 
-    def _set_threads(self) -> None:
+    def _prepare(self) -> None:
         """In every thread that computes: a thread pool's setting belongs to the calling thread."""
         if (self.teacher_artifact.folder / "unet").exists():
-            import torch
+            from stages.networks.compute import prepare
 
-            torch.set_num_threads(self.threads)
+            prepare(self.threads)
 
     def _provenance(self, seconds: float) -> dict[str, Any]:
         from stages.data.noise import CONVENTION
@@ -189,8 +206,10 @@ class ShardWorker:
             "execution": {**self.config.execution.model_dump(), "threads": self.threads},
             "noise": CONVENTION,
             "seed": self.seed,
+            "prompts": self.prompts_identity,
+            "pool": self.pool.name,
             "teacher": self.teacher_artifact.fingerprint,
-            "device": str(getattr(self.teacher, "device", "cpu")),
+            "device": self.teacher.device_name,
             "versions": versions(),
             "seconds": round(seconds, 3),
         }

@@ -31,11 +31,11 @@ def draw(
         raise StageError(f"{folder} is an analytic teacher: it has no images to draw")
     teacher = LatentTeacher(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
+    student = OneStepStudent.load(artifact.folder, teacher) if artifact.kind == "distill" else None
     rows = []
     with torch.inference_mode():
         for prompt in prompts:
-            if artifact.kind == "distill":
-                student = OneStepStudent.load(artifact.folder, teacher)
+            if student:
                 latents = student(teacher.to_device(noise), teacher.encode_prompts([prompt] * count))
             else:
                 sampler = Sampler(steps=steps, guidance_scale=guidance_scale)

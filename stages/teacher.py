@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.base import Content, Stage, StageContext, StageError
+from stages.base import SCRATCH, Content, Stage, StageContext, StageError
 from stages.methods.base import TrainingExecution, training_progress
 from stages.teachers import layout
 from stages.teachers.config import GaussianSettings, TrainedTeacher
@@ -23,7 +23,7 @@ class Teacher(Stage):
     VERSION: ClassVar[int] = 1
     kind: Literal["teacher"]
     train: TrainedTeacher | None = None
-    from_: Annotated[str | None, Content(revision_field="revision")] = Field(None, alias="from")
+    from_: Annotated[str | None, Content(revision_field="revision", files=layout.FILES)] = Field(None, alias="from")
     revision: str | None = Field(
         None, description="of a hub id: a branch, tag or commit; a commit needs no network to plan"
     )
@@ -40,7 +40,7 @@ class Teacher(Stage):
         return self
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
-        return training_progress(work / "checkpoints")
+        return training_progress(work / SCRATCH)
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
         if self.gaussian:
@@ -49,9 +49,7 @@ class Teacher(Stage):
             return {}
         if self.from_:
             return _adopt(self.from_, context.contents["from_"], context.output)
-        figures = context.run(_train, self.train, context.seed, self.execution, context.output, context.threads)
-        shutil.rmtree(context.output / "checkpoints", ignore_errors=True)
-        return figures
+        return context.run(_train, self.train, context.seed, self.execution, context.output, context.threads)
 
 
 def _train(*arguments: Any) -> Any:
@@ -66,8 +64,6 @@ def _adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
     layout.check(folder)
     for pattern in layout.FILES:
         for file in folder.glob(pattern):
-            if not file.is_file() or file.parent.name not in ("", folder.name, *layout.COMPONENTS):
-                continue
             copy = output / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
@@ -82,10 +78,15 @@ def _download(source: str, commit: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        index = Path(snapshot_download(source, revision=commit, allow_patterns=["model_index.json"]))
+        layout.check_index(index)
         return Path(snapshot_download(source, revision=commit, allow_patterns=[*layout.FILES, "README.md"]))
-    except Exception as error:
+    except StageError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds, all meaning: not reached or not there
+        first = (str(error).strip() or "no reason given").splitlines()[0]
         raise StageError(
-            f"{source} cannot be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"{source} cannot be downloaded ({type(error).__name__}: {first}); "
             "download it where there is a network and name the folder"
         ) from error
 

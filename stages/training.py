@@ -18,8 +18,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn, optim
 
 from stages import checkpoint
-from stages.base import Execution, Progress, StageError
+from stages.base import Progress, StageError
 from stages.methods.base import Batch, Method, Player, TrainingExecution, Turn
+from stages.networks.compute import device_name, device_of
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +30,11 @@ LOG_EVERY = 10
 
 @dataclass(frozen=True)
 class Trained:
-    """Averaged (EMA) weights of each player, and the figures logged on the way."""
+    """Averaged (EMA) weights of each player, the figures logged on the way, and the device's name."""
 
     averages: dict[str, nn.Module]
     history: list[dict[str, float]]
-
-
-def pick_device(execution: Execution) -> str:
-    if execution.device != "auto":
-        return execution.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    device: str
 
 
 def step_seed(seed: int, *counters: int) -> int:
@@ -66,8 +62,8 @@ def train(
     started = time.monotonic()
     for step in range(start, total):
         figures: dict[str, Tensor] = {}
-        for turn in method.turns(step):
-            figures |= run.take(turn, batches, step, seed)
+        for place, turn in enumerate(method.turns(step)):
+            figures |= run.take(turn, batches, step, step_seed(seed, step, place))
         run.average(step)
         method.after_step(step)
         done = step + 1
@@ -78,16 +74,16 @@ def train(
         if done % execution.checkpoint_every == 0 or done == total:
             _finite(figures, step)
             run.save(checkpoints, done)
-    return Trained(run.averages, run.history)
+    return Trained(run.averages, run.history, device_name(run.accelerator.device.type))
 
 
 def _finite(figures: dict[str, Tensor], step: int) -> dict[str, float]:
     """The figures as numbers: read now and then only, since reading waits for the GPU."""
     numbers = {name: float(value) for name, value in figures.items()}
     for name, number in numbers.items():
-        if name.endswith("loss") and not math.isfinite(number):
+        if not math.isfinite(number):
             raise StageError(
-                f"the {name} is {number} at step {step}; lower learning_rate, or see what is in the "
+                f"the {name.replace('_', ' ')} is {number} at step {step}; lower learning_rate, or see what is in the "
                 "training data (`retort stats` for pairs)"
             )
     return numbers
@@ -100,7 +96,7 @@ class _Run:
         self.players = dict(method.players)
         settings = next(iter(self.players.values())).training
         AcceleratorState._reset_state(reset_partial_state=True)  # a warm worker may have trained otherwise before
-        self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=pick_device(execution) == "cpu")
+        self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=device_of(execution) == "cpu")
         self.optimizers = {name: _optimizer(player) for name, player in self.players.items()}
         for player in self.players.values():
             player.module.to(self.accelerator.device)
@@ -117,7 +113,7 @@ class _Run:
         accumulate = player.training.accumulate
         sums: dict[str, Tensor] = {}
         for part in range(accumulate):
-            torch.manual_seed(step_seed(seed, step, part))
+            torch.manual_seed(step_seed(seed, part))
             with self.accelerator.autocast():
                 loss, figures = turn.loss(self._on_device(batches(step * accumulate + part)))
             self.accelerator.backward(loss / accumulate)
@@ -148,7 +144,7 @@ class _Run:
             tensors |= checkpoint.module_tensors(f"{name}/module", player.module)
             tensors |= checkpoint.module_tensors(f"{name}/average", self.averages[name])
             tensors |= checkpoint.optimizer_tensors(f"{name}/optimizer", self.optimizers[name])
-        checkpoint.save(folder, step, tensors, {"history": self.history, "threads": torch.get_num_threads()})
+        checkpoint.save(folder, step, tensors, {"history": self.history, **self._machine()})
 
     def restore(self, folder: Path) -> int:
         """Load the newest checkpoint; return the step to go on from."""
@@ -156,19 +152,23 @@ class _Run:
         if found is None:
             return 0
         tensors, state = found
-        if state["threads"] != torch.get_num_threads():
-            log.warning(
-                "the checkpoint was made with %d threads and training goes on with %d: results will differ "
-                "in the last bits from an uninterrupted run",
-                state["threads"],
-                torch.get_num_threads(),
-            )
+        for name, now in self._machine().items():
+            if state[name] != now:
+                log.warning(
+                    "the checkpoint was made with %s %s and training goes on with %s: results will differ "
+                    "in the last bits from an uninterrupted run",
+                    *(name, state[name], now),
+                )
         for name, player in self.players.items():
             checkpoint.load_module(f"{name}/module", player.module, tensors)
             checkpoint.load_module(f"{name}/average", self.averages[name], tensors)
             checkpoint.load_optimizer(f"{name}/optimizer", self.optimizers[name], tensors)
         self.history = state["history"]
         return int(state["step"])
+
+    def _machine(self) -> dict[str, Any]:
+        """What must be equal for equal bits."""
+        return {"threads": torch.get_num_threads(), "device": device_name(self.accelerator.device.type)}
 
     def _on_device(self, batch: Batch) -> dict[str, Any]:
         device = self.accelerator.device

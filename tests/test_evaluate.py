@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import ManifestError
 from tests.conftest import TINY, execute, plan_of
 
-QUALITY = TINY + "  quality: {kind: evaluate, student: student, real: digits, samples: 60, teacher_steps: [2, 1]}\n"
+QUALITY = TINY + "  quality: {kind: evaluate, student: student, real: digits, samples: 120, teacher_steps: [2, 1]}\n"
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,11 @@ def test_every_side_is_measured_on_the_same_prompts_and_noise(quality):
     assert [side["network_calls"] for side in metrics["sides"].values()] == [10, 4, 2, 1]
     assert metrics["sides"]["teacher_5"]["latent_mse"] == 0
     assert 0 < metrics["sides"]["teacher_2"]["latent_mse"] < metrics["sides"]["teacher_1"]["latent_mse"]
-    assert metrics["features"] == "digits_probe_64" and metrics["samples"] == 60
+    assert metrics["features"] == "digits_probe_64" and metrics["samples"] == metrics["distance_samples"] == 120
     for values in (*metrics["sides"].values(), *metrics["references"].values()):
         for name in ("prompt_accuracy", "frechet_distance", "kernel_distance"):
             assert values[f"{name}_se"] >= 0
-        assert 0 <= values["precision"] <= 1 and 0 <= values["recall"] <= 1
+        assert 0 <= values["precision"] <= 1 and 0 <= values["recall"] <= 1 and values["diversity"] > 0
     assert metrics["probe_accuracy"] > 0.9
     assert metrics["references"]["real"]["prompt_accuracy"] > 0.9
     assert metrics["references"]["real"]["frechet_distance"] < metrics["sides"]["teacher_1"]["frechet_distance"]
@@ -64,8 +64,12 @@ def test_the_page_is_self_contained(quality):
 
 
 def test_contradictions_are_found_when_planning(tmp_path):
-    with pytest.raises(ManifestError, match="6 is more than the 5 steps of the pairs themselves"):
-        plan_of(QUALITY, tmp_path, ["stages.quality.teacher_steps=[6]"])
+    with pytest.raises(ManifestError, match="5 is not fewer than the 5 steps of the pairs themselves"):
+        plan_of(QUALITY, tmp_path, ["stages.quality.teacher_steps=[5]"])
+    with pytest.raises(ManifestError, match="a number of steps is given twice"):
+        plan_of(QUALITY, tmp_path, ["stages.quality.teacher_steps=[2, 2]"])
+    with pytest.raises(ManifestError, match="need at least 100 samples"):
+        plan_of(QUALITY, tmp_path, ["stages.quality.samples=64"])
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat\n")
     with pytest.raises(ManifestError, match="needs pairs with prompts: digits"):

@@ -59,7 +59,7 @@ def test_precision_and_recall():
 def test_diversity_is_within_groups():
     points = np.array([[0.0], [2.0], [100.0], [104.0]])
     assert diversity(points, ["a", "a", "b", "b"]) == pytest.approx((2 + 4) / 2)
-    assert np.isnan(diversity(points, ["a", "b", "c", "d"]))
+    assert diversity(points, ["a", "b", "c", "d"]) is None
 
 
 def test_the_standard_error_is_the_spread_over_fresh_samples():

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import StageFailed
+from stages.base import Execution
 from stages.data import shards
 from stages.data.files import sha256_of
 from stages.data.pool import read_list
@@ -61,9 +62,9 @@ def test_what_is_stored_is_what_was_solved_from(tiny):
     _, plan = tiny
     pairs = plan["pairs"].artifact
     reader = PairReader(read_list(pairs.folder))
-    teacher = teachers.load(pairs.inputs["teacher"].folder, device="cpu")
+    teacher = teachers.load(pairs.inputs["teacher"].folder, Execution(device="cpu"))
     held = reader.batch(range(32, 48))
-    assert held.prompts == [prompts.load("digits")[i % 60] for i in range(32, 48)]
+    assert held.prompts == [prompts.load("digits", "name:digits")[i % 60] for i in range(32, 48)]
     with teacher.inference():
         again = teachers.solve(teacher, held.noise, held.prompts, pairs.stage.sampler)
     np.testing.assert_array_equal(teacher.to_numpy(again).astype(np.float16), held.latent)

@@ -10,11 +10,19 @@ from typing import Annotated
 
 import pytest
 
-from pipeline.errors import ManifestError
+from pipeline.content import HashCache, pinned, read_contents
+from pipeline.engine import InlineEngine
+from pipeline.errors import ManifestError, StageFailed
 from pipeline.fingerprint import fingerprint, identity, pool_fingerprint
+from pipeline.manifest import loads
+from pipeline.plan import make_plan
+from pipeline.report import Quiet
+from pipeline.runner import Runner
+from pipeline.runs import Run
+from pipeline.store import Store
 from stages import KINDS
 from stages.base import Extent, Neutral, Stage
-from tests.conftest import GAUSSIAN, ROOT, TINY, execute, plan_of
+from tests.conftest import GAUSSIAN, ROOT, TINY, execute, plan_of, retort
 
 RECORDED = Path(__file__).parent / "recorded.json"
 
@@ -83,6 +91,35 @@ def test_a_prompts_file_counts_by_content(tmp_path):
     assert after.pool != before.pool
 
 
+def test_a_file_that_changes_while_the_run_goes_on_seals_nothing(tmp_path):
+    prompts, store = tmp_path / "prompts.txt", tmp_path / "store"
+    prompts.write_text("a cat\n")
+    loaded = loads(GAUSSIAN.replace("prompts: digits", f"prompts: {prompts}"), "test.yaml", [f"store={store}"])
+    found = Store(store)
+    found.create()
+    run = Run(found, "changing")
+    plan = make_plan(loaded, read_contents(loaded, store / "contents.json"), found)
+    run.freeze(loaded.manifest, plan)
+    prompts.write_text("a dog\n")
+    with pytest.raises(StageFailed, match=r"prompts.txt changed since the run was planned"):
+        Runner(run, loaded.manifest, InlineEngine(), Quiet()).execute(plan)
+    assert not list(store.glob("pairs/pool/*/*.tar"))
+
+
+def test_links_are_followed_when_a_folder_is_hashed(tmp_path):
+    real, folder = tmp_path / "real", tmp_path / "folder"
+    (real / "unet").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "unet").symlink_to(real / "unet")
+    (real / "unet" / "config.json").write_text("1")
+    (folder / "notes.txt").write_text("x")
+    before = HashCache(tmp_path / "none").of(folder, ["unet/config.json"])
+    (folder / "notes.txt").write_text("y")
+    assert HashCache(tmp_path / "none").of(folder, ["unet/config.json"]) == before
+    (real / "unet" / "config.json").write_text("2")
+    assert HashCache(tmp_path / "none").of(folder, ["unet/config.json"]) != before
+
+
 def test_a_count_is_no_part_of_the_pool(tmp_path):
     plan, more = plan_of(GAUSSIAN, tmp_path)["pairs"], plan_of(GAUSSIAN, tmp_path, ["stages.pairs.count=99"])["pairs"]
     assert plan.artifact.fingerprint != more.artifact.fingerprint and plan.pool == more.pool
@@ -107,13 +144,24 @@ def test_damage_is_noticed(tmp_path):
     teacher = execute(GAUSSIAN, tmp_path)["teacher"].artifact.folder / "gaussian.json"
     teacher.write_text("{}")
     plan = plan_of(GAUSSIAN, tmp_path)["teacher"]
-    assert plan.state == "resume" and "gaussian.json is missing or changed" in plan.why
+    assert plan.state == "run" and "gaussian.json is missing or changed" in plan.why
+
+
+def test_a_lost_receipt_is_made_again(tmp_path):
+    pairs = execute(GAUSSIAN, tmp_path)["pairs"]
+    (pairs.pool / "00001.parquet").unlink()
+    assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "resume"
+    execute(GAUSSIAN, tmp_path)
+    assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "reuse"
 
 
 def test_an_artifact_may_be_named_by_its_path(tmp_path):
     teacher = execute(GAUSSIAN, tmp_path)["teacher"].artifact
     text = GAUSSIAN.replace("teacher: teacher", f"teacher: {teacher.folder}")
     assert plan_of(text, tmp_path)["pairs"].state == "reuse"
+    with pytest.raises(ManifestError, match="needs an artifact of kind teacher; .* is a pairs"):
+        pairs = execute(GAUSSIAN, tmp_path)["pairs"].artifact
+        plan_of(text.replace(str(teacher.folder), str(pairs.folder)), tmp_path)
     with pytest.raises(ManifestError, match="is no sealed artifact"):
         plan_of(text.replace(teacher.fingerprint, "nothing"), tmp_path)
 
@@ -136,8 +184,22 @@ def test_an_unreachable_hub_blocks_but_a_commit_does_not(tmp_path):
     text = "name: hub\nstages:\n  teacher: {kind: teacher, from: someone/model%s}\n"
     blocked = plan_of(text % "", tmp_path)["teacher"]
     assert blocked.state == "blocked" and "give `revision:` a full commit" in blocked.why
-    pinned = plan_of(text % f", revision: {'a' * 40}", tmp_path)["teacher"]
-    assert pinned.state == "run" and pinned.contents == {"from_": "hub:" + "a" * 40}
+    known = plan_of(text % f", revision: {'a' * 40}", tmp_path)["teacher"]
+    assert known.state == "run" and known.contents == {"from_": "hub:" + "a" * 40}
+
+
+def test_a_blocked_run_is_refused_before_it_is_frozen(tmp_path):
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text("name: hub\nstages:\n  teacher: {kind: teacher, from: someone/model}\n")
+    done = retort("submit", manifest, "--store", tmp_path / "s")
+    assert done.returncode == 2 and "stage teacher is blocked: the commit of someone/model" in done.stderr
+    assert not (tmp_path / "s" / "runs" / "hub" / "plan.json").exists()
+
+
+def test_what_a_hub_id_was_found_to_be_is_kept_with_the_run(tmp_path):
+    loaded = loads("name: hub\nstages:\n  teacher: {kind: teacher, from: someone/model}\n", "m.yaml")
+    kept = pinned(loaded.manifest, {"teacher": {"from_": "hub:" + "b" * 40}})
+    assert kept.stages["teacher"].revision == "b" * 40
 
 
 class Example(Stage):
@@ -179,28 +241,41 @@ def recorded_now(store: Path) -> dict[str, dict[str, object]]:
 
 
 def source_hash(kind: str) -> str:
-    """Hash of the code, without comments and docstrings, of the stage's module and all of `stages` it imports."""
+    """Hash of the lines of code, without comments and docstrings, of the stage's module and of all that it
+    imports from `stages`, directly or not."""
     seen: dict[Path, str] = {}
     todo = [ROOT / "stages" / f"{kind}.py"]
     while todo:
         path = todo.pop()
-        if path in seen:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list):
-                body[:] = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if isinstance(node, ast.ImportFrom):
-                names += [f"{node.module}.{alias.name}" for alias in node.names]
-            for name in names:
-                target = ROOT / Path(*name.split("."))
-                found = [f for f in (target.with_suffix(".py"), target / "__init__.py") if f.exists()]
-                todo += [f for f in found if f.is_relative_to(ROOT / "stages")]
-        seen[path] = ast.dump(tree)
-    text = "".join(seen[path] for path in sorted(seen))
-    return hashlib.sha256(text.encode()).hexdigest()
+        if path not in seen:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            seen[path] = code_of(path, tree)
+            todo += imported_by(tree)
+    return hashlib.sha256("".join(seen[path] for path in sorted(seen)).encode()).hexdigest()
+
+
+def code_of(path: Path, tree: ast.AST) -> str:
+    texts = [n for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    docstrings = {line for n in texts for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    return "\n".join(line for i, line in lines if i not in docstrings and line.split("#")[0].strip())
+
+
+def imported_by(tree: ast.AST) -> list[Path]:
+    """Files of `stages` that a module imports; of `from package import module`, the module only."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stages"):
+            folder = ROOT / Path(*(node.module or "").split("."))
+            for name in node.names:
+                candidates = [
+                    folder / f"{name.name}.py",
+                    folder / name.name / "__init__.py",
+                    folder.with_suffix(".py"),
+                    folder / "__init__.py",
+                ]
+                found.append(next(path for path in candidates if path.exists()))
+    return found
 
 
 def test_fingerprints_are_those_recorded(tmp_path):

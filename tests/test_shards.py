@@ -4,6 +4,7 @@ import json
 import tarfile
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 from hypothesis import given, settings
@@ -110,10 +111,10 @@ def test_the_reader_returns_every_pair_bit_for_bit(tmp_path_factory, counts, dat
 def test_the_reader_refuses_shards_that_changed(tmp_path):
     shard = write(tmp_path, 0, make_pairs(0, 4))
     shard.tar.write_bytes(shard.tar.read_bytes()[:-512])
-    with pytest.raises(StageError, match="bytes instead of"):
+    with pytest.raises(StageError, match="missing or changed since it was sealed"):
         PairReader([shard])
     shard.tar.unlink()
-    with pytest.raises(StageError, match="is missing"):
+    with pytest.raises(StageError, match="missing or changed since it was sealed"):
         PairReader([shard])
 
 
@@ -171,3 +172,20 @@ def test_records_are_plain_json(tmp_path):
     shard = write(tmp_path, 0, make_pairs(0, 2))
     facts = shards.read_facts(shards.receipt_of(shard.tar))
     assert json.loads(json.dumps(facts.as_dict())) == facts.as_dict()
+
+
+def test_the_reader_refuses_another_shard_of_the_same_size(tmp_path):
+    sealed = write(tmp_path, 0, make_pairs(0, 4))
+    other = write(tmp_path, 0, [Pair(p.index, p.prompt, p.latent, p.noise) for p in make_pairs(0, 4)])
+    assert other.bytes == sealed.bytes and other.sha256 != sealed.sha256
+    with pytest.raises(StageError, match="changed since it was sealed"):
+        PairReader([sealed]).batch([0])
+
+
+def test_a_receipt_of_another_version_does_not_count(tmp_path):
+    shard = write(tmp_path, 0, make_pairs(0, 4))
+    receipt = shards.receipt_of(shard.tar)
+    table = pq.read_table(receipt)
+    facts = json.loads(table.schema.metadata[shards.METADATA])
+    pq.write_table(table.replace_schema_metadata({shards.METADATA: json.dumps({**facts, "later": 1})}), receipt)
+    assert shards.valid_facts(shard.tar) is None

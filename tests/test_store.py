@@ -10,16 +10,15 @@ import threading
 import pytest
 
 from pipeline.errors import Locked, UsageError
-from pipeline.store import RECORD, Store, load_artifact
-from tests.conftest import GAUSSIAN, ROOT, command, execute, plan_of
+from pipeline.locks import hold, holder_of
+from pipeline.store import RECORD, load_artifact
+from tests.conftest import GAUSSIAN, ROOT, command, execute, plan_of, retort
 
 HOLD = """
 import sys, time
-from tests.conftest import GAUSSIAN, plan_of
-from pipeline.store import Store
 from pathlib import Path
-store = Path(sys.argv[1])
-with Store(store).lock(plan_of(GAUSSIAN, store)["teacher"].artifact, "other"):
+from pipeline.locks import hold
+with hold(Path(sys.argv[1]), "the thing", "other"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -49,25 +48,40 @@ def test_an_unfinished_folder_is_not_there_for_anyone(tmp_path):
 
 
 def test_a_lock_names_its_holder_and_a_killed_holder_frees_it_at_once(tmp_path):
-    store = Store(tmp_path)
-    store.create()
-    teacher = plan_of(GAUSSIAN, tmp_path)["teacher"].artifact
-    assert store.holder(teacher.kind, teacher.fingerprint) is None
+    file = tmp_path / "lock"
+    assert holder_of(file) is None
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", HOLD, str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with (
-        pytest.raises(Locked, match=rf"being made by run other \(process {holder.pid} on "),
-        store.lock(teacher, "mine"),
-    ):
+    words = rf"^the thing is being made by run other \(process {holder.pid} on .*; wait for it"
+    with pytest.raises(Locked, match=words), hold(file, "the thing", "mine"):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with store.lock(teacher, "mine"):
-        assert "run mine" in str(store.holder(teacher.kind, teacher.fingerprint))
-    assert store.holder(teacher.kind, teacher.fingerprint) is None
+    with hold(file, "the thing", "mine"):
+        assert "run mine" in str(holder_of(file))
+    assert holder_of(file) is None
+
+
+def test_looking_at_a_lock_does_not_make_it_fail(tmp_path):
+    file, stop = tmp_path / "lock", threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            holder_of(file)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    file.touch()
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        with hold(file, "the thing", "mine"):
+            pass
+    stop.set()
+    for thread in threads:
+        thread.join()
 
 
 def test_two_runs_at_once_make_a_shared_stage_once(tmp_path):
@@ -92,29 +106,25 @@ def test_two_runs_at_once_make_a_shared_stage_once(tmp_path):
     assert sum(e["event"] == "stage_reused" and e["stage"] == "pairs" for e in events) == 1
 
 
-def test_waiting_for_a_lock(tmp_path):
-    store = Store(tmp_path)
-    store.create()
-    artifact = plan_of(GAUSSIAN, tmp_path)["teacher"].artifact
-    released = threading.Event()
-
-    def hold() -> None:
-        with store.lock(artifact, "first"):
-            started.set()
-            released.wait(10)
-
-    started = threading.Event()
-    thread = threading.Thread(target=hold)
-    thread.start()
-    started.wait()
-    with pytest.raises(Locked), store.lock(artifact, "second"):
-        pass
-    released.set()
-    thread.join()
-    with store.lock(artifact, "second"):
-        pass
+def test_a_moved_store_is_found_where_it_is(tmp_path):
+    execute(GAUSSIAN, tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    done = retort("resume", "gaussian", "--store", tmp_path / "new", "--engine", "inline")
+    assert done.returncode == 0 and "pairs: reused" in done.stderr
+    assert not (tmp_path / "old").exists()
 
 
-def test_urls_are_refused_with_a_sentence():
-    with pytest.raises(UsageError, match="keeps its store in a folder"):
-        Store("s3://bucket/prefix")
+def test_a_run_killed_between_record_and_move_only_moves(tmp_path):
+    plan = execute(GAUSSIAN, tmp_path)["pairs"]
+    plan.artifact.folder.rename(tmp_path / "work" / f"pairs-{plan.artifact.fingerprint}")
+    execute(GAUSSIAN, tmp_path)
+    assert plan.artifact.record["fingerprint"] == plan.artifact.fingerprint
+    assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "reuse"
+
+
+def test_urls_are_refused_with_a_sentence(tmp_path):
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(GAUSSIAN + "store: s3://bucket/prefix\n")
+    done = retort("submit", manifest, cwd=tmp_path)
+    assert done.returncode == 2 and "s3://bucket/prefix: this version keeps its store in a folder" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.yaml"]

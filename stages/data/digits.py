@@ -1,9 +1,8 @@
 """The embedded image set `digits`: real scanned handwriting (scikit-learn's 1,797 8x8 digits), tinted.
 
 Each image is one scan in one of six colours, upscaled to `size` pixels on black, with a caption such as
-"a red handwritten seven". Image i of the set is scan i % 1797 in colour (i // 1797) % 6, so that the
-first 1,797 are all red and a seeded permutation mixes everything. Every fifth scan is held out: what
-is trained (a teacher, a probe classifier) sees the others only.
+"a red handwritten seven". Every fifth scan is held out: what is trained (a teacher, a probe classifier) sees
+the others only, 1,437 scans. Image i of S scans is scan i % S in colour i // S.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from pathlib import Path
 
 
@@ -25,8 +26,13 @@ def publish(temporary: Path, final: Path) -> None:
     _fsync(final.parent)
 
 
+def temporary_of(path: Path) -> Path:
+    """A name beside `path` that no reader looks at and no other writer takes, on whatever host."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_of(path)
     try:
         temporary.write_bytes(content)
         publish(temporary, path)

@@ -17,7 +17,7 @@ from stages.data.records import ShardFacts
 from stages.data.shards import ARRAYS, read_facts, read_rows, receipt_of
 from stages.data.statistics import Moments
 
-SAME = ("sampler", "dtype", "noise", "seed", "teacher", "device")
+SAME = ("sampler", "dtype", "noise", "seed", "prompts", "teacher", "device", "execution", "versions")
 """Provenance that all shards of one dataset should share."""
 
 
@@ -28,48 +28,52 @@ def inspect_shards(folder: Path, *, deep: bool = False) -> dict[str, Any]:
     there is no shard at all.
     """
     damaged: dict[str, str] = {}
-    good: list[tuple[Path, ShardFacts]] = []
-    for tar in _tars(folder):
-        facts = _facts(tar, damaged, deep)
-        if facts is not None:
-            good.append((tar, facts))
-    if not good and not damaged:
+    facts: list[ShardFacts] = []
+    hashes: list[np.ndarray] = []
+    prompts: list[pa.Array] = []
+    for tar, sealed in _tars(folder):
+        try:
+            found = _facts(tar, sealed, deep)
+            rows = read_rows(receipt_of(tar), ["noise_hash", "prompt"])
+        except (OSError, ValueError) as error:
+            damaged[str(tar)] = str(error)
+            continue
+        facts.append(found)
+        hashes.append(rows["noise_hash"].to_numpy())
+        prompts += rows["prompt"].chunks
+    if not facts and not damaged:
         raise StageError(f"{folder} holds no shards: neither {pool.LIST} nor any receipt (.parquet) is there")
-    hashes = [read_rows(receipt_of(tar))["noise_hash"].to_numpy() for tar, _ in good]
-    prompts = [read_rows(receipt_of(tar))["prompt"] for tar, _ in good]
     return {
-        "count": sum(facts.count for _, facts in good),
-        "shards": len(good),
-        "bytes": sum(facts.bytes for _, facts in good),
-        "distinct_prompts": len(pc.unique(pa.chunked_array([c for p in prompts for c in p.chunks]))) if prompts else 0,
-        "repeated_noises": int(sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes)))) if hashes else 0,
-        "arrays": {name: _array(name, [facts for _, facts in good]) for name in ARRAYS} if good else {},
-        "provenance": _provenance([facts for _, facts in good]),
+        "count": sum(one.count for one in facts),
+        "shards": len(facts),
+        "bytes": sum(one.bytes for one in facts),
+        "distinct_prompts": len(pc.unique(pa.chunked_array(prompts, pa.string()))),
+        "repeated_noises": sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes))) if hashes else 0,
+        "arrays": {name: _array(name, facts) for name in ARRAYS} if facts else {},
+        "provenance": _provenance(facts),
         "damaged": damaged,
     }
 
 
-def _tars(folder: Path) -> Iterator[Path]:
+def _tars(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Tars with the sha256 they were sealed with, if they were."""
     if (folder / pool.LIST).exists():
-        yield from (shard.tar for shard in pool.read_list(folder))
+        yield from ((shard.tar, shard.sha256) for shard in pool.read_list(folder))
     else:
-        yield from (receipt.with_suffix(".tar") for receipt in sorted(folder.rglob("*.parquet")))
+        yield from ((receipt.with_suffix(".tar"), None) for receipt in sorted(folder.rglob("*.parquet")))
 
 
-def _facts(tar: Path, damaged: dict[str, str], deep: bool) -> ShardFacts | None:
-    try:
-        facts = read_facts(receipt_of(tar))
-    except (OSError, ValueError) as error:
-        damaged[str(tar)] = f"its receipt cannot be read: {error}"
-        return None
-    size = tar.stat().st_size if tar.exists() else None
+def _facts(tar: Path, sealed: str | None, deep: bool) -> ShardFacts:
+    """Raises OSError or ValueError, in words, for a shard that is not what its receipt or its list says."""
+    facts = read_facts(receipt_of(tar))
+    size = tar.stat().st_size
     if size != facts.bytes:
-        damaged[str(tar)] = "missing" if size is None else f"{size} bytes instead of {facts.bytes}"
-    elif deep and sha256_of(tar) != facts.sha256:
-        damaged[str(tar)] = "its content is not what the receipt says"
-    else:
-        return facts
-    return None
+        raise ValueError(f"{size} bytes instead of {facts.bytes}")
+    if sealed not in (None, facts.sha256):
+        raise ValueError("another shard than the one that was sealed")
+    if deep and sha256_of(tar) != facts.sha256:
+        raise ValueError("its content is not what the receipt says")
+    return facts
 
 
 def _array(name: str, facts: list[ShardFacts]) -> dict[str, Any]:

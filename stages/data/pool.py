@@ -55,6 +55,14 @@ class ListedShard:
     sha256: str
 
 
+def intact(shard: ListedShard) -> bool:
+    """Whether tar and receipt are there, and the tar of the sealed size. Reads neither."""
+    try:
+        return shard.tar.stat().st_size == shard.bytes and shard.tar.with_suffix(".parquet").exists()
+    except OSError:
+        return False
+
+
 def write_list(folder: Path, pool: Path, shards: Sequence[ListedShard]) -> None:
     """Seal the list of an artifact's shards into `folder`, by paths relative to it."""
     entries = [

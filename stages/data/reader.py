@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.base import StageError
-from stages.data.pool import ListedShard
+from stages.data.pool import ListedShard, intact
 from stages.data.shards import ARRAYS, read_facts, read_rows, receipt_of
 
 OPEN_SHARDS = 512
+CHANGED = "or its receipt is missing or changed since it was sealed; `retort resume` with its run makes it again"
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,14 @@ class PairBatch:
 class PairReader:
     """The pairs of `shards`, numbered from 0 in the order of the list. No tar is opened before it is needed.
 
-    Raises StageError when a shard is missing or not of the size that was sealed.
+    Raises StageError when a shard is missing or not the one that was sealed.
     """
 
     def __init__(self, shards: Sequence[ListedShard]) -> None:
-        for shard in shards:
-            size = shard.tar.stat().st_size if shard.tar.exists() else None
-            if size != shard.bytes:
-                found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-                raise StageError(f"{shard.tar} {found}; `retort resume` with the pairs' run makes it again")
-        self._tars = [shard.tar for shard in shards]
+        damaged = next((shard for shard in shards if not intact(shard)), None)
+        if damaged:
+            raise StageError(f"{damaged.tar} {CHANGED}")
+        self._shards = shards
         self._ends = list(accumulate(shard.count for shard in shards))
         self._open = lru_cache(maxsize=OPEN_SHARDS)(_OpenShard)
 
@@ -51,7 +49,7 @@ class PairReader:
         noise, latent, prompts = [], [], []
         for index in indices:
             shard = bisect_right(self._ends, index)
-            opened = self._open(self._tars[shard])
+            opened = self._open(self._shards[shard])
             row = int(index) - (self._ends[shard - 1] if shard else 0)
             noise.append(opened.array("noise", row))
             latent.append(opened.array("latent", row))
@@ -60,10 +58,12 @@ class PairReader:
 
 
 class _OpenShard:
-    def __init__(self, tar: Path) -> None:
-        receipt = receipt_of(tar)
+    def __init__(self, shard: ListedShard) -> None:
+        receipt = receipt_of(shard.tar)
         facts, rows = read_facts(receipt), read_rows(receipt)
-        self.bytes = np.memmap(tar, dtype=np.uint8, mode="r")
+        if facts.sha256 != shard.sha256:
+            raise StageError(f"{shard.tar} {CHANGED}")
+        self.bytes = np.memmap(shard.tar, dtype=np.uint8, mode="r")
         self.prompts = rows["prompt"]
         self.offsets = {name: rows[f"{name}_offset"].to_numpy() for name in ARRAYS}
         self.kinds = {

@@ -7,7 +7,6 @@ after the tar: a shard without a valid receipt does not exist.
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 from collections.abc import Sequence
 from io import BytesIO
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from stages.data.files import publish, sha256_of
+from stages.data.files import publish, sha256_of, temporary_of
 from stages.data.noise import hash64
 from stages.data.records import Pair, ShardFacts
 from stages.data.statistics import Moments, histogram
@@ -36,7 +35,7 @@ def write_shard(tar: Path, pairs: Sequence[Pair], sample_facts: dict[str, Any], 
     """
     import webdataset as wds  # here, since it imports torch, which reading needs not wait for
 
-    temporary = tar.with_name(f".{tar.name}.{os.getpid()}")
+    temporary = temporary_of(tar)
     try:
         with open(temporary, "wb") as file, wds.TarWriter(file, mtime=0, encoder=False) as writer:
             for pair in pairs:
@@ -65,12 +64,15 @@ def read_facts(receipt: Path) -> ShardFacts:
     metadata = pq.read_metadata(receipt).metadata or {}
     if METADATA not in metadata:
         raise ValueError(f"{receipt} is no receipt of a shard of pairs")
-    return ShardFacts(**json.loads(metadata[METADATA]))
+    try:
+        return ShardFacts(**json.loads(metadata[METADATA]))
+    except TypeError as error:
+        raise ValueError(f"{receipt} is of another version of Retort: {error}") from None
 
 
-def read_rows(receipt: Path) -> pa.Table:
-    """A row a sample: index, key, prompt, offsets, hash, mean, std, absmax."""
-    return pq.read_table(receipt, memory_map=True)
+def read_rows(receipt: Path, columns: list[str] | None = None) -> pa.Table:
+    """A row a sample: index, key, prompt, offsets, hash, mean, std, absmax; or some `columns` of it."""
+    return pq.read_table(receipt, columns=columns, memory_map=True)
 
 
 def valid_facts(tar: Path) -> ShardFacts | None:
@@ -131,7 +133,7 @@ def _write_receipt(receipt: Path, pairs: Sequence[Pair], offsets: dict[str, list
         columns[f"{name}_std"] = [m.std for m in moments]
         columns[f"{name}_absmax"] = [m.absmax for m in moments]
     table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(facts.as_dict(), sort_keys=True)})
-    temporary = receipt.with_name(f".{receipt.name}.{os.getpid()}")
+    temporary = temporary_of(receipt)
     try:
         pq.write_table(table, temporary)
         publish(temporary, receipt)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.base import Config
 
@@ -16,3 +16,9 @@ class Sampler(Config):
     steps: int = Field(50, ge=1, le=1000)
     guidance_scale: float = Field(3.0, ge=1)
     timestep_spacing: Literal["trailing", "leading"] = "trailing"
+
+    @model_validator(mode="after")
+    def _leading_needs_room(self) -> Self:
+        if self.timestep_spacing == "leading" and self.steps > 500:
+            raise ValueError("leading timesteps, which start one late, exist for at most 500 steps")
+        return self

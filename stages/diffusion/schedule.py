@@ -35,8 +35,3 @@ class NoiseSchedule:
         if t == -1:
             return 1.0, 0.0
         return float(self.alpha[t]), float(self.sigma[t])
-
-    def log_snr(self, t: int) -> float:
-        """lambda_t = log(alpha_t^2 / sigma_t^2)."""
-        alpha, sigma = self.at(t)
-        return float(np.log(alpha**2) - np.log(sigma**2))

@@ -20,12 +20,11 @@ def evaluate(
     threads: int,
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Write `metrics.json`, `grid.png` and `index.html` to `output`; return the metrics."""
-    import torch
-
     from stages.evaluation import measure, page
     from stages.evaluation.sides import sample_sides
+    from stages.networks.compute import prepare
 
-    torch.set_num_threads(threads)
+    prepare(threads)
     sides, setting = yield from sample_sides(student, samples, teacher_steps, execution)
     metrics: dict[str, Any] = {
         "samples": samples,
@@ -40,6 +39,6 @@ def evaluate(
             yield from measure.against_real(metrics, sides, setting, size=pictures["student"].shape[-1])
         except ValueError as error:
             raise StageError(f"evaluation against {real}: {error}") from error
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     page.write(output, metrics, pictures, [setting.prompts[i] for i in shown])
-    return metrics
+    return {**metrics, "device": setting.teacher.device_name}

@@ -78,7 +78,7 @@ def _measure(
     accuracy = _accuracy(predicted, wanted)
     features, captions = features[: len(real)], captions[: len(real)]
     precision, recall = distances.precision_recall(real, features)
-    return {
+    figures = {
         "prompt_accuracy": accuracy,
         "prompt_accuracy_se": (accuracy * (1 - accuracy) / len(next(iter(predicted.values())))) ** 0.5,
         "frechet_distance": distances.frechet_distance(real, features),
@@ -87,8 +87,9 @@ def _measure(
         "kernel_distance_se": distances.standard_error(distances.kernel_distance, real, features),
         "precision": precision,
         "recall": recall,
-        "diversity": distances.diversity(features, captions),
     }
+    diversity = distances.diversity(features, captions)
+    return figures if diversity is None else {**figures, "diversity": diversity}
 
 
 def _accuracy(predicted: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:

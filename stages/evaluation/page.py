@@ -97,9 +97,10 @@ def _legend(metrics: Mapping[str, Any]) -> str:
     ]
     if "features" in metrics:
         lines += [
-            f"Distances are at {metrics['distance_samples']} samples a side. Distances, precision, recall and diversity in {metrics['features']}: features of a classifier trained "
-            "on real images. They are not FID. 'Real': other real images at the same number of samples, the floor; "
-            "'VAE reconstruction': those through the VAE alone, the floor for every latent model of this teacher.",
+            f"Distances, precision, recall and diversity are at {metrics['distance_samples']} samples a side, in "
+            f"{metrics['features']}: features of a classifier trained on real images. They are not FID.",
+            "'real': other real images at the same number of samples, the floor. 'VAE reconstruction': those through "
+            "the VAE alone, the floor for every latent model of this teacher.",
             f"The classifier is right on {metrics['probe_accuracy']:.1%} of real images it never saw.",
         ]
     return "".join(f"<p><small>{html.escape(line)}</small></p>" for line in lines)

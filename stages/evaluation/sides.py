@@ -17,11 +17,11 @@ from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.diffusion.config import Sampler
 from stages.distill import Distill
+from stages.networks.compute import device_of
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import OneStepStudent
 from stages.networks.teachers import solve
 from stages.pairs import Pairs
-from stages.training import pick_device
 
 BATCH = 64
 UNIT = "samples"
@@ -82,13 +82,15 @@ def _setting(student: Artifact, samples: int, execution: Execution) -> Setting:
     """Held-out pairs first; where they do not suffice, fresh noise past the last pair's."""
     distill, pairs = student.stage, student.inputs["pairs"]
     assert isinstance(distill, Distill) and isinstance(pairs.stage, Pairs)
-    teacher = LatentTeacher(pairs.inputs["teacher"].folder, device=pick_device(execution))
+    dtype = getattr(torch, pairs.stage.dtype)  # the teacher as the factory ran it
+    teacher = LatentTeacher(pairs.inputs["teacher"].folder, device=device_of(execution), dtype=dtype)
     reader = PairReader(read_list(pairs.folder))
     taken = min(samples, distill.held_out)
     start = len(reader) - distill.held_out
     held = reader.batch(range(start, start + taken))
-    texts = prompt_sources.load(pairs.stage.prompts)
     fresh = range(len(reader), len(reader) + samples - taken)
+    contents = pairs.record["identity"]["contents"]
+    texts = prompt_sources.load(pairs.stage.prompts, contents["prompts"]) if fresh else []
     seed = int(pairs.record["seed"])
     noise = [noise_for(seed, i, teacher.latent_shape, held.noise.dtype)[None] for i in fresh]
     return Setting(
@@ -102,16 +104,15 @@ def _setting(student: Artifact, samples: int, execution: Execution) -> Setting:
 def _sample(
     sampler: Callable[[np.ndarray, list[str]], Tensor], setting: Setting, known: Tensor
 ) -> tuple[Tensor, float]:
-    """Latents of all samples, those in `known` taken as they are; and seconds an image, measured on one more batch
-    after one that warms up."""
+    """Latents of all samples, those in `known` taken as they are; and seconds an image, of the second of two more
+    batches."""
     latents = [known]
     with torch.inference_mode():
         for start in range(len(known), len(setting.noise), BATCH):
             stop = min(start + BATCH, len(setting.noise))
             latents.append(sampler(setting.noise[start:stop], setting.prompts[start:stop]).float().cpu())
         first = setting.noise[:BATCH], setting.prompts[:BATCH]
-        if len(latents) == 1:
-            sampler(*first)
+        sampler(*first).cpu()
         started = time.perf_counter()
         sampler(*first).cpu()
         seconds = (time.perf_counter() - started) / len(first[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -98,7 +98,6 @@ class MethodConfig(Config):
     """A method's part of the manifest."""
 
     name: str
-    data: ClassVar[Literal["pairs", "latents", "prompts"]]
 
     def create(self, materials: Materials) -> Method:
         """The method itself; this is where torch is imported."""

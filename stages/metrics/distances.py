@@ -72,8 +72,9 @@ def _radii(points: Features, k: int) -> NDArray[np.float64]:
     return radii
 
 
-def diversity(features: Features, groups: list[str]) -> float:
-    """Mean Euclidean distance between two samples of one group (one prompt, different noises)."""
+def diversity(features: Features, groups: list[str]) -> float | None:
+    """Mean Euclidean distance between two samples of one group (one prompt, different noises); None if no group
+    has two."""
     names = np.array(groups)
     total, pairs = 0.0, 0
     for name in dict.fromkeys(groups):
@@ -81,7 +82,7 @@ def diversity(features: Features, groups: list[str]) -> float:
         upper = np.triu_indices(len(members), 1)
         total += float(np.sqrt(_squared_distances(members, members))[upper].sum())
         pairs += len(upper[0])
-    return total / pairs if pairs else float("nan")
+    return total / pairs if pairs else None
 
 
 def standard_error(

@@ -28,6 +28,7 @@ class GaussianTeacher:
     """
 
     prediction: Prediction = "epsilon"
+    device_name = "cpu"
 
     def __init__(self, mean: float, std: float, shape: tuple[int, int, int], delay: float = 0.0) -> None:
         self.mean, self.std, self.latent_shape, self.delay = mean, std, shape, delay

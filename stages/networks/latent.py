@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from stages.diffusion.guidance import guide
 from stages.diffusion.prediction import Prediction
 from stages.diffusion.schedule import NoiseSchedule
+from stages.networks.compute import device_name
 
 CACHED_PROMPTS = 4096
 
@@ -36,6 +37,7 @@ class LatentTeacher:
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compile: bool = False
     ) -> None:
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
+        self.device_name = device_name(device)
         self.unet = self._load(UNet2DConditionModel, "unet", torch_dtype=dtype)
         self.text_encoder = self._load(CLIPTextModel, "text_encoder", dtype=dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -46,6 +48,7 @@ class LatentTeacher:
         self.latent_shape = (int(self.unet.config["in_channels"]), int(size), int(size))
         self._network = torch.compile(self.unet) if compile else self.unet
         self._conditions: dict[str, Tensor] = {}
+        self._timesteps: dict[int, Tensor] = {}
 
     def _load(self, kind: Any, name: str, **dtype: torch.dtype) -> Any:
         module = kind.from_pretrained(self.folder, subfolder=name, use_safetensors=True, **dtype)
@@ -53,35 +56,48 @@ class LatentTeacher:
 
     @cached_property
     def vae(self) -> Any:
-        """Loaded when first asked for: solving an ODE needs no VAE."""
-        return self._load(AutoencoderKL, "vae", torch_dtype=self.dtype)
+        """In float32, in which Stable Diffusion's does not overflow. Loaded when first asked for: solving an ODE
+        needs no VAE."""
+        return self._load(AutoencoderKL, "vae")
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """The text encoder's states, (B, L, D); a prompt met before is not encoded again."""
+        """The text encoder's states (B, L, D) in the teacher's dtype; a prompt met before is not encoded again."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditions]
         if len(self._conditions) + len(new) > CACHED_PROMPTS:
             self._conditions.clear()
             new = list(dict.fromkeys(prompts))
-        for prompt in new:  # one at a time: what a prompt is encoded to must not depend on its batch
-            self._conditions[prompt] = encode(self.tokenizer, self.text_encoder, [prompt])[0]
+        with torch.autocast(self.device.type, enabled=False):  # a cached state must not depend on who asked first
+            for prompt in new:  # one at a time: nor on the batch it came in
+                self._conditions[prompt] = encode(self.tokenizer, self.text_encoder, [prompt])[0]
         return torch.stack([self._conditions[prompt] for prompt in prompts])
 
     def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Tensor, int], Tensor]:
-        """`denoise(z, t)`: the U-Net's output for these prompts, guided in one batched call unless the scale is 1."""
-        conditional = self.encode_prompts(prompts)
+        """`denoise(z, t)`: the U-Net's output for these prompts, guided in one batched call unless the scale is 1.
+
+        z and the output are float32: only the network computes in the teacher's dtype, so that a solver's
+        state is not rounded at every step.
+        """
+        condition = self.encode_prompts(prompts)
         if guidance_scale == 1.0:
-            return lambda z, t: self._network(z, t, conditional).sample
-        condition = torch.cat([self.encode_prompts([""] * len(prompts)), conditional])
+            return lambda z, t: self._call(z, t, condition)
+        condition = torch.cat([self.encode_prompts([""] * len(prompts)), condition])
 
         def denoise(z: Tensor, t: int) -> Tensor:
-            unconditional, guided = self._network(torch.cat([z, z]), t, condition).sample.chunk(2)
-            return guide(unconditional, guided, guidance_scale)
+            unconditional, conditional = self._call(torch.cat([z, z]), t, condition).chunk(2)
+            return guide(unconditional, conditional, guidance_scale)
 
         return denoise
 
+    def _call(self, z: Tensor, t: int, condition: Tensor) -> Tensor:
+        if t not in self._timesteps:  # made once: a Python number would be copied to the GPU at every call
+            self._timesteps[t] = torch.tensor(t, device=self.device)
+        output: Tensor = self._network(z.to(self.dtype), self._timesteps[t], condition).sample
+        return output.float()
+
     def to_device(self, array: NDArray[np.floating]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, self.dtype)
+        """float32, whatever the network computes in: what is solved from is what is stored."""
+        return torch.from_numpy(array).to(self.device, torch.float32)
 
     def to_numpy(self, array: Tensor) -> NDArray[np.float32]:
         return array.float().cpu().numpy()
@@ -90,17 +106,17 @@ class LatentTeacher:
         return torch.inference_mode()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
+    def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of scaled latents (B, C, h, w)."""
         factor = self.vae.config["scaling_factor"]
-        parts = latents.to(self.device, self.dtype).split(batch_size)
-        return torch.cat([self.vae.decode(z / factor).sample.float().cpu() for z in parts]).clamp(-1, 1)
+        parts = latents.to(self.device, torch.float32).split(batch_size)
+        return torch.cat([self.vae.decode(z / factor).sample.cpu() for z in parts]).clamp(-1, 1)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:
+    def encode(self, images: Tensor, batch_size: int = 8) -> Tensor:
         """Scaled latents of images in [-1, 1]: the posterior's mean."""
         factor = self.vae.config["scaling_factor"]
-        parts = images.to(self.device, self.dtype).split(batch_size)
+        parts = images.to(self.device, torch.float32).split(batch_size)
         return torch.cat([self.vae.encode(x).latent_dist.mode() * factor for x in parts])
 
 

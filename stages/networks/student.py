@@ -26,7 +26,9 @@ class OneStepStudent(nn.Module):
     def __init__(self, unet: Any, schedule: NoiseSchedule, t: int, prediction: Prediction) -> None:
         super().__init__()
         self.unet: Any = unet
-        self.t, self.prediction = t, prediction
+        self.prediction = prediction
+        self.t: Tensor
+        self.register_buffer("t", torch.tensor(t), persistent=False)
         self.alpha, self.sigma = schedule.at(t)
 
     @classmethod
@@ -40,11 +42,12 @@ class OneStepStudent(nn.Module):
         about = json.loads((folder / FILE).read_text(encoding="utf-8"))
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
         student = cls(unet, teacher.schedule, about["timesteps"][0], about["prediction"])
-        return student.to(teacher.device, teacher.dtype).eval().requires_grad_(False)
+        return student.to(teacher.device).eval().requires_grad_(False)
 
     def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
         """noise (B, C, H, W), condition (B, L, D) -> x0 (B, C, H, W), a scaled latent."""
-        return to_x0(self.prediction, self.unet(noise, self.t, condition).sample, noise, self.alpha, self.sigma)
+        output = self.unet(noise, self.t, condition.to(noise.dtype)).sample
+        return to_x0(self.prediction, output, noise, self.alpha, self.sigma)
 
 
 def export(student: OneStepStudent, teacher: LatentTeacher, folder: Path, card: str) -> None:
@@ -55,10 +58,9 @@ def export(student: OneStepStudent, teacher: LatentTeacher, folder: Path, card: 
     would spoil a student that has its guidance built in. Raises ValueError if the student was trained
     at another timestep, for which plain diffusers has no one-step grid.
     """
-    if student.t != len(teacher.schedule) - 1:
-        raise ValueError(
-            f"a one-step pipeline calls t = {len(teacher.schedule) - 1}, the student knows t = {student.t}"
-        )
+    t = int(student.t)
+    if t != len(teacher.schedule) - 1:
+        raise ValueError(f"a one-step pipeline calls t = {len(teacher.schedule) - 1}, the student knows t = {t}")
     scheduler = DDIMScheduler.from_config(
         DDIMScheduler.from_pretrained(teacher.folder / "scheduler").config,
         timestep_spacing="trailing",
@@ -78,7 +80,7 @@ def export(student: OneStepStudent, teacher: LatentTeacher, folder: Path, card: 
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
-    about: dict[str, Any] = {"steps": 1, "timesteps": [student.t], "prediction": student.prediction}
+    about: dict[str, Any] = {"steps": 1, "timesteps": [t], "prediction": student.prediction}
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -86,6 +88,7 @@ def export(student: OneStepStudent, teacher: LatentTeacher, folder: Path, card: 
 def _with_guidance_embedding(unet: Any) -> UNet2DConditionModel:
     config = {**unet.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING}
     embedded = UNet2DConditionModel.from_config(config).to(next(unet.parameters()).dtype)
-    embedded.load_state_dict(unet.state_dict(), strict=False)
+    missing, unexpected = embedded.load_state_dict(unet.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
     torch.nn.init.zeros_(embedded.time_embedding.cond_proj.weight)
     return embedded

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.base import Execution
 from stages.diffusion.config import Sampler
 from stages.diffusion.prediction import Array, Prediction
 from stages.diffusion.samplers import ddim, timesteps
@@ -25,6 +26,7 @@ class Teacher(Protocol):
     latent_shape: tuple[int, int, int]
     schedule: NoiseSchedule
     prediction: Prediction
+    device_name: str
 
     def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Array, int], Array]: ...
     def to_device(self, array: NDArray[np.floating]) -> Array: ...
@@ -32,17 +34,16 @@ class Teacher(Protocol):
     def inference(self) -> AbstractContextManager[Any]: ...
 
 
-def load(folder: Path, *, device: str = "auto", dtype: Dtype = "float32", compile: bool = False) -> Teacher:
+def load(folder: Path, execution: Execution, *, dtype: Dtype = "float32", compile: bool = False) -> Teacher:
     """The teacher sealed in `folder`. torch is imported only for one that is a network."""
     if (folder / gaussian.FILE).exists():
         return gaussian.GaussianTeacher.load(folder)
     import torch
 
+    from stages.networks.compute import device_of
     from stages.networks.latent import LatentTeacher
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LatentTeacher(folder, device=device, dtype=getattr(torch, dtype), compile=compile)
+    return LatentTeacher(folder, device=device_of(execution), dtype=getattr(torch, dtype), compile=compile)
 
 
 def solve(teacher: Teacher, noise: NDArray[np.floating], prompts: list[str], sampler: Sampler) -> Array:

@@ -12,12 +12,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from stages.base import Progress, StageError
+from stages.base import SCRATCH, Progress, StageError
 from stages.data import digits
 from stages.data.order import ShuffledOrder
 from stages.diffusion.schedule import NoiseSchedule
 from stages.methods.base import Batch, TrainingExecution
 from stages.networks import build
+from stages.networks.compute import prepare
 from stages.teachers.autoencoder import AutoencoderTraining, latents_of, reconstruction_mse
 from stages.teachers.config import TrainedTeacher
 from stages.teachers.denoiser import DenoiserTraining
@@ -30,7 +31,7 @@ def train_teacher(
     config: TrainedTeacher, seed: int, execution: TrainingExecution, output: Path, threads: int
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Autoencoder first, checked on images that it never saw; then the denoiser on its latents."""
-    torch.set_num_threads(threads)
+    prepare(threads)
     torch.manual_seed(seed)
     images = digits.load(config.size)
     pixels = torch.from_numpy(images.images)
@@ -47,7 +48,7 @@ def train_teacher(
         AutoencoderTraining(build.autoencoder(config.size, config.vae.channels), config.vae.training),
         lambda step: {"images": pixels[order.batch(step)]},
         seed=seed,
-        checkpoints=output / "checkpoints" / "vae",
+        checkpoints=output / SCRATCH / "vae",
         execution=execution,
         unit="VAE steps",
     )
@@ -70,7 +71,7 @@ def train_teacher(
         DenoiserTraining(networks, tokenizer, schedule, config.prediction, config.drop_text, config.denoiser.training),
         lambda step: _captioned(latents, images, order, step),
         seed=seed + 1,
-        checkpoints=output / "checkpoints" / "denoiser",
+        checkpoints=output / SCRATCH / "denoiser",
         execution=execution,
         unit="U-Net steps",
     )
@@ -78,6 +79,7 @@ def train_teacher(
     assert isinstance(averages, nn.ModuleDict)
     _seal(vae, tokenizer, averages, config, output)
     return {
+        "device": trained.device,
         "vae_reconstruction_mse": mse,
         "scaling_factor": factor,
         "denoiser_loss": trained.history[-1]["loss"],

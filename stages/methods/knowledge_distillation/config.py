@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -16,7 +16,6 @@ class KnowledgeDistillationConfig(MethodConfig):
     v by default: an epsilon student's errors are multiplied by sigma/alpha, 14.6 at Stable Diffusion's t = 999.
     """
 
-    data: ClassVar[Literal["pairs"]] = "pairs"
     name: Literal["knowledge_distillation"] = "knowledge_distillation"
     loss: RegressionLoss = "l1"
     prediction: Literal["v_prediction", "epsilon"] = Field(

@@ -15,8 +15,8 @@ FLOORS = [
     {"pipeline.runs", "pipeline.engine"},
     {"pipeline.plan"},
     {"pipeline.content", "pipeline.fingerprint"},
-    {"pipeline.manifest", "pipeline.store"},
-    {"pipeline.document"},
+    {"pipeline.manifest"},
+    {"pipeline.store", "pipeline.document", "pipeline.locks"},
     {"pipeline.errors"},
     {"stages"},
     {"stages.evaluate", "stages.sampling"},
@@ -54,7 +54,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: a relative import hides its floor"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 

@@ -113,7 +113,10 @@ def test_a_locked_stage_is_exit_3(gaussian, tmp_path):
         stdout=subprocess.DEVNULL,
     )
     while not list(store.glob("pairs/pool/*/*.parquet")):
+        assert holder.poll() is None
         time.sleep(0.01)
+    same = retort("resume", "gaussian", "--store", store, "--engine", "inline")
+    assert same.returncode == 3 and f"run gaussian is being made by run gaussian (process {holder.pid}" in same.stderr
     done = retort("submit", gaussian, "--store", store, "--engine", "inline", "--name", "second")
     status = json.loads(retort("status", "gaussian", "--store", store, "--json").stdout)["stages"]["pairs"]
     holder.kill()
@@ -122,6 +125,22 @@ def test_a_locked_stage_is_exit_3(gaussian, tmp_path):
     assert status["state"] == "running" and str(holder.pid) in status["detail"]
     status = json.loads(retort("status", "gaussian", "--store", store, "--json").stdout)["stages"]["pairs"]
     assert status["state"] == "stopped"
+
+
+def test_an_unexpected_error_is_in_the_log_and_not_on_the_terminal(gaussian, tmp_path):
+    """A store whose pool is a file where a folder should be: nothing any stage foresees."""
+    store = tmp_path / "store"
+    (store / "pairs").mkdir(parents=True)
+    (store / "pairs" / "pool").write_text("")
+    done = retort("submit", gaussian, "--store", store, "--engine", "inline")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "stage pairs failed: Not a directory" in done.stderr
+    assert "Traceback" in (store / "runs" / "gaussian" / "logs" / "pairs.log").read_text()
+
+
+def test_names_of_runs_stay_inside_the_store(gaussian, tmp_path):
+    done = retort("submit", gaussian, "--store", tmp_path / "store", "--name", "../../x")
+    assert done.returncode == 2 and "is no name for a run" in done.stderr
 
 
 def test_a_failed_stage_is_exit_1_with_its_log(tmp_path):

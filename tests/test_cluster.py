@@ -89,8 +89,11 @@ def test_items_of_a_killed_worker_are_tried_again(ray, tmp_path):
 
 
 class Deadly:
-    def __call__(self, item: str) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def __call__(self, item: str) -> str:
+        if item == "shard 7":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.1)
+        return item
 
 
 class Failing:
@@ -101,9 +104,14 @@ class Failing:
         raise self.error
 
 
-def test_an_item_that_always_kills_its_worker_is_named(ray):
+def test_an_item_that_always_kills_its_worker_is_named_and_its_neighbours_are_not(ray):
     with pytest.raises(StageError, match="shard 7 failed 3 times, the last time with: its worker process died"):
-        list(ray.map("deadly", Deadly, ["shard 7"], ONE))
+        list(ray.map("deadly", Deadly, [f"shard {k}" for k in (6, 7, 8, 9)], ONE))
+
+
+def test_more_gpus_than_there_are_is_a_sentence_and_no_waiting(ray):
+    with pytest.raises(StageError, match="2 workers with 9 GPUs each need 18 GPUs; Ray found"):
+        list(ray.map("many", ProcessOf, range(2), WorkerShape(2, 9.0)))
 
 
 @pytest.mark.parametrize("kind", ["ray", "inline"])
@@ -157,32 +165,52 @@ stages:
     execution: {{micro_batch: 4, threads: 1}}
 resources: {{pairs: {{workers: 2}}}}
 """
-    import torch
-
-    threads = torch.get_num_threads()
     inline = execute(text, tmp_path / "inline")["pairs"]
-    torch.set_num_threads(threads)
-    victims = [process for _, process in ray.map("who", ProcessOf, range(4), TWO)]
-    killer = threading.Timer(1.5, os.kill, (victims[0], signal.SIGKILL))
+    victims = [process for _, process in ray.map("who", ProcessOf, range(8), TWO)]
+    store = tmp_path / "ray"
+
+    def kill_one_at_work() -> None:
+        while not list(store.glob("pairs/pool/*/*.parquet")):
+            time.sleep(0.001)
+        os.kill(victims[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one_at_work)
     killer.start()
-    parallel = execute(text, tmp_path / "ray", engine=ray)["pairs"]
-    killer.cancel()
+    parallel = execute(text, store, engine=ray)["pairs"]
+    killer.join()
     assert hashes(parallel.pool) == hashes(inline.pool)
+    assert "the worker process died" in (store / "runs/same/logs/pairs.log").read_text()
 
 
-def test_a_killed_driver_takes_its_ray_along_and_is_resumed(tmp_path):
+def working() -> set[int]:
+    """Processes of our workers; Ray's own helpers, which hold no model, may take longer to notice."""
+    names = subprocess.run(["ps", "-e", "-o", "pid=,stat=,args="], capture_output=True, text=True).stdout
+    lines = [line.split(maxsplit=2) for line in names.splitlines()]
+    return {int(pid) for pid, state, *name in lines if not state.startswith("Z") and "ray::Host" in " ".join(name)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_driver_takes_its_ray_along_and_is_resumed(tmp_path, number):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.05"))
-    store = tmp_path / "store"
+    store, others = tmp_path / "store", working()
     process = subprocess.Popen(
         command("submit", manifest, "--store", store),
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(store.glob("pairs/pool/*/*.parquet")) and time.monotonic() < deadline:
+    while not list(store.glob("pairs/pool/*/*.parquet")):
+        assert process.poll() is None
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    workers = working() - others
+    assert workers
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert ("carry on with: retort resume" in stderr) == (number == signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while workers & working() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not workers & working()
     assert retort("resume", "--store", store, "--engine", "inline").returncode == 0
     whole = execute(manifest.read_text(), tmp_path / "whole")["pairs"]
     (pool,) = (store / "pairs" / "pool").iterdir()

@@ -90,6 +90,73 @@ def test_the_export_says_what_it_is(tiny):
     assert not list(student.folder.rglob("*.bin")) and not (student.folder / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_an_epsilon_teacher_of_stable_diffusions_own_layout(tmp_path, prediction):
+    """CLIP's own tokenizer and PNDM's scheduler config, as in the published folders; the exported student of either
+    prediction is what plain diffusers runs."""
+    from diffusers import DiffusionPipeline
+
+    text = f"""
+name: sd
+stages:
+  teacher: {{kind: teacher, from: {stable_diffusion_layout(tmp_path / "sd")}}}
+  pairs: {{kind: pairs, teacher: teacher, prompts: digits, count: 40, sampler: {{steps: 2}}}}
+  student:
+    kind: distill
+    pairs: pairs
+    method: {{name: knowledge_distillation, prediction: {prediction}}}
+    training: {{steps: 2, batch_size: 8}}
+    held_out: 8
+"""
+    plan = execute(text, tmp_path / "store")
+    teacher = LatentTeacher(plan["teacher"].artifact.folder)
+    assert teacher.prediction == "epsilon" and teacher.tokenizer.model_max_length == 77
+    pipeline = DiffusionPipeline.from_pretrained(plan["student"].artifact.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, *teacher.latent_shape)
+    images = pipeline(["a b", "b"], latents=noise, num_inference_steps=1, output_type="np").images
+    with torch.no_grad():
+        student = OneStepStudent.load(plan["student"].artifact.folder, teacher)
+        ours = teacher.decode(student(noise, teacher.encode_prompts(["a b", "b"])))
+    np.testing.assert_allclose(images, ((ours + 1) / 2).permute(0, 2, 3, 1).numpy(), atol=1e-4)
+
+
+def stable_diffusion_layout(folder):
+    """A random-weight pipeline as the published ones are laid out."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    from stages.networks import build
+
+    letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(letters)}, merges=[], model_max_length=77)
+    torch.manual_seed(0)
+    pipeline = StableDiffusionPipeline(
+        vae=build.autoencoder(16, (8, 16)),
+        text_encoder=build.text_encoder(tokenizer, width=32, layers=1),
+        tokenizer=tokenizer,
+        unet=build.unet(8, 32, (16, 32)),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_bf16_training_runs_and_leaves_conditions_in_float32(tiny):
+    bf16 = "training: {steps: 3, batch_size: 16, mixed_precision: bf16}"
+    plan = execute(TINY.replace("training: {steps: 24, batch_size: 16}", bf16), tiny[0])
+    assert plan["student"].artifact.record["metrics"]["held_out_mse"] > 0
+    teacher = LatentTeacher(tiny[1]["teacher"].artifact.folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = teacher.encode_prompts(["a red handwritten seven"])
+    fresh = LatentTeacher(tiny[1]["teacher"].artifact.folder).encode_prompts(["a red handwritten seven"])
+    assert torch.equal(inside, fresh)
+
+
 def test_training_twice_gives_the_same_bytes(tiny, tmp_path):
     again = execute(TINY, tmp_path)
     for name in ("teacher", "student"):
@@ -118,7 +185,7 @@ def test_a_killed_driver_resumes_training_to_the_same_bytes(tiny, tmp_path, line
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL and not list(store.glob("distill/*/artifact.json"))
     done = subprocess.run(submit, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (student,) = (store / "distill").iterdir()

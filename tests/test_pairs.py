@@ -6,20 +6,19 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pipeline.errors import StageFailed
+from pipeline.errors import ManifestError, StageFailed
 from stages.base import Execution
 from stages.data import shards
 from stages.data.files import sha256_of
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
-from tests.conftest import GAUSSIAN, ROOT, command, execute, retort
+from tests.conftest import GAUSSIAN, ROOT, command, execute, plan_of, retort
 
 SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.015")
 
@@ -90,28 +89,46 @@ def test_receipts_say_where_shards_come_from(tmp_path):
     assert {"noise", "dtype", "device", "versions", "seconds", "seed"} <= set(facts.provenance)
 
 
-@pytest.mark.parametrize("moment", [0.3, 0.8, 1.3, 1.8])
-def test_a_killed_driver_is_resumed_to_the_same_bytes(tmp_path, moment, uninterrupted):
-    """SIGKILL at several moments of an inline run, in the middle of solving and of writing."""
+def solving(pool: Path) -> bool:
+    return pool.exists()
+
+
+def one_shard_done(pool: Path) -> bool:
+    return (pool / "00000.parquet").exists()
+
+
+def second_shard_done(pool: Path) -> bool:
+    return (pool / "00001.parquet").exists()
+
+
+def writing(pool: Path) -> bool:
+    """A temporary of the second shard or of its receipt."""
+    return any("00001" in path.name for path in pool.glob(".*"))
+
+
+def tar_without_receipt(pool: Path) -> bool:
+    return (pool / "00001.tar").exists() and not (pool / "00001.parquet").exists()
+
+
+@pytest.mark.parametrize("moment", [solving, one_shard_done, writing, tar_without_receipt, second_shard_done])
+def test_a_driver_killed_at_any_moment_is_resumed_to_the_same_bytes(tmp_path, moment, uninterrupted):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(SLOW)
     store = tmp_path / "store"
+    pool = plan_of(SLOW, store)["pairs"].pool
     process = subprocess.Popen(
         command("submit", manifest, "--store", store, "--engine", "inline"),
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 30
-    while not (store / "pairs" / "pool").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(moment)
+    while not moment(pool) and process.poll() is None:
+        pass  # without sleeping: some of the moments last for a few milliseconds
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    assert not (pool / "tail-8" / "00002.parquet").exists()
     done = retort("resume", "gaussian", "--store", store, "--engine", "inline")
     assert done.returncode == 0, done.stderr
-    (pool,) = (store / "pairs" / "pool").iterdir()
     assert hashes(pool) == uninterrupted
-    leftovers = [p for p in pool.rglob(".*") if p.is_file()]
-    assert len(leftovers) <= 1  # a temporary of the killed process, under a name that no reader looks at
+    assert not list(pool.rglob(".*"))
 
 
 def test_a_truncated_tar_is_made_again(tmp_path, uninterrupted):
@@ -192,3 +209,62 @@ def test_stats_say_what_is_there(tmp_path):
     assert done.returncode == 1 and "00001.tar: its content is not what the receipt says" in done.stdout
     done = retort("stats", tmp_path / "nothing")
     assert done.returncode == 2 and "holds no shards" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_in_half_precision_the_solvers_state_is_still_float32(tiny, dtype):
+    """Stored noise is what was solved from; and only the network's own rounding is left, not the solver's."""
+    import torch
+
+    from stages.networks import teachers
+
+    pairs = tiny[1]["pairs"].artifact
+    folder = pairs.inputs["teacher"].folder
+    held = PairReader(read_list(pairs.folder)).batch(range(8))
+    exact, half = (teachers.load(folder, Execution(device="cpu"), dtype=d) for d in ("float32", dtype))
+    assert half.unet.dtype == getattr(torch, dtype)
+    np.testing.assert_array_equal(half.to_numpy(half.to_device(held.noise)), held.noise.astype(np.float32))
+    with half.inference():
+        a, b = (teachers.solve(t, held.noise, held.prompts, pairs.stage.sampler) for t in (exact, half))
+    assert b.dtype == torch.float32
+    error = float((a - b).square().mean() ** 0.5)
+    assert 0 < error < {"float16": 5e-3, "bfloat16": 5e-2}[dtype]
+
+
+def test_a_compiled_network_solves_the_same(tiny):
+    from stages.networks import teachers
+
+    pairs = tiny[1]["pairs"].artifact
+    folder = pairs.inputs["teacher"].folder
+    held = PairReader(read_list(pairs.folder)).batch(range(4))
+    plain, compiled = (teachers.load(folder, Execution(device="cpu"), compile=c) for c in (False, True))
+    with plain.inference():
+        a, b = (teachers.solve(t, held.noise, held.prompts, pairs.stage.sampler) for t in (plain, compiled))
+    np.testing.assert_allclose(b.numpy(), a.numpy(), atol=1e-3)
+
+
+def test_prompts_of_other_formats_are_refused_when_planning(tmp_path):
+    for name in ("p.jsonl", "p.csv", "words"):
+        (tmp_path / name).write_text('{"caption": "a cat"}\n')
+        with pytest.raises(ManifestError, match=r"prompts are digits or a .txt file with one prompt a line"):
+            plan_of(GAUSSIAN.replace("prompts: digits", f"prompts: {tmp_path / name}"), tmp_path / "store")
+
+
+def test_lines_of_prompts(tmp_path):
+    from stages.base import StageError
+    from stages.data.prompts import load
+
+    path = tmp_path / "p.txt"
+
+    def read(content: bytes) -> list[str]:
+        path.write_bytes(content)
+        return load(str(path), f"sha256:{sha256_of(path)}")
+
+    separator = chr(0x2028)
+    assert read(b"\xef\xbb\xbfa cat\r\na dog\r\n") == ["a cat", "a dog"]
+    assert read(f"a{separator}cat\nb".encode()) == [f"a{separator}cat", "b"]
+    for content, words in ((b"", "line 1: empty"), (b"a\n\nb\n", "line 2: empty"), (b"a\n\xff\n", "line 2: not UTF-8")):
+        with pytest.raises(StageError, match=words):
+            read(content)
+    with pytest.raises(StageError, match="changed since the run was planned"):
+        load(str(path), "sha256:other")

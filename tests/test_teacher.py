@@ -87,6 +87,10 @@ def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):
     [
         ("model_index.json", {"unet": ["diffusers", "SD3Transformer2DModel"]}, "whose unet is SD3Transformer2DModel"),
         ("model_index.json", {"text_encoder": [None, None]}, "whose text_encoder is missing"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline"),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "has a text_encoder_2"),
+        ("unet/config.json", {"in_channels": 9}, "9 channels in and 4 out: it wants more than noise and text"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "unet has addition_embed_type: text_time"),
         ("model_index.json", None, "it is no diffusers pipeline"),
         ("unet/diffusion_pytorch_model.safetensors", None, "has no unet/diffusion_pytorch_model.safetensors"),
         (

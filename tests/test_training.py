@@ -118,6 +118,15 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
     assert not list(tmp_path.glob("step-*"))
 
 
+def test_a_gradient_that_is_not_finite_is_not_checkpointed(tmp_path):
+    """The loss is finite, its gradient is not: sqrt at 0."""
+    method = Linear()
+    method.loss = lambda batch: ((method.players["student"].module(batch["z"]) * 0).square().sum().sqrt(), {})
+    with pytest.raises(StageError, match="the gradient norm is nan at step 0"):
+        finish(run(method, tmp_path, every=1))
+    assert not list(tmp_path.glob("step-*"))
+
+
 class TwoPlayers:
     """Each player's loss also touches the other: only the one whose turn it is may move."""
 
@@ -143,8 +152,16 @@ class TwoPlayers:
 
 
 def test_only_the_player_whose_turn_it_is_learns(tmp_path):
+    idle = TwoPlayers()
+    idle.turns = lambda step: [Turn("critic", lambda batch: idle.loss("critic", batch))]
+    before = {name: [p.clone() for p in player.module.parameters()] for name, player in idle.players.items()}
+    finish(run(idle, tmp_path / "idle"))
+    after = {name: list(player.module.parameters()) for name, player in idle.players.items()}
+    assert all(torch.equal(a, b) for a, b in zip(before["student"], after["student"], strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before["critic"], after["critic"], strict=True))
+
     method = TwoPlayers()
-    trained = finish(run(method, tmp_path))
+    trained = finish(run(method, tmp_path / "both"))
     assert method.seen == [
         ("critic", {"student": False, "critic": True}),
         ("student", {"student": True, "critic": False}),

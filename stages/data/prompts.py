@@ -38,7 +38,7 @@ def load(source: str, identity: str) -> list[str]:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise StageError(f"prompts {source}, line {line}: not UTF-8") from None
-    prompts = text.removesuffix("\n").replace("\r\n", "\n").split("\n")
+    prompts = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     empty = next((i for i, prompt in enumerate(prompts, 1) if not prompt.strip()), None)
     if empty is not None:
         raise StageError(f"prompts {source}, line {empty}: empty; expected one prompt a line")

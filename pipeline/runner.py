@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from pipeline.report import Reporter
 from pipeline.runs import Run
 from pipeline.store import RECORD
 from stages.base import Artifact, Progress, StageError
+from stages.data.provenance import versions
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -129,7 +129,7 @@ class Runner:
             "device": metrics.pop("device", "cpu"),
             "seconds": round(seconds, 3),
             "device_seconds": round(seconds * resources.workers, 3),
-            "versions": _versions(),
+            "versions": versions(),
             "commit": _commit(),
             "metrics": metrics,
         }
@@ -239,15 +239,6 @@ def _log_to(file: Path) -> Iterator[None]:
         root.setLevel(level)
         root.removeHandler(handler)
         handler.close()
-
-
-def _versions() -> dict[str, str]:
-    """Of what may change a result; of what is not installed, nothing."""
-    found = {"python": platform.python_version()}
-    for name in ("retort", "torch", "diffusers", "transformers", "numpy", "ray"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _commit() -> str | None:

@@ -1,4 +1,4 @@
-"""The solver's part of a manifest."""
+"""The solver's part of a manifest: what it does, and how it is carried out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.base import Config
+from stages.base import Config, Execution
 
 
 class Sampler(Config):
@@ -22,3 +22,8 @@ class Sampler(Config):
         if self.timestep_spacing == "leading" and self.steps > 500:
             raise ValueError("leading timesteps, which start one late, exist for at most 500 steps")
         return self
+
+
+class PairsExecution(Execution):
+    micro_batch: int = Field(64, ge=1, description="samples solved at once; guidance doubles what the network sees")
+    compile: bool = Field(False, description="torch.compile the network")

@@ -23,7 +23,7 @@ from pipeline.cluster import RayEngine
 from pipeline.engine import InlineEngine, WorkerShape
 from pipeline.store import load_artifact
 from stages.data.pool import plan_shards
-from stages.pairs import ShardWorker
+from stages.factory import ShardWorker
 
 
 def bare_calls(folder, shape, steps, guided, threads):
@@ -75,7 +75,19 @@ def main() -> None:
         for round_ in range(arguments.rounds):
             for _ in range(3):
                 bare.append(_finish(engine.run(bare_calls, bare_arguments, shape)))
-            make = partial(ShardWorker, config, pairs.inputs["teacher"], Path(pool) / str(round_), 0, threads)
+            make = partial(
+                ShardWorker,
+                teacher_artifact=pairs.inputs["teacher"],
+                prompts_source=config.prompts,
+                prompts_identity=pairs.record["identity"]["contents"]["prompts"],
+                sampler=config.sampler,
+                dtype=config.dtype,
+                storage_dtype=config.storage_dtype,
+                execution=config.execution,
+                pool=Path(pool) / str(round_),
+                seed=0,
+                threads=threads,
+            )
             times = []
             for _ in engine.map(
                 str(round_), make, plan_shards(arguments.shards * config.shard_size, config.shard_size), shape

@@ -25,4 +25,4 @@ class KnowledgeDistillationConfig(MethodConfig):
     def create(self, materials: Materials) -> Method:
         from stages.methods.knowledge_distillation.method import KnowledgeDistillation
 
-        return KnowledgeDistillation(self, materials)
+        return KnowledgeDistillation(self.loss, self.prediction, materials)

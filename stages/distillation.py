@@ -1,0 +1,115 @@
+"""What `kind: distill` does: train a method's student on pairs, try it on those held out, export it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.base import SCRATCH, Artifact, Progress, StageError
+from stages.data.order import ShuffledOrder
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+from stages.diffusion.samplers import timesteps
+from stages.methods.base import Batch, Materials, MethodConfig, TrainingExecution, TrainingSettings
+from stages.networks.compute import device_of, prepare
+from stages.networks.latent import LatentTeacher
+from stages.networks.student import OneStepStudent, export
+from stages.pairs import Pairs
+from stages.training import train
+
+BATCH = 16
+
+
+def distill(
+    method_config: MethodConfig,
+    training: TrainingSettings,
+    held_out: int,
+    execution: TrainingExecution,
+    pairs: Artifact,
+    seed: int,
+    output: Path,
+    threads: int,
+    fingerprint: str,
+) -> Generator[Progress, None, dict[str, Any]]:
+    """Fill `output` with the student's folder; return its figures. Raises StageError if it cannot be trained."""
+    assert isinstance(pairs.stage, Pairs)
+    prepare(threads)
+    torch.manual_seed(seed)
+    teacher = LatentTeacher(pairs.inputs["teacher"].folder, device=device_of(execution))
+    sampler = pairs.stage.sampler
+    grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
+    method = method_config.create(Materials(teacher, grid, training))
+    reader = PairReader(read_list(pairs.folder))
+    order = ShuffledOrder(len(reader) - held_out, training.batch_size, seed)
+
+    def batch(step: int) -> Batch:
+        drawn = reader.batch(order.batch(step))
+        return {
+            "noise": torch.from_numpy(drawn.noise).float(),
+            "latent": torch.from_numpy(drawn.latent).float(),
+            "prompts": drawn.prompts,
+        }
+
+    trained = yield from train(method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution)
+    student = trained.averages["student"]
+    assert isinstance(student, OneStepStudent)
+    held_out_mse = _error(student, teacher, reader, range(len(reader) - held_out, len(reader)))
+    if not math.isfinite(held_out_mse):
+        raise StageError(f"the student's error on held-out pairs is {held_out_mse}; lower training.learning_rate")
+    figures = {
+        "held_out_mse": held_out_mse,
+        "training_loss": trained.history[-1]["loss"],
+        "device": trained.device,
+    }
+    export(student, teacher, output, _card(method_config.name, training, held_out, pairs, held_out_mse, fingerprint))
+    lines = "".join(json.dumps(line) + "\n" for line in trained.history)
+    (output / "history.jsonl").write_text(lines, encoding="utf-8")
+    return figures
+
+
+@torch.no_grad()
+def _error(student: OneStepStudent, teacher: LatentTeacher, reader: PairReader, indices: range) -> float:
+    """Mean squared error to the stored latents, over all elements."""
+    errors = []
+    for start in range(0, len(indices), BATCH):
+        held = reader.batch(indices[start : start + BATCH])
+        x0 = student(teacher.to_device(held.noise), teacher.encode_prompts(held.prompts))
+        errors.append((x0 - teacher.to_device(held.latent)).square().mean((1, 2, 3)))
+    return float(torch.cat(errors).mean())
+
+
+def _card(
+    method: str, training: TrainingSettings, held_out: int, pairs: Artifact, held_out_mse: float, fingerprint: str
+) -> str:
+    """The model card: how it was made, from what, how good, and the exact call."""
+    assert isinstance(pairs.stage, Pairs)
+    teacher = pairs.inputs["teacher"]
+    source = teacher.record.get("metrics", {})
+    origin = source.get("source") or "trained by Retort"
+    at = f" at {source['revision']}" if source.get("revision") else ""
+    sampler = pairs.stage.sampler
+    return f"""---
+library_name: diffusers
+license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained") else "unknown")}
+---
+# One-step student
+
+Distilled by Retort (distill/{fingerprint}) with `{method}`, {training.steps} steps of
+{training.batch_size}, from {pairs.stage.count - held_out} pairs (pairs/{pairs.fingerprint}) of a teacher
+({origin}{at}; teacher/{teacher.fingerprint}; licence: {source.get("licence") or "not stated"}) solved by
+{sampler.name.upper()} in {sampler.steps} steps at guidance {sampler.guidance_scale}, which is built in.
+
+Mean squared error to the teacher's latents on {held_out} held-out pairs: {held_out_mse:.4f}.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
+image = pipeline("a prompt", num_inference_steps=1).images[0]  # any guidance_scale gives the same
+```
+"""

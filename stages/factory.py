@@ -1,0 +1,106 @@
+"""The pair factory's worker: from a shard's number to a published shard."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.base import Artifact, StageError
+from stages.data import prompts
+from stages.data.noise import CONVENTION, noise_for
+from stages.data.pool import ShardPlan
+from stages.data.provenance import versions
+from stages.data.records import Pair
+from stages.data.shards import write_shard
+from stages.diffusion.config import PairsExecution, Sampler
+from stages.networks import teachers
+from stages.networks.teachers import Dtype
+
+
+@dataclass
+class ShardWorker:
+    """Makes shards. The teacher is loaded once; while one thread writes a shard another may solve the next."""
+
+    teacher_artifact: Artifact
+    prompts_source: str
+    prompts_identity: str
+    sampler: Sampler
+    dtype: Dtype
+    storage_dtype: str
+    execution: PairsExecution
+    pool: Path
+    seed: int
+    threads: int
+    _solving: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._prepare()
+        self.teacher = teachers.load(
+            self.teacher_artifact.folder, self.execution, dtype=self.dtype, compile=self.execution.compile
+        )
+        self.prompts = prompts.load(self.prompts_source, self.prompts_identity)
+        self.storage = np.dtype(self.storage_dtype)
+
+    def __call__(self, plan: ShardPlan) -> str:
+        self._prepare()
+        size = self.execution.micro_batch
+        with self._solving:
+            started = time.monotonic()
+            pairs = [
+                pair
+                for start in range(plan.start, plan.stop, size)
+                for pair in self._solve(range(start, min(start + size, plan.stop)))
+            ]
+            seconds = time.monotonic() - started
+        tar = self.pool / plan.place
+        tar.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"sampler": self.sampler.model_dump(), "seed": self.seed}
+        return write_shard(tar, pairs, facts, self._provenance(seconds))
+
+    def _solve(self, indices: range) -> Iterator[Pair]:
+        """One batch: noise, the ODE, and out again. Raises StageError if the teacher's output is not finite."""
+        teacher = self.teacher
+        noise = np.stack([noise_for(self.seed, i, teacher.latent_shape, self.storage) for i in indices])
+        texts = [self.prompts[i % len(self.prompts)] for i in indices]
+        with teacher.inference():
+            solved = teachers.solve(teacher, noise, texts, self.sampler)
+        with np.errstate(over="ignore"):
+            latents = teacher.to_numpy(solved).astype(self.storage)
+        finite = np.isfinite(latents).reshape(len(latents), -1).all(1)
+        if not finite.all():
+            first = indices[int(np.argmin(finite))]
+            raise StageError(
+                f"the teacher's output for sample {first} (prompt {texts[first - indices[0]]!r}) is not finite in "
+                f"{self.storage}; {int((~finite).sum())} of this batch of {len(indices)} are affected. "
+                f"Check the teacher with `retort sample`, or use dtype: float32"
+            )
+        for row, index in enumerate(indices):
+            yield Pair(index, texts[row], noise[row], latents[row])
+
+    def _prepare(self) -> None:
+        """In every thread that computes: a thread pool's setting belongs to the calling thread."""
+        if (self.teacher_artifact.folder / "unet").exists():
+            from stages.networks.compute import prepare
+
+            prepare(self.threads)
+
+    def _provenance(self, seconds: float) -> dict[str, Any]:
+        return {
+            "sampler": self.sampler.model_dump(),
+            "dtype": self.dtype,
+            "execution": {**self.execution.model_dump(), "threads": self.threads},
+            "noise": CONVENTION,
+            "seed": self.seed,
+            "prompts": self.prompts_identity,
+            "pool": self.pool.name,
+            "teacher": self.teacher_artifact.fingerprint,
+            "device": self.teacher.device_name,
+            "versions": versions(),
+            "seconds": round(seconds, 3),
+        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -220,8 +221,10 @@ def _carry_out(loaded: Loaded, name: str, only: str | None, engine: str, wait: b
         planned = _plan(loaded, run)
         chosen: Any = InlineEngine()
         if engine == "ray":
-            from pipeline.cluster import RayEngine
+            from pipeline.cluster import OVERRIDES, RayEngine
 
+            for variable in filter(os.environ.get, OVERRIDES):
+                click.echo(f"{variable} is set and ignored: this run starts a Ray of its own", err=True)
             chosen = RayEngine()
         shown = reporter(quiet=as_json)
         signal.signal(signal.SIGTERM, _interrupt)

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 2
 """Calls under way on one host: while it writes one shard it solves the next."""
 
+OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+"""Variables that Ray prefers to an address given in code."""
+
 LOST = Failure("its worker process died (killed, or out of memory)", "the worker process died", final=False)
 
 
@@ -157,9 +160,8 @@ class RayEngine:
         if self._ray is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # these would override address="local"
-                if os.environ.pop(name, None):
-                    log.warning("%s is ignored: this run starts a Ray of its own", name)
+            for name in OVERRIDES:
+                os.environ.pop(name, None)
             import ray
 
             ours = signal.getsignal(signal.SIGTERM)

@@ -22,6 +22,8 @@ from stages.diffusion.schedule import NoiseSchedule
 from stages.networks.compute import device_name
 
 CACHED_PROMPTS = 4096
+VAE_PIXELS = 4 * 512 * 512
+"""Of Stable Diffusion: four images, whose widest activations in float32 take 1.1 GB a tensor."""
 
 diffusers_logging.disable_progress_bar()  # a worker's output is a log
 transformers_logging.disable_progress_bar()
@@ -106,18 +108,25 @@ class LatentTeacher:
         return torch.inference_mode()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of scaled latents (B, C, h, w)."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], on the CPU, of scaled latents (B, C, h, w)."""
         factor = self.vae.config["scaling_factor"]
-        parts = latents.to(self.device, torch.float32).split(batch_size)
+        side = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        parts = latents.to(self.device, torch.float32).split(_at_once(latents, side * side))
         return torch.cat([self.vae.decode(z / factor).sample.cpu() for z in parts]).clamp(-1, 1)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, batch_size: int = 8) -> Tensor:
-        """Scaled latents of images in [-1, 1]: the posterior's mean."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Scaled latents of images (B, 3, H, W) in [-1, 1]: the posterior's mean."""
         factor = self.vae.config["scaling_factor"]
-        parts = images.to(self.device, torch.float32).split(batch_size)
+        parts = images.to(self.device, torch.float32).split(_at_once(images, 1))
         return torch.cat([self.vae.encode(x).latent_dist.mode() * factor for x in parts])
+
+
+def _at_once(batch: Tensor, pixels_per_element: int) -> int:
+    """How many samples a VAE is given at once: it needs far more memory than the U-Net, by the pixel."""
+    pixels = batch.shape[-1] * batch.shape[-2] * pixels_per_element
+    return min(64, max(1, VAE_PIXELS // pixels))
 
 
 def encode(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from stages.base import Progress
 
@@ -72,7 +72,7 @@ class Live:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._tasks: dict[str, dict[str, int]] = {}
+        self._tasks: dict[str, dict[str, Any]] = {}
         self._bars.start()
 
     def started(self, stage: str, why: str) -> None:
@@ -85,7 +85,7 @@ class Live:
         if progress.unit not in tasks:
             tasks[progress.unit] = self._bars.add_task("", stage=stage, total=progress.total)
         self._bars.update(
-            tasks[progress.unit],  # type: ignore[arg-type]
+            tasks[progress.unit],
             completed=progress.done,
             total=progress.total,
             description=describe(progress),

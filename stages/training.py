@@ -54,7 +54,7 @@ def train(
     """Optimise `method.players` on `batches(0), batches(1), ...`, from the last checkpoint if there is one.
 
     On CPU the result is the same bit for bit wherever it was interrupted, at an equal number of threads.
-    Raises StageError when a loss is not finite.
+    Raises StageError when a loss or a gradient is not finite.
     """
     run = _Run(method, execution)
     total = next(iter(method.players.values())).training.steps

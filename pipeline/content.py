@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.manifest import Loaded, Manifest, marked
+from pipeline.manifest import Loaded, Manifest, Marked, marked, replaced
 from stages.base import Content, Stage
-from stages.data.files import sha256_of, write_atomically
+from stages.data.files import EVERYTHING, sha256_of, sha256_of_all, write_atomically
 
 
 class Unknown(str):
@@ -19,7 +17,7 @@ class Unknown(str):
 
 
 Contents = Mapping[str, Mapping[str, str]]
-"""stage -> field -> identity (`name:...`, `sha256:...`, `hub:COMMIT`), or Unknown."""
+"""stage -> path of the field -> identity (`sha256:...`, `hub:COMMIT`), or Unknown."""
 
 
 def read_contents(loaded: Loaded, cache_file: Path) -> Contents:
@@ -31,31 +29,32 @@ def read_contents(loaded: Loaded, cache_file: Path) -> Contents:
 
 
 def identify(stage: Stage, cache: HashCache) -> Mapping[str, str]:
-    """field -> identity, for all that one stage reads from outside."""
-    return {field: _identify(stage, field, marker, cache) for field, marker in marked(stage, Content)}
+    """Path of the field -> identity, for all that one stage reads from outside."""
+    return {field.path: _identify(field, cache) for field in marked(stage, Content)}
 
 
 def pinned(manifest: Manifest, contents: Contents) -> Manifest:
     """The manifest with each hub revision replaced by the commit that was found, so that resuming asks no hub."""
     stages = dict(manifest.stages)
     for name, stage in manifest.stages.items():
-        for field, marker in marked(stage, Content):
-            kind, _, commit = contents[name][field].partition(":")
+        commits = {}
+        for field in marked(stage, Content):
+            kind, _, commit = contents[name][field.path].partition(":")
             if kind == "hub":
-                stages[name] = stage.model_copy(update={marker.revision_field: commit})
+                before = field.path.rpartition(".")[0]
+                commits[f"{before}.{field.marker.revision_field}".removeprefix(".")] = commit
+        stages[name] = replaced(stage, commits)
     return manifest.model_copy(update={"stages": stages})
 
 
-def _identify(stage: Stage, field: str, content: Content, cache: HashCache) -> str:
-    value: str = getattr(stage, field)
-    if value in content.names:
-        return f"name:{value}"
-    path = Path(value)
-    if path.is_absolute() or content.revision_field is None:
-        if not path.exists():
-            return Unknown(f"{value} does not exist")
-        return f"sha256:{cache.of(path, content.files)}"
-    return _hub_commit(value, getattr(stage, content.revision_field))
+def _identify(field: Marked, cache: HashCache) -> str:
+    revision_field = field.marker.revision_field
+    if Path(field.value).is_absolute() or revision_field is None:
+        try:
+            return f"sha256:{cache.of(field.value, field.marker.files)}"
+        except FileNotFoundError as error:
+            return Unknown(str(error))
+    return _hub_commit(field.value, getattr(field.owner, revision_field))
 
 
 def _hub_commit(repository: str, revision: str | None) -> str:
@@ -87,17 +86,9 @@ class HashCache:
         except (OSError, ValueError):
             self._known = {}
 
-    def of(self, path: Path, patterns: Sequence[str] = ("**/*",)) -> str:
-        """A file's sha256; for a folder, that of the names and hashes of its files that match a pattern.
-        Links are followed."""
-        if path.is_file():
-            return self._file_hash(path)
-        found: set[Path] = set()
-        for folder, _, names in os.walk(path, followlinks=True):
-            inside = [(Path(folder) / name).relative_to(path) for name in names]
-            found |= {p for p in inside if "**/*" in patterns or any(p.match(pattern) for pattern in patterns)}
-        lines = [f"{name}\0{self._file_hash(path / name)}\n" for name in sorted(found)]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    def of(self, source: str | Path, patterns: Sequence[str] = EVERYTHING) -> str:
+        """As `sha256_of_all`."""
+        return sha256_of_all(str(source), patterns, self._file_hash)
 
     def _file_hash(self, path: Path) -> str:
         stat = path.stat()

@@ -19,12 +19,11 @@ NOT_SCIENCE = ("kind", "seed", "execution")
 def identity(stage: Stage, seed: int, inputs: Mapping[str, str], contents: Mapping[str, str]) -> dict[str, Any]:
     """All that decides a stage's result: its kind and VERSION, validated settings, seed, and the identities
     of what it reads. How it is executed is not among them."""
-    left_out = {*NOT_SCIENCE, *_elsewhere(stage)}
     return {
         "kind": stage.kind,
         "version": stage.VERSION,
         "seed": seed,
-        "settings": _settings(stage, left_out, extents=True),
+        "settings": _settings(stage, set(NOT_SCIENCE), extents=True),
         "inputs": dict(inputs),
         "contents": dict(contents),
     }
@@ -38,8 +37,7 @@ def fingerprint(of: Mapping[str, Any]) -> str:
 
 def pool_fingerprint(stage: Stage, of: Mapping[str, Any]) -> str:
     """As `fingerprint`, but the same for settings that differ only in how much is made."""
-    left_out = {*NOT_SCIENCE, *_elsewhere(stage)}
-    return fingerprint({**of, "settings": _settings(stage, left_out, extents=False)})
+    return fingerprint({**of, "settings": _settings(stage, set(NOT_SCIENCE), extents=False)})
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
@@ -71,9 +69,9 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _elsewhere(stage: Stage) -> Iterator[str]:
+def _elsewhere(config: Config) -> Iterator[str]:
     """Inputs and contents enter by what they hold, not by what they are called."""
-    for name, info in type(stage).model_fields.items():
+    for name, info in type(config).model_fields.items():
         for marker in info.metadata:
             if isinstance(marker, Input | Content):
                 yield name
@@ -83,6 +81,7 @@ def _elsewhere(stage: Stage) -> Iterator[str]:
 
 def _settings(config: Config, left_out: set[str], extents: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {}
+    left_out = {*left_out, *_elsewhere(config)}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         markers = {type(marker) for marker in info.metadata}

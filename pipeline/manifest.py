@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,6 +19,7 @@ from stages import KINDS
 from stages.base import Choice, Config, Content, Input, Stage
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
+C = TypeVar("C", bound=Config)
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 
 
@@ -90,12 +91,45 @@ def dump(manifest: Manifest) -> str:
     return yaml_document.dump(values)
 
 
-def marked(stage: Stage, marker: type) -> Iterator[tuple[str, Any]]:
-    """(field name, marker) of each field of `stage` that carries such a marker and is given."""
-    for name, info in type(stage).model_fields.items():
+@dataclass(frozen=True)
+class Marked:
+    """A field that is given and carries a marker: its dotted path below the stage, the settings it stands in."""
+
+    path: str
+    marker: Any
+    value: Any
+    owner: Config
+
+
+def marked(config: Config, marker: type, prefix: str = "") -> Iterator[Marked]:
+    """Every such field of a stage, in the settings inside it and in lists of settings too."""
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
         for found in info.metadata:
-            if isinstance(found, marker) and getattr(stage, name) is not None:
-                yield name, found
+            if isinstance(found, marker):
+                yield Marked(prefix + name, found, value, config)
+        for place, inner in enumerate(value) if isinstance(value, list) else [("", value)]:
+            if isinstance(inner, Config):
+                yield from marked(inner, marker, f"{prefix}{name}.{place}.".replace("..", "."))
+
+
+def replaced(config: C, values: Mapping[str, Any]) -> C:
+    """`config` with other values at some dotted paths."""
+    updates: dict[str, Any] = {}
+    for name in {path.partition(".")[0] for path in values}:
+        inside = {p.partition(".")[2]: v for p, v in values.items() if p.partition(".")[0] == name}
+        if "" in inside:
+            updates[name] = inside[""]
+        elif isinstance(old := getattr(config, name), list):
+            updates[name] = [
+                replaced(one, {p.partition(".")[2]: v for p, v in inside.items() if p.partition(".")[0] == str(place)})
+                for place, one in enumerate(old)
+            ]
+        else:
+            updates[name] = replaced(old, inside)
+    return config.model_copy(update=updates)
 
 
 # --- Explaining what pydantic found ------------------------------------------------------------------
@@ -155,10 +189,11 @@ def _field(model: type[Config], key: str) -> Any:
 
 def _config_in(annotation: Any, metadata: Sequence[Any], value: Any) -> Any:
     """The Config class, or dict annotation, that a value of this field is validated against."""
-    for choice in (m for m in (*metadata, *getattr(annotation, "__metadata__", ())) if isinstance(m, Choice)):
-        return choice.of(value)
     if getattr(annotation, "__origin__", None) is dict:
         return annotation
+    inside = [m for part in (annotation, *get_args(annotation)) for m in getattr(part, "__metadata__", ())]
+    for choice in (m for m in (*metadata, *inside) if isinstance(m, Choice)):
+        return choice.of(value)
     candidates = [annotation, *get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), annotation)
 
@@ -173,9 +208,9 @@ def is_artifact_path(reference: str) -> bool:
 
 def _check_references(manifest: Manifest, document: Document) -> Iterator[str]:
     for name, stage in manifest.stages.items():
-        for field, wanted in marked(stage, Input):
-            reference = getattr(stage, field)
-            path = ("stages", name, field)
+        for field in marked(stage, Input):
+            reference, wanted = field.value, field.marker
+            path = ("stages", name, *field.path.split("."))
             if is_artifact_path(reference):
                 continue
             target = manifest.stages.get(reference)
@@ -214,9 +249,9 @@ def _order(manifest: Manifest, document: Document, problems: list[str]) -> list[
             problems.append(document.problem(("stages", name), f"a cycle: {cycle}", at_key=True))
             return
         open_stages.append(name)
-        for field, _ in marked(manifest.stages[name], Input):
-            if getattr(manifest.stages[name], field) in manifest.stages:
-                visit(getattr(manifest.stages[name], field))
+        for field in marked(manifest.stages[name], Input):
+            if field.value in manifest.stages:
+                visit(field.value)
         open_stages.pop()
         order.append(name)
 
@@ -230,15 +265,14 @@ def _absolute(manifest: Manifest) -> Manifest:
     stages: dict[str, Stage] = {}
     for name, stage in manifest.stages.items():
         paths: dict[str, str] = {}
-        for field, content in marked(stage, Content):
-            value = getattr(stage, field)
-            path = value.startswith((".", "/", "~")) or Path(value).exists() or content.revision_field is None
-            if value not in content.names and path:
-                paths[field] = _full(value)
-        for field, _ in marked(stage, Input):
-            if is_artifact_path(getattr(stage, field)):
-                paths[field] = _full(getattr(stage, field))
-        stages[name] = stage.model_copy(update=paths)
+        for field in marked(stage, Content):
+            local = field.value.startswith((".", "/", "~")) or Path(field.value).exists()
+            if local or field.marker.revision_field is None:
+                paths[field.path] = _full(field.value)
+        for field in marked(stage, Input):
+            if is_artifact_path(field.value):
+                paths[field.path] = _full(field.value)
+        stages[name] = replaced(stage, paths)
     store = manifest.store if is_url(manifest.store) else _full(manifest.store)
     return manifest.model_copy(update={"stages": stages, "store": store})
 
@@ -248,5 +282,5 @@ def _full(path: str) -> str:
 
 
 def inputs_of(stage: Stage) -> Mapping[str, str]:
-    """field -> stage name or artifact path."""
-    return {field: getattr(stage, field) for field, _ in marked(stage, Input)}
+    """Path of the field -> stage name or artifact path."""
+    return {field.path: field.value for field in marked(stage, Input)}

@@ -59,7 +59,8 @@ def make_plan(loaded: Loaded, contents: Contents, store: Store, previous: Mappin
                 inputs[field] = planned[reference].artifact
                 continue
             try:
-                inputs[field] = _named(Path(reference), dict(marked(stage, Input))[field].kind, store)
+                kind = next(f.marker.kind for f in marked(stage, Input) if f.path == field)
+                inputs[field] = _named(Path(reference), kind, store)
             except UsageError as error:
                 problems.append(loaded.problem(name, field, str(error)))
         if len(inputs) < len(inputs_of(stage)):

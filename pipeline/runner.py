@@ -19,12 +19,12 @@ from pipeline.content import HashCache, identify
 from pipeline.engine import Engine, WorkerShape, describe
 from pipeline.errors import Locked, StageFailed, UsageError
 from pipeline.locks import hold
-from pipeline.manifest import Manifest, Resources
+from pipeline.manifest import Manifest, Resources, marked
 from pipeline.plan import Plan, PlannedStage
 from pipeline.report import Reporter
 from pipeline.runs import Run
 from pipeline.store import RECORD
-from stages.base import Artifact, Progress, StageError
+from stages.base import Artifact, Content, Progress, StageError
 from stages.data.provenance import versions
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class Runner:
         now = identify(stage.artifact.stage, HashCache(self.run.store.root / "contents.json")) if files else {}
         for field, value in files.items():
             if now[field] != value:
-                path = getattr(stage.artifact.stage, field)
+                path = next(f.value for f in marked(stage.artifact.stage, Content) if f.path == field)
                 raise StageError(f"{path} changed since the run was planned; resume to plan again with it as it is")
 
     @contextmanager

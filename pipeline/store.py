@@ -22,6 +22,8 @@ from stages.base import SCRATCH, Artifact
 from stages.data.files import fsync_folder, sha256_of, write_atomically
 
 RECORD = "artifact.json"
+UNSEALED = "unsealed.json"
+"""The record of an artifact whose parts are being mended."""
 
 
 def is_url(root: Path | str) -> bool:
@@ -96,6 +98,11 @@ class Store:
             shutil.rmtree(artifact.folder)
         work.replace(artifact.folder)
 
+    def unseal(self, artifact: Artifact) -> None:
+        """From now on the artifact does not exist; its record is kept aside, for whoever mends it."""
+        if self.is_sealed(artifact):
+            (artifact.folder / RECORD).replace(artifact.folder / UNSEALED)
+
     # --- Locks ---
 
     def lock_of(self, kind: str, fingerprint: str) -> Path:
@@ -103,10 +110,11 @@ class Store:
         return self.root / "locks" / f"{kind}-{fingerprint}"
 
 
-def load_artifact(folder: Path) -> Artifact:
-    """The sealed artifact in `folder`, with all that it was made from. Raises UsageError."""
+def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:
+    """The sealed artifact in `folder`, with all that it was made from; with `unsealed` also one that is being
+    mended. Raises UsageError."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_record(folder) if unsealed else json.loads((folder / RECORD).read_text(encoding="utf-8"))
         stage = KINDS[record["kind"]].model_validate_json(json.dumps(record["settings"]))
     except FileNotFoundError:
         raise UsageError(f"{folder} is no sealed artifact: it has no {RECORD}") from None
@@ -114,3 +122,10 @@ def load_artifact(folder: Path) -> Artifact:
         raise UsageError(f"{folder / RECORD} cannot be read: {error}") from None
     inputs = {field: load_artifact((folder / place).resolve()) for field, place in record["inputs"].items()}
     return Artifact(stage, record["fingerprint"], folder, inputs)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of an artifact that is sealed, or is being mended. Raises OSError or ValueError."""
+    path = folder / RECORD
+    record: dict[str, Any] = json.loads((path if path.exists() else folder / UNSEALED).read_text(encoding="utf-8"))
+    return record

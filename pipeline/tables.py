@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.plan import Plan
@@ -67,20 +66,61 @@ def evaluation(metrics: Mapping[str, Any]) -> str:
 
 
 def stats(found: Mapping[str, Any]) -> str:
+    """A line a fact; what is not there is not said."""
     rows = [
-        ["pairs", f"{found['count']:,}"],
-        ["shards", f"{found['shards']:,}"],
+        ["pairs" if "members" not in found else "samples", f"{found['count']:,}"],
+        ["shards", f"{found['shards']:,}" + "".join(f", {found[k]:,} {k}" for k in SHARDS if found[k])],
         ["bytes", f"{found['bytes']:,}"],
-        ["distinct prompts", f"{found['distinct_prompts']:,}"],
         ["repeated noises", f"{found['repeated_noises']:,}"],
     ]
+    prompts = found["prompts"]
+    lengths = [
+        f"{name} {s['mean']:.1f} on average, {s['most']:.0f} at most" for name, s in prompts.items() if _spread(s)
+    ]
+    empty = f", {prompts['empty']:,} empty" if prompts["empty"] else ""
+    rows.append(["prompts", f"{prompts['distinct']:,} distinct{empty}; {', '.join(lengths)}"])
+    for name, about in found.get("members", {}).items():
+        note = ", never opened: a pickle" if name in found["never_opened"] else ""
+        lacking = f", missing in {found['incomplete'][name]:,}" if name in found["incomplete"] else ""
+        rows.append([f".{name}", f"{about['count']:,} of {about['bytes']:,} bytes{lacking}{note}"])
     for name, about in found["arrays"].items():
-        shape = "x".join(map(str, about["shape"]))
-        figures = f"mean {about['mean']:+.4f}, std {about['std']:.4f}, largest {about['absmax']:.2f}"
-        rows.append([name, f"{about['dtype']} {shape}: {figures}"])
+        rows.append([name, f"{about['dtype']} {'x'.join(map(str, about['shape']))}{_figures(about)}"])
+        rows += [
+            [f"  channel {i}", f"mean {c['mean']:+.4f}, std {c['std']:.4f}, largest {c['absmax']:.2f}"]
+            for i, c in enumerate(about.get("channels", [])[:8])
+            if name == "latent"
+        ]
     rows += [[name.replace("_", " "), _value(value)] for name, value in found["provenance"].items()]
-    rows += [["damaged", f"{Path(tar).name}: {problem}"] for tar, problem in found["damaged"].items()]
+    rows += [["DAMAGED", line] for line in _damaged(found)]
     return table(["", ""], rows).lstrip("\n ")
+
+
+SHARDS = ("missing", "unreceipted", "corrupt", "extra")
+MOST_DAMAGED = 20
+
+
+def verified(found: Mapping[str, Any]) -> str:
+    lines = [f"{found['target']}: {found['count']:,} samples in {found['shards']:,} whole shards"]
+    return "\n".join([*lines, *(f"DAMAGED  {line}" for line in _damaged(found))])
+
+
+def _damaged(found: Mapping[str, Any]) -> list[str]:
+    lines = [f"{path}: {problem}" for path, problem in found["damaged"].items()]
+    more = len(lines) - MOST_DAMAGED
+    return lines if more <= 0 else [*lines[:MOST_DAMAGED], f"and {more:,} more; --json lists all"]
+
+
+def _spread(value: Any) -> bool:
+    return isinstance(value, Mapping) and value["most"] > 0
+
+
+def _figures(about: Mapping[str, Any]) -> str:
+    if "mean" not in about:
+        return "".join(f", also {other}" for other in about.get("others", [])) + " (--deep reads the values)"
+    ks = f", KS distance to N(0, 1) {about['ks_distance']:.4f}" if about.get("ks_distance") is not None else ""
+    broken = f", {about['nonfinite']:,} NOT FINITE" if about["nonfinite"] else ""
+    others = "".join(f", also {other}" for other in about.get("others", []))
+    return f"{others}: mean {about['mean']:+.4f}, std {about['std']:.4f}, largest {about['absmax']:.2f}{ks}{broken}"
 
 
 def _value(value: Any) -> str:

@@ -42,11 +42,10 @@ class Input:
 class Content:
     """The field may name a file, a folder or a hub repository: it enters the fingerprint by content.
 
-    `names` are the values that mean something built in, and are taken as they stand. A field that may
-    name a hub repository, `owner/name`, says which field beside it holds the revision.
+    A field that may name a hub repository, `owner/name`, says which field beside it holds the revision; one that
+    does not may be a glob.
     """
 
-    names: tuple[str, ...] = ()
     revision_field: str | None = None
     files: tuple[str, ...] = ("**/*",)
     """Of a folder, the patterns of what is read, and so of what counts."""
@@ -141,7 +140,7 @@ class StageContext(Protocol):
     fingerprint: str
     seed: int
     contents: Mapping[str, str]
-    """What each `Content` field was found to hold when the plan was made: field path -> identity."""
+    """What each `Content` field was found to hold when the plan was made: dotted path -> identity."""
     output: Path
     """The folder to fill. It survives a kill: a stage finds there what its last attempt left. What lies in its
     folder SCRATCH is for the stage alone, and is dropped when the artifact is sealed."""
@@ -164,9 +163,9 @@ class StageContext(Protocol):
         """Show and log how far the stage is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
-    """Annotates a field whose settings' class is `registry[value[key]]`.
+    """Annotates a field whose settings' class is `registry[value[key]]`; a bare word means `{key: word}`.
 
     A registry instead of a union of types, so that another package may add an entry.
     """
@@ -176,12 +175,18 @@ class Choice:
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
         return core_schema.no_info_plain_validator_function(
-            self._choose, serialization=core_schema.plain_serializer_function_ser_schema(lambda c: c.model_dump())
+            self._choose,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda config, info: config.model_dump(
+                    mode=info.mode, by_alias=info.by_alias, exclude_none=info.exclude_none
+                ),
+                info_arg=True,
+            ),
         )
 
     def of(self, value: Any) -> type[Config] | None:
         """The class that `value`, not yet validated, asks for."""
-        name = value.get(self.key) if isinstance(value, Mapping) else None
+        name = value.get(self.key) if isinstance(value, Mapping) else value
         return self.registry.get(name) if isinstance(name, str) else None
 
     def _choose(self, value: Any) -> Config:
@@ -189,10 +194,10 @@ class Choice:
             return value
         chosen = self.of(value)
         if chosen is not None:
-            return chosen.model_validate(value)
-        if not isinstance(value, Mapping):
+            return chosen.model_validate({self.key: value} if isinstance(value, str) else value)
+        if not isinstance(value, Mapping | str):
             raise PydanticCustomError("dict_type", "a mapping is needed here")
-        given = value.get(self.key)
+        given = value.get(self.key) if isinstance(value, Mapping) else value
         error = PydanticCustomError("unknown_choice", "unknown", {"allowed": sorted(self.registry)})
         loc = (self.key,)
         raise ValidationError.from_exception_data(self.key, [{"type": error, "loc": loc, "input": given}])

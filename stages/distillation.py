@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Generator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.diffusion.samplers import timesteps
 from stages.methods.base import Batch, Materials, MethodConfig, TrainingExecution, TrainingSettings
-from stages.networks.compute import device_of, prepare
-from stages.networks.latent import LatentTeacher
+from stages.networks.compute import prepare
+from stages.networks.network import NetworkTeacher
 from stages.networks.student import OneStepStudent, export
+from stages.networks.teachers import load_network
 from stages.pairs import Pairs
 from stages.training import train
 
@@ -30,22 +32,32 @@ def distill(
     training: TrainingSettings,
     held_out: int,
     execution: TrainingExecution,
-    pairs: Artifact,
+    sources: list[Artifact],
+    weights: list[float | None],
     seed: int,
     output: Path,
     threads: int,
     fingerprint: str,
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Fill `output` with the student's folder; return its figures. Raises StageError if it cannot be trained."""
+    pairs = sources[0]
     assert isinstance(pairs.stage, Pairs)
     prepare(threads)
     torch.manual_seed(seed)
-    teacher = LatentTeacher(pairs.inputs["teacher"].folder, device=device_of(execution))
+    teacher = load_network(pairs.inputs["teacher"].folder, execution)
     sampler = pairs.stage.sampler
     grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
     method = method_config.create(Materials(teacher, grid, training))
-    reader = PairReader(read_list(pairs.folder))
-    order = ShuffledOrder(len(reader) - held_out, training.batch_size, seed)
+    lists = [read_list(source.folder) for source in sources]
+    reader = PairReader([shard for shards in lists for shard in shards])
+    ends = list(accumulate(sum(shard.count for shard in shards) for shards in lists))
+    held = range(ends[0] - held_out, ends[0])
+    ranges = [range(held.start), *(range(*ends[i : i + 2]) for i in range(len(ends) - 1))]
+    shares = [len(drawn) if weight is None else weight for drawn, weight in zip(ranges, weights, strict=True)]
+    try:
+        order = ShuffledOrder(ranges, training.batch_size, seed, weights=shares)
+    except ValueError as error:
+        raise StageError(f"pairs: {error}") from None
 
     def batch(step: int) -> Batch:
         drawn = reader.batch(order.batch(step))
@@ -58,7 +70,7 @@ def distill(
     trained = yield from train(method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution)
     student = trained.averages["student"]
     assert isinstance(student, OneStepStudent)
-    held_out_mse = _error(student, teacher, reader, range(len(reader) - held_out, len(reader)))
+    held_out_mse = _error(student, teacher, reader, held)
     if not math.isfinite(held_out_mse):
         raise StageError(f"the student's error on held-out pairs is {held_out_mse}; lower training.learning_rate")
     figures = {
@@ -66,14 +78,19 @@ def distill(
         "training_loss": trained.history[-1]["loss"],
         "device": trained.device,
     }
-    export(student, teacher, output, _card(method_config.name, training, held_out, pairs, held_out_mse, fingerprint))
+    export(
+        student,
+        teacher,
+        output,
+        _card(method_config.name, training, held_out, sources, held_out_mse, fingerprint, teacher.usage()),
+    )
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
     (output / "history.jsonl").write_text(lines, encoding="utf-8")
     return figures
 
 
 @torch.no_grad()
-def _error(student: OneStepStudent, teacher: LatentTeacher, reader: PairReader, indices: range) -> float:
+def _error(student: OneStepStudent, teacher: NetworkTeacher, reader: PairReader, indices: range) -> float:
     """Mean squared error to the stored latents, over all elements."""
     errors = []
     for start in range(0, len(indices), BATCH):
@@ -84,15 +101,24 @@ def _error(student: OneStepStudent, teacher: LatentTeacher, reader: PairReader, 
 
 
 def _card(
-    method: str, training: TrainingSettings, held_out: int, pairs: Artifact, held_out_mse: float, fingerprint: str
+    method: str,
+    training: TrainingSettings,
+    held_out: int,
+    sources: list[Artifact],
+    held_out_mse: float,
+    fingerprint: str,
+    usage: str,
 ) -> str:
     """The model card: how it was made, from what, how good, and the exact call."""
+    pairs = sources[0]
     assert isinstance(pairs.stage, Pairs)
     teacher = pairs.inputs["teacher"]
     source = teacher.record.get("metrics", {})
     origin = source.get("source") or "trained by Retort"
     at = f" at {source['revision']}" if source.get("revision") else ""
     sampler = pairs.stage.sampler
+    count = sum(source.stage.count for source in sources if isinstance(source.stage, Pairs))
+    names = ", ".join(f"pairs/{source.fingerprint}" for source in sources)
     return f"""---
 library_name: diffusers
 license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained") else "unknown")}
@@ -100,16 +126,13 @@ license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained")
 # One-step student
 
 Distilled by Retort (distill/{fingerprint}) with `{method}`, {training.steps} steps of
-{training.batch_size}, from {pairs.stage.count - held_out} pairs (pairs/{pairs.fingerprint}) of a teacher
+{training.batch_size}, from {count - held_out} pairs ({names}) of a teacher
 ({origin}{at}; teacher/{teacher.fingerprint}; licence: {source.get("licence") or "not stated"}) solved by
 {sampler.name.upper()} in {sampler.steps} steps at guidance {sampler.guidance_scale}, which is built in.
 
 Mean squared error to the teacher's latents on {held_out} held-out pairs: {held_out_mse:.4f}.
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
-image = pipeline("a prompt", num_inference_steps=1).images[0]  # any guidance_scale gives the same
+{usage}
 ```
 """

@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stages.base import Artifact, Input, Stage, StageContext
+from stages.base import Artifact, Choice, Input, Stage, StageContext
+from stages.data.images.config import IMAGE_SETS, Digits, ImageSet
+from stages.distill import sources
 from stages.pairs import Pairs
 
 MIN_SAMPLES = 100
 """More than the probe has features, or covariances are singular."""
 
 
-class Evaluate(Stage):
-    """`real: digits` measures against real images through a probe trained on them. Without it only what needs
-    no real images is measured: distance to the teacher's own output, seconds and network calls."""
+def subject(inputs: Mapping[str, Artifact]) -> tuple[Artifact, Artifact | None]:
+    """The pairs that set the noises, prompts and teacher of a comparison, and the student if there is one."""
+    student = inputs.get("student")
+    return (inputs["pairs"], None) if student is None else (sources(student.inputs)[0], student)
 
-    VERSION: ClassVar[int] = 1
+
+class Evaluate(Stage):
+    """Of a `student`, or of `pairs` alone: the teacher that made them, in full and in few steps.
+
+    `real`, an image set with classes, measures against real images through a probe trained on them. Without it only
+    what needs no real images is measured: distance to the teacher's own output, seconds and network calls.
+    """
+
+    VERSION: ClassVar[int] = 2
     kind: Literal["evaluate"]
-    student: Annotated[str, Input("distill")]
-    real: Literal["digits"] | None = None
+    student: Annotated[str | None, Input("distill")] = None
+    pairs: Annotated[str | None, Input("pairs")] = None
+    real: Annotated[ImageSet, Choice("name", IMAGE_SETS)] | None = None
     samples: int = Field(2000, ge=20, description="of each side; held-out pairs first, then fresh noise")
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="also sample the teacher in these; default: 4, 2 and 1, where the pairs took more"
     )
 
+    @model_validator(mode="after")
+    def _one_subject(self) -> Self:
+        if (self.student is None) == (self.pairs is None):
+            raise ValueError("give either student or pairs")
+        return self
+
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        pairs = inputs["student"].inputs["pairs"].stage
+        found, _ = subject(inputs)
+        pairs = found.stage
         assert isinstance(pairs, Pairs)
-        if self.real == "digits" and pairs.prompts != "digits":
-            yield "real", f"prompt accuracy on digits needs pairs with prompts: digits, not {pairs.prompts!r}"
+        if isinstance(self.real, Digits):
+            if pairs.prompts is None or pairs.prompts.images != self.real:
+                yield "real", f"prompt accuracy needs pairs with prompts: {self.real.name}, not {str(pairs.prompts)!r}"
+        elif self.real is not None and getattr(self.real, "label", None) is None:
+            yield "real", "needs its label: distances are measured by a probe that is trained on classes"
+        if getattr(found.inputs["teacher"].stage, "gaussian", None):
+            yield "pairs" if self.pairs else "student", "the teacher is `gaussian:`, which draws no images"
         steps = self.teacher_steps or []
         if len(set(steps)) < len(steps):
             yield "teacher_steps", "a number of steps is given twice"
@@ -46,11 +70,11 @@ class Evaluate(Stage):
     def run(self, context: StageContext) -> Mapping[str, Any]:
         from stages.evaluation import evaluate
 
-        pairs = context.inputs["student"].inputs["pairs"].stage
+        pairs = subject(context.inputs)[0].stage
         assert isinstance(pairs, Pairs)
         return context.run(
             evaluate,
-            context.inputs["student"],
+            *subject(context.inputs),
             self.samples,
             self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < pairs.sampler.steps],
             self.real,

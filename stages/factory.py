@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from stages.base import Artifact, StageError
-from stages.data import prompts
 from stages.data.noise import CONVENTION, noise_for
 from stages.data.pool import ShardPlan
+from stages.data.prompts.table import PromptTable
 from stages.data.provenance import versions
 from stages.data.records import Pair
 from stages.data.shards import write_shard
 from stages.diffusion.config import PairsExecution, Sampler
+from stages.diffusion.samplers import timesteps
 from stages.networks import teachers
 from stages.networks.teachers import Dtype
 
@@ -28,9 +29,10 @@ class ShardWorker:
     """Makes shards. The teacher is loaded once; while one thread writes a shard another may solve the next."""
 
     teacher_artifact: Artifact
-    prompts_source: str
     prompts_identity: str
     sampler: Sampler
+    path_timesteps: list[int]
+    text_embeddings: bool
     dtype: Dtype
     storage_dtype: str
     execution: PairsExecution
@@ -44,8 +46,12 @@ class ShardWorker:
         self.teacher = teachers.load(
             self.teacher_artifact.folder, self.execution, dtype=self.dtype, compile=self.execution.compile
         )
-        self.prompts = prompts.load(self.prompts_source, self.prompts_identity)
+        self.prompts = PromptTable(self.pool)
         self.storage = np.dtype(self.storage_dtype)
+        grid = timesteps(len(self.teacher.schedule), self.sampler.steps, self.sampler.timestep_spacing)
+        off = next((t for t in self.path_timesteps if t not in grid), None)
+        if off is not None:
+            raise StageError(f"path_timesteps: {off} is no timestep of the sampler, whose are {grid}")
 
     def __call__(self, plan: ShardPlan) -> str:
         self._prepare()
@@ -67,12 +73,18 @@ class ShardWorker:
         """One batch: noise, the ODE, and out again. Raises StageError if the teacher's output is not finite."""
         teacher = self.teacher
         noise = np.stack([noise_for(self.seed, i, teacher.latent_shape, self.storage) for i in indices])
-        texts = [self.prompts[i % len(self.prompts)] for i in indices]
-        with teacher.inference():
-            solved = teachers.solve(teacher, noise, texts, self.sampler)
-        with np.errstate(over="ignore"):
-            latents = teacher.to_numpy(solved).astype(self.storage)
-        finite = np.isfinite(latents).reshape(len(latents), -1).all(1)
+        texts = self.prompts.of(indices)
+        kept: dict[int, np.ndarray] = {}
+        with teacher.inference(), np.errstate(over="ignore"):
+            for t, z in teachers.trajectory(teacher, noise, texts, self.sampler):
+                if t == -1 or t in self.path_timesteps:
+                    kept[t] = teacher.to_numpy(z).astype(self.storage)
+        arrays = {"noise": noise, "latent": kept[-1]}
+        if self.path_timesteps:
+            arrays["path"] = np.stack([kept[t] for t in self.path_timesteps], axis=1)
+        if self.text_embeddings:
+            arrays["text_embedding"] = self._embedded(texts)
+        finite = np.logical_and.reduce([np.isfinite(a).reshape(len(a), -1).all(1) for a in arrays.values()])
         if not finite.all():
             first = indices[int(np.argmin(finite))]
             raise StageError(
@@ -81,7 +93,13 @@ class ShardWorker:
                 f"Check the teacher with `retort sample`, or use dtype: float32"
             )
         for row, index in enumerate(indices):
-            yield Pair(index, texts[row], noise[row], latents[row])
+            yield Pair(index, texts[row], {name: array[row] for name, array in arrays.items()})
+
+    def _embedded(self, texts: list[str]) -> np.ndarray:
+        states = self.teacher.encode_prompts(texts)
+        if states is None or states.ndim != 3:
+            raise StageError("text_embeddings: the teacher has no text encoder")
+        return self.teacher.to_numpy(states).astype(self.storage)
 
     def _prepare(self) -> None:
         """In every thread that computes: a thread pool's setting belongs to the calling thread."""
@@ -93,6 +111,7 @@ class ShardWorker:
     def _provenance(self, seconds: float) -> dict[str, Any]:
         return {
             "sampler": self.sampler.model_dump(),
+            "path_timesteps": self.path_timesteps,
             "dtype": self.dtype,
             "execution": {**self.execution.model_dump(), "threads": self.threads},
             "noise": CONVENTION,

@@ -7,36 +7,43 @@ at fixed places inside the shard. Whoever makes it, and however often, its tar h
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stages.base import Artifact, Content, Extent, Input, Progress, Stage, StageContext, StageError
-from stages.data import prompts
+from stages.base import Extent, Input, Neutral, Progress, Stage, StageContext, StageError
 from stages.data.pool import ListedShard, ShardPlan, intact, plan_shards, read_list, write_list
+from stages.data.prompts.config import Prompts
 from stages.diffusion.config import PairsExecution, Sampler
 
 
 class Pairs(Stage):
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     PARALLEL: ClassVar[bool] = True
     kind: Literal["pairs"]
     teacher: Annotated[str, Input("teacher")]
-    prompts: Annotated[str, Content(names=("digits",))]
+    prompts: Prompts | None = Field(None, description="none: for an unconditional teacher; every prompt is empty")
     count: Annotated[int, Field(ge=1), Extent()]
     shard_size: int = Field(128, ge=1)
     sampler: Sampler = Sampler()
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="what the network computes in")
     storage_dtype: Literal["float16", "float32"] = "float16"
+    path_timesteps: Annotated[list[int], Neutral()] = Field(
+        [], description="of the sampler's grid, descending: also store the states z_t there, as path.npy"
+    )
+    text_embeddings: Annotated[bool, Neutral()] = Field(
+        False, description="also store the text encoder's states, as text_embedding.npy"
+    )
     execution: PairsExecution = PairsExecution()
 
-    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        found = prompts.problem(self.prompts)
-        if found:
-            yield "prompts", found
+    @model_validator(mode="after")
+    def _path_descends(self) -> Self:
+        if self.path_timesteps != sorted(set(self.path_timesteps), reverse=True):
+            raise ValueError("path_timesteps are to descend, each given once")
+        return self
 
     def damage(self, folder: Path) -> str | None:
         shards = read_list(folder)
@@ -49,14 +56,17 @@ class Pairs(Stage):
         return f"{done} of {len(plans)} shards are there" if done else None
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
-        from stages.data import shards
+        from stages.data.prompts.table import FILE, write_table
+        from stages.data.receipts import valid_facts
         from stages.factory import ShardWorker
 
         context.pool.mkdir(parents=True, exist_ok=True)
         for left in context.pool.rglob(".*"):  # temporaries of a worker that was killed
             left.unlink()
+        prompts_identity = context.contents.get("prompts.path") or f"name:{self.prompts or ''}"
+        write_table(self.prompts, context.contents, context.pool / FILE)
         plans = plan_shards(self.count, self.shard_size)
-        have = {plan: shards.valid_facts(context.pool / plan.place) for plan in plans}
+        have = {plan: valid_facts(context.pool / plan.place) for plan in plans}
         missing = [plan for plan in plans if have[plan] is None]
         done = self.count - sum(plan.stop - plan.start for plan in missing)
         reused, started = done, time.monotonic()
@@ -64,9 +74,10 @@ class Pairs(Stage):
         make = partial(
             ShardWorker,
             teacher_artifact=context.inputs["teacher"],
-            prompts_source=self.prompts,
-            prompts_identity=context.contents["prompts"],
+            prompts_identity=prompts_identity,
             sampler=self.sampler,
+            path_timesteps=self.path_timesteps,
+            text_embeddings=self.text_embeddings,
             dtype=self.dtype,
             storage_dtype=self.storage_dtype,
             execution=self.execution,
@@ -83,25 +94,25 @@ class Pairs(Stage):
 
 def _seal(context: StageContext, plans: list[ShardPlan], reused: int) -> Mapping[str, Any]:
     """List the shards, each checked once more, and summarise their receipts."""
-    from stages.data import shards
+    from stages.data.receipts import valid_facts
     from stages.data.statistics import Moments
 
     listed: list[ListedShard] = []
-    moments = {name: Moments() for name in shards.ARRAYS}
+    moments: dict[str, list[Moments]] = {}
     for plan in plans:
         tar = context.pool / plan.place
-        facts = shards.valid_facts(tar)
+        facts = valid_facts(tar)
         if facts is None:
             raise StageError(f"{tar} was removed or changed while the stage ran; resume to make it again")
         listed.append(ListedShard(tar, facts.count, facts.bytes, facts.sha256))
-        for name in moments:
-            moments[name] = moments[name].merge(Moments(**facts.arrays[name]["moments"]))
+        for name, array in facts.arrays.items():
+            moments.setdefault(name, []).append(array.moments)
     write_list(context.output, context.pool, listed)
     return {
         "count": sum(s.count for s in listed),
         "shards": len(listed),
         "reused_count": reused,
         "bytes": sum(s.bytes for s in listed),
-        **{f"{name}_mean": m.mean for name, m in moments.items()},
-        **{f"{name}_std": m.std for name, m in moments.items()},
+        **{f"{name}_mean": Moments.merged(parts).mean for name, parts in moments.items()},
+        **{f"{name}_std": Moments.merged(parts).std for name, parts in moments.items()},
     }

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.base import Artifact, StageError
+from stages.base import Artifact, Execution, StageError
+from stages.distill import sources
 
 
 def draw(
@@ -19,17 +20,16 @@ def draw(
     from stages.data.noise import noise_for
     from stages.data.pictures import strip
     from stages.diffusion.config import Sampler
-    from stages.networks.latent import LatentTeacher
     from stages.networks.student import OneStepStudent
-    from stages.networks.teachers import solve
+    from stages.networks.teachers import load_network, solve
 
-    kinds = {"teacher": lambda a: a, "distill": lambda a: a.inputs["pairs"].inputs["teacher"]}
+    kinds = {"teacher": lambda a: a, "distill": lambda a: sources(a.inputs)[0].inputs["teacher"]}
     if artifact.kind not in kinds:
         raise StageError(f"{artifact.folder} is a {artifact.kind}; images are drawn with a teacher or a student")
     folder = kinds[artifact.kind](artifact).folder
     if not (folder / "unet").exists():
         raise StageError(f"{folder} is an analytic teacher: it has no images to draw")
-    teacher = LatentTeacher(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load_network(folder, Execution())
     noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
     student = OneStepStudent.load(artifact.folder, teacher) if artifact.kind == "distill" else None
     rows = []

@@ -9,18 +9,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.base import SCRATCH, Content, Stage, StageContext, StageError
 from stages.methods.base import TrainingExecution, training_progress
 from stages.teachers import layout
 from stages.teachers.config import GaussianSettings, TrainedTeacher
 
+SHIPPED = Path(__file__).parent / "teachers" / "shipped"
+NAMES = ("digit_scenes",)
+"""Teachers that ship with Retort, by what `from` calls them."""
+
 
 class Teacher(Stage):
-    """Exactly one of `train`, `from` and `gaussian` says where the teacher comes from."""
+    """Exactly one of `train`, `from` and `gaussian` says where the teacher comes from.
 
-    VERSION: ClassVar[int] = 1
+    `from` is a diffusers folder, a hub id, or the name of a teacher that ships with Retort: digit_scenes.
+    """
+
+    VERSION: ClassVar[int] = 2
     kind: Literal["teacher"]
     train: TrainedTeacher | None = None
     from_: Annotated[str | None, Content(revision_field="revision", files=layout.FILES)] = Field(None, alias="from")
@@ -29,6 +36,11 @@ class Teacher(Stage):
     )
     gaussian: GaussianSettings | None = None
     execution: TrainingExecution = TrainingExecution()
+
+    @field_validator("from_", mode="after")
+    @classmethod
+    def _shipped(cls, value: str | None) -> str | None:
+        return str(SHIPPED / value) if value in NAMES else value
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -61,15 +73,16 @@ def _train(*arguments: Any) -> Any:
 def _adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
     commit = identity.removeprefix("hub:") if identity.startswith("hub:") else None
     folder = _download(source, commit) if commit else Path(source)
-    layout.check(folder)
-    for pattern in layout.FILES:
+    found = layout.check(folder)
+    for pattern in found.files:
         for file in folder.glob(pattern):
             copy = output / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    kept = {name: value for name, value in index.items() if name.startswith("_") or name in layout.COMPONENTS}
-    kept |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    kept = {name: value for name, value in index.items() if name not in layout.IGNORED}
+    if found is layout.STABLE_DIFFUSION:
+        kept |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     (output / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     return {"source": source, "revision": commit, "licence": _licence(folder)}
 
@@ -79,8 +92,8 @@ def _download(source: str, commit: str) -> Path:
 
     try:
         index = Path(snapshot_download(source, revision=commit, allow_patterns=["model_index.json"]))
-        layout.check_index(index)
-        return Path(snapshot_download(source, revision=commit, allow_patterns=[*layout.FILES, "README.md"]))
+        files = layout.check_index(index).files
+        return Path(snapshot_download(source, revision=commit, allow_patterns=[*files, "README.md"]))
     except StageError:
         raise
     except Exception as error:  # the hub's client raises many kinds, all meaning: not reached or not there

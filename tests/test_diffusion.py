@@ -13,6 +13,13 @@ from stages.diffusion.samplers import ddim, timesteps
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks.gaussian import GaussianTeacher
 
+
+def final(states):
+    *_, (t, x0) = states
+    assert t == -1
+    return x0
+
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -86,14 +93,14 @@ def test_ddim_of_a_gaussian_teacher_has_the_known_std(std, steps):
         return alpha * sigma * (1 - std**2) / variance * (z - alpha * teacher.mean) - sigma * teacher.mean
 
     noise = np.array([-1.0, 0.0, 2.0])
-    out = ddim(predict_v, noise, schedule, "v_prediction", timesteps(64, steps))
+    out = final(ddim(predict_v, noise, schedule, "v_prediction", timesteps(64, steps)))
     np.testing.assert_allclose(out, 0.7 + COSINE_STD[std][steps] * noise, atol=1e-5)
 
 
 def test_one_ddim_step_from_pure_noise_returns_the_mean():
     teacher = GaussianTeacher(0.3, 0.8, (1, 2, 2))
     teacher.schedule.alpha[-1], teacher.schedule.sigma[-1] = 1e-9, 1.0
-    out = ddim(teacher.denoiser([""], 1.0), np.ones((1, 1, 2, 2)) * 1.7, teacher.schedule, "epsilon", [999])
+    out = final(ddim(teacher.denoiser([""], 1.0), np.ones((1, 1, 2, 2)) * 1.7, teacher.schedule, "epsilon", [999]))
     np.testing.assert_allclose(out, 0.3, atol=1e-6)
 
 
@@ -103,8 +110,9 @@ def test_many_steps_reach_the_exact_ode():
     alpha, sigma = teacher.schedule.at(999)
     noise = np.random.default_rng(0).standard_normal((1, 1, 2, 2))
     exact = 0.5 + 0.6 / (alpha**2 * 0.36 + sigma**2) ** 0.5 * (noise - alpha * 0.5)
+    denoise = teacher.denoiser([""], 1.0)
     errors = [
-        np.abs(ddim(teacher.denoiser([""], 1.0), noise, teacher.schedule, "epsilon", timesteps(1000, n)) - exact).max()
+        np.abs(final(ddim(denoise, noise, teacher.schedule, "epsilon", timesteps(1000, n))) - exact).max()
         for n in (10, 100, 1000)
     ]
     assert errors[0] > 5 * errors[1] > 5 * errors[2] > 0

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pipeline.errors import ManifestError, StageFailed
+from pipeline.errors import StageFailed
 from stages.base import Execution
-from stages.data import shards
+from stages.data import receipts
 from stages.data.files import sha256_of
+from stages.data.images.config import Digits
+from stages.data.images.digits import captions
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from tests.conftest import GAUSSIAN, ROOT, command, execute, plan_of, retort
@@ -55,7 +57,6 @@ def test_pairs_follow_the_linear_map_of_ddim(tmp_path):
 
 def test_what_is_stored_is_what_was_solved_from(tiny):
     """Solving again from the stored float16 noise gives the stored latents, bit for bit."""
-    from stages.data import prompts
     from stages.networks import teachers
 
     _, plan = tiny
@@ -63,7 +64,7 @@ def test_what_is_stored_is_what_was_solved_from(tiny):
     reader = PairReader(read_list(pairs.folder))
     teacher = teachers.load(pairs.inputs["teacher"].folder, Execution(device="cpu"))
     held = reader.batch(range(32, 48))
-    assert held.prompts == [prompts.load("digits", "name:digits")[i % 60] for i in range(32, 48)]
+    assert held.prompts == [captions(Digits())[i % 60] for i in range(32, 48)]
     with teacher.inference():
         again = teachers.solve(teacher, held.noise, held.prompts, pairs.stage.sampler)
     np.testing.assert_array_equal(teacher.to_numpy(again).astype(np.float16), held.latent)
@@ -82,7 +83,7 @@ def test_raising_the_count_reuses_every_full_shard(tmp_path):
 
 def test_receipts_say_where_shards_come_from(tmp_path):
     plan = execute(GAUSSIAN, tmp_path)
-    facts = shards.read_facts(plan["pairs"].pool / "00000.parquet")
+    facts = receipts.read_facts(plan["pairs"].pool / "00000.parquet")
     assert facts.provenance["teacher"] == plan["teacher"].artifact.fingerprint
     assert facts.provenance["sampler"]["steps"] == 10
     assert facts.provenance["execution"]["micro_batch"] == 8
@@ -196,7 +197,7 @@ def test_stats_say_what_is_there(tmp_path):
     done = retort("stats", plan.artifact.folder, "--json", "--deep")
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["count"] == 40 and found["shards"] == 3
-    assert found["distinct_prompts"] == 40 and found["repeated_noises"] == 0 and found["damaged"] == {}
+    assert found["prompts"]["distinct"] == 40 and found["repeated_noises"] == 0 and found["damaged"] == {}
     assert found["arrays"]["noise"]["std"] == pytest.approx(1.0, abs=0.05)
     assert found["provenance"]["sampler"]["steps"] == 10
     assert "repeated noises" in retort("stats", plan.pool).stdout
@@ -206,8 +207,10 @@ def test_stats_say_what_is_there(tmp_path):
     tar.write_bytes(content)
     assert retort("stats", plan.artifact.folder).returncode == 0
     done = retort("stats", plan.artifact.folder, "--deep")
-    assert done.returncode == 1 and "00001.tar: its content is not what the receipt says" in done.stdout
+    assert done.returncode == 1 and "00001.tar: corrupt: its content is not what the receipt says" in done.stdout
     done = retort("stats", tmp_path / "nothing")
+    assert done.returncode == 2 and "nothing does not exist" in done.stderr
+    done = retort("stats", ROOT / "manifests")
     assert done.returncode == 2 and "holds no shards" in done.stderr
 
 
@@ -241,30 +244,3 @@ def test_a_compiled_network_solves_the_same(tiny):
     with plain.inference():
         a, b = (teachers.solve(t, held.noise, held.prompts, pairs.stage.sampler) for t in (plain, compiled))
     np.testing.assert_allclose(b.numpy(), a.numpy(), atol=1e-3)
-
-
-def test_prompts_of_other_formats_are_refused_when_planning(tmp_path):
-    for name in ("p.jsonl", "p.csv", "words"):
-        (tmp_path / name).write_text('{"caption": "a cat"}\n')
-        with pytest.raises(ManifestError, match=r"prompts are digits or a .txt file with one prompt a line"):
-            plan_of(GAUSSIAN.replace("prompts: digits", f"prompts: {tmp_path / name}"), tmp_path / "store")
-
-
-def test_lines_of_prompts(tmp_path):
-    from stages.base import StageError
-    from stages.data.prompts import load
-
-    path = tmp_path / "p.txt"
-
-    def read(content: bytes) -> list[str]:
-        path.write_bytes(content)
-        return load(str(path), f"sha256:{sha256_of(path)}")
-
-    separator = chr(0x2028)
-    assert read(b"\xef\xbb\xbfa cat\r\na dog\r\n") == ["a cat", "a dog"]
-    assert read(f"a{separator}cat\nb".encode()) == [f"a{separator}cat", "b"]
-    for content, words in ((b"", "line 1: empty"), (b"a\n\nb\n", "line 2: empty"), (b"a\n\xff\n", "line 2: not UTF-8")):
-        with pytest.raises(StageError, match=words):
-            read(content)
-    with pytest.raises(StageError, match="changed since the run was planned"):
-        load(str(path), "sha256:other")

@@ -87,7 +87,7 @@ def test_a_prompts_file_counts_by_content(tmp_path):
     assert plan_of(text.replace(str(prompts), str(elsewhere)), tmp_path / "store")["pairs"].state == "reuse"
     prompts.write_text("a cat\na cow\n")
     after = plan_of(text, tmp_path / "store")["pairs"]
-    assert (after.state, after.why) == ("run", "the content of prompts changed")
+    assert (after.state, after.why) == ("run", "the content of prompts.path changed")
     assert after.pool != before.pool
 
 

@@ -28,11 +28,12 @@ def test_a_trained_teacher_is_a_stock_diffusers_folder(tiny):
 
 
 def test_latents_are_scaled_to_unit_variance_and_decode_back(tiny):
-    from stages.data import digits
+    from stages.data.images.config import Digits
+    from stages.data.images.load import load
     from stages.networks.latent import LatentTeacher
 
     teacher = LatentTeacher(tiny[1]["teacher"].artifact.folder)
-    images = torch.from_numpy(digits.load(16).images[::37])
+    images = torch.from_numpy(load(Digits()).pixels(slice(0, None, 37)))
     latents = teacher.encode(images)
     assert latents.std() == pytest.approx(1.0, abs=0.1)
     expected = tiny[1]["teacher"].artifact.record["metrics"]["vae_reconstruction_mse"]
@@ -89,7 +90,7 @@ def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):
         ("model_index.json", {"text_encoder": [None, None]}, "whose text_encoder is missing"),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline"),
         ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "has a text_encoder_2"),
-        ("unet/config.json", {"in_channels": 9}, "9 channels in and 4 out: it wants more than noise and text"),
+        ("unet/config.json", {"in_channels": 9}, "9 channels in and 4 out: it wants more than noise and a prompt"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "unet has addition_embed_type: text_time"),
         ("model_index.json", None, "it is no diffusers pipeline"),
         ("unet/diffusion_pytorch_model.safetensors", None, "has no unet/diffusion_pytorch_model.safetensors"),

@@ -19,6 +19,6 @@ def noise_for(seed: int, index: int, shape: tuple[int, ...], dtype: np.dtype) ->
     return generator.standard_normal(shape, dtype=np.float32).astype(dtype)
 
 
-def hash64(array: NDArray[np.floating]) -> int:
-    """A 64-bit hash of an array's bytes: equal noises are found without reading any."""
-    return int.from_bytes(hashlib.blake2b(array.tobytes(), digest_size=8).digest(), "little")
+def hash64(content: bytes) -> int:
+    """A 64-bit hash: equal noises, and equal prompts, are found without reading any."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -2,26 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+BLOCK = 1024
+"""Draws within which a mixture's shares are exact."""
+
 
 class ShuffledOrder:
-    """Batches of indices below `length`: epoch after epoch, each a fresh permutation, nothing dropped.
+    """Batches of indices: epoch after epoch, each a fresh permutation, nothing dropped.
 
-    An epoch's last batch runs over into the next epoch. `rank` of `world` gets every world-th index, so
-    that the union over ranks is the same batch whatever the number of ranks.
+    `sources` is a length, or several ranges of indices that are drawn from at `weights` (rounded to 1/1024), each
+    in epochs of its own. An epoch's last batch runs over into the next epoch. `rank` of `world` gets every world-th
+    index, so that the union over ranks is the same batch whatever the number of ranks. Raises ValueError when a
+    source is empty, or so light that it would never be drawn.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        if length < 1:
+    def __init__(
+        self,
+        sources: int | Sequence[range],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.sources = [range(sources)] if isinstance(sources, int) else list(sources)
+        if not self.sources or not all(map(len, self.sources)):
             raise ValueError("there is nothing to draw from")
-        self.length, self.batch_size, self.rank, self.world = length, batch_size, rank, world
-        self._permutation = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(length))
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self._counts = _shares(weights if weights is not None else [len(source) for source in self.sources])
+        self._permutation = lru_cache(maxsize=2 * len(self.sources))(
+            lambda source, epoch: np.random.default_rng([seed, epoch, source]).permutation(len(self.sources[source]))
+        )
+        self._block = lru_cache(maxsize=4)(lambda block: _pattern(self._counts, [seed, block]))
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """The indices of the 0-based `step`."""
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.world]
-        return np.array([self._permutation(int(p // self.length))[p % self.length] for p in places], dtype=np.int64)
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.world]
+        return np.array([self._at(place) for place in places], dtype=np.int64)
+
+    def _at(self, place: int) -> int:
+        block, inside = divmod(place, BLOCK)
+        whose, earlier = self._block(block)
+        source = int(whose[inside])
+        epoch, draw = divmod(block * self._counts[source] + int(earlier[inside]), len(self.sources[source]))
+        return self.sources[source][int(self._permutation(source, epoch)[draw])]
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """How many of BLOCK draws go to each source: rounded down, what is left to the largest remainders."""
+    exact = np.array(weights, dtype=np.float64) / np.sum(weights) * BLOCK
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1
+    if not counts.all():
+        raise ValueError(f"a source has less than 1/{BLOCK} of the weight and would never be drawn")
+    return [int(count) for count in counts]
+
+
+def _pattern(counts: list[int], seed: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A block's sources in a random order, and for each draw how many of the same source come before it."""
+    whose = np.repeat(np.arange(len(counts)), counts)
+    if len(counts) > 1:
+        whose = np.random.default_rng(seed).permutation(whose)
+    earlier = np.empty(BLOCK, dtype=np.int64)
+    for source, count in enumerate(counts):
+        earlier[whose == source] = np.arange(count)
+    return whose, earlier

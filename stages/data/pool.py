@@ -11,7 +11,8 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from stages.base import StageError
 from stages.data.files import write_atomically
@@ -71,11 +72,34 @@ def write_list(folder: Path, pool: Path, shards: Sequence[ListedShard]) -> None:
     write_atomically(folder / LIST, json.dumps({"pool": pool.name, "shards": entries}, indent=1).encode() + b"\n")
 
 
+def pool_of(folder: Path) -> Path:
+    """The pool in which the shards of a sealed `pairs` artifact lie. Raises StageError if it has no list."""
+    return folder.parent / "pool" / str(_listed(folder)["pool"])
+
+
 def read_list(folder: Path) -> list[ListedShard]:
     """The shards of a sealed `pairs` artifact. Raises StageError if the list is not there."""
+    listed = _listed(folder)
+    pool = pool_of(folder)
+    return [ListedShard(pool / s["tar"], s["count"], s["bytes"], s["sha256"]) for s in listed["shards"]]
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """The list, checked: it names a pool beside its folder, and shards inside that. Raises StageError."""
     try:
-        listed = json.loads((folder / LIST).read_text(encoding="utf-8"))
+        return parse_list((folder / LIST).read_bytes(), str(folder / LIST))
     except FileNotFoundError:
         raise StageError(f"{folder} holds no sealed pairs: it has no {LIST}") from None
-    pool = folder.parent / "pool" / listed["pool"]
-    return [ListedShard(pool / s["tar"], s["count"], s["bytes"], s["sha256"]) for s in listed["shards"]]
+
+
+def parse_list(content: bytes, where: str) -> dict[str, Any]:
+    """As `_listed`, of a file's bytes."""
+    try:
+        listed = json.loads(content)
+        inside = [listed["pool"], *(shard["tar"] for shard in listed["shards"])]
+        kinds = [type(shard[name]) for shard in listed["shards"] for name in ("count", "bytes")]
+        if any(PurePath(place).is_absolute() or ".." in PurePath(place).parts for place in inside) or {*kinds} - {int}:
+            raise ValueError("it names files outside of its pool, or no sizes")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise StageError(f"{where} cannot be read ({error})") from None
+    return dict(listed)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stages.base import StageError
 from stages.data.pool import ListedShard, intact
-from stages.data.shards import ARRAYS, read_facts, read_rows, receipt_of
+from stages.data.receipts import read_facts, read_rows, receipt_of
 
 OPEN_SHARDS = 512
 CHANGED = "or its receipt is missing or changed since it was sealed; `retort resume` with its run makes it again"
@@ -21,54 +21,73 @@ CHANGED = "or its receipt is missing or changed since it was sealed; `retort res
 
 @dataclass(frozen=True)
 class PairBatch:
-    """noise, latent: (B, C, H, W) as stored; prompts: B strings."""
+    """arrays: name -> (B, ...) as stored; prompts: B strings."""
 
-    noise: NDArray[np.floating]
-    latent: NDArray[np.floating]
+    arrays: dict[str, NDArray[np.floating]]
     prompts: list[str]
+
+    @property
+    def noise(self) -> NDArray[np.floating]:
+        """(B, C, H, W)"""
+        return self.arrays["noise"]
+
+    @property
+    def latent(self) -> NDArray[np.floating]:
+        """(B, C, H, W)"""
+        return self.arrays["latent"]
 
 
 class PairReader:
-    """The pairs of `shards`, numbered from 0 in the order of the list. No tar is opened before it is needed.
+    """The pairs of `shards`, of one artifact or of several, numbered from 0 in the order of the list; of their
+    arrays those named. No tar is opened before it is needed.
 
-    Raises StageError when a shard is missing or not the one that was sealed.
+    Raises StageError when a shard is missing or not the one that was sealed, or when arrays do not fit together.
     """
 
-    def __init__(self, shards: Sequence[ListedShard]) -> None:
+    def __init__(self, shards: Sequence[ListedShard], arrays: Sequence[str] = ("noise", "latent")) -> None:
         damaged = next((shard for shard in shards if not intact(shard)), None)
         if damaged:
             raise StageError(f"{damaged.tar} {CHANGED}")
-        self._shards = shards
+        self._shards, self._arrays = shards, arrays
         self._ends = list(accumulate(shard.count for shard in shards))
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(_OpenShard)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenShard(shard, arrays))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> PairBatch:
-        noise, latent, prompts = [], [], []
+        found: dict[str, list[NDArray[np.floating]]] = {name: [] for name in self._arrays}
+        prompts = []
         for index in indices:
             shard = bisect_right(self._ends, index)
             opened = self._open(self._shards[shard])
             row = int(index) - (self._ends[shard - 1] if shard else 0)
-            noise.append(opened.array("noise", row))
-            latent.append(opened.array("latent", row))
+            for name, arrays in found.items():
+                arrays.append(opened.array(name, row))
             prompts.append(opened.prompts[row].as_py())
-        return PairBatch(np.stack(noise), np.stack(latent), prompts)
+        try:
+            return PairBatch({name: np.stack(arrays) for name, arrays in found.items()}, prompts)
+        except ValueError:
+            shapes = {name: sorted({array.shape for array in arrays}) for name, arrays in found.items()}
+            raise StageError(f"these pairs are of several shapes and cannot be mixed: {shapes}") from None
 
 
 class _OpenShard:
-    def __init__(self, shard: ListedShard) -> None:
+    def __init__(self, shard: ListedShard, arrays: Sequence[str]) -> None:
         receipt = receipt_of(shard.tar)
-        facts, rows = read_facts(receipt), read_rows(receipt)
+        try:
+            facts, rows = read_facts(receipt), read_rows(receipt)
+        except (OSError, ValueError):
+            raise StageError(f"{shard.tar} {CHANGED}") from None
         if facts.sha256 != shard.sha256:
             raise StageError(f"{shard.tar} {CHANGED}")
+        absent = next((name for name in arrays if name not in facts.arrays), None)
+        if absent is not None:
+            raise StageError(f"{shard.tar} has no {absent}; it has {', '.join(facts.arrays)}")
         self.bytes = np.memmap(shard.tar, dtype=np.uint8, mode="r")
         self.prompts = rows["prompt"]
-        self.offsets = {name: rows[f"{name}_offset"].to_numpy() for name in ARRAYS}
-        self.kinds = {
-            name: (np.dtype(facts.arrays[name]["dtype"]), tuple(facts.arrays[name]["shape"])) for name in ARRAYS
-        }
+        self.offsets = {name: rows[f"{name}_offset"].to_numpy() for name in arrays}
+        self.kinds = {name: (np.dtype(facts.arrays[name].dtype), tuple(facts.arrays[name].shape)) for name in arrays}
 
     def array(self, name: str, row: int) -> NDArray[np.floating]:
         dtype, shape = self.kinds[name]

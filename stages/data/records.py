@@ -1,25 +1,30 @@
-"""The named records that travel: a pair, a row of a receipt, and what a receipt says of its shard."""
+"""The named records that travel: a pair, and what a receipt says of its shard."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+
+from stages.base import Config
+from stages.data.statistics import BINS, Moments
 
 
 @dataclass(frozen=True)
 class Pair:
     """Sample `index` of a pool: what was solved from and what came out, as stored.
 
-    noise, latent: (C, H, W), float16 or float32; latent is the VAE's times its scaling factor.
+    arrays, float16 or float32: noise and latent (C, H, W), the latent being the VAE's times its scaling factor or an
+    image in [-1, 1]; where they were asked for path (K, C, H, W), states z_t at chosen timesteps, and text_embedding.
     """
 
     index: int
     prompt: str
-    noise: NDArray[np.floating]
-    latent: NDArray[np.floating]
+    arrays: Mapping[str, NDArray[np.floating]]
 
     @property
     def key(self) -> str:
@@ -27,17 +32,32 @@ class Pair:
         return f"{self.index:09d}"
 
 
-@dataclass(frozen=True)
-class ShardFacts:
-    """What a receipt says of its shard as a whole; everything `retort stats` needs."""
+class ArrayFacts(Config):
+    """One array of all samples of a shard: moments and histogram merge with those of other shards."""
 
-    count: int
-    bytes: int
+    dtype: Literal["float16", "float32", "float64"]
+    shape: list[int] = Field(max_length=8)
+    moments: Moments
+    channels: list[Moments] = Field(default_factory=list, max_length=4096)
+    """Of arrays (C, H, W), each channel's."""
+    histogram: list[int] = Field(min_length=BINS, max_length=BINS)
+
+
+class PromptFacts(Config):
+    """Lengths of a shard's prompts, in characters and in words."""
+
+    characters: Moments
+    words: Moments
+    empty: int = Field(0, ge=0)
+
+
+class ShardFacts(Config):
+    """What a receipt says of its shard as a whole."""
+
+    count: int = Field(ge=0)
+    bytes: int = Field(ge=0)
     sha256: str
-    arrays: dict[str, dict[str, Any]]
-    """name -> {"dtype", "shape", "moments", "histogram"}, the last two mergeable (see statistics)."""
+    arrays: dict[str, ArrayFacts]
+    prompts: PromptFacts
     provenance: dict[str, Any]
-    """solver, steps, guidance scale, noise convention, teacher and pool fingerprints, device, versions, seconds."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    """sampler, noise convention, teacher, pool and prompts, device, versions, seconds."""

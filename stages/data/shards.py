@@ -1,30 +1,25 @@
 """Shards of pairs: a tar that any webdataset reader can read, and beside it a receipt that makes it exist.
 
-The tar's bytes are a function of its pairs alone. The receipt (parquet, a row a sample) is published
-after the tar: a shard without a valid receipt does not exist.
+The tar's bytes are a function of its pairs alone. The receipt is published after the tar: a shard without a valid
+receipt does not exist.
 """
 
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stages.data import tars
 from stages.data.files import publish, sha256_of, temporary_of
-from stages.data.noise import hash64
-from stages.data.records import Pair, ShardFacts
+from stages.data.receipts import receipt_of, write_receipt
+from stages.data.records import ArrayFacts, Pair, PromptFacts, ShardFacts
 from stages.data.statistics import Moments, histogram
-
-ARRAYS = ("noise", "latent")
-METADATA = b"retort"
 
 
 def write_shard(tar: Path, pairs: Sequence[Pair], sample_facts: dict[str, Any], provenance: dict[str, Any]) -> str:
@@ -36,106 +31,75 @@ def write_shard(tar: Path, pairs: Sequence[Pair], sample_facts: dict[str, Any], 
     import webdataset as wds  # here, since it imports torch, which reading needs not wait for
 
     temporary = temporary_of(tar)
+    names = list(pairs[0].arrays)
     try:
         with open(temporary, "wb") as file, wds.TarWriter(file, mtime=0, encoder=False) as writer:
             for pair in pairs:
                 writer.write(_members(pair, sample_facts))
-        offsets = _array_offsets(temporary)
         facts = ShardFacts(
             count=len(pairs),
             bytes=temporary.stat().st_size,
             sha256=sha256_of(temporary),
-            arrays={name: _array_facts([getattr(pair, name) for pair in pairs]) for name in ARRAYS},
+            arrays={name: array_facts(np.stack([pair.arrays[name] for pair in pairs])) for name in names},
+            prompts=prompt_facts([pair.prompt for pair in pairs]),
             provenance=provenance,
         )
+        offsets = _array_offsets(temporary, names)
         publish(temporary, tar)
     finally:
         temporary.unlink(missing_ok=True)
-    _write_receipt(receipt_of(tar), pairs, offsets, facts)
+    write_receipt(receipt_of(tar), pairs, offsets, facts)
     return facts.sha256
-
-
-def receipt_of(tar: Path) -> Path:
-    return tar.with_suffix(".parquet")
-
-
-def read_facts(receipt: Path) -> ShardFacts:
-    """The shard's facts: reads the file's footer only. Raises OSError or ValueError on a damaged file."""
-    metadata = pq.read_metadata(receipt).metadata or {}
-    if METADATA not in metadata:
-        raise ValueError(f"{receipt} is no receipt of a shard of pairs")
-    try:
-        return ShardFacts(**json.loads(metadata[METADATA]))
-    except TypeError as error:
-        raise ValueError(f"{receipt} is of another version of Retort: {error}") from None
-
-
-def read_rows(receipt: Path, columns: list[str] | None = None) -> pa.Table:
-    """A row a sample: index, key, prompt, offsets, hash, mean, std, absmax; or some `columns` of it."""
-    return pq.read_table(receipt, columns=columns, memory_map=True)
-
-
-def valid_facts(tar: Path) -> ShardFacts | None:
-    """The facts of a shard whose receipt can be read and whose tar has the recorded size; else None."""
-    try:
-        facts = read_facts(receipt_of(tar))
-        return facts if tar.stat().st_size == facts.bytes else None
-    except (OSError, ValueError):
-        return None
 
 
 def _members(pair: Pair, sample_facts: dict[str, Any]) -> dict[str, Any]:
     members: dict[str, Any] = {"__key__": pair.key}
-    for name in ARRAYS:
+    for name, array in pair.arrays.items():
         buffer = BytesIO()
-        np.save(buffer, getattr(pair, name), allow_pickle=False)
+        np.save(buffer, array, allow_pickle=False)
         members[f"{name}.npy"] = buffer.getvalue()
     members["txt"] = pair.prompt.encode("utf-8")
     members["json"] = json.dumps({"index": pair.index, **sample_facts}, sort_keys=True).encode("utf-8")
     return members
 
 
-def _array_offsets(tar: Path) -> dict[str, list[int]]:
+def _array_offsets(tar: Path, names: list[str]) -> dict[str, list[int]]:
     """Where each array's raw numbers begin in the tar, past the .npy header."""
-    offsets: dict[str, list[int]] = {name: [] for name in ARRAYS}
-    with tarfile.open(tar) as archive, open(tar, "rb") as file:
-        for member in archive:
-            extension = member.name.partition(".")[2]
-            if extension.removesuffix(".npy") in offsets:
-                file.seek(member.offset_data)
-                np.lib.format.read_magic(file)
-                np.lib.format.read_array_header_1_0(file)
-                offsets[extension.removesuffix(".npy")].append(file.tell())
+    offsets: dict[str, list[int]] = {name: [] for name in names}
+    with open(tar, "rb") as file:
+        for sample in tars.walk(file):
+            for name in names:
+                file.seek(sample.members[f"{name}.npy"][0])
+                npy_header(file)
+                offsets[name].append(file.tell())
     return offsets
 
 
-def _array_facts(arrays: Sequence[NDArray[np.floating]]) -> dict[str, Any]:
-    values = np.stack(arrays)
-    return {
-        "dtype": values.dtype.name,
-        "shape": list(values.shape[1:]),
-        "moments": Moments.of(values).as_dict(),
-        "histogram": histogram(values),
-    }
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the .npy at the file's position, which moves on to the raw numbers. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f".npy of version {version}")
+    shape, _, dtype = read(file)
+    return shape, dtype
 
 
-def _write_receipt(receipt: Path, pairs: Sequence[Pair], offsets: dict[str, list[int]], facts: ShardFacts) -> None:
-    columns: dict[str, Any] = {
-        "index": pa.array([pair.index for pair in pairs], pa.int64()),
-        "key": [pair.key for pair in pairs],
-        "prompt": [pair.prompt for pair in pairs],
-        "noise_hash": pa.array([hash64(pair.noise) for pair in pairs], pa.uint64()),
-    }
-    for name in ARRAYS:
-        moments = [Moments.of(getattr(pair, name)) for pair in pairs]
-        columns[f"{name}_offset"] = pa.array(offsets[name], pa.int64())
-        columns[f"{name}_mean"] = [m.mean for m in moments]
-        columns[f"{name}_std"] = [m.std for m in moments]
-        columns[f"{name}_absmax"] = [m.absmax for m in moments]
-    table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(facts.as_dict(), sort_keys=True)})
-    temporary = temporary_of(receipt)
-    try:
-        pq.write_table(table, temporary)
-        publish(temporary, receipt)
-    finally:
-        temporary.unlink(missing_ok=True)
+def array_facts(values: NDArray[np.floating]) -> ArrayFacts:
+    """Of `values` (N, ...), one entry a sample."""
+    by_channel = list(np.moveaxis(values, 1, 0)) if values.ndim == 4 else []
+    return ArrayFacts(
+        dtype=values.dtype.name,  # type: ignore[arg-type]
+        shape=list(values.shape[1:]),
+        moments=Moments.of(values),
+        channels=[Moments.of(channel) for channel in by_channel],
+        histogram=histogram(values),
+    )
+
+
+def prompt_facts(prompts: Sequence[str]) -> PromptFacts:
+    return PromptFacts(
+        characters=Moments.of(np.array([len(prompt) for prompt in prompts])),
+        words=Moments.of(np.array([len(prompt.split()) for prompt in prompts])),
+        empty=sum(not prompt for prompt in prompts),
+    )

@@ -10,9 +10,12 @@ from stages.base import Config, Execution
 
 
 class Sampler(Config):
-    """How a teacher's ODE is solved. guidance_scale is diffusers' (1 = the conditional output itself)."""
+    """How a teacher's ODE is solved. guidance_scale is diffusers' (1 = the conditional output itself).
 
-    name: Literal["ddim"] = "ddim"
+    `dpmpp_2m` is DPM-Solver++(2M). `heun` calls the network twice a step, but for the last.
+    """
+
+    name: Literal["ddim", "dpmpp_2m", "heun"] = "ddim"
     steps: int = Field(50, ge=1, le=1000)
     guidance_scale: float = Field(3.0, ge=1)
     timestep_spacing: Literal["trailing", "leading"] = "trailing"
@@ -22,6 +25,12 @@ class Sampler(Config):
         if self.timestep_spacing == "leading" and self.steps > 500:
             raise ValueError("leading timesteps, which start one late, exist for at most 500 steps")
         return self
+
+    @property
+    def network_calls(self) -> int:
+        """For one sample; guidance counts twice."""
+        calls = 2 * self.steps - 1 if self.name == "heun" else self.steps
+        return calls if self.guidance_scale == 1 else 2 * calls
 
 
 class PairsExecution(Execution):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from stages.diffusion.prediction import Array, Prediction, to_noise, to_x0
@@ -30,9 +30,10 @@ def ddim(
     schedule: NoiseSchedule,
     prediction: Prediction,
     grid: list[int],
-) -> Array:
+) -> Iterator[tuple[int, Array]]:
     """DDIM with eta = 0 (Song et al. 2021, 2010.02502, eq. 12), ending at clean data.
 
+    Yields (t, z_t) at each t of `grid`, before the network is called there, and at last (-1, x0).
     `denoise(z, t)` is the network's output, guided if it is to be, of the shape of `z`. It is called
     once for each t in `grid`. Each step goes to the next point of the grid itself: diffusers' DDIMScheduler
     goes to `t - T // steps`, which misses its own grid unless `steps` divides T.
@@ -41,7 +42,8 @@ def ddim(
     for t, s in zip(grid, [*grid[1:], -1], strict=True):
         alpha, sigma = schedule.at(t)
         alpha_s, sigma_s = schedule.at(s)
+        yield t, z
         output = denoise(z, t)
         x0 = to_x0(prediction, output, z, alpha, sigma)
         z = alpha_s * x0 + sigma_s * to_noise(prediction, output, z, alpha, sigma) if s >= 0 else x0
-    return z
+    yield -1, z

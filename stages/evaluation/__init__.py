@@ -7,14 +7,16 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from stages.base import Artifact, Execution, Progress, StageError
+from stages.base import SCRATCH, Artifact, Execution, Progress, StageError
+from stages.data.images.config import ImageSet
 
 
 def evaluate(
-    student: Artifact,
+    pairs: Artifact,
+    student: Artifact | None,
     samples: int,
     teacher_steps: list[int],
-    real: str | None,
+    real: ImageSet | None,
     execution: Execution,
     output: Path,
     threads: int,
@@ -25,20 +27,19 @@ def evaluate(
     from stages.networks.compute import prepare
 
     prepare(threads)
-    sides, setting = yield from sample_sides(student, samples, teacher_steps, execution)
+    sides, setting = yield from sample_sides(pairs, student, samples, teacher_steps, execution)
     metrics: dict[str, Any] = {
         "samples": samples,
-        "student": student.fingerprint,
+        "student": student and student.fingerprint,
         "sides": {side.name: measure.against_teacher(side, sides[0]) for side in sides},
     }
     shown = page.columns(len(setting.prompts))
     pictures = {side.name: setting.teacher.decode(side.latents[shown]).numpy() for side in sides}
     if real:
         try:
-            metrics |= {"features": measure.FEATURE_NAME}
-            yield from measure.against_real(metrics, sides, setting, size=pictures["student"].shape[-1])
+            yield from measure.against_real(metrics, sides, setting, real, output / SCRATCH)
         except ValueError as error:
-            raise StageError(f"evaluation against {real}: {error}") from error
+            raise StageError(f"evaluation against {real.name}: {error}") from error
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     page.write(output, metrics, pictures, [setting.prompts[i] for i in shown])
     return {**metrics, "device": setting.teacher.device_name}

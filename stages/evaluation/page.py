@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.data.pictures import strip
+from stages.data.pictures import data_url, strip
 
 COLUMNS = 16
 ZOOM = 64
@@ -55,7 +53,7 @@ def write(
     Image.fromarray(np.concatenate(list(rows.values()))).save(output / "grid.png")
     captions = " · ".join(map(html.escape, prompts))
     strips = "".join(
-        f'<div class="row"><span>{_title(name)}</span><img alt="{name}" src="{_data_url(row)}"></div>'
+        f'<div class="row"><span>{_title(name)}</span><img alt="{name}" src="{data_url(row)}"></div>'
         for name, row in rows.items()
     )
     (output / "index.html").write_text(
@@ -116,9 +114,3 @@ def _title(name: str) -> str:
 def _enlarge(row: NDArray[np.uint8]) -> NDArray[np.uint8]:
     scale = max(1, ZOOM // row.shape[0])
     return row.repeat(scale, 0).repeat(scale, 1)
-
-
-def _data_url(row: NDArray[np.uint8]) -> str:
-    buffer = BytesIO()
-    Image.fromarray(row).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

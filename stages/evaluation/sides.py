@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from stages.base import Artifact, Execution, Progress
-from stages.data import prompts as prompt_sources
 from stages.data.noise import noise_for
-from stages.data.pool import read_list
+from stages.data.pool import pool_of, read_list
+from stages.data.prompts.table import PromptTable
 from stages.data.reader import PairReader
 from stages.diffusion.config import Sampler
 from stages.distill import Distill
-from stages.networks.compute import device_of
-from stages.networks.latent import LatentTeacher
+from stages.networks.network import NetworkTeacher
 from stages.networks.student import OneStepStudent
-from stages.networks.teachers import solve
+from stages.networks.teachers import load_network, solve
 from stages.pairs import Pairs
 
 BATCH = 64
@@ -41,33 +40,36 @@ class Side:
 class Setting:
     """What all sides share. noise: (N, C, h, w) as stored in the pairs."""
 
-    teacher: LatentTeacher
+    teacher: NetworkTeacher
     prompts: list[str]
     noise: np.ndarray
     solved: Tensor
-    """The teacher's full-step latents of the first samples, taken from held-out pairs."""
+    """The teacher's full-step latents of the first samples, taken from the pairs."""
 
 
 def sample_sides(
-    student: Artifact, samples: int, teacher_steps: list[int], execution: Execution
+    pairs: Artifact, student: Artifact | None, samples: int, teacher_steps: list[int], execution: Execution
 ) -> Generator[Progress, None, tuple[list[Side], Setting]]:
-    """The teacher at full steps first, then in few, the student last."""
-    pairs = student.inputs["pairs"]
+    """The teacher at full steps first, then in few, the student, if there is one, last."""
     assert isinstance(pairs.stage, Pairs)
-    setting = _setting(student, samples, execution)
-    network = OneStepStudent.load(student.folder, setting.teacher)
+    held_out = student.stage.held_out if student and isinstance(student.stage, Distill) else pairs.stage.count
+    setting = _setting(pairs, held_out, samples, execution)
     full = pairs.stage.sampler
 
-    def ode(steps: int) -> Callable[[np.ndarray, list[str]], Tensor]:
-        sampler: Sampler = full.model_copy(update={"steps": steps})
+    def ode(sampler: Sampler) -> Callable[[np.ndarray, list[str]], Tensor]:
         return lambda noise, prompts: solve(setting.teacher, noise, prompts, sampler)
 
-    def once(noise: np.ndarray, prompts: list[str]) -> Tensor:
-        return network(setting.teacher.to_device(noise), setting.teacher.encode_prompts(prompts))
-
-    calls = 1 if full.guidance_scale == 1 else 2
-    plans = [(f"teacher_{steps}", ode(steps), steps * calls) for steps in (full.steps, *teacher_steps)]
-    plans.append(("student", once, 1))
+    samplers = [full.model_copy(update={"steps": steps}) for steps in (full.steps, *teacher_steps)]
+    plans = [(f"teacher_{sampler.steps}", ode(sampler), sampler.network_calls) for sampler in samplers]
+    if student:
+        network = OneStepStudent.load(student.folder, setting.teacher)
+        plans.append(
+            (
+                "student",
+                lambda noise, texts: network(setting.teacher.to_device(noise), setting.teacher.encode_prompts(texts)),
+                1,
+            )
+        )
     sides: list[Side] = []
     total = len(plans) * samples
     for name, sampler, n_calls in plans:
@@ -78,24 +80,22 @@ def sample_sides(
     return sides, setting
 
 
-def _setting(student: Artifact, samples: int, execution: Execution) -> Setting:
-    """Held-out pairs first; where they do not suffice, fresh noise past the last pair's."""
-    distill, pairs = student.stage, student.inputs["pairs"]
-    assert isinstance(distill, Distill) and isinstance(pairs.stage, Pairs)
-    dtype = getattr(torch, pairs.stage.dtype)  # the teacher as the factory ran it
-    teacher = LatentTeacher(pairs.inputs["teacher"].folder, device=device_of(execution), dtype=dtype)
+def _setting(pairs: Artifact, held_out: int, samples: int, execution: Execution) -> Setting:
+    """The last, held-out pairs first; where they do not suffice, fresh noise past the last pair's."""
+    assert isinstance(pairs.stage, Pairs)
+    # the teacher as the factory ran it
+    teacher = load_network(pairs.inputs["teacher"].folder, execution, dtype=pairs.stage.dtype)
     reader = PairReader(read_list(pairs.folder))
-    taken = min(samples, distill.held_out)
-    start = len(reader) - distill.held_out
+    taken = min(samples, held_out)
+    start = len(reader) - held_out
     held = reader.batch(range(start, start + taken))
     fresh = range(len(reader), len(reader) + samples - taken)
-    contents = pairs.record["identity"]["contents"]
-    texts = prompt_sources.load(pairs.stage.prompts, contents["prompts"]) if fresh else []
+    texts = PromptTable(pool_of(pairs.folder)).of(fresh) if fresh else []
     seed = int(pairs.record["seed"])
     noise = [noise_for(seed, i, teacher.latent_shape, held.noise.dtype)[None] for i in fresh]
     return Setting(
         teacher=teacher,
-        prompts=[*held.prompts, *(texts[i % len(texts)] for i in fresh)],
+        prompts=[*held.prompts, *texts],
         noise=np.concatenate([held.noise, *noise]),
         solved=torch.from_numpy(held.latent).float(),
     )

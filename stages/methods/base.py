@@ -14,7 +14,7 @@ from stages.base import Config, Execution
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from stages.networks.latent import LatentTeacher
+    from stages.networks.network import NetworkTeacher
 
 Batch = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ class Method(Protocol):
 class Materials:
     """What a distillation method is given to work with."""
 
-    teacher: LatentTeacher
+    teacher: NetworkTeacher
     """Frozen; `teacher.unet` may be copied, not changed."""
     timesteps: Sequence[int]
     """The grid on which the pairs were solved, descending: a one-step student is called at the first."""

@@ -13,11 +13,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from stages.diffusion.prediction import Prediction
 
 TEXT_WIDTH = 64
+CLIP_LENGTH = 77
 
 
-def word_tokenizer(captions: list[str], max_length: int = 8) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the words of `captions`; the empty text is <start> <end>."""
-    words = sorted({word for caption in captions for word in caption.lower().split()})
+def word_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the words of `captions`, as long as the longest of them, or as CLIP's if they
+    are longer than that; the empty text is <start> <end>."""
+    split = [caption.lower().split() for caption in set(captions)]
+    words = sorted({word for caption in split for word in caption})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<start>", "<unknown>", *words, "<end>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -28,7 +31,7 @@ def word_tokenizer(captions: list[str], max_length: int = 8) -> PreTrainedTokeni
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=max_length,
+        model_max_length=min(CLIP_LENGTH, 2 + max(map(len, split))),
         pad_token="<pad>",
         bos_token="<start>",
         eos_token="<end>",

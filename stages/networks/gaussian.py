@@ -51,6 +51,9 @@ class GaussianTeacher:
 
         return denoise
 
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        return None
+
     def to_device(self, array: NDArray[np.floating]) -> NDArray[np.floating]:
         return array.astype(np.float32)
 

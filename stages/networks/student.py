@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from stages.diffusion.prediction import Prediction, to_x0
 from stages.diffusion.schedule import NoiseSchedule
-from stages.networks.latent import LatentTeacher
+from stages.networks.network import NetworkTeacher
 
 FILE = "student.json"
-GUIDANCE_EMBEDDING = 256
-"""Width of the zero-initialised guidance embedding, diffusers' own choice for distilled models."""
 
 
 class OneStepStudent(nn.Module):
@@ -32,31 +30,31 @@ class OneStepStudent(nn.Module):
         self.alpha, self.sigma = schedule.at(t)
 
     @classmethod
-    def from_teacher(cls, teacher: LatentTeacher, t: int, prediction: Prediction) -> OneStepStudent:
+    def from_teacher(cls, teacher: NetworkTeacher, t: int, prediction: Prediction) -> OneStepStudent:
         unet = copy.deepcopy(teacher.unet).requires_grad_(True)
         return cls(unet, teacher.schedule, t, prediction)
 
     @classmethod
-    def load(cls, folder: Path, teacher: LatentTeacher) -> OneStepStudent:
+    def load(cls, folder: Path, teacher: NetworkTeacher) -> OneStepStudent:
         """The student exported to `folder`, on its teacher's device."""
         about = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+        unet = teacher.UNET.from_pretrained(folder, subfolder="unet", use_safetensors=True)
         student = cls(unet, teacher.schedule, about["timesteps"][0], about["prediction"])
         return student.to(teacher.device).eval().requires_grad_(False)
 
-    def forward(self, noise: Tensor, condition: Tensor) -> Tensor:
-        """noise (B, C, H, W), condition (B, L, D) -> x0 (B, C, H, W), a scaled latent."""
-        output = self.unet(noise, self.t, condition.to(noise.dtype)).sample
+    def forward(self, noise: Tensor, condition: Tensor | None) -> Tensor:
+        """noise (B, C, H, W), condition as the teacher's `encode_prompts` gives it -> x0 (B, C, H, W)."""
+        if condition is not None and condition.is_floating_point():
+            condition = condition.to(noise.dtype)
+        output = self.unet(noise, self.t, condition).sample
         return to_x0(self.prediction, output, noise, self.alpha, self.sigma)
 
 
-def export(student: OneStepStudent, teacher: LatentTeacher, folder: Path, card: str) -> None:
+def export(student: OneStepStudent, teacher: NetworkTeacher, folder: Path, card: str) -> None:
     """Write a folder that plain `DiffusionPipeline.from_pretrained(folder)` runs in one step.
 
-    The scheduler's trailing grid calls t = T - 1 and returns x0 exactly. The U-Net gets a guidance
-    embedding of weight zero: diffusers then switches classifier-free guidance off at any scale, which
-    would spoil a student that has its guidance built in. Raises ValueError if the student was trained
-    at another timestep, for which plain diffusers has no one-step grid.
+    The scheduler's trailing grid calls t = T - 1 and returns x0 exactly. Raises ValueError if the student was
+    trained at another timestep, for which plain diffusers has no one-step grid.
     """
     t = int(student.t)
     if t != len(teacher.schedule) - 1:
@@ -69,26 +67,7 @@ def export(student: OneStepStudent, teacher: LatentTeacher, folder: Path, card: 
         clip_sample=False,
         prediction_type=student.prediction,
     )
-    pipeline = StableDiffusionPipeline(
-        vae=teacher.vae,
-        text_encoder=teacher.text_encoder,
-        tokenizer=teacher.tokenizer,
-        unet=_with_guidance_embedding(student.unet),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    teacher.save_pipeline(student.unet, scheduler, folder)
     about: dict[str, Any] = {"steps": 1, "timesteps": [t], "prediction": student.prediction}
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _with_guidance_embedding(unet: Any) -> UNet2DConditionModel:
-    config = {**unet.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING}
-    embedded = UNet2DConditionModel.from_config(config).to(next(unet.parameters()).dtype)
-    missing, unexpected = embedded.load_state_dict(unet.state_dict(), strict=False)
-    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
-    torch.nn.init.zeros_(embedded.time_embedding.cond_proj.weight)
-    return embedded

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stages.data.images.labelled import LabelledImages
 from stages.methods.base import Batch, Player, TrainingSettings, Turn
 
+BATCH = 256
 KL_WEIGHT = 1e-6
 """As latent diffusion's KL autoencoders (Rombach et al. 2022, 2112.10752, appendix G)."""
 
@@ -33,15 +35,18 @@ class AutoencoderTraining:
 
 
 @torch.no_grad()
-def latents_of(vae: Any, images: Tensor, batch_size: int = 256) -> Tensor:
+def latents_of(vae: Any, images: LabelledImages) -> Tensor:
     """The posterior means, unscaled."""
-    return torch.cat([vae.encode(x).latent_dist.mode() for x in images.split(batch_size)])
+    return torch.cat([vae.encode(x).latent_dist.mode() for x in _batches(images)])
 
 
 @torch.no_grad()
-def reconstruction_mse(vae: Any, images: Tensor, batch_size: int = 256) -> float:
+def reconstruction_mse(vae: Any, images: LabelledImages) -> float:
     """Mean squared error over pixels in [-1, 1], through the posterior's mean."""
-    errors = [
-        (vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().sum() for x in images.split(batch_size)
-    ]
-    return float(torch.stack(errors).sum() / images.numel())
+    errors = [(vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().sum() for x in _batches(images)]
+    return float(torch.stack(errors).sum() / images.images.size)
+
+
+def _batches(images: LabelledImages) -> Iterator[Tensor]:
+    for start in range(0, len(images), BATCH):
+        yield torch.from_numpy(images.pixels(slice(start, start + BATCH)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from stages.base import Config
+from stages.base import Choice, Config
+from stages.data.images.config import IMAGE_SETS, ImageSet
 from stages.diffusion.prediction import Prediction
 from stages.methods.base import TrainingSettings
 
@@ -25,8 +26,7 @@ class DenoiserSettings(Config):
 class TrainedTeacher(Config):
     """A small pipeline trained here: VAE, tokenizer, text encoder, conditional U-Net, DDIM scheduler."""
 
-    dataset: Literal["digits"]
-    size: Literal[16] = 16
+    dataset: Annotated[ImageSet, Choice("name", IMAGE_SETS)]
     prediction: Prediction = "v_prediction"
     drop_text: float = Field(0.1, ge=0, lt=1, description="share of prompts replaced by the empty one")
     vae: VaeSettings = VaeSettings()
@@ -34,7 +34,7 @@ class TrainedTeacher(Config):
 
     @property
     def latent_size(self) -> int:
-        return self.size >> (len(self.vae.channels) - 1)
+        return self.dataset.size >> (len(self.vae.channels) - 1)
 
 
 class GaussianSettings(Config):

@@ -3,76 +3,109 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.base import StageError
 
-COMPONENTS = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": None,
-    "scheduler": None,
-}
+
+@dataclass(frozen=True)
+class Layout:
+    """Components by name, with the class each must have (None: any); the files that are taken of them."""
+
+    components: Mapping[str, str | None]
+    files: tuple[str, ...]
+
+
+STABLE_DIFFUSION = Layout(
+    {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": None,
+        "scheduler": None,
+    },
+    (
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/*.*",
+        "scheduler/scheduler_config.json",
+    ),
+)
+PIXELS = Layout(
+    {"unet": "UNet2DModel", "scheduler": None},
+    (
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+    ),
+)
+PIPELINES = {"StableDiffusionPipeline": STABLE_DIFFUSION, "DDPMPipeline": PIXELS, "DDIMPipeline": PIXELS}
+
+FILES = tuple(dict.fromkeys((*STABLE_DIFFUSION.files, *PIXELS.files)))
+"""All that is ever taken of a pipeline's folder: no pickles, no second precision, no safety checker."""
+
 SUPPORTED = (
     "supported teachers: folders or hub ids of Stable Diffusion 1.x or 2.x layout "
     "(StableDiffusionPipeline: UNet2DConditionModel, AutoencoderKL, CLIPTextModel, a scheduler with betas; "
-    "safetensors weights), `train:` and `gaussian:`"
+    "safetensors weights), pixel-space ones (DDPMPipeline or DDIMPipeline: UNet2DModel, with classes or without), "
+    "`train:` and `gaussian:`"
 )
-FILES = (
-    "model_index.json",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "tokenizer/*.*",
-    "scheduler/scheduler_config.json",
-)
-"""What is taken of a pipeline's folder: no pickles, no second precision, no safety checker."""
-
 
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that a pipeline may carry and Retort does without."""
 
-CONDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
-"""Settings of a U-Net that make it want more than a timestep and a text."""
+CONDITIONS = {
+    "UNet2DConditionModel": ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"),
+    "UNet2DModel": ("class_embed_type",),
+}
+"""Settings of a U-Net that make it want more than a timestep and a text, or a class."""
 
 
-def check(folder: Path) -> None:
-    """Raise StageError, with what is supported, unless `folder` is a teacher that Retort can run."""
-    check_index(folder)
-    for pattern in FILES:
+def check(folder: Path) -> Layout:
+    """The layout of a folder that Retort can run. Raises StageError, with what is supported, for any other."""
+    layout = check_index(folder)
+    for pattern in layout.files:
         if not any(folder.glob(pattern)):
             raise StageError(f"{folder} has no {pattern}; {SUPPORTED}")
     unet = _read(folder / "unet" / "config.json")
     if unet.get("in_channels") != unet.get("out_channels"):
         channels = f"{unet.get('in_channels')} channels in and {unet.get('out_channels')} out"
-        raise StageError(f"{folder}'s unet has {channels}: it wants more than noise and text; {SUPPORTED}")
-    wanted = next((name for name in CONDITIONS if unet.get(name) is not None), None)
+        raise StageError(f"{folder}'s unet has {channels}: it wants more than noise and a prompt; {SUPPORTED}")
+    conditions = CONDITIONS[layout.components["unet"] or ""]
+    wanted = next((name for name in conditions if unet.get(name) is not None), None)
     if wanted:
         raise StageError(f"{folder}'s unet has {wanted}: {unet[wanted]}; {SUPPORTED}")
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
     if not scheduler.get("beta_schedule") and not scheduler.get("trained_betas"):
         raise StageError(f"{folder}'s scheduler, {scheduler.get('_class_name')}, has no betas; {SUPPORTED}")
+    return layout
 
 
-def check_index(folder: Path) -> None:
+def check_index(folder: Path) -> Layout:
     """The part of `check` that needs `model_index.json` alone, before gigabytes are downloaded."""
     index = _read(folder / "model_index.json")
     pipeline = index.get("_class_name", "pipeline")
-    if pipeline != "StableDiffusionPipeline":
+    layout = PIPELINES.get(pipeline)
+    if layout is None:
         raise StageError(f"{folder} is a {pipeline}; {SUPPORTED}")
-    for name, kind in COMPONENTS.items():
+    for name, kind in layout.components.items():
         found = (index.get(name) or [None, None])[1]
         if found is None or (kind is not None and found != kind):
             raise StageError(f"{folder} is a {pipeline} whose {name} is {found or 'missing'}; {SUPPORTED}")
-    known = {*COMPONENTS, *IGNORED}
+    known = {*layout.components, *IGNORED}
     for name, value in index.items():
         if name not in known and isinstance(value, list) and value[-1] is not None:
             raise StageError(f"{folder} has a {name}, which is not part of the layout; {SUPPORTED}")
+    return layout
 
 
 def _read(path: Path) -> dict[str, Any]:

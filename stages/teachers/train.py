@@ -1,4 +1,4 @@
-"""Train a complete, small Stable-Diffusion-layout pipeline on an embedded image set."""
+"""Train a complete, small Stable-Diffusion-layout pipeline on an image set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stages.base import SCRATCH, Progress, StageError
-from stages.data import digits
+from stages.data.images.labelled import LabelledImages
+from stages.data.images.load import load
 from stages.data.order import ShuffledOrder
 from stages.diffusion.schedule import NoiseSchedule
 from stages.methods.base import Batch, TrainingExecution
@@ -33,9 +34,8 @@ def train_teacher(
     """Autoencoder first, checked on images that it never saw; then the denoiser on its latents."""
     prepare(threads)
     torch.manual_seed(seed)
-    images = digits.load(config.size)
-    pixels = torch.from_numpy(images.images)
-    tokenizer = build.word_tokenizer(digits.captions())
+    images, unseen = (load(config.dataset, held_out=held_out, scratch=output / SCRATCH) for held_out in (False, True))
+    tokenizer = build.word_tokenizer(images.captions)
     networks = nn.ModuleDict(
         {
             "text_encoder": build.text_encoder(tokenizer),
@@ -45,22 +45,22 @@ def train_teacher(
 
     order = ShuffledOrder(len(images), config.vae.training.batch_size, seed)
     fitted = yield from train(
-        AutoencoderTraining(build.autoencoder(config.size, config.vae.channels), config.vae.training),
-        lambda step: {"images": pixels[order.batch(step)]},
+        AutoencoderTraining(build.autoencoder(config.dataset.size, config.vae.channels), config.vae.training),
+        lambda step: {"images": torch.from_numpy(images.pixels(order.batch(step)))},
         seed=seed,
         checkpoints=output / SCRATCH / "vae",
         execution=execution,
         unit="VAE steps",
     )
     vae: Any = fitted.averages["vae"].cpu()
-    mse = reconstruction_mse(vae, torch.from_numpy(digits.load(config.size, held_out=True).images))
+    mse = reconstruction_mse(vae, unseen)
     log.info("VAE reconstruction MSE on held-out images: %.5f", mse)
     if mse > config.vae.max_mse:
         raise StageError(
             f"the VAE reconstructs held-out images with MSE {mse:.4f}, more than train.vae.max_mse = "
             f"{config.vae.max_mse}; raise train.vae.training.steps, or accept it by raising max_mse"
         )
-    latents = latents_of(vae, pixels)
+    latents = latents_of(vae, images)
     factor = float(1.0 / latents.std())
     vae.register_to_config(scaling_factor=factor)
     latents = latents * factor
@@ -87,7 +87,7 @@ def train_teacher(
     }
 
 
-def _captioned(latents: Tensor, images: digits.LabelledImages, order: ShuffledOrder, step: int) -> Batch:
+def _captioned(latents: Tensor, images: LabelledImages, order: ShuffledOrder, step: int) -> Batch:
     index = order.batch(step)
     return {"latents": latents[index], "captions": [images.captions[i] for i in index]}
 

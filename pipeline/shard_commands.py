@@ -1,0 +1,174 @@
+"""The commands about data: `retort stats` and `retort shards`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.console import carry_out, execution_options, json_option, open_store, print_result, store_option
+
+
+@click.command()
+@click.argument("target")
+@store_option
+@click.option("--deep", is_flag=True, help="Read and hash every tar again.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a page with histograms and samples.")
+@click.option("--sample", "samples", type=click.IntRange(0), default=0, help="Also write so many decoded samples.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("samples"), show_default=True)
+@json_option
+def stats(
+    target: str, store: str | None, deep: bool, html: Path | None, samples: int, out: Path, as_json: bool
+) -> None:
+    """Say what is in TARGET: a run, a sealed `pairs` artifact, a folder or URL of shards, by Retort or by anyone.
+
+    Exit code 1 if something is damaged. With --sample, images and their prompts are written to the folder --out.
+    """
+    from pipeline import tables
+
+    found = {place: _inspect(place, deep) for place in _places(target, store)}
+    for number, (place, report) in enumerate(found.items()):
+        several = len(found) > 1
+        if html or samples:
+            _show(place, report, _numbered(html, number, several), samples, out / str(number) if several else out)
+    _finish(as_json, found, tables.stats)
+
+
+@click.group()
+def shards() -> None:
+    """Verify, repair and export shards."""
+
+
+@shards.command()
+@click.argument("target")
+@store_option
+@json_option
+def verify(target: str, store: str | None, as_json: bool) -> None:
+    """Read and hash everything in TARGET again, and list what is damaged. Exit code 1 if something is."""
+    from pipeline import tables
+
+    found = {place: _inspect(place, deep=True) for place in _places(target, store)}
+    _finish(as_json, found, tables.verified)
+
+
+@shards.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@execution_options
+@json_option
+def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) -> None:
+    """Make damaged shards of the sealed `pairs` ARTIFACT again, byte for byte.
+
+    The artifact is unsealed first: until it is whole again it exists for nobody. Killed, the command can be repeated.
+    """
+    from pipeline.repair import hashes, plan_repair
+
+    report = _inspect(str(artifact), deep=True)
+    found = plan_repair(artifact, report)
+    if not found.damaged and (artifact / "artifact.json").exists():
+        print_result(as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
+        return
+    before = hashes(artifact)
+    found.unseal()
+    carry_out(found.loaded, found.run_name, None, engine, wait, as_json=True, show=False)
+    changed = found.changed(before)
+    result = {"repaired": list(found.damaged), "changed": changed}
+    print_result(as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'the seal alone'}")
+    if changed:
+        click.echo(
+            f"not the bytes that were sealed before: {', '.join(changed)}; other hardware or other versions made "
+            "them, and they are sealed anew",
+            err=True,
+        )
+
+
+@shards.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["parquet", "huggingface"]),
+    required=True,
+    help="parquet: one file, a row group a shard; huggingface: a webdataset folder with a dataset card.",
+)
+def export(artifact: Path, out: Path, form: str) -> None:
+    """Write the sealed `pairs` ARTIFACT to OUT in a form that others read."""
+    from pipeline.errors import UsageError
+    from pipeline.store import load_artifact
+    from stages.base import StageError
+    from stages.data.export import EXPORTS
+
+    found = load_artifact(artifact)
+    if found.kind != "pairs":
+        raise UsageError(f"{artifact} is a {found.kind}; shards are part of pairs")
+    if out.exists():
+        raise UsageError(f"{out} is there already; name another place")
+    try:
+        EXPORTS[form](found, out)
+    except StageError as error:
+        raise UsageError(str(error)) from None
+    click.echo(f"{out}")
+
+
+def _places(target: str, store: str | None) -> list[str]:
+    """A path or URL as it is; for the name of a run, the folders of its `pairs` artifacts."""
+    if "://" in target or Path(target).exists():
+        return [target]
+    from pipeline.errors import UsageError
+    from pipeline.runs import Run
+    from pipeline.status import status_of
+
+    if "/" in target:
+        raise UsageError(f"{target} does not exist")
+    try:
+        run = Run.find(open_store(store), target)
+    except UsageError as error:
+        raise UsageError(f"{target} is no folder, and {error}") from None
+    made = [s["artifact"] for s in status_of(run).values() if s["kind"] == "pairs" and s["state"] == "done"]
+    if not made:
+        raise UsageError(f"run {target} has no finished pairs yet; `retort status {target}` says how far it is")
+    return made
+
+
+def _inspect(place: str, deep: bool) -> dict[str, Any]:
+    from stages.base import StageError
+    from stages.data.inspection import inspect_shards
+
+    try:
+        return inspect_shards(place, deep=deep)
+    except StageError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _show(place: str, report: dict[str, Any], html: Path | None, samples: int, out: Path) -> None:
+    from pipeline.errors import UsageError
+    from pipeline.store import RECORD, load_artifact
+    from stages.base import StageError
+    from stages.gallery import GRID, pictures, write_page, write_samples
+
+    artifact = load_artifact(Path(place)) if (Path(place) / RECORD).exists() else None
+    try:
+        shown = pictures(place, artifact, max(samples, GRID if html else 0))
+    except StageError as error:
+        if samples:
+            raise UsageError(str(error)) from None
+        shown = []
+    if html:
+        write_page(html, report, shown[:GRID])
+        click.echo(f"page: {html}", err=True)
+    if samples:
+        write_samples(out, shown[:samples])
+        click.echo(f"samples: {out}", err=True)
+
+
+def _numbered(path: Path | None, number: int, several: bool) -> Path | None:
+    return path.with_stem(f"{path.stem}-{number}") if path and several else path
+
+
+def _finish(as_json: bool, found: dict[str, dict[str, Any]], table: Any) -> None:
+    reports = list(found.values())
+    print_result(as_json, reports[0] if len(reports) == 1 else reports, lambda: "\n\n".join(map(table, reports)))
+    if any(report["damaged"] for report in reports):
+        sys.exit(1)

@@ -1,0 +1,106 @@
+"""Sealed pairs in forms that others read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.base import Artifact
+from stages.data.files import publish, temporary_of
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+from stages.data.receipts import read_facts, read_rows, receipt_of
+
+
+def to_parquet(artifact: Artifact, out: Path) -> None:
+    """One file, a row group a shard: index, key, prompt, and each array as a tensor of its shape and dtype (a list
+    of fixed length to readers that know no tensors). Raises StageError for damaged shards."""
+    shards = read_list(artifact.folder)
+    names = list(read_facts(receipt_of(shards[0].tar)).arrays)
+    reader, start = PairReader(shards, names), 0
+    writer: pq.ParquetWriter | None = None
+    temporary = temporary_of(out)
+    try:
+        for shard in shards:
+            rows = read_rows(receipt_of(shard.tar), ["index", "key", "prompt"])
+            batch = reader.batch(range(start, start + shard.count))
+            start += shard.count
+            for name, values in batch.arrays.items():
+                rows = rows.append_column(name, pa.FixedShapeTensorArray.from_numpy_ndarray(values))
+            writer = writer or pq.ParquetWriter(temporary, rows.schema)
+            writer.write_table(rows, row_group_size=max(1, shard.count))
+        if writer:
+            writer.close()
+        publish(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_huggingface(artifact: Artifact, out: Path) -> None:
+    """A folder that `datasets.load_dataset(folder)` reads: the tars as they are, and a dataset card. Hard links
+    where the file system has them. Raises StageError for damaged shards."""
+    shards = read_list(artifact.folder)
+    PairReader(shards)  # looks at every shard
+    temporary = temporary_of(out)
+    try:
+        (temporary / "data").mkdir(parents=True)
+        for number, shard in enumerate(shards):
+            _link(shard.tar, temporary / "data" / f"train-{number:05d}-of-{len(shards):05d}.tar")
+        (temporary / "README.md").write_text(_card(artifact), encoding="utf-8")
+        publish(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _card(artifact: Artifact) -> str:
+    record = artifact.record
+    facts = read_facts(receipt_of(read_list(artifact.folder)[0].tar))
+    licence = artifact.inputs["teacher"].record.get("metrics", {}).get("licence")
+    arrays = "\n".join(f"| `{n}.npy` | {a.dtype} | {'x'.join(map(str, a.shape))} |" for n, a in facts.arrays.items())
+    metrics = record["metrics"]
+    return f"""---
+license: {licence or "unknown"}
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*.tar
+tags:
+- webdataset
+- diffusion-distillation
+---
+# {metrics["count"]:,} (noise, latent, prompt) pairs
+
+A diffusion teacher's ODE, solved from stored noise by Retort (pairs/{artifact.fingerprint}).
+
+| member | dtype | shape |
+|---|---|---|
+{arrays}
+| `txt` | | the prompt |
+| `json` | | index, seed, sampler |
+
+Sampler: `{json.dumps(facts.provenance.get("sampler"))}`. Teacher:
+teacher/{artifact.inputs["teacher"].fingerprint}. Latents are the VAE's times its scaling factor.
+
+```python
+from datasets import load_dataset
+
+pairs = load_dataset("THIS FOLDER", split="train", streaming=True)
+```
+"""
+
+
+EXPORTS: dict[str, Callable[[Artifact, Path], None]] = {"parquet": to_parquet, "huggingface": to_huggingface}

@@ -1,0 +1,155 @@
+"""The embedded image set `digits`: real scanned handwriting (scikit-learn's 1,797 8x8 digits), tinted.
+
+One digit on black: "a red handwritten seven". Two digits, on black or before crops of real photographs:
+"a red seven above a blue two", "a red seven left of a blue two". Every fifth scan is held out: what is trained
+(a teacher, a probe classifier) sees images of the others only.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.data.images import photographs
+from stages.data.images.config import Digits
+from stages.data.images.labelled import LabelledImages
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (1.0, 0.15, 0.15),
+    "green": (0.15, 0.9, 0.2),
+    "blue": (0.25, 0.35, 1.0),
+    "yellow": (1.0, 0.9, 0.1),
+    "purple": (0.75, 0.2, 0.95),
+    "white": (1.0, 1.0, 1.0),
+}
+ARRANGEMENTS = ("above", "left of")
+HOLD_OUT_EVERY = 5
+SCENES = 20_000
+"""Images of a set whose images are drawn at random; a fifth as many are held out."""
+DIM = 0.5
+"""Brightness of photographs: digits in front of them stay legible."""
+
+
+def captions(config: Digits) -> list[str]:
+    """All captions that the set can have. Those of two digits, 7,200, come in a fixed random order, so that the
+    first of them are as varied as all."""
+    tinted = [(c, d) for c in COLOURS for d in DIGITS]
+    if config.digits_per_image == 1:
+        return [f"a {c} handwritten {d}" for c, d in tinted]
+    texts = [f"a {c} {d} {how} a {k} {e}" for c, d in tinted for how in ARRANGEMENTS for k, e in tinted]
+    return [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+
+
+def prompt_labels(texts: list[str]) -> dict[str, NDArray[np.int64]]:
+    """The classes that captions of this set ask for. Raises ValueError for any other text."""
+    parsed = [_parse(text) for text in texts]
+    return {name: np.array([p[name] for p in parsed], dtype=np.int64) for name in parsed[0]}
+
+
+def _parse(text: str) -> dict[str, int]:
+    try:
+        match text.split():
+            case ["a", colour, "handwritten", digit]:
+                return {"colour": _COLOUR[colour], "digit": _DIGIT[digit]}
+            case ["a", colour, digit, *how, "a", colour_2, digit_2]:
+                first = {"colour": _COLOUR[colour], "digit": _DIGIT[digit]}
+                second = {"colour_2": _COLOUR[colour_2], "digit_2": _DIGIT[digit_2]}
+                return {**first, **second, "arrangement": ARRANGEMENTS.index(" ".join(how))}
+    except (KeyError, ValueError):
+        pass
+    raise ValueError(f"{text!r} is not a caption of the digits set, such as 'a red handwritten seven'")
+
+
+_COLOUR = {name: i for i, name in enumerate(COLOURS)}
+_DIGIT = {name: i for i, name in enumerate(DIGITS)}
+
+
+@cache
+def load(config: Digits, held_out: bool = False) -> LabelledImages:
+    """The training images, or with `held_out` those of the other scans. One digit on black: every scan in every
+    colour (8,622 and 2,160 images). Otherwise SCENES images, image i a function of i alone, and a fifth as many."""
+    scans, digit = _scans(held_out)
+    if config.digits_per_image == 1 and config.background == "plain":
+        return _all_tints(scans, digit, config.size)
+    texts = captions(config)
+    wanted = prompt_labels(texts)
+    count = SCENES // HOLD_OUT_EVERY if held_out else SCENES
+    made = [_scene(config, i, held_out, wanted, scans, digit) for i in range(count)]
+    place = np.array([p for _, p, _ in made])
+    labels = {name: values[place] for name, values in wanted.items()}
+    if config.background == "photographs":
+        labels["photograph"] = np.array([b for _, _, b in made], dtype=np.int64)
+    images = np.stack([image for image, _, _ in made])
+    return LabelledImages(images, [texts[p] for p in place], labels, np.arange(count))
+
+
+def _scans(held_out: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Ink (S, 8, 8) in [0, 1] and the digit of each scan (S,)."""
+    from sklearn.datasets import load_digits
+
+    scans, digit = load_digits(return_X_y=True)
+    chosen = (np.arange(len(scans)) % HOLD_OUT_EVERY == 0) == held_out
+    return scans[chosen].reshape(-1, 8, 8).astype(np.float32) / 16.0, digit[chosen].astype(np.int64)
+
+
+def _enlarge(scan: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)).clip(0.0, 1.0)
+
+
+def _all_tints(scans: NDArray[np.float32], digit: NDArray[np.int64], size: int) -> LabelledImages:
+    """Image i of S scans is scan i % S in colour i // S."""
+    ink = np.stack([_enlarge(scan, size) for scan in scans])
+    tints = np.array(list(COLOURS.values()), dtype=np.float32)
+    images = (ink[None, :, None] * tints[:, None, :, None, None]).reshape(-1, 3, size, size)
+    labels = {"colour": np.repeat(np.arange(len(tints)), len(ink)), "digit": np.tile(digit, len(tints))}
+    names = list(COLOURS)
+    texts = [f"a {names[c]} handwritten {DIGITS[d]}" for c, d in zip(labels["colour"], labels["digit"], strict=True)]
+    return LabelledImages(_levels(images), texts, labels, np.tile(np.arange(len(ink)), len(tints)))
+
+
+def _scene(
+    config: Digits,
+    number: int,
+    held_out: bool,
+    wanted: dict[str, NDArray[np.int64]],
+    scans: NDArray[np.float32],
+    digit: NDArray[np.int64],
+) -> tuple[NDArray[np.uint8], int, int]:
+    """An image, the place of its caption, the number of the photograph behind it."""
+    size = config.size
+    generator = np.random.default_rng([number, held_out])
+    place = int(generator.integers(len(wanted["digit"])))
+    behind = int(generator.integers(len(photographs.PHOTOGRAPHS)))
+    image = np.zeros((3, size, size), dtype=np.float32)
+    if config.background == "photographs":
+        image += DIM * photographs.crop(behind, size, generator)
+    tints = np.array(list(COLOURS.values()), dtype=np.float32)
+    for which in range(config.digits_per_image):
+        suffix = "_2" if which else ""
+        scan = generator.choice(np.flatnonzero(digit == wanted["digit" + suffix][place]))
+        side, top, left = _cell(config, which, int(wanted["arrangement"][place]) if "arrangement" in wanted else 0)
+        if config.digits_per_image == 2:
+            top, left = (edge + int(generator.integers(-1, 2)) for edge in (top, left))
+        ink = _enlarge(scans[scan], side)
+        part = image[:, top : top + side, left : left + side]
+        part += ink * (tints[wanted["colour" + suffix][place]][:, None, None] - part)
+    return _levels(image), place, behind
+
+
+def _cell(config: Digits, which: int, arrangement: int) -> tuple[int, int, int]:
+    """Side, top and left of a digit's square: the first of two is above, or left of, the second."""
+    if config.digits_per_image == 1:
+        return config.size, 0, 0
+    side = config.size // 2 - 2
+    near, far, middle = 1, config.size // 2 + 1, (config.size - side) // 2
+    along = far if which else near
+    return (side, along, middle) if ARRANGEMENTS[arrangement] == "above" else (side, middle, along)
+
+
+def _levels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return (images * 255.0).round().clip(0, 255).astype(np.uint8)

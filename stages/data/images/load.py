@@ -1,0 +1,80 @@
+"""An image set's images and captions, whichever set it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from stages.base import StageError
+from stages.data.images import digits
+from stages.data.images.config import Digits, FileSet, ImageSet
+from stages.data.images.files import Example, examples
+from stages.data.images.labelled import LabelledImages
+
+IN_MEMORY = 2 * 1024**3
+"""Bytes of decoded images that are held in memory; more of them go to a file."""
+
+
+def captions(config: ImageSet) -> Iterator[str]:
+    """Every caption that an embedded set can have; of a file set, each image's, held out or not."""
+    if isinstance(config, Digits):
+        yield from digits.captions(config)
+        return
+    assert isinstance(config, FileSet)
+    for example in examples(config):
+        if not example.caption:
+            raise StageError(f"image set {config.path} has no captions (caption: null)")
+        yield example.caption
+
+
+def load(
+    config: ImageSet, *, held_out: bool = False, limit: int | None = None, scratch: Path | None = None
+) -> LabelledImages:
+    """What is trained on, or with `held_out` the images that nothing is ever trained on; `limit` of them at most.
+
+    Each image is decoded once. Where they are many, they lie in a memory-mapped file in `scratch`; without it
+    StageError is raised. Also raised for images that cannot be read.
+    """
+    if isinstance(config, Digits):
+        images = digits.load(config, held_out)
+        return images if limit is None else images.take(np.arange(min(limit, len(images))))
+    assert isinstance(config, FileSet)
+
+    def chosen() -> Iterator[Example]:
+        every = config.hold_out_every
+        return islice((e for i, e in enumerate(examples(config)) if (i % every == every - 1) == held_out), limit)
+
+    about = [(example.caption, example.label) for example in chosen()]
+    if not about:
+        raise StageError(f"image set {config.path}: too few images to hold every {config.hold_out_every}th out")
+    pixels = _decoded(chosen(), (len(about), 3, config.size, config.size), config, held_out, scratch)
+    labels = {} if config.label is None else {"label": _classes(config, [label for _, label in about])}
+    return LabelledImages(pixels, [caption for caption, _ in about], labels, np.arange(len(about)))
+
+
+def _classes(config: FileSet, found: list[str | int]) -> np.ndarray:
+    """Numbers of classes, the same for what is trained on and what is held out: by order of all names."""
+    names = {str(example.label) for example in examples(config)}
+    number = {name: place for place, name in enumerate(sorted(names, key=lambda name: (len(name), name)))}
+    return np.array([number[str(name)] for name in found], dtype=np.int64)
+
+
+def _decoded(
+    chosen: Iterator[Example], shape: tuple[int, ...], config: FileSet, held_out: bool, scratch: Path | None
+) -> np.ndarray:
+    pixels: np.ndarray
+    if int(np.prod(shape)) <= IN_MEMORY:
+        pixels = np.empty(shape, dtype=np.uint8)
+    elif scratch is None:
+        raise StageError(f"image set {config.path}: {shape[0]} images of {config.size} pixels are too many here")
+    else:
+        scratch.mkdir(parents=True, exist_ok=True)
+        pixels = np.lib.format.open_memmap(
+            scratch / f"images-{'held-out' if held_out else 'training'}.npy", mode="w+", dtype=np.uint8, shape=shape
+        )
+    for place, example in enumerate(chosen):
+        pixels[place] = example.pixels(config.size)
+    return pixels

@@ -1,0 +1,165 @@
+"""What is in a dataset of pairs: one made by Retort, from its receipts, or any webdataset, from its tars."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.base import StageError
+from stages.data.inspection.foreign import Foreign
+from stages.data.inspection.receipted import Receipt, check_shards
+from stages.data.inspection.source import Source
+from stages.data.records import ShardFacts
+from stages.data.statistics import Moments, ks_distance
+
+SAME = ("sampler", "path_timesteps", "dtype", "noise", "seed", "prompts", "teacher", "device", "execution", "versions")
+"""Provenance that all shards of one dataset should share."""
+
+KINDS = ("missing", "unreceipted", "corrupt")
+"""Ways in which a shard can be damaged."""
+
+
+def inspect_shards(target: str, *, deep: bool = False) -> dict[str, Any]:
+    """Counts, statistics and provenance of a sealed `pairs` artifact, or of a folder or URL of shards.
+
+    `damaged` is what a user has to act on: shards that are missing, without a receipt or corrupt, and noises that
+    occur twice. `deep` re-reads and re-hashes every tar. Raises StageError when there is no shard at all, or the
+    target cannot be read.
+    """
+    source = Source(target)
+    tars = source.tars()
+    if not tars:
+        raise StageError(f"{target} holds no shards: no .tar is there")
+    receipted = source.sealed or any(tar.receipt in source.sizes for tar in tars)
+    report = _receipted(source, deep) if receipted else _foreign(source, deep)
+    if report["repeated_noises"]:
+        report["damaged"]["noise"] = f"{report['repeated_noises']:,} samples start from a noise that another has too"
+    return {"target": target, "deep": deep, **report}
+
+
+def _receipted(source: Source, deep: bool) -> dict[str, Any]:
+    checked = list(check_shards(source, source.tars(), deep))
+    good = [one.receipt for one in checked if one.receipt]
+    facts = [one.facts for one in good]
+    there = {tar.path for tar in source.tars()}
+    noise, prompts = _joined([one.noise for one in good]), _joined([one.prompt for one in good])
+    damaged = {one.tar.path: f"{one.kind}: {one.problem}" for one in checked if one.problem is not None}
+    damaged |= {f"{number:05d}.tar": "missing: no such number between the others" for number in _gaps(source, good)}
+    return {
+        "count": sum(one.count for one in facts),
+        "shards": len(facts),
+        "bytes": sum(one.bytes for one in facts),
+        **{kind: sum(problem.startswith(kind) for problem in damaged.values()) for kind in KINDS},
+        "extra": sum(path.endswith(".tar") and path not in there for path in source.sizes),
+        "repeated_noises": len(noise) - len(np.unique(noise)),
+        "prompts": {
+            "distinct": len(np.unique(prompts)),
+            "empty": sum(one.prompts.empty for one in facts),
+            "characters": _spread([one.prompts.characters for one in facts]),
+            "words": _spread([one.prompts.words for one in facts]),
+        },
+        "arrays": {name: _array(name, facts) for name in (facts[0].arrays if facts else {})},
+        "provenance": _provenance(facts),
+        "damaged": damaged,
+    }
+
+
+def _joined(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+
+
+def _gaps(source: Source, receipts: Sequence[Receipt]) -> list[int]:
+    """Numbers that a folder's shards leave out. What a sealed artifact lacks, its list says."""
+    stems = [tar.path.removesuffix(".tar") for tar in source.tars()]
+    if source.sealed or not all(stem.isascii() and stem.isdigit() for stem in stems):
+        return []
+    numbers = {int(stem) for stem in stems}
+    return sorted({*range(min(max(numbers), 10 * len(numbers)))} - numbers)
+
+
+def _spread(parts: Sequence[Moments]) -> dict[str, float]:
+    merged = Moments.merged(parts)
+    return {"mean": merged.mean, "std": merged.std, "most": merged.absmax}
+
+
+def _array(name: str, facts: Sequence[ShardFacts]) -> dict[str, Any]:
+    with_it = [one.arrays[name] for one in facts if name in one.arrays]
+    counts = np.array([one.histogram for one in with_it], dtype=np.int64).sum(0)
+    channels = [Moments.merged(parts) for parts in zip(*(one.channels for one in with_it), strict=False)]
+    kinds: Counter[tuple[str, tuple[int, ...]]] = Counter((one.dtype, tuple(one.shape)) for one in with_it)
+    return _summary(name, kinds, Moments.merged(one.moments for one in with_it), counts, channels)
+
+
+def _summary(
+    name: str,
+    kinds: Counter[tuple[str, tuple[int, ...]]],
+    moments: Moments,
+    counts: NDArray[np.int64],
+    channels: Sequence[Moments] = (),
+) -> dict[str, Any]:
+    (dtype, shape), _ = kinds.most_common(1)[0]
+    summary: dict[str, Any] = {"dtype": dtype, "shape": list(shape)}
+    if len(kinds) > 1:
+        summary["others"] = [f"{dtype} {'x'.join(map(str, shape))}" for dtype, shape in list(kinds)[1:20]]
+    if not moments.count + moments.nonfinite:
+        return summary
+    summary |= {"mean": moments.mean, "std": moments.std, "absmax": moments.absmax, "nonfinite": moments.nonfinite}
+    if name == "noise":
+        summary["ks_distance"] = ks_distance(counts)
+    if channels:
+        summary["channels"] = [{"mean": one.mean, "std": one.std, "absmax": one.absmax} for one in channels]
+    return {**summary, "histogram": counts.tolist()}
+
+
+def _provenance(facts: Sequence[ShardFacts]) -> dict[str, Any]:
+    """What all shards share; for what they do not, the values there are."""
+    shared: dict[str, Any] = {}
+    for name in SAME:
+        distinct: dict[str, Any] = {}
+        for one in facts:
+            value = one.provenance.get(name)
+            distinct.setdefault(repr(value), value)
+        values = list(distinct.values())
+        if values and values != [None]:
+            shared[name] = values[0] if len(values) == 1 else {"differs": values[:20]}
+    seconds = [one.provenance.get("seconds") for one in facts]
+    shared["solver_seconds"] = round(sum(s for s in seconds if isinstance(s, int | float)), 1)
+    return shared
+
+
+def _foreign(source: Source, deep: bool) -> dict[str, Any]:
+    found, damaged, size = Foreign(), {}, 0
+    for tar in source.tars():
+        size += source.sizes[tar.path]
+        try:
+            found.look(source, tar, deep)
+        except (OSError, ValueError) as error:
+            damaged[tar.path] = f"corrupt: {error}"
+    for name, count in found.unreadable.items():
+        damaged[f"*.{name}"] = f"corrupt: {count:,} members are not what their name says"
+    return {
+        "count": found.samples,
+        "shards": len(source.tars()) - sum(path in damaged for path in source.sizes),
+        "bytes": size,
+        "missing": 0,
+        "unreceipted": 0,
+        "corrupt": sum(path in damaged for path in source.sizes),
+        "extra": 0,
+        "members": {n: {"count": c, "bytes": found.bytes_of[n]} for n, c in found.members.most_common()},
+        "incomplete": found.incomplete,
+        "never_opened": found.never_opened,
+        "repeated_noises": len(found.noise) - len(set(found.noise)),
+        "prompts": {
+            "distinct": len(set(found.prompt)),
+            "empty": found.empty,
+            "characters": _spread([found.characters]),
+            "words": _spread([found.words]),
+        },
+        "arrays": {n: _summary(n, one.kinds, one.moments, one.histogram) for n, one in found.arrays.items()},
+        "provenance": {},
+        "damaged": damaged,
+    }

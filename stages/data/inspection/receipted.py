@@ -1,0 +1,92 @@
+"""Shards with receipts: everything is known from those; the tars are read only to be hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from stages.data.inspection.source import Listed, Source
+from stages.data.receipts import check_seal, parse_facts
+from stages.data.records import ShardFacts
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one receipt says. noise, prompt: (N,) 64-bit hashes."""
+
+    facts: ShardFacts
+    noise: NDArray[np.uint64]
+    prompt: NDArray[np.uint64]
+    first: int
+    """The smallest index of a sample."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A shard, and what is wrong with it: None if nothing is."""
+
+    tar: Listed
+    receipt: Receipt | None
+    kind: str = ""
+    problem: str | None = None
+
+
+def check_shards(source: Source, tars: Iterable[Listed], deep: bool) -> Iterator[Checked]:
+    """Every shard in turn. `deep` also hashes every tar, which is what its receipt and its list are checked with."""
+    return _in_parallel(lambda tar: _check(source, tar, deep), tars)
+
+
+def _check(source: Source, tar: Listed, deep: bool) -> Checked:
+    size = source.sizes.get(tar.path)
+    if size is None:
+        return Checked(tar, None, "missing", "the tar is not there")
+    if tar.receipt not in source.sizes:
+        return Checked(tar, None, "unreceipted", "it has no receipt, so it does not exist")
+    try:
+        receipt = _read(source, tar)
+        facts = receipt.facts
+        if size != facts.bytes or tar.bytes not in (None, size):
+            raise ValueError(f"{size} bytes instead of {facts.bytes if tar.bytes is None else tar.bytes}")
+        if tar.sha256 not in (None, facts.sha256):
+            raise ValueError("another shard than the one that was sealed")
+        if deep and _sha256(source, tar.path) != facts.sha256:
+            raise ValueError("its content is not what the receipt says")
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        return Checked(tar, None, "corrupt", str(error))
+    return Checked(tar, receipt)
+
+
+def _read(source: Source, tar: Listed) -> Receipt:
+    content = source.read(tar.receipt)
+    check_seal(content)
+    file = pq.ParquetFile(pa.BufferReader(content))
+    facts = parse_facts(file.metadata)
+    rows = file.read(columns=["index", "noise_hash", "prompt_hash"], use_threads=False)
+    if len(rows) != facts.count:
+        raise ValueError(f"its receipt has {len(rows)} rows for {facts.count} samples")
+    index, noise, prompt = (rows[name].to_numpy() for name in ("index", "noise_hash", "prompt_hash"))
+    return Receipt(facts, noise, prompt, int(index.min()) if len(index) else 0)
+
+
+def _sha256(source: Source, path: str) -> str:
+    digest = hashlib.sha256()
+    for block in source.blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _in_parallel(function: Callable[[Listed], T], items: Iterable[Listed]) -> Iterator[T]:
+    """Hashing, reading and parsing let go of Python's lock: a thread a core."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        yield from threads.map(function, items)

@@ -1,0 +1,103 @@
+"""Receipts: a parquet file beside each shard, a row a sample, with the shard's facts in the file's metadata.
+
+A receipt carries the hash of all its other bytes, so that damage to it is noticed without anything beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.data.files import publish, temporary_of
+from stages.data.noise import hash64
+from stages.data.records import Pair, ShardFacts
+
+METADATA = b"retort"
+SEAL = b"retort-receipt-sha256:"
+UNSEALED = SEAL + b"0" * 64
+
+
+def receipt_of(tar: Path) -> Path:
+    return tar.with_suffix(".parquet")
+
+
+def write_receipt(receipt: Path, pairs: Sequence[Pair], offsets: dict[str, list[int]], facts: ShardFacts) -> None:
+    """Publish the receipt of a shard whose tar is there. `offsets`: of each array's raw numbers in the tar."""
+    columns: dict[str, Any] = {
+        "index": pa.array([pair.index for pair in pairs], pa.int64()),
+        "key": [pair.key for pair in pairs],
+        "prompt": [pair.prompt for pair in pairs],
+        "prompt_hash": pa.array([hash64(pair.prompt.encode("utf-8")) for pair in pairs], pa.uint64()),
+        "noise_hash": pa.array([hash64(pair.arrays["noise"].tobytes()) for pair in pairs], pa.uint64()),
+    }
+    for name in facts.arrays:
+        values = np.stack([pair.arrays[name] for pair in pairs]).reshape(len(pairs), -1).astype(np.float64)
+        columns[f"{name}_offset"] = pa.array(offsets[name], pa.int64())
+        columns[f"{name}_mean"] = values.mean(1)
+        columns[f"{name}_std"] = values.std(1)
+        columns[f"{name}_absmax"] = np.abs(values).max(1)
+    table, buffer = pa.table(columns), pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({METADATA: facts.model_dump_json(), b"seal": UNSEALED})
+    temporary = temporary_of(receipt)
+    try:
+        temporary.write_bytes(_seal(buffer.getvalue().to_pybytes()))
+        publish(temporary, receipt)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _seal(content: bytes) -> bytes:
+    before, mark, after = content.rpartition(UNSEALED)
+    assert mark
+    return before + SEAL + hashlib.sha256(content).hexdigest().encode() + after
+
+
+def check_seal(content: bytes) -> None:
+    """Raise ValueError unless these are the bytes of a receipt as it was written."""
+    place = content.rfind(SEAL)
+    seal = content[place : place + len(UNSEALED)]
+    if place < 0 or hashlib.sha256(content[:place] + UNSEALED + content[place + len(seal) :]).hexdigest() != seal[
+        len(SEAL) :
+    ].decode("ascii", "replace"):
+        raise ValueError("the receipt is damaged, or not one of Retort's")
+
+
+def parse_facts(metadata: pq.FileMetaData) -> ShardFacts:
+    """The shard's facts from a parquet file's footer. Raises ValueError."""
+    found = (metadata.metadata or {}).get(METADATA)
+    if found is None:
+        raise ValueError("no receipt of a shard of pairs")
+    try:
+        return ShardFacts.model_validate_json(found)
+    except ValueError:
+        raise ValueError("a receipt of another version of Retort") from None
+
+
+def read_facts(receipt: Path) -> ShardFacts:
+    """As `parse_facts`, of a file: reads the footer only. Raises OSError or ValueError on a damaged file."""
+    try:
+        return parse_facts(pq.read_metadata(receipt))
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(f"{receipt}: {error}") from None
+
+
+def read_rows(receipt: Path, columns: list[str] | None = None) -> pa.Table:
+    """A row a sample: index, key, prompt, hashes, of each array offset, mean, std, absmax; or `columns`."""
+    return pq.read_table(receipt, columns=columns, memory_map=True)
+
+
+def valid_facts(tar: Path) -> ShardFacts | None:
+    """The facts of a shard whose receipt can be read and whose tar has the recorded size; else None."""
+    try:
+        facts = read_facts(receipt_of(tar))
+        return facts if tar.stat().st_size == facts.bytes else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,168 @@
+"""Samples of a dataset of pairs as images with their prompts, and the page that `retort stats --html` writes."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.base import Artifact, Execution, StageError
+from stages.data import tars
+from stages.data.inspection.source import Source
+from stages.data.pictures import data_url
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+from stages.data.statistics import EDGES
+
+GRID = 32
+"""Samples that the page shows."""
+IMAGES = ("jpg", "jpeg", "png", "webp")
+Picture = tuple[NDArray[np.uint8], str]
+"""An image (H, W, 3) and its prompt."""
+
+
+def pictures(target: str, artifact: Artifact | None, count: int) -> list[Picture]:
+    """`count` samples at most: of a sealed artifact spread over all of it and decoded by its teacher; of other
+    shards the first that hold an image. Raises StageError where nothing can be shown."""
+    found = _decoded(artifact, count) if artifact else _images(target, count)
+    if not found:
+        raise StageError(f"{target} holds no images; latents need their teacher: give the sealed artifact itself")
+    return found
+
+
+def _decoded(artifact: Artifact, count: int) -> list[Picture]:
+    folder = artifact.inputs["teacher"].folder
+    if not (folder / "unet").exists():
+        raise StageError(f"{folder} is an analytic teacher: its latents are no images")
+    import torch
+
+    from stages.networks.teachers import load_network
+
+    reader = PairReader(read_list(artifact.folder))
+    chosen = np.linspace(0, len(reader) - 1, min(count, len(reader))).round().astype(int)
+    batch = reader.batch(chosen)
+    images = load_network(folder, Execution()).decode(torch.from_numpy(batch.latent).float()).numpy()
+    levels = ((images + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return list(zip(levels, batch.prompts, strict=True))
+
+
+def _images(target: str, count: int) -> list[Picture]:
+    found: list[Picture] = []
+    source = Source(target)
+    for tar in source.tars():
+        try:
+            with source.open(tar.path) as file:
+                for picture in _of_tar(file):
+                    found.append(picture)
+                    if len(found) >= count:
+                        return found
+        except (OSError, ValueError):
+            continue  # the report says what is wrong with it
+    return found
+
+
+def _of_tar(file: Any) -> Iterator[Picture]:
+    from PIL import Image
+
+    for sample in tars.walk(file):
+        position = file.tell()
+        kind = next((kind for kind in IMAGES if kind in sample.members), None)
+        if kind is not None:
+            try:
+                with Image.open(BytesIO(tars.read(file, sample.members[kind]))) as image:
+                    text = tars.read(file, sample.members["txt"]) if "txt" in sample.members else b""
+                    yield np.asarray(image.convert("RGB")), text.decode("utf-8", "replace")
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                pass
+        file.seek(position)
+
+
+def write_samples(folder: Path, shown: Sequence[Picture]) -> None:
+    """Write `00000.png`, ... and `metadata.jsonl`: a folder that Hugging Face's imagefolder reads. The names are
+    numbers: what a shard calls its samples is never a path here."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for number, (image, prompt) in enumerate(shown):
+            name = f"{number:05d}.png"
+            Image.fromarray(image).save(folder / name)
+            file.write(json.dumps({"file_name": name, "text": prompt}, ensure_ascii=False) + "\n")
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse } td { padding: .15rem .8rem .15rem 0; vertical-align: top }
+figure { display: inline-block; width: 128px; margin: 4px; vertical-align: top; font-size: 11px }
+figure img { width: 128px; image-rendering: pixelated } svg { background: #f6f6f6 } .bad { color: #b00020 }
+"""
+
+
+def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Picture]) -> None:
+    """One self-contained HTML file: figures, histograms, samples."""
+    figures = "".join(
+        f'<figure><img alt="" src="{data_url(image)}"><figcaption>{html.escape(prompt[:200])}</figcaption></figure>'
+        for image, prompt in shown
+    )
+    plots = "".join(
+        f"<h2>{html.escape(name)}</h2><p>{_words(about)}</p>{_plot(about['histogram'], name == 'noise')}"
+        for name, about in report["arrays"].items()
+        if "histogram" in about
+    )
+    damage = "".join(
+        f'<p class="bad">{html.escape(f"{tar}: {problem}")}</p>'
+        for tar, problem in list(report["damaged"].items())[:100]
+    )
+    plain = {**report, **report["provenance"]}
+    rows = "".join(
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_short(value))}</td></tr>"
+        for name, value in plain.items()
+        if name not in ("arrays", "provenance", "damaged")
+    )
+    path.write_text(
+        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: shards</title><style>{STYLE}</style>
+<h1>{html.escape(str(report["target"]))}</h1>{damage}<table>{rows}</table>{plots}<h2>Samples</h2>
+{figures or "<p>None can be shown: latents need their teacher, and so the sealed artifact.</p>"}</html>
+""",
+        encoding="utf-8",
+    )
+
+
+def _words(about: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in about.items() if name not in ("histogram", "channels")}
+    return html.escape(", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in kept.items()))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_short(inner)}" for name, inner in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _plot(counts: Sequence[int], normal: bool) -> str:
+    """Bars of a histogram; for noise, the density of N(0, 1) over them."""
+    width, height, total = 576, 120, max(1, sum(counts))
+    step = width / len(counts)
+    density = np.exp(-0.5 * np.square((EDGES[1:] + EDGES[:-1]) / 2)) / (2 * np.pi) ** 0.5 * (EDGES[1] - EDGES[0])
+    top = max(max(counts) / total, float(density.max()) if normal else 0.0, 1e-12)
+    bars = "".join(
+        f'<rect x="{i * step:.1f}" y="{height * (1 - n / total / top):.1f}" width="{step:.1f}" '
+        f'height="{height * n / total / top:.1f}" fill="#5b8def"/>'
+        for i, n in enumerate(counts)
+        if n
+    )
+    points = " ".join(f"{(i + 0.5) * step:.1f},{height * (1 - d / top):.1f}" for i, d in enumerate(density))
+    line = f'<polyline points="{points}" fill="none" stroke="#b00020"/>' if normal else ""
+    return (
+        f'<svg width="{width}" height="{height + 16}" role="img">{bars}{line}'
+        f'<text x="0" y="{height + 13}" font-size="11">{EDGES[0]:.0f}</text>'
+        f'<text x="{width - 8}" y="{height + 13}" font-size="11">{EDGES[-1]:.0f}</text></svg>'
+    )

@@ -1,0 +1,83 @@
+"""A teacher in pixel space: diffusers' UNet2DModel, unconditional (a stock DDPM or DDIM pipeline) or by class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline, UNet2DModel
+from torch import Tensor
+
+from stages.base import StageError
+from stages.networks.network import NetworkTeacher
+
+LABELS = "id2label"
+"""Key of `model_index.json` for the names of classes, as diffusers' DiTPipeline keeps them; optional."""
+
+
+class PixelTeacher(NetworkTeacher):
+    """Prompts are classes, by number ("7") or by the name that the folder gives them; of an unconditional teacher
+    all are empty. A class more than there are names is the one for no class, which guidance needs."""
+
+    UNET = UNet2DModel
+
+    def __init__(
+        self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compile: bool = False
+    ) -> None:
+        super().__init__(folder, device=device, dtype=dtype, compile=compile)
+        self.index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        classes = self.unet.config["num_class_embeds"]
+        names = {str(name): int(number) for number, name in self.index.get(LABELS, {}).items()}
+        self._classes = None if classes is None else {**{str(i): i for i in range(classes)}, **names}
+        if self._classes is not None and names and len(names) == classes - 1:
+            self._classes[""] = next(i for i in range(classes) if i not in names.values())
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
+        """Classes (B,); None for an unconditional teacher."""
+        if self._classes is None:
+            given = next((prompt for prompt in prompts if prompt), None)
+            if given is not None:
+                raise StageError(f"the teacher is unconditional, but was given {given!r}: leave prompts out")
+            return None
+        unknown = next((prompt for prompt in prompts if prompt not in self._classes), None)
+        if unknown == "":
+            raise StageError(
+                "the teacher has no class that stands for none: prompts are needed, and guidance_scale: 1.0"
+            )
+        if unknown is not None:
+            raise StageError(f"{unknown!r} is no class of the teacher; it has {', '.join(list(self._classes)[:20])}")
+        return torch.tensor([self._classes[prompt] for prompt in prompts], device=self.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.float().cpu().clamp(-1, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.to(self.device, torch.float32)
+
+    def save_pipeline(self, unet: Any, scheduler: Any, folder: Path) -> None:
+        DDIMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+        if LABELS in self.index:
+            path = folder / "model_index.json"
+            index = {**json.loads(path.read_text(encoding="utf-8")), LABELS: self.index[LABELS]}
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def usage(self) -> str:
+        if self._classes is None:
+            return """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
+image = pipeline(num_inference_steps=1).images[0]"""
+        return f"""import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+# diffusers has no pipeline that passes a class to this network
+unet = UNet2DModel.from_pretrained("THIS FOLDER", subfolder="unet")
+scheduler = DDIMScheduler.from_pretrained("THIS FOLDER", subfolder="scheduler")
+scheduler.set_timesteps(1)
+noise, t = torch.randn(1, {", ".join(map(str, self.latent_shape))}), scheduler.timesteps[0]
+with torch.no_grad():
+    output = unet(noise, t, class_labels=torch.tensor([0])).sample
+image = scheduler.step(output, t, noise).prev_sample  # in [-1, 1]"""

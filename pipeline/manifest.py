@@ -52,7 +52,7 @@ class Loaded:
     """Names of stages, each after the stages that it reads."""
 
     def problem(self, stage: str, field: str, message: str) -> str:
-        return self.document.problem(("stages", stage, *field.split(".")), message)
+        return self.document.problem(("stages", stage, *_keys(field)), message)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -171,6 +171,7 @@ def _fields_at(path: Sequence[str | int], value: Any) -> list[str]:
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
             value = value[part]
+            continue  # the model is that of the list's entries already
         if isinstance(model, type) and issubclass(model, Config):
             info = _field(model, str(part))
             if info is None:
@@ -181,6 +182,11 @@ def _fields_at(path: Sequence[str | int], value: Any) -> list[str]:
     if not (isinstance(model, type) and issubclass(model, Config)):
         return []
     return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _keys(path: str) -> list[str | int]:
+    """The parts of a dotted path; places in lists are numbers."""
+    return [int(part) if part.isdigit() else part for part in path.split(".")]
 
 
 def _field(model: type[Config], key: str) -> Any:
@@ -210,7 +216,7 @@ def _check_references(manifest: Manifest, document: Document) -> Iterator[str]:
     for name, stage in manifest.stages.items():
         for field in marked(stage, Input):
             reference, wanted = field.value, field.marker
-            path = ("stages", name, *field.path.split("."))
+            path = ("stages", name, *_keys(field.path))
             if is_artifact_path(reference):
                 continue
             target = manifest.stages.get(reference)

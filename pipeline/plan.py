@@ -95,7 +95,7 @@ def _plan_stage(
     stage, seed = loaded.manifest.stages[name], loaded.manifest.seed_of(name)
     of = identity(stage, seed, {field: a.fingerprint for field, a in inputs.items()}, contents)
     print_ = fingerprint(of)
-    artifact = Artifact(stage, print_, store.folder(stage.kind, print_), inputs)
+    artifact = Artifact(stage, print_, store.folder(stage.kind, print_), inputs, seed)
     pool = store.pool(stage.kind, pool_fingerprint(stage, of))
     unknown = [text for text in contents.values() if isinstance(text, Unknown)]
     upstream = [planned[r] for r in inputs_of(stage).values() if r in planned]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from pipeline import manifest
 from pipeline.content import read_contents
-from pipeline.errors import UsageError
+from pipeline.errors import Locked, UsageError
 from pipeline.fingerprint import differences
 from pipeline.locks import hold
 from pipeline.plan import make_plan
@@ -18,10 +19,13 @@ from pipeline.store import Store, load_artifact, read_record
 from stages.base import Artifact
 from stages.data.pool import pool_of, read_list
 
+WAIT_EVERY = 1.0
+"""Seconds between two looks at a lock that a run holds."""
+
 
 @dataclass(frozen=True)
 class Repair:
-    """What is to be done: the artifact, the run that will do it, and the shards, by path below the pool."""
+    """What is to be done: the artifact, the run that will do it, and the damaged parts, by path below the pool."""
 
     artifact: Artifact
     store: Store
@@ -32,9 +36,18 @@ class Repair:
     def run_name(self) -> str:
         return f"repair-{self.artifact.fingerprint}"
 
-    def unseal(self) -> None:
-        """First the artifact stops existing for everyone; then the damaged shards do. Killed at any moment, the
-        repair can be started again. Raises Locked while a run makes the artifact or its pool."""
+    def unseal(self, wait: bool) -> None:
+        """First the artifact stops existing for everyone; then the damaged parts do. Killed at any moment, the
+        repair can be started again. Raises Locked while a run makes the artifact or its pool, or waits for it."""
+        while True:
+            try:
+                return self._unseal()
+            except Locked:
+                if not wait:
+                    raise
+                time.sleep(WAIT_EVERY)
+
+    def _unseal(self) -> None:
         pool = pool_of(self.artifact.folder)
         with ExitStack() as stack:
             for fingerprint in (self.artifact.fingerprint, pool.name):
@@ -81,4 +94,4 @@ def plan_repair(folder: Path, report: dict[str, Any]) -> Repair:
         changes = "; ".join(differences(record["identity"], planned.identity))
         why = planned.why if planned.state == "blocked" else changes
         raise UsageError(f"{folder} cannot be made again as it was: {why}")
-    return Repair(artifact, store, loaded, [path for path in report["damaged"] if path.endswith(".tar")])
+    return Repair(artifact, store, loaded, [path for path in report["damaged"] if path != "noise"])

@@ -79,6 +79,7 @@ class Runner:
                 self.reporter.ended(stage.name, "reused")
                 self._event("stage_reused", stage)
                 return
+            store.unseal(stage.artifact)  # damaged: it exists for nobody until it is whole
             self.reporter.started(stage.name, f"{stage.state}: {stage.why}")
             self._event("stage_started", stage, why=stage.why)
             with _log_to(self.run.log_file(stage.name)):

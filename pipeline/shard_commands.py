@@ -29,11 +29,12 @@ def stats(
     from pipeline import tables
 
     found = {place: _inspect(place, deep) for place in _places(target, store)}
+    _report(as_json, found, tables.stats)
     for number, (place, report) in enumerate(found.items()):
         several = len(found) > 1
         if html or samples:
             _show(place, report, _numbered(html, number, several), samples, out / str(number) if several else out)
-    _finish(as_json, found, tables.stats)
+    _exit(found)
 
 
 @click.group()
@@ -50,7 +51,8 @@ def verify(target: str, store: str | None, as_json: bool) -> None:
     from pipeline import tables
 
     found = {place: _inspect(place, deep=True) for place in _places(target, store)}
-    _finish(as_json, found, tables.verified)
+    _report(as_json, found, tables.verified)
+    _exit(found)
 
 
 @shards.command()
@@ -70,7 +72,7 @@ def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) 
         print_result(as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
         return
     before = hashes(artifact)
-    found.unseal()
+    found.unseal(wait)
     carry_out(found.loaded, found.run_name, None, engine, wait, as_json=True, show=False)
     changed = found.changed(before)
     result = {"repaired": list(found.damaged), "changed": changed}
@@ -78,7 +80,7 @@ def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) 
     if changed:
         click.echo(
             f"not the bytes that were sealed before: {', '.join(changed)}; other hardware or other versions made "
-            "them, and they are sealed anew",
+            "them, and they are sealed anew; artifacts that share the pool want `retort shards repair`, too",
             err=True,
         )
 
@@ -152,14 +154,18 @@ def _show(place: str, report: dict[str, Any], html: Path | None, samples: int, o
     try:
         shown = pictures(place, artifact, max(samples, GRID if html else 0))
     except StageError as error:
-        if samples:
+        if samples and not report["damaged"]:
             raise UsageError(str(error)) from None
+        click.echo(f"no samples: {error}", err=True)
         shown = []
     if html:
         write_page(html, report, shown[:GRID])
         click.echo(f"page: {html}", err=True)
-    if samples:
-        write_samples(out, shown[:samples])
+    if samples and shown:
+        try:
+            write_samples(out, shown[:samples])
+        except StageError as error:
+            raise UsageError(str(error)) from None
         click.echo(f"samples: {out}", err=True)
 
 
@@ -167,8 +173,11 @@ def _numbered(path: Path | None, number: int, several: bool) -> Path | None:
     return path.with_stem(f"{path.stem}-{number}") if path and several else path
 
 
-def _finish(as_json: bool, found: dict[str, dict[str, Any]], table: Any) -> None:
+def _report(as_json: bool, found: dict[str, dict[str, Any]], table: Any) -> None:
     reports = list(found.values())
     print_result(as_json, reports[0] if len(reports) == 1 else reports, lambda: "\n\n".join(map(table, reports)))
-    if any(report["damaged"] for report in reports):
+
+
+def _exit(found: dict[str, dict[str, Any]]) -> None:
+    if any(report["damaged"] for report in found.values()):
         sys.exit(1)

@@ -94,9 +94,12 @@ class Store:
         """The end of sealing, which may be done again: from here on `work` holds a record, and only moves."""
         shutil.rmtree(work / SCRATCH, ignore_errors=True)
         artifact.folder.parent.mkdir(parents=True, exist_ok=True)
+        old = work.with_name(f"{work.name}-old")
         if artifact.folder.exists():  # damaged, or it would not have been made again
-            shutil.rmtree(artifact.folder)
+            shutil.rmtree(old, ignore_errors=True)
+            artifact.folder.replace(old)
         work.replace(artifact.folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def unseal(self, artifact: Artifact) -> None:
         """From now on the artifact does not exist; its record is kept aside, for whoever mends it."""
@@ -121,7 +124,7 @@ def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder / RECORD} cannot be read: {error}") from None
     inputs = {field: load_artifact((folder / place).resolve()) for field, place in record["inputs"].items()}
-    return Artifact(stage, record["fingerprint"], folder, inputs)
+    return Artifact(stage, record["fingerprint"], folder, inputs, record["seed"])
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -81,8 +81,9 @@ def stats(found: Mapping[str, Any]) -> str:
     rows.append(["prompts", f"{prompts['distinct']:,} distinct{empty}; {', '.join(lengths)}"])
     for name, about in found.get("members", {}).items():
         note = ", never opened: a pickle" if name in found["never_opened"] else ""
+        note += f", {found['not_looked_into'][name]:,} not looked into" if name in found["not_looked_into"] else ""
         lacking = f", missing in {found['incomplete'][name]:,}" if name in found["incomplete"] else ""
-        rows.append([f".{name}", f"{about['count']:,} of {about['bytes']:,} bytes{lacking}{note}"])
+        rows.append([_printable(f".{name}"), f"{about['count']:,} of {about['bytes']:,} bytes{lacking}{note}"])
     for name, about in found["arrays"].items():
         rows.append([name, f"{about['dtype']} {'x'.join(map(str, about['shape']))}{_figures(about)}"])
         rows += [
@@ -105,9 +106,14 @@ def verified(found: Mapping[str, Any]) -> str:
 
 
 def _damaged(found: Mapping[str, Any]) -> list[str]:
-    lines = [f"{path}: {problem}" for path, problem in found["damaged"].items()]
+    lines = [_printable(f"{path}: {problem}") for path, problem in found["damaged"].items()]
     more = len(lines) - MOST_DAMAGED
     return lines if more <= 0 else [*lines[:MOST_DAMAGED], f"and {more:,} more; --json lists all"]
+
+
+def _printable(text: str) -> str:
+    """Names in tars of others may hold what a terminal obeys."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def _spread(value: Any) -> bool:

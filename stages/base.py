@@ -111,6 +111,7 @@ class Artifact:
     fingerprint: str
     folder: Path
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def kind(self) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from stages.base import SCRATCH, Artifact, Choice, Config, Input, Stage, StageContext
+from stages.data.shares import BLOCK
 from stages.methods import METHODS
 from stages.methods.base import MethodConfig, TrainingExecution, TrainingSettings, training_progress
 from stages.pairs import Pairs
@@ -18,11 +19,15 @@ class Source(Config):
     """Pairs to train on, and their share of every batch."""
 
     pairs: Annotated[str, Input("pairs")]
-    weight: float | None = Field(None, gt=0, description="relative to the others'; default: the number of pairs")
+    weight: float | None = Field(
+        None, gt=0, description="relative to the others'; default: each by its number of pairs"
+    )
 
 
-def _one_source(value: Any) -> Any:
-    return [{"pairs": value}] if isinstance(value, str) else value
+def _sources(value: Any) -> Any:
+    """A stage's name stands for a list of one, and in a list for a source of default weight."""
+    values = [value] if isinstance(value, str) else value
+    return [{"pairs": one} if isinstance(one, str) else one for one in values] if isinstance(values, list) else values
 
 
 def sources(student: Mapping[str, Artifact]) -> list[Artifact]:
@@ -35,7 +40,7 @@ class Distill(Stage):
 
     VERSION: ClassVar[int] = 2
     kind: Literal["distill"]
-    pairs: Annotated[list[Source], BeforeValidator(_one_source)] = Field(min_length=1)
+    pairs: Annotated[list[Source], BeforeValidator(_sources)] = Field(min_length=1)
     method: Annotated[MethodConfig, Choice("name", METHODS)]
     training: TrainingSettings
     held_out: int = Field(
@@ -55,8 +60,24 @@ class Distill(Stage):
             )
         if len({artifact.inputs["teacher"].fingerprint for artifact in found}) > 1:
             yield "pairs", "they are of several teachers; a student has one"
+        if len({artifact.seed for artifact in found}) < len(found):
+            yield (
+                "pairs",
+                "two of them have one seed, and so start from the same noises: what is held out of one would be "
+                "trained on in the other; give one stage a `seed:` of its own",
+            )
+        weights = [source.weight or stage.count for source, stage in zip(self.pairs, stages, strict=True)]
+        light = next((s.pairs for s, w in zip(self.pairs, weights, strict=True) if w < sum(weights) / BLOCK), None)
+        if light is not None:
+            yield "pairs", f"{light} has less than 1/{BLOCK} of the weight and would never be drawn"
         if getattr(found[0].inputs["teacher"].stage, "gaussian", None):
             yield "pairs", "their teacher is `gaussian:`, which has no network that a student could start from"
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self) -> Self:
+        if len({source.weight is None for source in self.pairs}) > 1:
+            raise ValueError("give each of the pairs a weight, or none of them")
+        return self
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         return training_progress(work / SCRATCH)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from stages.base import Artifact, Execution, StageError
 from stages.data import tars
+from stages.data.images.files import FORMATS, IMAGES
 from stages.data.inspection.source import Source
 from stages.data.pictures import data_url
 from stages.data.pool import read_list
@@ -22,7 +23,6 @@ from stages.data.statistics import EDGES
 
 GRID = 32
 """Samples that the page shows."""
-IMAGES = ("jpg", "jpeg", "png", "webp")
 Picture = tuple[NDArray[np.uint8], str]
 """An image (H, W, 3) and its prompt."""
 
@@ -75,7 +75,7 @@ def _of_tar(file: Any) -> Iterator[Picture]:
         kind = next((kind for kind in IMAGES if kind in sample.members), None)
         if kind is not None:
             try:
-                with Image.open(BytesIO(tars.read(file, sample.members[kind]))) as image:
+                with Image.open(BytesIO(tars.read(file, sample.members[kind])), formats=FORMATS) as image:
                     text = tars.read(file, sample.members["txt"]) if "txt" in sample.members else b""
                     yield np.asarray(image.convert("RGB")), text.decode("utf-8", "replace")
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -85,9 +85,11 @@ def _of_tar(file: Any) -> Iterator[Picture]:
 
 def write_samples(folder: Path, shown: Sequence[Picture]) -> None:
     """Write `00000.png`, ... and `metadata.jsonl`: a folder that Hugging Face's imagefolder reads. The names are
-    numbers: what a shard calls its samples is never a path here."""
+    numbers: what a shard calls its samples is never a path here. Raises StageError for a folder with files in it."""
     from PIL import Image
 
+    if folder.exists() and any(folder.iterdir()):
+        raise StageError(f"{folder} is not empty; name another place with --out")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
         for number, (image, prompt) in enumerate(shown):

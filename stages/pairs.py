@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.base import Extent, Input, Neutral, Progress, Stage, StageContext, StageError
-from stages.data.pool import ListedShard, ShardPlan, intact, plan_shards, read_list, write_list
+from stages.data.pool import PROMPTS, ListedShard, ShardPlan, intact, plan_shards, prompts_intact, read_list, write_list
 from stages.data.prompts.config import Prompts
 from stages.diffusion.config import PairsExecution, Sampler
 
@@ -47,6 +47,8 @@ class Pairs(Stage):
 
     def damage(self, folder: Path) -> str | None:
         shards = read_list(folder)
+        if not prompts_intact(folder):
+            return "the table of its prompts is missing or changed"
         bad = [shard for shard in shards if not intact(shard)]
         return f"{len(bad)} of {len(shards)} shards are missing or changed, such as {bad[0].tar.name}" if bad else None
 
@@ -56,18 +58,20 @@ class Pairs(Stage):
         return f"{done} of {len(plans)} shards are there" if done else None
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
-        from stages.data.prompts.table import FILE, write_table
+        from stages.data.prompts.table import write_table
         from stages.data.receipts import valid_facts
         from stages.factory import ShardWorker
 
         context.pool.mkdir(parents=True, exist_ok=True)
         for left in context.pool.rglob(".*"):  # temporaries of a worker that was killed
             left.unlink()
-        prompts_identity = context.contents.get("prompts.path") or f"name:{self.prompts or ''}"
-        write_table(self.prompts, context.contents, context.pool / FILE)
+        files = (context.contents.get(f"prompts.{field}") for field in ("path", "images.path"))
+        prompts_identity = next(filter(None, files), f"name:{self.prompts or ''}")
         plans = plan_shards(self.count, self.shard_size)
         have = {plan: valid_facts(context.pool / plan.place) for plan in plans}
         missing = [plan for plan in plans if have[plan] is None]
+        if missing or not (context.pool / PROMPTS).exists():
+            write_table(self.prompts, context.contents, context.pool / PROMPTS)
         done = self.count - sum(plan.stop - plan.start for plan in missing)
         reused, started = done, time.monotonic()
         context.progress(Progress(done, self.count, "pairs"))

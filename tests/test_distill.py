@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import ManifestError
 from stages.data.files import sha256_of
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.losses.regression import regression_loss
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import OneStepStudent
-from tests.conftest import ROOT, TINY, command, execute
+from tests.conftest import ROOT, TINY, command, execute, plan_of
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +192,63 @@ def test_a_killed_driver_resumes_training_to_the_same_bytes(tiny, tmp_path, line
     (student,) = (store / "distill").iterdir()
     for file in ("unet/diffusion_pytorch_model.safetensors", "history.jsonl"):
         assert sha256_of(student / file) == sha256_of(tiny[1]["student"].artifact.folder / file)
+
+
+MIXED = TINY.replace(
+    "  student:\n    kind: distill\n    pairs: pairs\n",
+    """  more:
+    kind: pairs
+    teacher: teacher
+    prompts: digits
+    seed: 5
+    count: 64
+    shard_size: 32
+    sampler: {steps: 5, guidance_scale: 2.0}
+    execution: {micro_batch: 16, threads: 2}
+  student:
+    kind: distill
+    pairs: [pairs, more]
+""",
+)
+
+
+def test_a_student_of_several_pairs(tiny):
+    sources = "[{pairs: pairs, weight: 1.0}, {pairs: more, weight: 9.0}]"
+    plan = execute(MIXED, tiny[0], [f"stages.student.pairs={sources}"], name="mixed")
+    student = plan["student"].artifact
+    assert {field: a.fingerprint for field, a in student.inputs.items()} == {
+        "pairs.0.pairs": plan["pairs"].artifact.fingerprint,
+        "pairs.1.pairs": plan["more"].artifact.fingerprint,
+    }
+    assert plan["pairs"].artifact.fingerprint != plan["more"].artifact.fingerprint
+    assert f"from {96 + 64 - 32} pairs" in (student.folder / "README.md").read_text()
+    assert student.record["metrics"]["held_out_mse"] > 0
+
+
+def test_weights_are_part_of_what_a_student_is(tiny):
+    sources = "[{{pairs: pairs, weight: {}}}, {{pairs: more, weight: 1.0}}]"
+    weights = [plan_of(MIXED, tiny[0], [f"stages.student.pairs={sources.format(w)}"])["student"] for w in (3.0, 4.0)]
+    assert weights[0].artifact.fingerprint != weights[1].artifact.fingerprint
+
+
+def test_mixtures_that_would_mislead_are_refused_when_planning(tiny):
+    one_seed = MIXED.replace("    seed: 5\n", "    storage_dtype: float32\n")
+    with pytest.raises(ManifestError, match="two of them have one seed, and so start from the same noises"):
+        plan_of(one_seed, tiny[0])
+    for value, words in (
+        ("[{pairs: pairs, weight: 2.0}, more]", "give each of the pairs a weight, or none"),
+        ("[{pairs: pairs, weight: 1.0}, {pairs: more, weight: 0.0001}]", "more has less than 1/1024 of the weight"),
+        ("[{pairs: pairs, wieght: 1.0}, more]", "unknown key; did you mean 'weight'"),
+        ("[pairs, mor]", "did you mean 'more'"),
+    ):
+        with pytest.raises(ManifestError, match=words):
+            plan_of(MIXED, tiny[0], [f"stages.student.pairs={value}"])
+
+
+def test_pairs_of_several_teachers_are_refused(tiny):
+    text = MIXED.replace(
+        "  more:\n    kind: pairs\n    teacher: teacher", "  more:\n    kind: pairs\n    teacher: other"
+    )
+    text = text.replace("stages:\n", "stages:\n  other: {kind: teacher, from: digit_scenes}\n")
+    with pytest.raises(ManifestError, match="they are of several teachers; a student has one"):
+        plan_of(text, tiny[0])

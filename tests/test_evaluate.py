@@ -84,3 +84,26 @@ def test_without_real_images_only_the_teacher_is_compared_with(tiny):
     assert set(metrics["sides"]["student"]) == {
         "network_calls", "seconds_per_image", "latent_mse", "latent_mse_se",
     }  # fmt: skip
+
+
+def test_pairs_alone_show_their_teacher_in_few_steps(tiny):
+    text = TINY + "  quality: {kind: evaluate, pairs: pairs, real: digits, samples: 110, teacher_steps: [1]}\n"
+    artifact = execute(text, tiny[0])["quality"].artifact
+    metrics = json.loads((artifact.folder / "metrics.json").read_text())
+    assert list(metrics["sides"]) == ["teacher_5", "teacher_1"] and metrics["student"] is None
+    assert metrics["sides"]["teacher_1"]["latent_mse"] > 0
+    assert "student" not in (artifact.folder / "index.html").read_text().partition("</style>")[2].replace(
+        "Student and teacher", ""
+    )
+
+
+def test_either_a_student_or_pairs(tmp_path):
+    for line in ("{kind: evaluate}", "{kind: evaluate, pairs: pairs, student: student}"):
+        with pytest.raises(ManifestError, match="give either student or pairs"):
+            plan_of(TINY + f"  quality: {line}\n", tmp_path)
+
+
+def test_real_images_of_ones_own_need_classes(tmp_path):
+    text = TINY + "  quality: {kind: evaluate, pairs: pairs, real: {name: image_folder, path: x, size: 16}}\n"
+    with pytest.raises(ManifestError, match="needs its label"):
+        plan_of(text, tmp_path)

@@ -14,10 +14,10 @@ from pipeline.errors import ManifestError, StageFailed
 from pipeline.manifest import loads
 from stages.base import StageError
 from stages.data.files import sha256_of, sha256_of_all
-from stages.data.pool import read_list
+from stages.data.pool import PROMPTS, read_list
 from stages.data.prompts.config import PATTERNS, Prompts
 from stages.data.prompts.read import read_prompts
-from stages.data.prompts.table import FILE, PromptTable, write_table
+from stages.data.prompts.table import PromptTable, write_table
 from stages.data.reader import PairReader
 from tests.conftest import GAUSSIAN, execute, plan_of
 
@@ -119,7 +119,7 @@ def test_many_prompts_are_never_in_memory_together(tmp_path):
     with open(path, "w") as file:
         file.writelines(f"{i} {'a rather long prompt ' * 10}\n" for i in range(100_000))
     tracemalloc.start()
-    write_table(Prompts(path=str(path)), {"prompts.path": f"sha256:{sha256_of(path)}"}, tmp_path / FILE)
+    write_table(Prompts(path=str(path)), {"prompts.path": f"sha256:{sha256_of(path)}"}, tmp_path / PROMPTS)
     table = PromptTable(tmp_path)
     assert len(table) == 100_000 and table.of([100_001])[0].startswith("1 a rather")
     _, peak = tracemalloc.get_traced_memory()
@@ -130,7 +130,7 @@ def test_many_prompts_are_never_in_memory_together(tmp_path):
 def test_a_file_that_changed_since_the_plan_leaves_no_table(tmp_path):
     path = write(tmp_path / "p.txt", ["a"])
     with pytest.raises(StageError, match=r"changed since the run was planned"):
-        write_table(Prompts(path=str(path)), {"prompts.path": "sha256:other"}, tmp_path / FILE)
+        write_table(Prompts(path=str(path)), {"prompts.path": "sha256:other"}, tmp_path / PROMPTS)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,5 +1,6 @@
 """Shards, receipts, the reader, and the statistics in receipts."""
 
+import itertools
 import json
 import tarfile
 
@@ -197,3 +198,56 @@ def test_a_receipt_of_another_version_does_not_count(tmp_path):
         writer.write_table(table)
         writer.add_key_value_metadata({receipts.METADATA: json.dumps({**facts, "later": 1})})
     assert receipts.valid_facts(shard.tar) is None
+
+
+@given(
+    lengths=st.lists(st.integers(3, 60), min_size=1, max_size=3),
+    weights=st.lists(st.floats(0.1, 10), min_size=3, max_size=3),
+    batch=st.integers(1, 17),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_a_mixture_keeps_its_shares_and_every_source_its_epochs(lengths, weights, batch, seed):
+    ends = np.cumsum([0, *lengths]).tolist()
+    ranges = [range(*pair) for pair in itertools.pairwise(ends)]
+    weights = weights[: len(ranges)]
+    order = ShuffledOrder(ranges, batch, seed, weights=weights)
+    drawn = np.concatenate([order.batch(step) for step in range(-(-2048 // batch))])[:2048]
+    for source, weight in zip(ranges, weights, strict=True):
+        mine = drawn[(drawn >= source.start) & (drawn < source.stop)]
+        assert len(mine) == pytest.approx(2048 * weight / sum(weights), abs=2)
+        for epoch in range(len(mine) // len(source)):
+            assert sorted(mine[epoch * len(source) : (epoch + 1) * len(source)].tolist()) == list(source)
+
+
+def test_a_source_that_would_never_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="would never be drawn"):
+        ShuffledOrder([range(3), range(3, 6)], 2, 0, weights=[1.0, 1e-6])
+
+
+@given(count=st.integers(4, 90), batch=st.integers(1, 4), stop=st.integers(0, 30), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_four_ranks_stopped_in_the_middle_see_each_sample_exactly_once(tmp_path_factory, count, batch, stop, seed):
+    """An epoch read by four readers, killed after `stop` steps and begun again by four new ones."""
+    folder = tmp_path_factory.mktemp("pool")
+    shards = [write(folder, k, make_pairs(s, min(s + 16, count))) for k, s in enumerate(range(0, count, 16))]
+    size = 4 * batch
+    steps = -(-count // size)
+    seen = []
+    for rank in range(4):
+        for part in (range(min(stop, steps)), range(min(stop, steps), steps)):
+            reader, order = PairReader(shards), ShuffledOrder(count, size, seed, rank, 4)
+            for step in part:
+                places = np.arange(step * size, (step + 1) * size)[rank::4]
+                prompts = reader.batch(order.batch(step)).prompts
+                seen += [text for text, place in zip(prompts, places, strict=True) if place < count]
+    assert sorted(seen) == sorted(f"prompt {i} ü" for i in range(count))
+
+
+def test_pairs_of_several_shapes_are_not_mixed(tmp_path):
+    small = write(tmp_path, 0, make_pairs(0, 4))
+    large = write(tmp_path, 1, [pair(i, "x", np.zeros((2, 8, 8), "f2"), np.zeros((2, 8, 8), "f2")) for i in range(4)])
+    reader = PairReader([small, large])
+    assert len(reader.batch([0, 1]).prompts) == 2
+    with pytest.raises(StageError, match="several shapes and cannot be mixed"):
+        reader.batch([0, 5])

@@ -112,3 +112,50 @@ def test_other_layouts_are_refused_with_what_is_supported(tiny, tmp_path, file, 
     with pytest.raises(StageFailed, match=words) as caught:
         adopt(source, tmp_path / "store")
     assert "supported teachers: folders or hub ids of Stable Diffusion 1.x or 2.x layout" in str(caught.value)
+
+
+def test_the_shipped_teacher_is_small_stock_and_says_where_it_comes_from(tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    from stages.data.images.config import DigitScenes
+    from stages.data.images.load import load
+    from stages.networks.latent import LatentTeacher
+    from stages.teacher import SHIPPED
+
+    folder = SHIPPED / "digit_scenes"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    card = (folder / "README.md").read_text()
+    assert "manifests/digit_scenes_teacher.yaml` with seed 0 at commit" in card and "dirty" not in card
+    assert "None" not in card
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline.unet.config.sample_size == 8 and pipeline.scheduler.config.prediction_type == "v_prediction"
+    adopted = execute("name: a\nstages:\n  teacher: {kind: teacher, from: digit_scenes}\n", tmp_path)[
+        "teacher"
+    ].artifact
+    assert adopted.stage.from_ == str(folder)
+    teacher = LatentTeacher(adopted.folder)
+    pixels = torch.from_numpy(load(DigitScenes(), held_out=True, limit=64).pixels())
+    assert (teacher.decode(teacher.encode(pixels)) - pixels).square().mean() < 0.01
+
+
+def test_a_teacher_trained_on_ones_own_images(tmp_path):
+    """Images of a folder, captions of its metadata: their words become the tokenizer's."""
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(20):
+        Image.new("RGB", (20, 16), ["red", "blue"][i % 2]).save(images / f"{i}.png")
+    rows = "".join(f"{i}.png,a {['red', 'blue'][i % 2]} wall\n" for i in range(20))
+    (images / "metadata.csv").write_text("file_name,text\n" + rows)
+    own = TINY[: TINY.index("  pairs:")].replace(
+        "dataset: digits", f"dataset: {{name: image_folder, path: {images}, size: 16}}"
+    )
+    few = ["stages.teacher.train.vae.training.steps=3", "stages.teacher.train.denoiser.training.steps=3"]
+    artifact = execute(own, tmp_path / "store", few)["teacher"].artifact
+    words = json.loads((artifact.folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert {"red", "blue", "wall"} <= set(words)
+    assert artifact.record["identity"]["contents"]["train.dataset.path"].startswith("sha256:")
+    (images / "3.png").write_bytes((images / "4.png").read_bytes())
+    assert plan_of(own, tmp_path / "store", few)["teacher"].why == "the content of train.dataset.path changed"

@@ -27,7 +27,7 @@ def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Pat
     if path.is_dir():
         for folder, _, names in os.walk(path, followlinks=True):
             for inside in [(Path(folder) / name).relative_to(path) for name in names]:
-                if patterns == EVERYTHING or any(inside.match(pattern) for pattern in patterns):
+                if any(_matches(inside, pattern) for pattern in patterns):
                     found[str(inside)] = path / inside
     elif glob.has_magic(source):
         found = {match: Path(match) for match in glob.glob(source, recursive=True) if Path(match).is_file()}
@@ -36,6 +36,18 @@ def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Pat
     if not found:
         raise FileNotFoundError(f"{source} " + ("holds no such file" if path.is_dir() else "does not exist"))
     return dict(sorted(found.items()))
+
+
+def _matches(path: Path, pattern: str) -> bool:
+    """As `Path.glob`: at exactly the pattern's depth, or with `**/` before it at any. Hidden files never."""
+    anywhere, name = pattern.startswith("**/"), pattern.removeprefix("**/")
+    deep_enough = anywhere or len(path.parts) == name.count("/") + 1
+    lowered = path.with_name(path.name.lower())  # IMG.JPG is a .jpg
+    return (
+        deep_enough
+        and (path.match(name) or lowered.match(name))
+        and not any(part.startswith(".") for part in path.parts)
+    )
 
 
 def sha256_of_all(

@@ -8,8 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 1024
-"""Draws within which a mixture's shares are exact."""
+from stages.data.shares import BLOCK
 
 
 class ShuffledOrder:

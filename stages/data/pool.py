@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from stages.base import StageError
-from stages.data.files import write_atomically
+from stages.data.files import sha256_of, write_atomically
 
 LIST = "receipts.json"
+PROMPTS = "prompts.arrow"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,18 @@ def write_list(folder: Path, pool: Path, shards: Sequence[ListedShard]) -> None:
     entries = [
         {"tar": os.path.relpath(s.tar, pool), "count": s.count, "bytes": s.bytes, "sha256": s.sha256} for s in shards
     ]
-    write_atomically(folder / LIST, json.dumps({"pool": pool.name, "shards": entries}, indent=1).encode() + b"\n")
+    table = pool / PROMPTS
+    prompts = {"file": PROMPTS, "bytes": table.stat().st_size, "sha256": sha256_of(table)}
+    listed = {"pool": pool.name, "prompts": prompts, "shards": entries}
+    write_atomically(folder / LIST, json.dumps(listed, indent=1).encode() + b"\n")
+
+
+def prompts_intact(folder: Path) -> bool:
+    """Whether the pool's table of prompts is there, and of the sealed size."""
+    try:
+        return (pool_of(folder) / PROMPTS).stat().st_size == _listed(folder)["prompts"]["bytes"]
+    except OSError:
+        return False
 
 
 def pool_of(folder: Path) -> Path:
@@ -96,9 +109,14 @@ def parse_list(content: bytes, where: str) -> dict[str, Any]:
     """As `_listed`, of a file's bytes."""
     try:
         listed = json.loads(content)
-        inside = [listed["pool"], *(shard["tar"] for shard in listed["shards"])]
-        kinds = [type(shard[name]) for shard in listed["shards"] for name in ("count", "bytes")]
-        if any(PurePath(place).is_absolute() or ".." in PurePath(place).parts for place in inside) or {*kinds} - {int}:
+        inside = [listed["pool"], listed["prompts"]["file"], *(shard["tar"] for shard in listed["shards"])]
+        parts = [{"count": 0, **listed["prompts"]}, *listed["shards"]]
+        kinds = [type(part[name]) for part in parts for name in ("count", "bytes")]
+        hashes = [part["sha256"] for part in parts]
+        if not all(isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one) for one in hashes):
+            raise ValueError("it names no hashes")
+        outside = (PurePath(p).is_absolute() or ".." in PurePath(p).parts or "\0" in p for p in inside)
+        if any(outside) or {*kinds} - {int}:
             raise ValueError("it names files outside of its pool, or no sizes")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StageError(f"{where} cannot be read ({error})") from None

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from stages.base import StageError
 from stages.data.pool import ListedShard, intact
-from stages.data.receipts import read_facts, read_rows, receipt_of
+from stages.data.receipts import read_receipt, receipt_of
 
 OPEN_SHARDS = 512
-CHANGED = "or its receipt is missing or changed since it was sealed; `retort resume` with its run makes it again"
+CHANGED = "or its receipt is missing or changed since it was sealed; `retort shards repair` mends the artifact"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class _OpenShard:
     def __init__(self, shard: ListedShard, arrays: Sequence[str]) -> None:
         receipt = receipt_of(shard.tar)
         try:
-            facts, rows = read_facts(receipt), read_rows(receipt)
+            facts, rows = read_receipt(receipt.read_bytes(), ["prompt", *(f"{name}_offset" for name in arrays)])
+        except KeyError:
+            facts, rows = read_receipt(receipt.read_bytes(), ["prompt"])
         except (OSError, ValueError):
             raise StageError(f"{shard.tar} {CHANGED}") from None
         if facts.sha256 != shard.sha256:

@@ -89,6 +89,23 @@ def read_facts(receipt: Path) -> ShardFacts:
         raise ValueError(f"{receipt}: {error}") from None
 
 
+def read_receipt(content: bytes, columns: list[str]) -> tuple[ShardFacts, pa.Table]:
+    """The facts and some columns of a receipt's bytes, its seal checked first. Raises ValueError if it is damaged,
+    KeyError for a column that it has not."""
+    check_seal(content)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        facts = parse_facts(file.metadata)
+        if file.metadata.num_rows != facts.count or 512 * facts.count > facts.bytes:
+            raise ValueError(f"its receipt has {file.metadata.num_rows} rows for {facts.count} samples")
+        absent = next((name for name in columns if name not in file.schema_arrow.names), None)
+        if absent is not None:
+            raise KeyError(absent)
+        return facts, file.read(columns=columns, use_threads=False)
+    except pa.ArrowException as error:
+        raise ValueError(f"its receipt cannot be read ({str(error).splitlines()[0]})") from None
+
+
 def read_rows(receipt: Path, columns: list[str] | None = None) -> pa.Table:
     """A row a sample: index, key, prompt, hashes, of each array offset, mean, std, absmax; or `columns`."""
     return pq.read_table(receipt, columns=columns, memory_map=True)

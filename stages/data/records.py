@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from stages.base import Config
-from stages.data.statistics import BINS, Moments
+from stages.data.statistics import BINS, MOST, Moments
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ArrayFacts(Config):
     moments: Moments
     channels: list[Moments] = Field(default_factory=list, max_length=4096)
     """Of arrays (C, H, W), each channel's."""
-    histogram: list[int] = Field(min_length=BINS, max_length=BINS)
+    histogram: list[Annotated[int, Field(ge=0, le=MOST)]] = Field(min_length=BINS, max_length=BINS)
 
 
 class PromptFacts(Config):
@@ -48,14 +48,14 @@ class PromptFacts(Config):
 
     characters: Moments
     words: Moments
-    empty: int = Field(0, ge=0)
+    empty: int = Field(0, ge=0, le=MOST)
 
 
 class ShardFacts(Config):
     """What a receipt says of its shard as a whole."""
 
-    count: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    count: int = Field(ge=0, le=MOST)
+    bytes: int = Field(ge=0, le=MOST)
     sha256: str
     arrays: dict[str, ArrayFacts]
     prompts: PromptFacts

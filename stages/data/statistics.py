@@ -19,14 +19,18 @@ EDGES = np.linspace(-6.0, 6.0, BINS + 1)
 NORMAL = np.array([NormalDist().cdf(edge) for edge in EDGES[1:-1]])
 
 
+MOST = 2**53
+"""The largest count that a float64 still tells from its neighbour."""
+
+
 class Moments(Config):
     """Count, mean, sum of squared deviations and largest magnitude of the finite values; how many are not finite."""
 
-    count: int = Field(0, ge=0)
+    count: int = Field(0, ge=0, le=MOST)
     mean: float = 0.0
     m2: float = Field(0.0, ge=0)
     absmax: float = Field(0.0, ge=0)
-    nonfinite: int = Field(0, ge=0)
+    nonfinite: int = Field(0, ge=0, le=MOST)
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> Moments:

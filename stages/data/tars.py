@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
+LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+LONGEST = 1024**2
+
 
 @dataclass
 class TarSample:
@@ -42,8 +46,12 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     file.seek(0)
     end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
+            before = -1
             while (member := archive.next()) is not None:
+                if member.size < 0 or archive.offset <= before:
+                    raise ValueError(f"not a readable tar: {member.name!r:.80} goes backwards")
+                before = archive.offset
                 end = member.offset_data + (member.size if member.isfile() else 0)
                 if end > size:
                     raise ValueError(f"cut off in the middle of {member.name!r:.80}")
@@ -55,8 +63,17 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
                 raise ValueError(f"not a tar from byte {archive.offset} on")
             if size < archive.offset + tarfile.BLOCKSIZE:
                 raise ValueError("cut off: it does not end as a tar does")
-    except (tarfile.TarError, UnicodeError, OverflowError, EOFError, RecursionError) as error:
+    except (tarfile.TarError, UnicodeError, OverflowError, EOFError, RecursionError, MemoryError) as error:
         raise ValueError(f"not a readable tar ({error})") from None
+
+
+class _Member(tarfile.TarInfo):
+    """A header; those that hold a name, or other headers, may not be long enough to fill the memory."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in (*LONG, *PAX) and not 0 <= self.size <= LONGEST:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def read(file: IO[bytes], place: tuple[int, int]) -> bytes:

@@ -39,6 +39,9 @@ def against_real(
     """Add distances, precision, recall, diversity and, where prompts say classes, prompt accuracy to each side of
     `metrics`, and the two references: other real images, and those through the VAE alone. All distances are at one
     number of samples."""
+    size = setting.teacher.decode(torch.zeros(1, *setting.teacher.latent_shape)).shape[-2:]
+    if size != (real_set.size, real_set.size):
+        raise ValueError(f"its images are {real_set.size} pixels wide, the teacher's {size[1]} x {size[0]}")
     seen = load(real_set, limit=REAL_LIMIT, scratch=scratch)
     unseen = load(real_set, held_out=True, limit=REAL_LIMIT, scratch=scratch)
     probe = train_probe(seen)
@@ -67,7 +70,8 @@ def _batches(images: LabelledImages) -> Iterator[torch.Tensor]:
 
 
 def _two_real_sets(images: LabelledImages, samples: int) -> tuple[LabelledImages, LabelledImages]:
-    """Two random sets of real images that share no original, neither larger than half of what there is."""
+    """Two random sets of real images that share no original, neither larger than half of what there is. Scenes count
+    as originals, though all are composed of the same scans and photographs: a teacher's samples are, too."""
     generator = np.random.default_rng(0)
     originals = int(images.origins.max()) + 1
     in_first = generator.permutation(originals) < originals // 2

@@ -19,12 +19,15 @@ CLIP_LENGTH = 77
 def word_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the words of `captions`, as long as the longest of them, or as CLIP's if they
     are longer than that; the empty text is <start> <end>."""
-    split = [caption.lower().split() for caption in set(captions)]
+    normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()  # punctuation marks are words
+    split = [
+        [word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))] for caption in set(captions)
+    ]
     words = sorted({word for caption in split for word in caption})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<start>", "<unknown>", *words, "<end>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<start> $A <end>",
         special_tokens=[("<start>", vocabulary["<start>"]), ("<end>", vocabulary["<end>"])],

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from stages.base import StageError
 from stages.diffusion.guidance import guide
 from stages.diffusion.prediction import Prediction
 from stages.diffusion.schedule import NoiseSchedule
@@ -78,7 +79,9 @@ class NetworkTeacher(ABC):
         state is not rounded at every step.
         """
         condition = self.encode_prompts(prompts)
-        if guidance_scale == 1.0 or condition is None:
+        if condition is None and guidance_scale != 1.0:
+            raise StageError("the teacher is unconditional and cannot be guided: set sampler.guidance_scale: 1.0")
+        if condition is None or guidance_scale == 1.0:
             return lambda z, t: self._call(z, t, condition)
         empty = self.encode_prompts([""] * len(prompts))
         assert empty is not None

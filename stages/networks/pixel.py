@@ -19,8 +19,9 @@ LABELS = "id2label"
 
 
 class PixelTeacher(NetworkTeacher):
-    """Prompts are classes, by number ("7") or by the name that the folder gives them; of an unconditional teacher
-    all are empty. A class more than there are names is the one for no class, which guidance needs."""
+    """Prompts are classes, by number ("7") or by the name that the folder gives to one of them alone; of an
+    unconditional teacher all are empty. A class more than there are names is the one for no class, which guidance
+    needs."""
 
     UNET = UNet2DModel
 
@@ -30,10 +31,11 @@ class PixelTeacher(NetworkTeacher):
         super().__init__(folder, device=device, dtype=dtype, compile=compile)
         self.index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         classes = self.unet.config["num_class_embeds"]
-        names = {str(name): int(number) for number, name in self.index.get(LABELS, {}).items()}
-        self._classes = None if classes is None else {**{str(i): i for i in range(classes)}, **names}
-        if self._classes is not None and names and len(names) == classes - 1:
-            self._classes[""] = next(i for i in range(classes) if i not in names.values())
+        labels = {int(number): str(name) for number, name in self.index.get(LABELS, {}).items()}
+        unique = {name: number for number, name in labels.items() if list(labels.values()).count(name) == 1}
+        self._classes = None if classes is None else {**unique, **{str(i): i for i in range(classes)}}
+        if self._classes is not None and len(labels) == classes - 1:
+            self._classes[""] = next(i for i in range(classes) if i not in labels)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
         """Classes (B,); None for an unconditional teacher."""
@@ -48,14 +50,17 @@ class PixelTeacher(NetworkTeacher):
                 "the teacher has no class that stands for none: prompts are needed, and guidance_scale: 1.0"
             )
         if unknown is not None:
-            raise StageError(f"{unknown!r} is no class of the teacher; it has {', '.join(list(self._classes)[:20])}")
+            known = ", ".join(filter(None, list(self._classes)[:20]))
+            raise StageError(f"{unknown!r} is no class of the teacher; it has {known}")
         return torch.tensor([self._classes[prompt] for prompt in prompts], device=self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents.float().cpu().clamp(-1, 1)
+        images = latents.float().cpu().clamp(-1, 1)
+        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
     def encode(self, images: Tensor) -> Tensor:
-        return images.to(self.device, torch.float32)
+        images = images.to(self.device, torch.float32)
+        return images.mean(1, keepdim=True) if self.latent_shape[0] == 1 else images
 
     def save_pipeline(self, unet: Any, scheduler: Any, folder: Path) -> None:
         DDIMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)

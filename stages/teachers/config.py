@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.base import Choice, Config
 from stages.data.images.config import IMAGE_SETS, ImageSet
@@ -31,6 +31,15 @@ class TrainedTeacher(Config):
     drop_text: float = Field(0.1, ge=0, lt=1, description="share of prompts replaced by the empty one")
     vae: VaeSettings = VaeSettings()
     denoiser: DenoiserSettings = DenoiserSettings()
+
+    @model_validator(mode="after")
+    def _sizes_halve(self) -> Self:
+        step = 2 ** (len(self.vae.channels) + len(self.denoiser.channels) - 2)
+        if self.dataset.size % step:
+            raise ValueError(
+                f"images of {self.dataset.size} pixels cannot be halved as often: give a multiple of {step}"
+            )
+        return self
 
     @property
     def latent_size(self) -> int:

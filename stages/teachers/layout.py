@@ -60,6 +60,9 @@ SUPPORTED = (
     "`train:` and `gaussian:`"
 )
 
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+"""Noise schedules that diffusers' DDIMScheduler makes."""
+
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that a pipeline may carry and Retort does without."""
 
@@ -85,8 +88,10 @@ def check(folder: Path) -> Layout:
     if wanted:
         raise StageError(f"{folder}'s unet has {wanted}: {unet[wanted]}; {SUPPORTED}")
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
-    if not scheduler.get("beta_schedule") and not scheduler.get("trained_betas"):
-        raise StageError(f"{folder}'s scheduler, {scheduler.get('_class_name')}, has no betas; {SUPPORTED}")
+    if scheduler.get("beta_schedule") not in BETAS and not scheduler.get("trained_betas"):
+        raise StageError(
+            f"{folder}'s scheduler, {scheduler.get('_class_name')}, has no betas that are known; {SUPPORTED}"
+        )
     return layout
 
 

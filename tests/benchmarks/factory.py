@@ -1,4 +1,5 @@
-"""Factory efficiency: seconds spent inside the U-Net over wall seconds, in steady state, with one worker.
+"""Factory efficiency: seconds inside the U-Net, and seconds spent writing shards, over wall seconds, in steady state,
+with one worker.
 
     python -m tests.benchmarks.factory ARTIFACT [--engine ray|inline] [--shards 12]
 
@@ -12,30 +13,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
+import stages.factory
 from pipeline.cluster import RayEngine
 from pipeline.engine import InlineEngine, WorkerShape
 from pipeline.store import load_artifact
-from stages.data.pool import plan_shards
+from stages.data.pool import PROMPTS, plan_shards, pool_of
+from stages.data.shards import write_shard
 from stages.factory import ShardWorker
 
 
 class TimedWorker:
-    """A ShardWorker that says how long it has been inside the U-Net so far."""
+    """A ShardWorker that says how long it has been inside the U-Net, and writing, so far."""
 
     def __init__(self, **settings):
         self.worker = ShardWorker(**settings)
-        self.inside = self.entered = 0.0
+        self.inside = self.entered = self.writing = 0.0
+        stages.factory.write_shard = self._write
         self.worker.teacher.unet.register_forward_pre_hook(self._enter)
         self.worker.teacher.unet.register_forward_hook(self._leave)
 
     def __call__(self, plan):
         self.worker(plan)
-        return self.inside
+        return self.inside, self.writing
+
+    def _write(self, *arguments):
+        started = time.perf_counter()
+        sha256 = write_shard(*arguments)
+        self.writing += time.perf_counter() - started
+        return sha256
 
     def _enter(self, *_):
         self.entered = time.perf_counter()
@@ -54,12 +65,14 @@ def main() -> None:
     config = pairs.stage
     engine = RayEngine() if arguments.engine == "ray" else InlineEngine()
     with tempfile.TemporaryDirectory() as pool:
+        shutil.copy(pool_of(pairs.folder) / PROMPTS, pool)
         make = partial(
             TimedWorker,
             teacher_artifact=pairs.inputs["teacher"],
-            prompts_source=config.prompts,
-            prompts_identity=pairs.record["identity"]["contents"]["prompts"],
+            prompts_identity="the artifact's",
             sampler=config.sampler,
+            path_timesteps=config.path_timesteps,
+            text_embeddings=config.text_embeddings,
             dtype=config.dtype,
             storage_dtype=config.storage_dtype,
             execution=config.execution,
@@ -68,13 +81,14 @@ def main() -> None:
             threads=os.cpu_count() or 1,
         )
         plans = plan_shards(arguments.shards * config.shard_size, config.shard_size)
-        seen = [(time.perf_counter(), inside) for _, inside in engine.map("timed", make, plans, WorkerShape(1, 0.0))]
+        seen = [(time.perf_counter(), *spent) for _, spent in engine.map("timed", make, plans, WorkerShape(1, 0.0))]
     engine.close()
-    (start, inside_at_start), (end, inside_at_end) = seen[1], seen[-1]
+    (start, inside_at_start, writing_at_start), (end, inside_at_end, writing_at_end) = seen[1], seen[-1]
     result = {
         "engine": arguments.engine,
         "pairs_per_second": round((len(seen) - 2) * config.shard_size / (end - start), 1),
         "efficiency": round((inside_at_end - inside_at_start) / (end - start), 3),
+        "writing": round((writing_at_end - writing_at_start) / (end - start), 4),
     }
     print(json.dumps(result))
 

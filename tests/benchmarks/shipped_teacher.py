@@ -71,12 +71,18 @@ def ship(artifact: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     record = json.loads((artifact / "artifact.json").read_text())
+    if not record["commit"] or "dirty" in record["commit"]:
+        raise SystemExit(f"{artifact} was made by {record['commit'] or 'no'} commit: train it in a clean checkout")
     target = SHIPPED / NAME
     shutil.rmtree(target, ignore_errors=True)
     pipeline = StableDiffusionPipeline.from_pretrained(
         artifact, torch_dtype=torch.float16, safety_checker=None, requires_safety_checker=False
     )
     pipeline.save_pretrained(target, safe_serialization=True)
+    for path in target.rglob("*.json"):  # where it lay on the machine that made it is nobody's business
+        values = json.loads(path.read_text())
+        if values.pop("_name_or_path", None):
+            path.write_text(json.dumps(values, indent=2) + "\n")
     metrics = record["metrics"]
     (target / "README.md").write_text(
         f"""---

@@ -23,6 +23,8 @@ from stages.data.images.config import FileSet, ImageFolder, ParquetImages, WebDa
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 METADATA = ("metadata.csv", "metadata.jsonl")
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What Pillow may take a file for: some of its other readers run programs."""
 ROWS = 64
 
 
@@ -40,8 +42,12 @@ class Example:
         from PIL import Image, ImageOps
 
         try:
-            with Image.open(self.encoded if isinstance(self.encoded, Path) else BytesIO(self.encoded)) as opened:
-                upright = ImageOps.exif_transpose(opened).convert("RGB")
+            source = self.encoded if isinstance(self.encoded, Path) else BytesIO(self.encoded)
+            with Image.open(source, formats=FORMATS) as opened:
+                upright = ImageOps.exif_transpose(opened)
+                if upright.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off instead of scaling
+                    upright = Image.fromarray((np.asarray(upright) / 257.0).round().clip(0, 255).astype(np.uint8))
+                upright = upright.convert("RGB")
                 square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise StageError(f"{self.where}: not an image that can be read ({error})") from None
@@ -68,8 +74,12 @@ def _folder(config: ImageFolder) -> Iterator[Example]:
         for number, row in _rows(metadata):
             where = f"{metadata}, row {number}"
             file = folder / _text(row, "file_name", where)
-            if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-                raise StageError(f"{where}: file_name {row['file_name']!r} is no file below {folder}")
+            try:
+                inside = file.resolve().is_relative_to(folder.resolve()) and file.is_file()
+            except (OSError, ValueError):
+                inside = False
+            if not inside:
+                raise StageError(f"{where}: file_name {row['file_name']!r:.80} is no file below {folder}")
             yield Example(str(file), file, _caption(row, config, where), _label(row, config, where))
         return
     if config.label is not None or config.caption not in (None, "txt"):
@@ -78,7 +88,7 @@ def _folder(config: ImageFolder) -> Iterator[Example]:
             f"image set {folder}: {wanted} needs {' or '.join(METADATA)}; for text files beside the images give "
             "caption: txt, for no captions caption: null"
         )
-    for name, file in files_of(config.path, tuple(f"*.{kind}" for kind in IMAGES)).items():
+    for name, file in files_of(config.path, tuple(f"**/*.{kind}" for kind in IMAGES)).items():
         text = file.with_suffix(".txt")
         if config.caption and not text.is_file():
             raise StageError(f"{file}: expected its caption in {text.name} beside it")
@@ -86,22 +96,26 @@ def _folder(config: ImageFolder) -> Iterator[Example]:
 
 
 def _rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    number = 0
     try:
         with open(metadata, encoding="utf-8-sig", newline="") as file:
             if metadata.suffix == ".csv":
-                yield from enumerate(csv.DictReader(file, strict=True), 1)
+                for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+                    yield number, row
                 return
             for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise StageError(f"{metadata}, row {number}: expected an object")
+                    raise ValueError("expected an object")
                 yield number, row
-    except (csv.Error, ValueError) as error:
-        raise StageError(f"{metadata} cannot be read: {error}") from None
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise StageError(f"{metadata}, near row {max(1, number)}: cannot be read ({error})") from None
 
 
 def _webdataset(config: WebDataset) -> Iterator[Example]:
-    for path in files_of(config.path, ("*.tar",)).values():
+    for path in files_of(config.path, ("**/*.tar",)).values():
         try:
             with open(path, "rb") as file:
                 for sample in tars.walk(file):
@@ -135,7 +149,7 @@ def _parquet(config: ParquetImages) -> Iterator[Example]:
     import pyarrow.parquet as pq
 
     columns = [name for name in (config.image, config.caption, config.label) if name is not None]
-    for path in files_of(config.path, ("*.parquet",)).values():
+    for path in files_of(config.path, ("**/*.parquet",)).values():
         try:
             file = pq.ParquetFile(path, memory_map=True)
             missing = next((name for name in columns if name not in file.schema_arrow.names), None)
@@ -151,7 +165,7 @@ def _parquet(config: ParquetImages) -> Iterator[Example]:
                     if not isinstance(image, bytes):
                         raise StageError(f"{where}: column {config.image!r} holds no encoded image")
                     yield Example(where, image, _caption(row, config, where), _label(row, config, where))
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise StageError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
 
 
@@ -167,6 +181,10 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = f"{value!r:.40}" if name in row else f"it has: {', '.join(map(str, row))}"
         raise StageError(f"{where}: expected text in {name!r}; {found}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise StageError(f"{where}: {name!r} is not text that UTF-8 can hold") from None
     return value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,19 +39,29 @@ def load(
     """
     if isinstance(config, Digits):
         images = digits.load(config, held_out)
-        return images if limit is None else images.take(np.arange(min(limit, len(images))))
+        return images if limit is None else images.take(_some(len(images), limit))
     assert isinstance(config, FileSet)
 
-    def chosen() -> Iterator[Example]:
+    def split() -> Iterator[Example]:
         every = config.hold_out_every
-        return islice((e for i, e in enumerate(examples(config)) if (i % every == every - 1) == held_out), limit)
+        return (e for i, e in enumerate(examples(config)) if (i % every == every - 1) == held_out)
 
-    about = [(example.caption, example.label) for example in chosen()]
+    about = [(example.caption, example.label) for example in split()]
     if not about:
         raise StageError(f"image set {config.path}: too few images to hold every {config.hold_out_every}th out")
-    pixels = _decoded(chosen(), (len(about), 3, config.size, config.size), config, held_out, scratch)
+    kept = _some(len(about), limit)
+    wanted = set(kept.tolist())
+    chosen = (example for i, example in enumerate(split()) if i in wanted)
+    about = [about[i] for i in kept]
+    pixels = _decoded(chosen, (len(about), 3, config.size, config.size), config, held_out, scratch)
     labels = {} if config.label is None else {"label": _classes(config, [label for _, label in about])}
     return LabelledImages(pixels, [caption for caption, _ in about], labels, np.arange(len(about)))
+
+
+def _some(length: int, limit: int | None) -> np.ndarray:
+    """At most `limit` places, in order, spread at random: files often come class by class."""
+    places = np.random.default_rng(0).permutation(length)[: length if limit is None else limit]
+    return np.sort(places)
 
 
 def _classes(config: FileSet, found: list[str | int]) -> np.ndarray:

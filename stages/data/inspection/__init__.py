@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from stages.base import StageError
 from stages.data.inspection.foreign import Foreign
-from stages.data.inspection.receipted import Receipt, check_shards
+from stages.data.inspection.receipted import Checked, check_shards, sha256
 from stages.data.inspection.source import Source
 from stages.data.records import ShardFacts
 from stages.data.statistics import Moments, ks_distance
@@ -34,21 +35,21 @@ def inspect_shards(target: str, *, deep: bool = False) -> dict[str, Any]:
     tars = source.tars()
     if not tars:
         raise StageError(f"{target} holds no shards: no .tar is there")
-    receipted = source.sealed or any(tar.receipt in source.sizes for tar in tars)
-    report = _receipted(source, deep) if receipted else _foreign(source, deep)
+    report = _receipted(source, deep) if source.receipted else _foreign(source, deep)
     if report["repeated_noises"]:
         report["damaged"]["noise"] = f"{report['repeated_noises']:,} samples start from a noise that another has too"
     return {"target": target, "deep": deep, **report}
 
 
 def _receipted(source: Source, deep: bool) -> dict[str, Any]:
-    checked = list(check_shards(source, source.tars(), deep))
+    checked = _without_covered(source, check_shards(source, source.tars(), deep))
     good = [one.receipt for one in checked if one.receipt]
     facts = [one.facts for one in good]
     there = {tar.path for tar in source.tars()}
     noise, prompts = _joined([one.noise for one in good]), _joined([one.prompt for one in good])
     damaged = {one.tar.path: f"{one.kind}: {one.problem}" for one in checked if one.problem is not None}
-    damaged |= {f"{number:05d}.tar": "missing: no such number between the others" for number in _gaps(source, good)}
+    damaged |= _prompts_damage(source, deep)
+    damaged |= {} if damaged or source.sealed else _gaps(checked)
     return {
         "count": sum(one.count for one in facts),
         "shards": len(facts),
@@ -68,17 +69,52 @@ def _receipted(source: Source, deep: bool) -> dict[str, Any]:
     }
 
 
+def _prompts_damage(source: Source, deep: bool) -> dict[str, str]:
+    """What is wrong with the table of prompts that a sealed artifact's pool holds."""
+    if not source.sealed:
+        return {}
+    about = source.sealed["prompts"]
+    size = source.sizes.get(about["file"])
+    if size is None:
+        return {about["file"]: "missing: the table of prompts is not there"}
+    if size != about["bytes"]:
+        return {about["file"]: f"corrupt: {size} bytes instead of {about['bytes']}"}
+    if deep and sha256(source, about["file"]) != about["sha256"]:
+        return {about["file"]: "corrupt: its content is not what was sealed"}
+    return {}
+
+
 def _joined(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
 
 
-def _gaps(source: Source, receipts: Sequence[Receipt]) -> list[int]:
-    """Numbers that a folder's shards leave out. What a sealed artifact lacks, its list says."""
-    stems = [tar.path.removesuffix(".tar") for tar in source.tars()]
-    if source.sealed or not all(stem.isascii() and stem.isdigit() for stem in stems):
-        return []
-    numbers = {int(stem) for stem in stems}
-    return sorted({*range(min(max(numbers), 10 * len(numbers)))} - numbers)
+def _without_covered(source: Source, checked: Iterable[Checked]) -> list[Checked]:
+    """All shards, but for shorter ones of a pool whose samples a longer one holds, too: when a count is raised, the
+    last, short shard of the lower count stays for the artifacts that list it."""
+    found = list(checked)
+    if source.sealed:
+        return found
+    longest: dict[int, int] = {}
+    for one in found:
+        if one.receipt:
+            longest[one.receipt.first] = max(one.receipt.facts.count, longest.get(one.receipt.first, 0))
+    return [
+        one
+        for one in found
+        if not (
+            one.receipt and one.tar.path.startswith("tail-") and one.receipt.facts.count < longest[one.receipt.first]
+        )
+    ]
+
+
+def _gaps(checked: Sequence[Checked]) -> dict[str, str]:
+    """Samples that a folder's whole shards leave out between them. What a sealed artifact lacks, its list says."""
+    spans = sorted((one.receipt.first, one.receipt.facts.count, one.tar.path) for one in checked if one.receipt)
+    return {
+        f"before {path}": f"missing: samples {start + count} to {first - 1}"
+        for (start, count, _), (first, _, path) in itertools.pairwise(spans)
+        if first > start + count
+    }
 
 
 def _spread(parts: Sequence[Moments]) -> dict[str, float]:
@@ -141,6 +177,7 @@ def _foreign(source: Source, deep: bool) -> dict[str, Any]:
             damaged[tar.path] = f"corrupt: {error}"
     for name, count in found.unreadable.items():
         damaged[f"*.{name}"] = f"corrupt: {count:,} members are not what their name says"
+    unseen = {name: count for name, count in found.unseen.items() if count}
     return {
         "count": found.samples,
         "shards": len(source.tars()) - sum(path in damaged for path in source.sizes),
@@ -152,9 +189,11 @@ def _foreign(source: Source, deep: bool) -> dict[str, Any]:
         "members": {n: {"count": c, "bytes": found.bytes_of[n]} for n, c in found.members.most_common()},
         "incomplete": found.incomplete,
         "never_opened": found.never_opened,
-        "repeated_noises": len(found.noise) - len(set(found.noise)),
+        "not_looked_into": unseen,
+        "images": {f"{w}x{h}": count for (w, h), count in found.images.most_common(20)},
+        "repeated_noises": len(found.noise) - len(np.unique(found.noise)),
         "prompts": {
-            "distinct": len(set(found.prompt)),
+            "distinct": len(np.unique(found.prompt)),
             "empty": found.empty,
             "characters": _spread([found.characters]),
             "words": _spread([found.words]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.data import tars
+from stages.data.images.files import FORMATS, IMAGES
 from stages.data.inspection.source import Listed, Source
 from stages.data.noise import hash64
 from stages.data.shards import npy_header
@@ -22,6 +24,14 @@ from stages.data.statistics import Moments, histogram
 PICKLES = ("pth", "pt", "pkl", "pickle", "pyd", "ten", "joblib")
 MOST = 256 * 1024**2
 """Bytes of the largest array that is looked into."""
+
+
+CHUNK = 1 << 20
+"""Elements that are summarised at once."""
+
+
+class NotNumbersError(Exception):
+    """A member that is whole but holds something else than numbers, or too much of them."""
 
 
 @dataclass
@@ -40,57 +50,77 @@ class Foreign:
     members: Counter[str] = field(default_factory=Counter)
     bytes_of: Counter[str] = field(default_factory=Counter)
     arrays: dict[str, ArraySummary] = field(default_factory=dict)
-    noise: list[int] = field(default_factory=list)
-    prompt: list[int] = field(default_factory=list)
+    noise: array[int] = field(default_factory=lambda: array("Q"))
+    prompt: array[int] = field(default_factory=lambda: array("Q"))
     characters: Moments = field(default_factory=Moments)
     words: Moments = field(default_factory=Moments)
     empty: int = 0
     unreadable: Counter[str] = field(default_factory=Counter)
     """Extension -> members that are not what it says."""
+    unseen: Counter[str] = field(default_factory=Counter)
+    """Extension -> members of other kinds than numbers, or too large, which are not looked into."""
+    images: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """(width, height) -> how many."""
 
     def look(self, source: Source, tar: Listed, deep: bool) -> None:
-        """Add one tar: its members and texts; with `deep` the values of its arrays too. Raises ValueError or
-        OSError for a tar that is damaged."""
+        """Add one tar: its members and texts; with `deep` the values of its arrays and its images, too. Raises
+        ValueError or OSError for a tar that is damaged."""
+        lengths: list[tuple[int, int]] = []
         with source.open(tar.path) as file:
             for number, sample in enumerate(tars.walk(file)):
                 self.samples += 1
-                for extension, place in sample.members.items():
+                for name, place in sample.members.items():
+                    extension = name.encode("utf-8", "backslashreplace").decode()  # names are bytes, of any kind
                     self.members[extension] += 1
                     self.bytes_of[extension] += place[1]
-                    self._member(file, extension, place, deep, first=number == 0)
+                    position = file.tell()  # the walk goes on from where it was
+                    self._member(file, extension, place, deep, number == 0, lengths)
+                    file.seek(position)
+        characters, words = np.array(lengths or [(0, 0)]).T[:, : len(lengths)]
+        self.characters = self.characters.merge(Moments.of(characters))
+        self.words = self.words.merge(Moments.of(words))
 
-    def _member(self, file: IO[bytes], extension: str, place: tuple[int, int], deep: bool, first: bool) -> None:
+    def _member(
+        self,
+        file: IO[bytes],
+        extension: str,
+        place: tuple[int, int],
+        deep: bool,
+        first: bool,
+        lengths: list[tuple[int, int]],
+    ) -> None:
         kind = extension.rpartition(".")[2]
-        position = file.tell()  # the walk goes on from where it was
+        if kind not in ("txt", "json", "npy", "npz", *IMAGES) or (kind != "txt" and not (deep or first)):
+            return
         try:
+            if place[1] > MOST:
+                raise NotNumbersError
+            content = tars.read(file, place)
             if kind == "txt":
-                self._text(tars.read(file, place).decode("utf-8"))
-            elif kind == "json" and deep:
-                json.loads(tars.read(file, place))
-            elif kind in ("npy", "npz") and (deep or first) and place[1] <= MOST:
-                arrays = _npz(tars.read(file, place)) if kind == "npz" else {"": tars.read(file, place)}
-                for inside, content in arrays.items():
-                    name = f"{extension.removesuffix('.' + kind).removesuffix(kind)}{'/' if inside else ''}{inside}"
-                    self._array(name or "array", _array(content), deep)
-        except (ValueError, OSError, EOFError, OverflowError, RecursionError, MemoryError, zipfile.BadZipFile):
+                text = content.decode("utf-8")
+                self.prompt.append(hash64(content))
+                self.empty += not text.strip()
+                lengths.append((len(text), len(text.split())))
+            elif kind == "json":
+                json.loads(content)
+            elif kind in IMAGES:
+                self.images[image_size(content)] += 1
+            else:
+                stem = extension.removesuffix(kind).removesuffix(".")
+                for inside, raw in (_npz(content) if kind == "npz" else {"": content}).items():
+                    self._array("/".join(filter(None, (stem, inside))) or "array", _array(raw), deep)
+        except NotNumbersError:
+            self.unseen[extension] += 1
+        except Exception:  # what NumPy, zipfile and Pillow raise at hostile bytes is listed nowhere
             self.unreadable[extension] += 1
-        except Exception:  # what else NumPy's header parser raises at hostile bytes is not listed anywhere
-            self.unreadable[extension] += 1
-        finally:
-            file.seek(position)
-
-    def _text(self, text: str) -> None:
-        self.prompt.append(hash64(text.encode("utf-8")))
-        self.characters = self.characters.merge(Moments.of(np.array([len(text)])))
-        self.words = self.words.merge(Moments.of(np.array([len(text.split())])))
-        self.empty += not text.strip()
 
     def _array(self, name: str, values: NDArray[Any], deep: bool) -> None:
         summary = self.arrays.setdefault(name, ArraySummary())
         summary.kinds[(values.dtype.name, values.shape)] += 1
         if deep:
-            summary.moments = summary.moments.merge(Moments.of(values))
-            summary.histogram += np.array(histogram(values))
+            for part in np.array_split(values.ravel(), max(1, values.size // CHUNK)):
+                summary.moments = summary.moments.merge(Moments.of(part))
+                summary.histogram += np.array(histogram(part))
             if name == "noise":
                 self.noise.append(hash64(values.tobytes()))
 
@@ -105,11 +135,11 @@ class Foreign:
 
 
 def _array(content: bytes) -> NDArray[Any]:
-    """A .npy of numbers. Raises ValueError if it is anything else."""
+    """A .npy of numbers. Raises NotNumbersError for another kind, ValueError for what is none at all."""
     file = BytesIO(content)
     shape, dtype = npy_header(file)
     if dtype.kind not in "fiub" or dtype.hasobject:
-        raise ValueError(f"an array of {dtype}")
+        raise NotNumbersError
     raw = memoryview(content)[file.tell() :]
     if any(side < 0 for side in shape) or len(raw) != int(np.prod(shape, dtype=object)) * dtype.itemsize:
         raise ValueError("not as long as its header says")
@@ -119,5 +149,15 @@ def _array(content: bytes) -> NDArray[Any]:
 def _npz(content: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(BytesIO(content)) as archive:
         if sum(info.file_size for info in archive.infolist()) > MOST:
-            raise ValueError("unpacks to more than is looked into")
-        return {info.filename.removesuffix(".npy"): archive.read(info) for info in archive.infolist()}
+            raise NotNumbersError
+        inside = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        return {info.filename.removesuffix(".npy"): archive.read(info) for info in inside}
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """(width, height) of an image that decodes. Only these formats are ever tried: others run programs."""
+    from PIL import Image
+
+    with Image.open(BytesIO(content), formats=FORMATS) as image:
+        image.load()
+        return image.size

@@ -11,14 +11,14 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from stages.data.inspection.source import Listed, Source
-from stages.data.receipts import check_seal, parse_facts
+from stages.data.receipts import read_receipt
 from stages.data.records import ShardFacts
 
 T = TypeVar("T")
+COLUMNS = {"index": pa.int64(), "noise_hash": pa.uint64(), "prompt_hash": pa.uint64()}
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,25 @@ def _check(source: Source, tar: Listed, deep: bool) -> Checked:
         facts = receipt.facts
         if size != facts.bytes or tar.bytes not in (None, size):
             raise ValueError(f"{size} bytes instead of {facts.bytes if tar.bytes is None else tar.bytes}")
-        if tar.sha256 not in (None, facts.sha256):
+        if tar.sha256 not in (None, facts.sha256) or tar.count not in (None, facts.count):
             raise ValueError("another shard than the one that was sealed")
-        if deep and _sha256(source, tar.path) != facts.sha256:
+        if deep and sha256(source, tar.path) != facts.sha256:
             raise ValueError("its content is not what the receipt says")
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, OverflowError) as error:
         return Checked(tar, None, "corrupt", str(error))
     return Checked(tar, receipt)
 
 
 def _read(source: Source, tar: Listed) -> Receipt:
-    content = source.read(tar.receipt)
-    check_seal(content)
-    file = pq.ParquetFile(pa.BufferReader(content))
-    facts = parse_facts(file.metadata)
-    rows = file.read(columns=["index", "noise_hash", "prompt_hash"], use_threads=False)
-    if len(rows) != facts.count:
-        raise ValueError(f"its receipt has {len(rows)} rows for {facts.count} samples")
-    index, noise, prompt = (rows[name].to_numpy() for name in ("index", "noise_hash", "prompt_hash"))
+    facts, rows = read_receipt(source.read(tar.receipt), list(COLUMNS))
+    for name, kind in COLUMNS.items():
+        if rows.schema.field(name).type != kind or rows[name].null_count:
+            raise ValueError(f"its receipt's column {name} is no {kind}")
+    index, noise, prompt = (rows[name].to_numpy() for name in COLUMNS)
     return Receipt(facts, noise, prompt, int(index.min()) if len(index) else 0)
 
 
-def _sha256(source: Source, path: str) -> str:
+def sha256(source: Source, path: str) -> str:
     digest = hashlib.sha256()
     for block in source.blocks(path):
         digest.update(block)

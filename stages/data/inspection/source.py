@@ -6,13 +6,19 @@ import json
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 from fsspec.core import url_to_fs
 
 from stages.base import StageError
-from stages.data.pool import LIST, parse_list
+from stages.data.pool import LIST, PROMPTS, parse_list
+from stages.data.receipts import SEAL
+
+SAMPLED = 100
+"""Parquet files that are looked into for a receipt's seal, at most."""
+LARGEST_RECEIPT = 256 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,7 @@ class Listed:
     """A tar, and of a sealed artifact what it was when it was sealed."""
 
     path: str
+    count: int | None = None
     bytes: int | None = None
     sha256: str | None = None
 
@@ -49,25 +56,42 @@ class Source:
 
     def _sizes(self) -> dict[str, int]:
         """Path below the root -> bytes. Hidden files are what a killed worker left."""
-        if self._fs.isfile(self.root):
-            name = posixpath.basename(self.root)
+        if self.root.endswith(".tar"):
+            receipt = Listed(self.root).receipt
+            found = {path: self._fs.info(path) for path in (self.root, receipt) if self._fs.exists(path)}
+            if not found:
+                raise FileNotFoundError(self.root)
             self.root = posixpath.dirname(self.root)
-            found = {posixpath.join(self.root, name): self._fs.info(posixpath.join(self.root, name))}
         else:
             found = self._fs.find(self.root, detail=True)
-        inside = {posixpath.relpath(path, self.root): int(about["size"] or 0) for path, about in found.items()}
+        inside = {posixpath.relpath(path, self.root): self._size(path, about) for path, about in found.items()}
         return {
             path: size
             for path, size in sorted(inside.items())
             if not any(part.startswith(".") for part in PurePosixPath(path).parts)
         }
 
+    def _size(self, path: str, about: dict[str, Any]) -> int:
+        """A listing over HTTP has no sizes: each file is asked for its own."""
+        size = about.get("size")
+        return int((self._fs.info(path).get("size") or 0) if size is None else size)
+
+    @cached_property
+    def receipted(self) -> bool:
+        """Whether these are shards of Retort's: a list, a table of prompts or a receipt says so. Others put parquet
+        files beside tars, too (img2dataset does)."""
+        if self.sealed or PROMPTS in self.sizes:
+            return True
+        tables = [path for path in self.sizes if path.endswith(".parquet")]
+        return any(SEAL in self.read(path) for path in tables[:SAMPLED] if self.sizes[path] <= LARGEST_RECEIPT)
+
     def tars(self) -> list[Listed]:
         """Of a sealed artifact the listed ones, whether they are there or not; else all that are there, and those
         that a receipt says should be."""
         if self.sealed:
-            return [Listed(s["tar"], s["bytes"], s["sha256"]) for s in self.sealed["shards"]]
-        stems = {path.rpartition(".")[0] for path in self.sizes if path.endswith((".tar", ".parquet"))}
+            return [Listed(s["tar"], s["count"], s["bytes"], s["sha256"]) for s in self.sealed["shards"]]
+        kinds = (".tar", ".parquet") if self.receipted else (".tar",)
+        stems = {path.rpartition(".")[0] for path in self.sizes if path.endswith(kinds)}
         return [Listed(f"{stem}.tar") for stem in sorted(stems)]
 
     def open(self, path: str) -> IO[bytes]:

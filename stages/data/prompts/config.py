@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
+import glob
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Self
 
 from pydantic import model_validator
@@ -12,7 +13,7 @@ from stages.data.images.config import EMBEDDED, IMAGE_SETS, ImageSet
 
 FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
 TABLES = (".csv", ".jsonl", ".parquet")
-PATTERNS = tuple(f"*{suffix}" for suffix in FORMATS)
+PATTERNS = tuple(f"**/*{suffix}" for suffix in FORMATS)
 DEFAULT_COLUMN = "prompt"
 
 
@@ -39,7 +40,8 @@ class Prompts(Config):
         if (self.path is None) == (self.images is None):
             raise ValueError("give either path or images")
         suffix = PurePath(self.path or "").suffix.lower()
-        if suffix and suffix not in FORMATS:
+        several = glob.has_magic(self.path or "") or Path(self.path or "").is_dir()
+        if suffix and suffix not in FORMATS and not several:
             raise ValueError(f"prompts are {', '.join(EMBEDDED)}, or {', '.join(FORMATS)} files, not {self.path!r}")
         if self.column is not None and (self.images is not None or suffix == ".txt"):
             raise ValueError("only .csv, .jsonl and .parquet files have a column")

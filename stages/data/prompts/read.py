@@ -88,6 +88,10 @@ def _checked(path: Path, rows: Iterator[tuple[int, object]], unit: str = "row") 
             raise StageError(f"prompts {path}, {unit} {number}: {found}; expected text")
         if not value.strip():
             raise StageError(f"prompts {path}, {unit} {number}: empty; expected a prompt")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise StageError(f"prompts {path}, {unit} {number}: not text that UTF-8 can hold") from None
         yield value
 
 

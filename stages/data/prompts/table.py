@@ -12,21 +12,20 @@ import pyarrow as pa
 
 from stages.base import StageError
 from stages.data.files import EVERYTHING, publish, sha256_of_all, temporary_of
+from stages.data.pool import PROMPTS
 from stages.data.prompts.config import PATTERNS, Prompts
 from stages.data.prompts.read import read_prompts
 
-FILE = "prompts.arrow"
 SCHEMA = pa.schema([("prompt", pa.string())])
 
 
 def write_table(source: Prompts | None, contents: Mapping[str, str], path: Path) -> None:
-    """Write the table that `PromptTable` reads, unless it is there. Without a source it holds one empty prompt.
+    """Write the table that `PromptTable` reads, also over one that may be damaged. Without a source it holds one
+    empty prompt.
 
     `contents` is what the plan found files to hold, by dotted path. Raises StageError for prompts that cannot
     be read, and when the file has changed since.
     """
-    if path.exists():
-        return
     temporary = temporary_of(path)
     try:
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
@@ -53,9 +52,9 @@ class PromptTable:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self._prompts = pa.ipc.open_file(pa.memory_map(str(folder / FILE))).read_all().column(0)
+            self._prompts = pa.ipc.open_file(pa.memory_map(str(folder / PROMPTS))).read_all().column(0)
         except (OSError, pa.ArrowInvalid) as error:
-            raise StageError(f"{folder / FILE} cannot be read ({error}); resume the run that made it") from None
+            raise StageError(f"{folder / PROMPTS} cannot be read ({error}); resume the run that made it") from None
 
     def __len__(self) -> int:
         return len(self._prompts)

@@ -1,0 +1,145 @@
+"""Pixel-space teachers: stock pipelines without text, unconditional and by class."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+
+from pipeline.errors import StageFailed
+from stages.base import StageError
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+from stages.networks.pixel import PixelTeacher
+from stages.networks.student import OneStepStudent
+from tests.conftest import execute
+
+PIPELINE = """
+name: pixels
+stages:
+  teacher: {{kind: teacher, from: {folder}}}
+  pairs:
+    kind: pairs
+    teacher: teacher
+    {prompts}
+    count: 24
+    shard_size: 8
+    sampler: {{steps: 4, guidance_scale: {scale}}}
+    execution: {{micro_batch: 8, threads: 2}}
+  student:
+    kind: distill
+    pairs: pairs
+    method: knowledge_distillation
+    training: {{steps: 4, batch_size: 4}}
+    held_out: 8
+    execution: {{threads: 2}}
+  quality: {{kind: evaluate, student: student, samples: 20, teacher_steps: [1]}}
+"""
+
+
+def network(classes: int | None = None) -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        num_class_embeds=classes,
+    )
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory):
+    """A stock DDPM pipeline, as those trained on CIFAR-10 are saved, its schedule linear."""
+    folder = tmp_path_factory.mktemp("unconditional")
+    DDPMPipeline(unet=network(), scheduler=DDPMScheduler(beta_schedule="linear")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory):
+    """Two classes and one that stands for none."""
+    folder = tmp_path_factory.mktemp("by_class")
+    DDIMPipeline(unet=network(3), scheduler=DDIMScheduler()).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "id2label": {"0": "cat", "1": "dog"}}))
+    return folder
+
+
+def test_an_unconditional_teacher_goes_all_the_way(unconditional, tmp_path):
+    plan = execute(PIPELINE.format(folder=unconditional, prompts="", scale=1.0), tmp_path)
+    reader = PairReader(read_list(plan["pairs"].artifact.folder))
+    held = reader.batch(range(4))
+    assert held.prompts == [""] * 4 and held.noise.shape == (4, 3, 8, 8)
+    assert plan["quality"].artifact.record["metrics"]["sides"]["teacher_4"]["network_calls"] == 4
+    folder = plan["student"].artifact.folder
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline) is DDIMPipeline
+    pipeline.set_progress_bar_config(disable=True)
+    teacher = PixelTeacher(plan["teacher"].artifact.folder)
+    student = OneStepStudent.load(folder, teacher)
+    generator = torch.Generator().manual_seed(3)
+    image = pipeline(num_inference_steps=1, generator=generator, output_type="np").images[0]
+    noise = torch.randn((1, 3, 8, 8), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        x0 = student(noise, None).clamp(-1, 1)
+    np.testing.assert_allclose(image, (x0[0] / 2 + 0.5).permute(1, 2, 0), atol=1e-5)
+    assert "pipeline(num_inference_steps=1)" in (folder / "README.md").read_text()
+
+
+def test_a_teacher_by_class_goes_all_the_way_and_keeps_its_names(by_class, tmp_path):
+    prompts = tmp_path / "classes.txt"
+    prompts.write_text("cat\n1\n")
+    plan = execute(PIPELINE.format(folder=by_class, prompts=f"prompts: {prompts}", scale=2.0), tmp_path / "store")
+    assert plan["quality"].artifact.record["metrics"]["sides"]["teacher_4"]["network_calls"] == 8
+    folder = plan["student"].artifact.folder
+    assert json.loads((folder / "model_index.json").read_text())["id2label"] == {"0": "cat", "1": "dog"}
+    card = (folder / "README.md").read_text()
+    example = card.partition("```python\n")[2].partition("```")[0].replace("THIS FOLDER", str(folder))
+    namespace: dict = {}
+    exec(example, namespace)  # the card's own lines
+    teacher = PixelTeacher(plan["teacher"].artifact.folder)
+    with torch.no_grad():
+        x0 = OneStepStudent.load(folder, teacher)(namespace["noise"], teacher.encode_prompts(["cat"]))
+    torch.testing.assert_close(namespace["image"], x0, atol=1e-5, rtol=0)
+
+
+def test_guidance_goes_from_no_class_to_the_class(by_class):
+    teacher = PixelTeacher(by_class)
+    z = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        none, cat = (teacher.unet(z, 500, torch.tensor([c, c])).sample for c in (2, 0))
+        guided = teacher.denoiser(["cat", "0"], 3.0)(z, 500)
+    torch.testing.assert_close(guided, none + 3.0 * (cat - none), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_that_a_teacher_does_not_know_are_refused(unconditional, by_class, tmp_path):
+    with pytest.raises(StageError, match="the teacher is unconditional"):
+        PixelTeacher(unconditional).encode_prompts(["cat"])
+    with pytest.raises(StageError, match="'cow' is no class of the teacher; it has cat, dog, 0, 1, 2"):
+        PixelTeacher(by_class).encode_prompts(["cow"])
+    with pytest.raises(StageFailed, match="leave prompts out"):
+        execute(PIPELINE.format(folder=unconditional, prompts="prompts: digits", scale=1.0), tmp_path)
+
+
+def test_without_a_class_for_none_there_is_no_guidance(tmp_path):
+    DDIMPipeline(unet=network(2), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "source")
+    prompts = tmp_path / "classes.txt"
+    prompts.write_text("0\n1\n")
+    text = PIPELINE.format(folder=tmp_path / "source", prompts=f"prompts: {prompts}", scale=3.0)
+    with pytest.raises(StageFailed, match=r"guidance_scale: 1.0"):
+        execute(text, tmp_path / "store")
+    execute(text.replace("guidance_scale: 3.0", "guidance_scale: 1.0"), tmp_path / "store", only="teacher")
+
+
+def test_networks_that_want_more_are_refused(unconditional, tmp_path):
+    import shutil
+
+    shutil.copytree(unconditional, tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "unet" / "config.json").read_text())
+    (tmp_path / "source" / "unet" / "config.json").write_text(json.dumps({**config, "out_channels": 6}))
+    with pytest.raises(StageFailed, match="3 channels in and 6 out"):
+        execute(PIPELINE.format(folder=tmp_path / "source", prompts="", scale=1.0), tmp_path / "store", only="teacher")

@@ -197,3 +197,32 @@ def test_broken_containers_are_named(tmp_path):
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "a.parquet")
     with pytest.raises(StageError, match=r"no column 'image'; it has: picture"):
         load(ParquetImages(path=str(tmp_path / "a.parquet"), size=16))
+
+
+def test_a_limit_is_spread_over_a_set_that_comes_class_by_class(tmp_path):
+    rows = sorted(ROWS, key=lambda row: row[3])
+    pq.write_table(
+        pa.table({"image": [row[1] for row in rows], "text": [row[2] for row in rows], "class": [r[3] for r in rows]}),
+        tmp_path / "a.parquet",
+    )
+    images = load(ParquetImages(path=str(tmp_path), size=16, label="class"), limit=9)
+    assert len(images) == 9 and len(set(images.labels["label"].tolist())) >= 4
+
+
+def test_sixteen_bits_a_pixel_are_scaled(tmp_path):
+    Image.fromarray(np.full((16, 16), 20_000, dtype=np.uint16)).save(tmp_path / "a.png")
+    (example,) = examples(ImageFolder(path=str(tmp_path), size=16, caption=None))
+    assert example.pixels(16)[0, 8, 8] == 78
+
+
+def test_upper_case_names_count(tmp_path):
+    (tmp_path / "A.PNG").write_bytes(ROWS[0][1])
+    (tmp_path / "b.png").write_bytes(ROWS[1][1])
+    assert len(list(examples(ImageFolder(path=str(tmp_path), size=16, caption=None)))) == 2
+
+
+def test_what_is_no_image_is_never_given_to_another_reader(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    (example,) = examples(ImageFolder(path=str(tmp_path), size=16, caption=None))
+    with pytest.raises(StageError, match="not an image that can be read"):
+        example.pixels(16)

@@ -143,3 +143,37 @@ def test_networks_that_want_more_are_refused(unconditional, tmp_path):
     (tmp_path / "source" / "unet" / "config.json").write_text(json.dumps({**config, "out_channels": 6}))
     with pytest.raises(StageFailed, match="3 channels in and 6 out"):
         execute(PIPELINE.format(folder=tmp_path / "source", prompts="", scale=1.0), tmp_path / "store", only="teacher")
+
+
+def test_an_unconditional_teacher_cannot_be_guided(unconditional, tmp_path):
+    with pytest.raises(StageFailed, match=r"cannot be guided: set sampler.guidance_scale: 1.0"):
+        execute(PIPELINE.format(folder=unconditional, prompts="", scale=2.0), tmp_path)
+
+
+def test_grey_images_are_shown_in_colour(tmp_path):
+    from stages.data.pictures import strip
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16,), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path)
+    teacher = PixelTeacher(tmp_path)
+    images = teacher.decode(torch.randn(2, *teacher.latent_shape))
+    assert images.shape == (2, 3, 8, 8) and strip(images.numpy()).shape == (8, 16, 3)
+    torch.testing.assert_close(teacher.encode(images)[:, 0], images[:, 0])
+
+
+def test_classes_of_one_name_are_asked_for_by_number(by_class, tmp_path):
+    import shutil
+
+    shutil.copytree(by_class, tmp_path / "source")
+    index = json.loads((by_class / "model_index.json").read_text())
+    (tmp_path / "source" / "model_index.json").write_text(
+        json.dumps({**index, "id2label": {"0": "crane", "1": "crane"}})
+    )
+    teacher = PixelTeacher(tmp_path / "source")
+    assert teacher.encode_prompts(["0", "1", ""]).tolist() == [0, 1, 2]
+    with pytest.raises(StageError, match="'crane' is no class"):
+        teacher.encode_prompts(["crane"])

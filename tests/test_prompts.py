@@ -178,3 +178,17 @@ def test_a_folder_counts_by_the_bytes_of_its_files(tmp_path):
 def test_contradictions_are_found_when_the_manifest_is_read(prompts, words):
     with pytest.raises(ManifestError, match=words):
         loads(GAUSSIAN.replace("prompts: digits", f"prompts: {prompts}"), "m.yaml")
+
+
+def test_text_that_utf8_cannot_hold_is_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "x\\ud83d"}\n')
+    with pytest.raises(StageError, match=r"p.jsonl, row 2: not text that UTF-8 can hold"):
+        read(path)
+
+
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
+    folder = tmp_path / "laion-2.5"
+    folder.mkdir()
+    write(folder / "a.parquet", ["x"])
+    assert read(folder) == ["x"]

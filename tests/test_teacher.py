@@ -159,3 +159,14 @@ def test_a_teacher_trained_on_ones_own_images(tmp_path):
     assert artifact.record["identity"]["contents"]["train.dataset.path"].startswith("sha256:")
     (images / "3.png").write_bytes((images / "4.png").read_bytes())
     assert plan_of(own, tmp_path / "store", few)["teacher"].why == "the content of train.dataset.path changed"
+
+
+def test_a_tokenizer_knows_every_word_of_its_captions_and_cuts_none():
+    from stages.networks.build import word_tokenizer
+
+    captions = ["a cat, on a mat.", "A dog-like man's hat"]
+    tokenizer = word_tokenizer(captions)
+    for caption in captions:
+        tokens = tokenizer(caption).input_ids
+        assert tokenizer.unk_token_id not in tokens and len(tokens) <= tokenizer.model_max_length
+    assert len(tokenizer("").input_ids) == 2

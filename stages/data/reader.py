@@ -15,7 +15,7 @@ from stages.base import StageError
 from stages.data.pool import ListedShard, intact
 from stages.data.receipts import read_receipt, receipt_of
 
-OPEN_SHARDS = 512
+OPEN_SHARDS = 4096
 CHANGED = "or its receipt is missing or changed since it was sealed; `retort shards repair` mends the artifact"
 
 

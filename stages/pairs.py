@@ -15,7 +15,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.base import Extent, Input, Neutral, Progress, Stage, StageContext, StageError
-from stages.data.pool import PROMPTS, ListedShard, ShardPlan, intact, plan_shards, prompts_intact, read_list, write_list
+from stages.data.pool import (
+    LIST,
+    PROMPTS,
+    ListedShard,
+    ShardPlan,
+    intact,
+    plan_shards,
+    prompts_intact,
+    read_list,
+    remade,
+    write_list,
+)
 from stages.data.prompts.config import Prompts
 from stages.diffusion.config import PairsExecution, Sampler
 
@@ -49,7 +60,8 @@ class Pairs(Stage):
         shards = read_list(folder)
         if not prompts_intact(folder):
             return "the table of its prompts is missing or changed"
-        bad = [shard for shard in shards if not intact(shard)]
+        sealed = (folder / LIST).stat().st_mtime
+        bad = [shard for shard in shards if not intact(shard) or remade(shard, sealed)]
         return f"{len(bad)} of {len(shards)} shards are missing or changed, such as {bad[0].tar.name}" if bad else None
 
     def progress_in(self, work: Path, pool: Path) -> str | None:

@@ -86,6 +86,7 @@ def test_an_interrupt_is_exit_130_and_resumable(gaussian, tmp_path, number):
     process = subprocess.Popen(
         command("submit", gaussian, "--store", store, "--engine", "inline"),
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a suite in the background ignores SIGINT
     )  # fmt: skip
     while not list(store.glob("pairs/pool/*/*.parquet")):
         time.sleep(0.01)

@@ -244,3 +244,27 @@ def test_a_compiled_network_solves_the_same(tiny):
     with plain.inference():
         a, b = (teachers.solve(t, held.noise, held.prompts, pairs.stage.sampler) for t in (plain, compiled))
     np.testing.assert_allclose(b.numpy(), a.numpy(), atol=1e-3)
+
+
+def test_a_shard_that_was_made_again_with_other_bytes_is_sealed_anew(tmp_path):
+    """As when another artifact of the pool was mended on other hardware: readers refuse it until then."""
+    from stages.data.receipts import read_facts
+    from stages.data.records import Pair
+    from stages.data.shards import write_shard
+
+    pairs = execute(GAUSSIAN, tmp_path)["pairs"]
+    tar = pairs.pool / "00000.tar"
+    batch = PairReader(read_list(pairs.artifact.folder)).batch(range(16))
+    other = [
+        Pair(i, batch.prompts[i], {"noise": batch.noise[i], "latent": np.nextafter(batch.latent[i], np.float16(9))})
+        for i in range(16)
+    ]
+    facts = read_facts(tar.with_suffix(".parquet"))
+    write_shard(tar, other, {"sampler": facts.provenance["sampler"], "seed": 0}, facts.provenance)
+    assert tar.stat().st_size == facts.bytes
+    plan = plan_of(GAUSSIAN, tmp_path)["pairs"]
+    assert plan.state == "resume" and "1 of 3 shards are missing or changed, such as 00000.tar" in plan.why
+    again = execute(GAUSSIAN, tmp_path)["pairs"].artifact
+    now = PairReader(read_list(again.folder)).batch(range(16)).latent
+    np.testing.assert_array_equal(now, [pair.arrays["latent"] for pair in other])
+    assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "reuse"

@@ -66,6 +66,18 @@ def intact(shard: ListedShard) -> bool:
         return False
 
 
+def remade(shard: ListedShard, since: float) -> bool:
+    """Whether the shard was made again after `since`, seconds of the epoch, and came out with other bytes: on other
+    hardware, for another artifact of the pool. Only receipts that are newer are read."""
+    from stages.data.receipts import read_facts, receipt_of  # here: planning reads no receipts but these
+
+    receipt = receipt_of(shard.tar)
+    try:
+        return receipt.stat().st_mtime > since and read_facts(receipt).sha256 != shard.sha256
+    except (OSError, ValueError):
+        return True
+
+
 def write_list(folder: Path, pool: Path, shards: Sequence[ListedShard]) -> None:
     """Seal the list of an artifact's shards into `folder`, by paths relative to it."""
     entries = [

@@ -75,10 +75,11 @@ def trajectory(
 
     solver = {"dpmpp_2m": solvers.dpmpp_2m, "heun": solvers.heun}[sampler.name]
     if isinstance(start, np.ndarray):  # the schedulers of diffusers take tensors only
-        numpy_denoise = denoise
-        denoise = lambda z, t: torch.from_numpy(numpy_denoise(z.numpy(), t))  # noqa: E731
-        start = torch.from_numpy(start)
-        states = solver(denoise, start, teacher.schedule, teacher.prediction, grid)
+
+        def on_tensors(z: Array, t: int) -> Array:
+            return torch.from_numpy(denoise(z.numpy(), t))
+
+        states = solver(on_tensors, torch.from_numpy(start), teacher.schedule, teacher.prediction, grid)
         return ((t, z.numpy()) for t, z in states)
     return solver(denoise, start, teacher.schedule, teacher.prediction, grid)
 

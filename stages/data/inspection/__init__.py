@@ -177,7 +177,6 @@ def _foreign(source: Source, deep: bool) -> dict[str, Any]:
             damaged[tar.path] = f"corrupt: {error}"
     for name, count in found.unreadable.items():
         damaged[f"*.{name}"] = f"corrupt: {count:,} members are not what their name says"
-    unseen = {name: count for name, count in found.unseen.items() if count}
     return {
         "count": found.samples,
         "shards": len(source.tars()) - sum(path in damaged for path in source.sizes),
@@ -189,7 +188,7 @@ def _foreign(source: Source, deep: bool) -> dict[str, Any]:
         "members": {n: {"count": c, "bytes": found.bytes_of[n]} for n, c in found.members.most_common()},
         "incomplete": found.incomplete,
         "never_opened": found.never_opened,
-        "not_looked_into": unseen,
+        "not_looked_into": dict(found.unseen),
         "images": {f"{w}x{h}": count for (w, h), count in found.images.most_common(20)},
         "repeated_noises": len(found.noise) - len(np.unique(found.noise)),
         "prompts": {

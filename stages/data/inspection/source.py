@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,6 +105,3 @@ class Source:
         with self.open(path) as file:
             while block := file.read(size):
                 yield block
-
-    def json(self, path: str) -> Any:
-        return json.loads(self.read(path))

@@ -12,7 +12,6 @@ from stages.base import Choice, Config, Content
 from stages.data.images.config import EMBEDDED, IMAGE_SETS, ImageSet
 
 FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
-TABLES = (".csv", ".jsonl", ".parquet")
 PATTERNS = tuple(f"**/*{suffix}" for suffix in FORMATS)
 DEFAULT_COLUMN = "prompt"
 

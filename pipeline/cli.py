@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from pipeline.console import (
+    Execution,
     carry_out,
     execution_options,
+    find_run,
     json_option,
     name_option,
-    open_store,
-    plan_run,
     print_result,
+    selection_options,
     set_option,
+    show_difference,
+    show_plan,
     store_option,
+    store_override,
 )
 from pipeline.shard_commands import shards, stats
 
@@ -39,7 +42,8 @@ def cli() -> None:
 @cli.command()
 @click.argument("manifest", type=click.Path(path_type=Path))
 @set_option
-@click.option("--only", metavar="STAGE", help="Make this stage alone; its inputs must be there.")
+@selection_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
 @name_option
 @store_option
 @execution_options
@@ -47,7 +51,10 @@ def cli() -> None:
 def submit(
     manifest: Path,
     overrides: tuple[str, ...],
-    only: str | None,
+    only: tuple[str, ...],
+    onward: tuple[str, ...],
+    force: tuple[str, ...],
+    dry_run: bool,
     name: str | None,
     store: str | None,
     engine: str,
@@ -57,43 +64,81 @@ def submit(
 ) -> None:
     """Run the pipeline of MANIFEST, reusing whatever the store already holds."""
     from pipeline import manifest as manifests
+    from pipeline.selection import Selection
 
-    loaded = manifests.load(manifest, _with_store(overrides, store))
-    carry_out(loaded, name or loaded.manifest.name, only, engine, wait, as_json)
+    loaded = manifests.examine(manifest, [*overrides, *store_override(store)])
+    run_name, selection = name or loaded.manifest.name, Selection(only, onward, force)
+    if dry_run:
+        show_plan(loaded, run_name, selection, as_json)
+    else:
+        carry_out(loaded, run_name, selection, Execution(engine, wait, as_json))
 
 
 @cli.command()
 @click.argument("run_name", metavar="[RUN]", required=False)
-@click.argument("stage", required=False)
+@click.argument("stages", metavar="[STAGE]...", nargs=-1)
+@selection_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
 @store_option
 @execution_options
 @json_option
 def resume(
-    run_name: str | None, stage: str | None, store: str | None, engine: str, wait: bool, debug: bool, as_json: bool
+    run_name: str | None,
+    stages: tuple[str, ...],
+    only: tuple[str, ...],
+    onward: tuple[str, ...],
+    force: tuple[str, ...],
+    dry_run: bool,
+    store: str | None,
+    engine: str,
+    wait: bool,
+    debug: bool,
+    as_json: bool,
 ) -> None:
-    """Carry on with RUN, or with one STAGE of it, doing no work twice."""
-    from pipeline.runs import Run
+    """Carry on with RUN, or with STAGEs of it, doing no work twice."""
+    from pipeline.selection import Selection
 
-    run = Run.find(open_store(store), run_name)
-    carry_out(run.manifest(), run.name, stage, engine, wait, as_json)
+    run = find_run(run_name, store)
+    selection = Selection((*stages, *only), onward, force)
+    if dry_run:
+        show_plan(run.manifest(), run.name, selection, as_json)
+    else:
+        carry_out(run.manifest(), run.name, selection, Execution(engine, wait, as_json))
 
 
 @cli.command()
-@click.argument("manifest", type=click.Path(path_type=Path))
+@click.argument("target", metavar="MANIFEST|RUN")
 @set_option
+@selection_options
+@click.option("--diff", metavar="RUN", help="Say instead how its settings differ from those of this run.")
 @name_option
 @store_option
 @json_option
-def plan(manifest: Path, overrides: tuple[str, ...], name: str | None, store: str | None, as_json: bool) -> None:
-    """Show what submitting MANIFEST would do, and why. Nothing is changed."""
+def plan(
+    target: str,
+    overrides: tuple[str, ...],
+    only: tuple[str, ...],
+    onward: tuple[str, ...],
+    force: tuple[str, ...],
+    diff: str | None,
+    name: str | None,
+    store: str | None,
+    as_json: bool,
+) -> None:
+    """Show what submitting MANIFEST, or resuming RUN, would do, and why. Nothing is changed."""
     from pipeline import manifest as manifests
-    from pipeline import tables
-    from pipeline.runs import Run
+    from pipeline.selection import Selection
 
-    loaded = manifests.load(manifest, _with_store(overrides, store))
-    found = open_store(loaded.manifest.store)
-    planned = plan_run(loaded, Run(found, name or loaded.manifest.name))
-    print_result(as_json, {s.name: s.as_dict() for s in planned}, lambda: tables.plan(planned))
+    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file():
+        loaded = manifests.examine(Path(target), [*overrides, *store_override(store)])
+        run_name = name or loaded.manifest.name
+    else:
+        run = find_run(target, store)
+        loaded, run_name = run.manifest(overrides), run.name
+    if diff is not None:
+        show_difference(loaded, diff, as_json)
+    else:
+        show_plan(loaded, run_name, Selection(only, onward, force), as_json)
 
 
 @cli.command()
@@ -103,10 +148,9 @@ def plan(manifest: Path, overrides: tuple[str, ...], name: str | None, store: st
 def status(run_name: str | None, store: str | None, as_json: bool) -> None:
     """Show how far each stage of RUN is."""
     from pipeline import tables
-    from pipeline.runs import Run
     from pipeline.status import status_of
 
-    run = Run.find(open_store(store), run_name)
+    run = find_run(run_name, store)
     stages = status_of(run)
     print_result(as_json, {"run": run.name, "stages": stages}, lambda: tables.status(run.name, stages))
 
@@ -135,10 +179,6 @@ def sample(
     except StageError as error:
         raise UsageError(str(error)) from None
     click.echo(f"{out}")
-
-
-def _with_store(overrides: tuple[str, ...], store: str | None) -> list[str]:
-    return [*overrides, *([f"store={json.dumps(store, ensure_ascii=False)}"] if store else [])]
 
 
 cli.add_command(stats)

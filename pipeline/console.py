@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.manifest import Loaded
     from pipeline.plan import Plan
     from pipeline.runs import Run
+    from pipeline.selection import Selection
     from pipeline.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,53 +49,87 @@ def execution_options(command: F) -> F:
     return command
 
 
+def selection_options(command: F) -> F:
+    for option in (
+        click.option("--only", multiple=True, metavar="STAGE", help="Make this stage alone; its inputs must be there."),
+        click.option(
+            "--from", "onward", multiple=True, metavar="STAGE", help="Make this stage and all that depends on it."
+        ),
+        click.option(
+            "--force", multiple=True, metavar="STAGE", help="Make this stage again, and all that depends on it."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def open_store(store: str | None) -> Store:
     from pipeline.store import Store
 
     return Store(store or "./retort-store")
 
 
-def plan_run(loaded: Loaded, run: Run) -> Plan:
+def find_run(target: str | None, store: str | None) -> Run:
+    """The run of that name, of that manifest, or the store's only one. The store is the one given, the manifest's,
+    or ./retort-store. Raises UsageError."""
+    from pipeline.runs import Run
+
+    if target is not None and Path(target).suffix in (".yaml", ".yml") and Path(target).is_file():
+        from pipeline import manifest as manifests
+
+        loaded = manifests.load(Path(target), store_override(store))
+        return Run.find(open_store(loaded.manifest.store), loaded.manifest.name)
+    return Run.find(open_store(store), target)
+
+
+def store_override(store: str | None) -> list[str]:
+    return [f"store={json.dumps(store, ensure_ascii=False)}"] if store else []
+
+
+def plan_run(loaded: Loaded, run: Run, force: Collection[str] = ()) -> Plan:
     from pipeline.content import read_contents
     from pipeline.plan import make_plan
 
     contents = read_contents(loaded, run.store.root / "contents.json")
-    return make_plan(loaded, contents, run.store, run.plan())
+    return make_plan(loaded, contents, run.store, run.plan(), force)
 
 
-def carry_out(
-    loaded: Loaded, name: str, only: str | None, engine: str, wait: bool, as_json: bool, show: bool = True
-) -> None:
-    """Plan and run, holding the run's lock. `as_json` prints the result as JSON, without `show` nothing is printed."""
+@dataclass(frozen=True)
+class Execution:
+    """How stages are carried out, and what is printed of it."""
+
+    engine: str = "ray"
+    wait: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    """Print nothing at all."""
+
+
+def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -> None:
+    """Plan and run, holding the run's lock."""
     from pipeline import tables
     from pipeline.content import pinned
-    from pipeline.engine import InlineEngine
-    from pipeline.errors import UsageError
+    from pipeline.locks import share
     from pipeline.report import reporter
     from pipeline.runner import Runner
     from pipeline.runs import Run
 
-    if only is not None and only not in loaded.order:
-        raise UsageError(f"no stage {only!r}; there are: {', '.join(loaded.order)}")
     store = open_store(loaded.manifest.store)
-    store.create()
     run = Run(store, name)
-    with run.held():
-        planned = plan_run(loaded, run)
-        chosen: Any = InlineEngine()
-        if engine == "ray":
-            from pipeline.cluster import OVERRIDES, RayEngine
-
-            for variable in filter(os.environ.get, OVERRIDES):
-                click.echo(f"{variable} is set and ignored: this run starts a Ray of its own", err=True)
-            chosen = RayEngine()
-        shown = reporter(quiet=as_json)
+    if loaded.problems:
+        plan_run(loaded, run)  # raises them, with those that only planning finds
+    store.create()
+    waiting: Any = (lambda text: click.echo(f"waiting: {text}", err=True)) if how.wait else None
+    with run.held(waiting):
+        with share(store.collecting):  # what is planned to be reused is not collected before the plan is frozen
+            planned = plan_run(loaded, run, selection.forced(loaded.order))
+            chosen = selection.of(planned)
+            run.freeze(pinned(loaded.manifest, {s.name: s.contents for s in planned}), planned)
+        engine = _engine(how.engine)
+        shown = reporter(quiet=how.as_json or how.quiet)
         signal.signal(signal.SIGTERM, _interrupt)
-        runner = Runner(run, loaded.manifest, chosen, shown, wait)
-        runner.check(planned, only)
-        run.freeze(pinned(loaded.manifest, {s.name: s.contents for s in planned}), planned)
         try:
-            runner.execute(planned, only)
+            Runner(run, loaded.manifest, engine, shown, how.wait).execute(planned, chosen)
         except KeyboardInterrupt:
             run.event("run_interrupted")
             shown.close()
@@ -100,11 +137,48 @@ def carry_out(
             raise
         finally:
             shown.close()
-            chosen.close()
-    made = [s for s in planned if store.is_sealed(s.artifact)]
-    result = {s.name: {"kind": s.artifact.kind, "artifact": str(s.artifact.folder)} for s in made}
-    if show:
-        print_result(as_json, {"run": name, "stages": result}, lambda: tables.done(made))
+            engine.close()
+    if not how.quiet:
+        made = [s for s in planned if store.is_sealed(s.artifact)]
+        result = {s.name: {"kind": s.artifact.kind, "artifact": str(s.artifact.folder)} for s in made}
+        print_result(how.as_json, {"run": name, "stages": result}, lambda: tables.done(made))
+
+
+def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) -> None:
+    """Print what carrying out would do."""
+    from pipeline import tables
+    from pipeline.runs import Run
+
+    run = Run(open_store(loaded.manifest.store), name)
+    planned = plan_run(loaded, run, selection.forced(loaded.order))
+    chosen = selection.of(planned) if selection.given else {stage.name for stage in planned}
+    shown = [stage for stage in planned if stage.name in chosen]
+    print_result(as_json, {s.name: s.as_dict() for s in shown}, lambda: tables.plan(shown))
+
+
+def show_difference(loaded: Loaded, other: str, as_json: bool) -> None:
+    """Print how a manifest, as it would be planned now, differs from what run `other` was."""
+    from pipeline import tables
+    from pipeline.difference import difference
+    from pipeline.runs import Run
+
+    store = open_store(loaded.manifest.store)
+    before = Run.find(store, other).plan() or {}
+    now = plan_run(loaded, Run(store, loaded.manifest.name))
+    found = difference(before, {stage.name: stage.as_dict() for stage in now})
+    print_result(as_json, found, lambda: tables.difference(found))
+
+
+def _engine(name: str) -> Any:
+    from pipeline.engine import InlineEngine
+
+    if name == "inline":
+        return InlineEngine()
+    from pipeline.cluster import OVERRIDES, RayEngine
+
+    for variable in filter(os.environ.get, OVERRIDES):
+        click.echo(f"{variable} is set and ignored: this run starts a Ray of its own", err=True)
+    return RayEngine()
 
 
 def _interrupt(*_: object) -> NoReturn:

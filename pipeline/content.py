@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.manifest import Loaded, Manifest, Marked, marked, replaced
+from pipeline.fields import Marked, marked, replaced
+from pipeline.manifest import Loaded, Manifest
 from stages.base import Content, Stage
 from stages.data.files import EVERYTHING, sha256_of, sha256_of_all, write_atomically
 

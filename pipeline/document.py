@@ -55,12 +55,15 @@ class Document:
     places: dict[Path, tuple[int, int]] = field(default_factory=dict)
     keys: dict[Path, tuple[int, int]] = field(default_factory=dict)
     overrides: dict[Path, str] = field(default_factory=dict)
+    origins: dict[Path, Path] = field(default_factory=dict)
+    """Of paths that a matrix made: the paths in the text that they come from."""
 
     def problem(self, path: Path, message: str, *, at_key: bool = False) -> str:
         """`file:line:column: path: message`, with the line itself and a caret.
 
         A path that the text does not have is placed at the nearest one above it that it has.
         """
+        path = self._origin(path)
         dotted = ".".join(str(part) for part in path) or "manifest"
         for override, text in self.overrides.items():
             if path[: len(override)] == override:
@@ -73,6 +76,13 @@ class Document:
                 break
             above = above[:-1]
         return self.at(place or (0, 0), f"{dotted}: {message}")
+
+    def _origin(self, path: Path) -> Path:
+        """The path in the text that a path in a matrix's member comes from."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self._origin((*self.origins[path[:length]], *path[length:]))
+        return path
 
     def at(self, place: tuple[int, int], message: str) -> str:
         line, column = place

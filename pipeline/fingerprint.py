@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from stages.base import Config, Content, Extent, Input, Neutral, Stage
@@ -40,8 +41,9 @@ def pool_fingerprint(stage: Stage, of: Mapping[str, Any]) -> str:
     return fingerprint({**of, "settings": _settings(stage, set(NOT_SCIENCE), extents=False)})
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    """What changed between two identities, in words: `sampler.steps 50 -> 25`."""
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], files: Mapping[str, str]) -> Iterator[str]:
+    """What changed between two identities, in words: `sampler.steps 50 -> 25`, `prompts.parquet changed`. `files`
+    says what the contents of the second are called."""
     old, new = dict(_flat(before)), dict(_flat(after))
     for path in sorted({*old, *new}):
         if old.get(path) == new.get(path):
@@ -50,7 +52,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
         if group == "inputs":
             yield f"its input {name} is another"
         elif group == "contents":
-            yield f"the content of {name} changed"
+            yield f"{Path(files.get(name, name)).name} changed"
         elif group == "version":
             yield f"{before['kind']} stages are made another way (VERSION {before['version']} -> {after['version']})"
         else:

@@ -7,32 +7,39 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import Locked
 
 PATIENCE = 1.0
 """Seconds for which a lock without a holder's name is tried again: somebody only looks at it."""
 
+WAIT_EVERY = 1.0
+"""Seconds between two tries of a lock that is waited for."""
+
 
 @contextmanager
-def hold(file: Path, what: str, run: str) -> Iterator[None]:
-    """Hold `file`'s lock for `run`. Raises Locked, with `what` and the holder, if another process has it."""
+def hold(file: Path, what: str, run: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold `file`'s lock for `run`. If another process has it: without `waiting` raises Locked, with `what` and the
+    holder; with it, calls it once with that text and waits."""
     with open(file, "a+", encoding="utf-8") as opened:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = holder_of(file)
-                if holder is not None or time.monotonic() > deadline:
-                    who = holder or "another process"
-                    raise Locked(f"{what} is being made by {who}; wait for it (--wait), or stop it") from None
+        deadline, told = time.monotonic() + PATIENCE, False
+        while not _locked(opened, fcntl.LOCK_EX):
+            holder = holder_of(file)
+            if holder is None and time.monotonic() < deadline:
                 time.sleep(0.02)
+                continue
+            text = f"{what} is being made by {holder or 'another process'}"
+            if waiting is None:
+                raise Locked(f"{text}; wait for it (--wait), or stop it")
+            if not told:
+                waiting(text)
+                told = True
+            time.sleep(WAIT_EVERY)
         opened.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         opened.write(json.dumps({"run": run, "pid": os.getpid(), "host": socket.gethostname(), "since": since}))
@@ -43,17 +50,31 @@ def hold(file: Path, what: str, run: str) -> Iterator[None]:
             opened.truncate(0)
 
 
+@contextmanager
+def share(file: Path) -> Iterator[None]:
+    """Hold `file`'s lock together with all others who share it; wait while somebody holds it alone."""
+    with open(file, "a+", encoding="utf-8") as opened:
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        yield
+
+
+def _locked(opened: IO[str], how: int) -> bool:
+    try:
+        fcntl.flock(opened, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def holder_of(file: Path) -> str | None:
     """Who holds the lock, in words; None if nobody does."""
     if not file.exists():
         return None
     with open(file, encoding="utf-8") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if _locked(opened, fcntl.LOCK_SH):
             return None
-        except BlockingIOError:
-            try:
-                who = json.loads(opened.read())
-            except ValueError:
-                return None
-            return f"run {who['run']} (process {who['pid']} on {who['host']}, since {who['since']})"
+        try:
+            who = json.loads(opened.read())
+        except ValueError:
+            return None
+        return f"run {who['run']} (process {who['pid']} on {who['host']}, since {who['since']})"

@@ -1,26 +1,28 @@
-"""A manifest: read, overridden, validated whole. Every error says file, line, column, path and what is wrong."""
+"""A manifest: read, overridden, expanded, validated whole. Every error says file, line, column, path and problem."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, ValidationError
-from pydantic_core import ErrorDetails
 
 from pipeline import document as yaml_document
+from pipeline import matrix, references
 from pipeline.document import Document
 from pipeline.errors import ManifestError, UsageError
+from pipeline.fields import is_artifact_path, marked, parts_of, replaced
+from pipeline.matrix import base_of
+from pipeline.problems import explain
 from pipeline.store import is_url
 from stages import KINDS
 from stages.base import Choice, Config, Content, Input, Stage
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
-C = TypeVar("C", bound=Config)
-Name = Annotated[str, StringConstraints(pattern=NAME)]
+MEMBER = NAME.removesuffix("$") + r"(\[[A-Za-z0-9_.=,+-]+\])?$"
+"""A stage's name, or that of one member of its matrix: `student[loss=l1,seed=2]`."""
 
 
 class Resources(Config):
@@ -31,55 +33,104 @@ class Resources(Config):
 
 
 class Manifest(Config):
-    name: Name
+    name: Annotated[str, StringConstraints(pattern=NAME)]
     seed: int = Field(0, ge=0)
     store: str = "./retort-store"
-    stages: dict[Name, Annotated[Stage, Choice("kind", KINDS)]] = Field(min_length=1)
-    resources: dict[str, Resources] = Field(default_factory=dict)
+    stages: dict[Annotated[str, StringConstraints(pattern=MEMBER)], Annotated[Stage, Choice("kind", KINDS)]] = Field(
+        min_length=1
+    )
+    resources: dict[str, Resources] = Field(default_factory=dict, description="by stage; a matrix's members share")
 
     def seed_of(self, stage: str) -> int:
         own = self.stages[stage].seed
         return self.seed if own is None else own
 
+    def resources_of(self, stage: str) -> Resources:
+        return self.resources.get(stage) or self.resources.get(base_of(stage)) or Resources()
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid manifest and the text it came from, for problems that show up later."""
+    """A manifest, and the text it came from, for problems that show up later."""
 
     manifest: Manifest
     document: Document
     order: list[str]
     """Names of stages, each after the stages that it reads."""
+    problems: Sequence[str] = ()
+    """What is wrong so far. Stages that are affected stand neither in `order` nor, if they are not valid in
+    themselves, in the manifest: the others can still be looked at, so that all problems are told at once."""
 
     def problem(self, stage: str, field: str, message: str) -> str:
-        return self.document.problem(("stages", stage, *_keys(field)), message)
+        return self.document.problem(("stages", stage, *parts_of(field)), message)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     """Read and validate. Raises ManifestError with every problem found, UsageError for an unreadable file."""
+    return _sound(examine(path, overrides))
+
+
+def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
+    """As `load`, from a text; `name` is what errors call it."""
+    return _sound(_examine(text, name, overrides))
+
+
+def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """As `load`, but problems of stages are kept in the result, for planning to add its own and raise them all."""
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start})") from None
-    return loads(text, str(path), overrides)
+    return _examine(text, str(path), overrides)
 
 
-def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
-    """As `load`, from a text; `name` is what errors call it."""
+def _sound(loaded: Loaded) -> Loaded:
+    if loaded.problems:
+        raise ManifestError(loaded.problems)
+    return loaded
+
+
+def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
     document = yaml_document.parse(text, name)
     for override in overrides:
         document.set(override)
+    problems: list[str] = []
+    asked = document.value.get("stages")
+    coordinates = matrix.expand(document, problems)
+    manifest = _validated(document, problems)
+    problems += references.cycles(manifest.stages, document)
+    manifest = manifest.model_copy(update={"stages": matrix.follow(manifest.stages, coordinates, document)})
+    bases = set(map(base_of, manifest.stages))
+    lost = {name for name in (*asked, *document.value["stages"]) if name not in manifest.stages and name not in bases}
+    found = references.wrong(manifest.stages, lost, document)
+    problems += [problem for several in found.values() for problem in several]
+    problems += references.wrong_resources(manifest.stages, lost, manifest.resources, document)
+    order = references.order(manifest.stages, set(found))
+    return Loaded(_absolute(manifest), document, order, list(dict.fromkeys(problems)))
+
+
+def _validated(document: Document, problems: list[str]) -> Manifest:
+    """The manifest, less the stages and resources that are not valid; what is wrong with them goes to `problems`.
+
+    Raises ManifestError if nothing can be said of the stages.
+    """
+    value = document.value
     try:
-        manifest = Manifest.model_validate(document.value)
+        return Manifest.model_validate(value)
     except ValidationError as error:
-        raise ManifestError([_explain(document, e) for e in error.errors(include_url=False)]) from None
-    problems = [*_check_references(manifest, document), *_check_resources(manifest, document)]
-    order = _order(manifest, document, problems)
-    if problems:
-        raise ManifestError(problems)
-    return Loaded(_absolute(manifest), document, order)
+        found = error.errors(include_url=False)
+    problems += [explain(Manifest, document, e) for e in found]
+    wrong = {e["loc"][:2] for e in found}
+    left: dict[str, Any] = {"name": "manifest"} | {k: v for k, v in value.items() if (k,) not in {w[:1] for w in wrong}}
+    for section in ("stages", "resources"):
+        if isinstance(value.get(section), dict) and (section,) not in wrong:
+            left[section] = {k: v for k, v in value[section].items() if (section, k) not in wrong}
+    try:
+        return Manifest.model_validate(left)
+    except ValidationError:
+        raise ManifestError(list(dict.fromkeys(problems))) from None
 
 
 def dump(manifest: Manifest) -> str:
@@ -89,181 +140,6 @@ def dump(manifest: Manifest) -> str:
         name: stage.model_dump(mode="json", by_alias=True, exclude_none=True) for name, stage in manifest.stages.items()
     }
     return yaml_document.dump(values)
-
-
-@dataclass(frozen=True)
-class Marked:
-    """A field that is given and carries a marker: its dotted path below the stage, the settings it stands in."""
-
-    path: str
-    marker: Any
-    value: Any
-    owner: Config
-
-
-def marked(config: Config, marker: type, prefix: str = "") -> Iterator[Marked]:
-    """Every such field of a stage, in the settings inside it and in lists of settings too."""
-    for name, info in type(config).model_fields.items():
-        value = getattr(config, name)
-        if value is None:
-            continue
-        for found in info.metadata:
-            if isinstance(found, marker):
-                yield Marked(prefix + name, found, value, config)
-        for place, inner in enumerate(value) if isinstance(value, list) else [("", value)]:
-            if isinstance(inner, Config):
-                yield from marked(inner, marker, f"{prefix}{name}.{place}.".replace("..", "."))
-
-
-def replaced(config: C, values: Mapping[str, Any]) -> C:
-    """`config` with other values at some dotted paths."""
-    updates: dict[str, Any] = {}
-    for name in {path.partition(".")[0] for path in values}:
-        inside = {p.partition(".")[2]: v for p, v in values.items() if p.partition(".")[0] == name}
-        if "" in inside:
-            updates[name] = inside[""]
-        elif isinstance(old := getattr(config, name), list):
-            updates[name] = [
-                replaced(one, {p.partition(".")[2]: v for p, v in inside.items() if p.partition(".")[0] == str(place)})
-                for place, one in enumerate(old)
-            ]
-        else:
-            updates[name] = replaced(old, inside)
-    return config.model_copy(update=updates)
-
-
-# --- Explaining what pydantic found ------------------------------------------------------------------
-
-
-def _explain(document: Document, error: ErrorDetails) -> str:
-    path = error["loc"]
-    context = error.get("ctx", {})
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1], document.value)
-        return document.problem(path, f"unknown key{_suggest(str(path[-1]), known)}", at_key=True)
-    if error["type"] == "unknown_choice":
-        allowed = context["allowed"]
-        given = error["input"]
-        what = "missing" if given is None else f"unknown {path[-1]} {given!r}"
-        return document.problem(path, f"{what}{_suggest(str(given), allowed)}")
-    if error["type"] == "literal_error":
-        allowed = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
-        return document.problem(path, f"unknown value {error['input']!r}{_suggest(str(error['input']), allowed)}")
-    if error["type"] == "missing":
-        return document.problem(path, "missing, and it has no default")
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    given = error["input"]
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) or given is None else ""
-    return document.problem(path, message[:1].lower() + message[1:] + shown)
-
-
-def _suggest(given: str, allowed: Sequence[str]) -> str:
-    close = get_close_matches(given, allowed, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (allowed: {', '.join(map(str, allowed))})" if allowed else hint
-
-
-def _fields_at(path: Sequence[str | int], value: Any) -> list[str]:
-    """The keys that the mapping at `path` may have."""
-    model: Any = Manifest
-    for part in path:
-        if isinstance(value, dict):
-            value = value.get(part)
-        elif isinstance(value, list) and isinstance(part, int):
-            value = value[part]
-            continue  # the model is that of the list's entries already
-        if isinstance(model, type) and issubclass(model, Config):
-            info = _field(model, str(part))
-            if info is None:
-                return []
-            model = _config_in(info.annotation, info.metadata, value)
-        else:  # a mapping of named configs: `stages`, `resources`
-            model = _config_in(get_args(model)[1], (), value)
-    if not (isinstance(model, type) and issubclass(model, Config)):
-        return []
-    return [info.alias or name for name, info in model.model_fields.items()]
-
-
-def _keys(path: str) -> list[str | int]:
-    """The parts of a dotted path; places in lists are numbers."""
-    return [int(part) if part.isdigit() else part for part in path.split(".")]
-
-
-def _field(model: type[Config], key: str) -> Any:
-    return next((i for name, i in model.model_fields.items() if key in (name, i.alias)), None)
-
-
-def _config_in(annotation: Any, metadata: Sequence[Any], value: Any) -> Any:
-    """The Config class, or dict annotation, that a value of this field is validated against."""
-    if getattr(annotation, "__origin__", None) is dict:
-        return annotation
-    inside = [m for part in (annotation, *get_args(annotation)) for m in getattr(part, "__metadata__", ())]
-    for choice in (m for m in (*metadata, *inside) if isinstance(m, Choice)):
-        return choice.of(value)
-    candidates = [annotation, *get_args(annotation)]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), annotation)
-
-
-# --- What only the whole manifest shows --------------------------------------------------------------
-
-
-def is_artifact_path(reference: str) -> bool:
-    """References to sealed artifacts are told from stage names by their slash."""
-    return "/" in reference
-
-
-def _check_references(manifest: Manifest, document: Document) -> Iterator[str]:
-    for name, stage in manifest.stages.items():
-        for field in marked(stage, Input):
-            reference, wanted = field.value, field.marker
-            path = ("stages", name, *_keys(field.path))
-            if is_artifact_path(reference):
-                continue
-            target = manifest.stages.get(reference)
-            if target is None:
-                fitting = [other for other, s in manifest.stages.items() if s.kind == wanted.kind]
-                yield document.problem(
-                    path,
-                    f"there is no stage {reference!r}{_suggest(reference, fitting)}; "
-                    f"give a stage of kind {wanted.kind}, or the path of a sealed artifact",
-                )
-            elif target.kind != wanted.kind:
-                yield document.problem(path, f"needs a stage of kind {wanted.kind}; {reference!r} is a {target.kind}")
-
-
-def _check_resources(manifest: Manifest, document: Document) -> Iterator[str]:
-    for name, resources in manifest.resources.items():
-        path = ("resources", name)
-        if name not in manifest.stages:
-            hint = _suggest(name, list(manifest.stages))
-            yield document.problem(path, f"there is no such stage{hint}", at_key=True)
-        elif resources.workers > 1 and not manifest.stages[name].PARALLEL:
-            kind = manifest.stages[name].kind
-            yield document.problem((*path, "workers"), f"a stage of kind {kind} runs on one worker")
-
-
-def _order(manifest: Manifest, document: Document, problems: list[str]) -> list[str]:
-    """Stages in an order in which each comes after its inputs, as near to the manifest's as can be."""
-    order: list[str] = []
-    open_stages: list[str] = []
-
-    def visit(name: str) -> None:
-        if name in order:
-            return
-        if name in open_stages:
-            cycle = " -> ".join([*open_stages[open_stages.index(name) :], name])
-            problems.append(document.problem(("stages", name), f"a cycle: {cycle}", at_key=True))
-            return
-        open_stages.append(name)
-        for field in marked(manifest.stages[name], Input):
-            if field.value in manifest.stages:
-                visit(field.value)
-        open_stages.pop()
-        order.append(name)
-
-    for name in manifest.stages:
-        visit(name)
-    return order
 
 
 def _absolute(manifest: Manifest) -> Manifest:
@@ -285,8 +161,3 @@ def _absolute(manifest: Manifest) -> Manifest:
 
 def _full(path: str) -> str:
     return str(Path(path).expanduser().absolute())
-
-
-def inputs_of(stage: Stage) -> Mapping[str, str]:
-    """Path of the field -> stage name or artifact path."""
-    return {field.path: field.value for field in marked(stage, Input)}

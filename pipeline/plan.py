@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.content import Contents, Unknown
 from pipeline.errors import ManifestError, UsageError
+from pipeline.fields import inputs_of, is_artifact_path, marked
 from pipeline.fingerprint import differences, fingerprint, identity, pool_fingerprint
-from pipeline.manifest import Loaded, inputs_of, marked
+from pipeline.manifest import Loaded
 from pipeline.store import Store, load_artifact
-from stages.base import Artifact, Input
+from stages.base import Artifact, Content, Input
 
 State = Literal["reuse", "resume", "run", "blocked"]
 
@@ -29,6 +30,12 @@ class PlannedStage:
     seed: int
     contents: Mapping[str, str]
     pool: Path
+    reads: Sequence[str]
+    """Stages of the same plan whose artifacts it reads."""
+    files: Mapping[str, str]
+    """What its `contents` are called: dotted path -> path or repository."""
+    forced: bool
+    """It is made again although it may be there."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -36,6 +43,9 @@ class PlannedStage:
             "why": self.why,
             "kind": self.artifact.kind,
             "fingerprint": self.artifact.fingerprint,
+            "pool": self.pool.name,
+            "reads": list(self.reads),
+            "files": dict(self.files),
             "identity": self.identity,
         }
 
@@ -44,19 +54,27 @@ Plan = Sequence[PlannedStage]
 """In an order in which each stage comes after its inputs."""
 
 
-def make_plan(loaded: Loaded, contents: Contents, store: Store, previous: Mapping[str, Any] | None = None) -> Plan:
-    """Plan every stage of the manifest. `previous` is the run's last plan, by stage, to say what changed.
+def make_plan(
+    loaded: Loaded,
+    contents: Contents,
+    store: Store,
+    previous: Mapping[str, Any] | None = None,
+    force: Collection[str] = (),
+) -> Plan:
+    """Plan every stage of the manifest. `previous` is the run's last plan, by stage, to say what changed; stages in
+    `force`, and all that depend on them, are to be made again.
 
-    Raises ManifestError for settings that contradict each other across stages.
+    Raises ManifestError for settings that contradict each other across stages, with whatever was wrong before.
     """
     planned: dict[str, PlannedStage] = {}
-    problems: list[str] = []
+    problems = list(loaded.problems)
     for name in loaded.order:
         stage = loaded.manifest.stages[name]
         inputs: dict[str, Artifact] = {}
         for field, reference in inputs_of(stage).items():
             if reference in planned:
                 inputs[field] = planned[reference].artifact
+            if reference in planned or not is_artifact_path(reference):
                 continue
             try:
                 kind = next(f.marker.kind for f in marked(stage, Input) if f.path == field)
@@ -64,11 +82,12 @@ def make_plan(loaded: Loaded, contents: Contents, store: Store, previous: Mappin
             except UsageError as error:
                 problems.append(loaded.problem(name, field, str(error)))
         if len(inputs) < len(inputs_of(stage)):
-            raise ManifestError(problems)
+            continue  # nothing can be said of a stage whose inputs are wrong
         problems += [loaded.problem(name, field, text) for field, text in stage.check(inputs)]
-        planned[name] = _plan_stage(name, loaded, inputs, contents[name], store, planned, (previous or {}).get(name))
+        before = (previous or {}).get(name)
+        planned[name] = _plan_stage(name, loaded, inputs, contents[name], store, planned, before, name in force)
     if problems:
-        raise ManifestError(problems)
+        raise ManifestError(list(dict.fromkeys(problems)))
     return list(planned.values())
 
 
@@ -91,6 +110,7 @@ def _plan_stage(
     store: Store,
     planned: Mapping[str, PlannedStage],
     before: Mapping[str, Any] | None,
+    asked: bool,
 ) -> PlannedStage:
     stage, seed = loaded.manifest.stages[name], loaded.manifest.seed_of(name)
     of = identity(stage, seed, {field: a.fingerprint for field, a in inputs.items()}, contents)
@@ -98,24 +118,27 @@ def _plan_stage(
     artifact = Artifact(stage, print_, store.folder(stage.kind, print_), inputs, seed)
     pool = store.pool(stage.kind, pool_fingerprint(stage, of))
     unknown = [text for text in contents.values() if isinstance(text, Unknown)]
-    upstream = [planned[r] for r in inputs_of(stage).values() if r in planned]
+    upstream = [planned[r] for r in dict.fromkeys(inputs_of(stage).values()) if r in planned]
+    forced = next((p.name for p in upstream if p.forced), None)
+    files = {f.path: str(f.value) for f in marked(stage, Content)}
     state: State
     if unknown:
         state, why = "blocked", str(unknown[0])
     elif any(p.state == "blocked" for p in upstream):
         state, why = "blocked", f"waits for {next(p.name for p in upstream if p.state == 'blocked')}"
+    elif asked or forced:
+        state, why = "run", "forced" if asked else f"{forced} is made again"
     else:
-        state, why = _state(artifact, store, pool, of, before)
-    return PlannedStage(name, state, why, artifact, of, seed, contents, pool)
+        changed = "; ".join(differences(before["identity"], of, files)) if before else ""
+        state, why = _state(artifact, store, pool, changed or ("not finished yet" if before else "never made"))
+    reads, again = [p.name for p in upstream], asked or forced is not None
+    return PlannedStage(name, state, why, artifact, of, seed, contents, pool, reads, files, again)
 
 
-def _state(
-    artifact: Artifact, store: Store, pool: Path, of: Mapping[str, Any], before: Mapping[str, Any] | None
-) -> tuple[State, str]:
+def _state(artifact: Artifact, store: Store, pool: Path, reason: str) -> tuple[State, str]:
     damage = store.damage(artifact) if store.is_sealed(artifact) else None
     if store.is_sealed(artifact) and damage is None:
         return "reuse", "sealed"
-    changed = "; ".join(differences(before["identity"], of)) if before else ""
     left = artifact.stage.progress_in(store.work(artifact), pool)
-    why = damage or changed or ("not finished yet" if before else "never made")
+    why = damage or reason
     return ("resume", f"{why}; {left}") if left else ("run", why)

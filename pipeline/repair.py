@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,14 @@ from typing import Any
 
 from pipeline import manifest
 from pipeline.content import read_contents
-from pipeline.errors import Locked, UsageError
+from pipeline.errors import UsageError
+from pipeline.fields import replaced
 from pipeline.fingerprint import differences
 from pipeline.locks import hold
 from pipeline.plan import make_plan
 from pipeline.store import Store, load_artifact, read_record
 from stages.base import Artifact
 from stages.data.pool import pool_of, read_list
-
-WAIT_EVERY = 1.0
-"""Seconds between two looks at a lock that a run holds."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +33,15 @@ class Repair:
     def run_name(self) -> str:
         return f"repair-{self.artifact.fingerprint}"
 
-    def unseal(self, wait: bool) -> None:
+    def unseal(self, waiting: Callable[[str], None] | None) -> None:
         """First the artifact stops existing for everyone; then the damaged parts do. Killed at any moment, the
         repair can be started again. Raises Locked while a run makes the artifact or its pool, or waits for it."""
-        while True:
-            try:
-                return self._unseal()
-            except Locked:
-                if not wait:
-                    raise
-                time.sleep(WAIT_EVERY)
-
-    def _unseal(self) -> None:
         pool = pool_of(self.artifact.folder)
         with ExitStack() as stack:
             for fingerprint in (self.artifact.fingerprint, pool.name):
                 what = f"{self.artifact.kind}/{fingerprint}"
-                stack.enter_context(hold(self.store.lock_of(self.artifact.kind, fingerprint), what, self.run_name))
+                file = self.store.lock_of(self.artifact.kind, fingerprint)
+                stack.enter_context(hold(file, what, self.run_name, waiting))
             self.store.unseal(self.artifact)
             for path in self.damaged:
                 (pool / path).with_suffix(".parquet").unlink(missing_ok=True)
@@ -80,7 +69,7 @@ def plan_repair(folder: Path, report: dict[str, Any]) -> Repair:
         raise UsageError(f"{folder} is a {artifact.kind}; shards are part of pairs")
     record = read_record(artifact.folder)
     store = Store(artifact.folder.parent.parent)
-    stage = manifest.replaced(artifact.stage, {"teacher": str(artifact.inputs["teacher"].folder)})
+    stage = replaced(artifact.stage, {"teacher": str(artifact.inputs["teacher"].folder)})
     wanted = manifest.Manifest(
         name=f"repair-{artifact.fingerprint}",
         seed=record["seed"],
@@ -91,7 +80,7 @@ def plan_repair(folder: Path, report: dict[str, Any]) -> Repair:
     loaded = manifest.loads(manifest.dump(wanted), str(folder / "artifact.json"))
     (planned,) = make_plan(loaded, read_contents(loaded, store.root / "contents.json"), store)
     if planned.state == "blocked" or planned.artifact.fingerprint != artifact.fingerprint:
-        changes = "; ".join(differences(record["identity"], planned.identity))
+        changes = "; ".join(differences(record["identity"], planned.identity, planned.files))
         why = planned.why if planned.state == "blocked" else changes
         raise UsageError(f"{folder} cannot be made again as it was: {why}")
     return Repair(artifact, store, loaded, [path for path in report["damaged"] if path != "noise"])

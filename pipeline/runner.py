@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 from pipeline.content import HashCache, identify
 from pipeline.engine import Engine, WorkerShape, describe
-from pipeline.errors import Locked, StageFailed, UsageError
+from pipeline.errors import Locked, StageFailed
+from pipeline.fields import marked
 from pipeline.locks import hold
-from pipeline.manifest import Manifest, Resources, marked
+from pipeline.manifest import Manifest, Resources
 from pipeline.plan import Plan, PlannedStage
 from pipeline.report import Reporter
-from pipeline.runs import Run
+from pipeline.runs import Run, live
 from pipeline.store import RECORD
 from stages.base import Artifact, Content, Progress, StageError
 from stages.data.provenance import versions
@@ -34,9 +35,6 @@ Result = TypeVar("Result")
 EVENT_EVERY = 5.0
 """Seconds between two progress events of one stage."""
 
-WAIT_EVERY = 1.0
-"""Seconds between two looks at a lock that another run holds."""
-
 
 @dataclass
 class Runner:
@@ -46,30 +44,28 @@ class Runner:
     reporter: Reporter
     wait: bool = False
 
-    def check(self, plan: Plan, only: str | None = None) -> None:
-        """Raise UsageError if `plan`, or of it `only` one stage, cannot be carried out."""
-        chosen = [stage for stage in plan if only in (None, stage.name)]
-        blocked = next((stage for stage in chosen if stage.state == "blocked"), None)
-        if blocked is not None:
-            raise UsageError(f"stage {blocked.name} is blocked: {blocked.why}")
-        if only is not None:
-            self._inputs_are_there(chosen[0], plan)
-
-    def execute(self, plan: Plan, only: str | None = None) -> None:
-        """Make what `plan` says is to be made, or of it `only` one stage. Raises StageFailed, Locked or
+    def execute(self, plan: Plan, chosen: Collection[str]) -> None:
+        """Make what `plan` says is to be made, of the `chosen` stages. Raises StageFailed, Locked or
         KeyboardInterrupt; whatever it raises, the run can be resumed."""
-        chosen = [stage for stage in plan if only in (None, stage.name)]
-        self.run.event("run_started", pid=os.getpid(), only=only)
-        for stage in chosen:
-            self._stage(stage)
+        self.run.event("run_started", pid=os.getpid(), stages=[s.name for s in plan if s.name in chosen])
+        for stage in plan:
+            if stage.forced:
+                self._forget(stage)
+        for stage in plan:
+            if stage.name in chosen:
+                self._stage(stage)
         self.run.event("run_done")
 
-    def _inputs_are_there(self, stage: PlannedStage, plan: Plan) -> None:
-        for artifact in stage.artifact.inputs.values():
-            maker = next((s for s in plan if s.artifact == artifact), None)
-            if maker and maker.state != "reuse":
-                why = f"needs {maker.name}, which is not made yet ({maker.why})"
-                raise UsageError(f"stage {stage.name} {why}; run it without --only first")
+    def _forget(self, stage: PlannedStage) -> None:
+        """From now on what was made of the stage does not exist, nor do its parts. Done for all forced stages before
+        the first is made, so that a run that is killed goes on as any other."""
+        with self._locked(stage):
+            for other in live(self.run.store, besides=self.run):
+                if {stage.pool.name, stage.artifact.fingerprint} & other.holds():
+                    raise Locked(f"{stage.name} is in use by run {other.name}, under way now; wait for it, or stop it")
+            self.run.store.unseal(stage.artifact)
+            shutil.rmtree(self.run.store.work(stage.artifact), ignore_errors=True)
+            shutil.rmtree(stage.pool, ignore_errors=True)
 
     def _stage(self, stage: PlannedStage) -> None:
         store = self.run.store
@@ -111,7 +107,7 @@ class Runner:
         if (work / RECORD).exists():  # killed between the record and the move
             store.finish(artifact, work)
             return time.monotonic() - started
-        resources = self.manifest.resources.get(stage.name, Resources())
+        resources = self.manifest.resources_of(stage.name)
         context = Context(self, stage, work, resources)
         self._contents_are_as_planned(stage)
         metrics = dict(artifact.stage.run(context))
@@ -150,27 +146,16 @@ class Runner:
     def _locked(self, stage: PlannedStage) -> Iterator[None]:
         """Hold the artifact's lock, and that of the pool it shares with artifacts of other extents."""
         kind, artifact = stage.artifact.kind, stage.artifact
+
+        def waiting(text: str) -> None:
+            self.reporter.started(stage.name, f"waiting: {text}")
+
         with ExitStack() as stack:
             for fingerprint in dict.fromkeys((artifact.fingerprint, stage.pool.name)):
                 what = f"{kind}/{fingerprint}"
-                stack.enter_context(self._waiting(stage.name, self.run.store.lock_of(kind, fingerprint), what))
+                file = self.run.store.lock_of(kind, fingerprint)
+                stack.enter_context(hold(file, what, self.run.name, waiting if self.wait else None))
             yield
-
-    @contextmanager
-    def _waiting(self, name: str, file: Path, what: str) -> Iterator[None]:
-        waited = False
-        while True:
-            try:
-                with hold(file, what, self.run.name):
-                    yield
-                return
-            except Locked as error:
-                if not self.wait:
-                    raise
-                if not waited:
-                    self.reporter.started(name, f"waiting: {error}")
-                    waited = True
-                time.sleep(WAIT_EVERY)
 
 
 class Context:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +18,20 @@ from typing import Any
 
 from pipeline import manifest
 from pipeline.errors import UsageError
-from pipeline.locks import hold
+from pipeline.locks import hold, holder_of
 from pipeline.plan import Plan
 from pipeline.store import Store
 from stages.data.files import write_atomically
+
+
+def all_runs(store: Store) -> list[Run]:
+    """Those that were planned, by name."""
+    return [Run(store, path.parent.name) for path in sorted(store.root.glob("runs/*/plan.json"))]
+
+
+def live(store: Store, besides: Run) -> Iterator[Run]:
+    """Other runs that are being carried out."""
+    return (run for run in all_runs(store) if run.name != besides.name and run.driver())
 
 
 class Run:
@@ -33,8 +43,7 @@ class Run:
     @classmethod
     def find(cls, store: Store, name: str | None) -> Run:
         """The run of that name, or the store's only one. Raises UsageError with the names there are."""
-        runs = store.root / "runs"
-        names = sorted(p.parent.name for p in runs.glob("*/plan.json"))
+        names = [run.name for run in all_runs(store)]
         if name is None and len(names) == 1:
             name = names[0]
         if name is None or name not in names:
@@ -44,11 +53,19 @@ class Run:
         return cls(store, name)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Be the only driver of this run. Raises Locked, naming the other."""
+    def held(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Be the only driver of this run. Raises Locked, naming the other, or waits as `hold` does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with hold(self.folder / "lock", f"run {self.name}", self.name):
+        with hold(self.folder / "lock", f"run {self.name}", self.name, waiting):
             yield
+
+    def driver(self) -> str | None:
+        """Who carries the run out now, in words; None if nobody does."""
+        return holder_of(self.folder / "lock")
+
+    def holds(self) -> set[str]:
+        """Fingerprints of the artifacts and pools in its plan."""
+        return {stage[which] for stage in (self.plan() or {}).values() for which in ("fingerprint", "pool")}
 
     def freeze(self, resolved: manifest.Manifest, plan: Plan) -> None:
         """Keep what is to be done. Also called again for a run that is submitted anew."""
@@ -57,9 +74,10 @@ class Run:
         stages = {stage.name: stage.as_dict() for stage in plan}
         write_atomically(self.folder / "plan.json", json.dumps(stages, indent=2).encode("utf-8"))
 
-    def manifest(self) -> manifest.Loaded:
+    def manifest(self, overrides: Sequence[str] = ()) -> manifest.Loaded:
         """As it was resolved, but for the store, which is where the run was found: a store may be moved."""
-        return manifest.load(self.folder / "manifest.yaml", [f"store={json.dumps(str(self.store.root))}"])
+        store = f"store={json.dumps(str(self.store.root), ensure_ascii=False)}"
+        return manifest.load(self.folder / "manifest.yaml", [*overrides, store])
 
     def plan(self) -> dict[str, dict[str, Any]] | None:
         """The frozen plan by stage; None before the first."""

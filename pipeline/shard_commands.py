@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from pipeline.console import carry_out, execution_options, json_option, open_store, print_result, store_option
+from pipeline.console import (
+    Execution,
+    carry_out,
+    execution_options,
+    json_option,
+    open_store,
+    print_result,
+    store_option,
+)
 
 
 @click.command()
@@ -65,6 +73,7 @@ def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) 
     The artifact is unsealed first: until it is whole again it exists for nobody. Killed, the command can be repeated.
     """
     from pipeline.repair import hashes, plan_repair
+    from pipeline.selection import Selection
 
     report = _inspect(str(artifact), deep=True)
     found = plan_repair(artifact, report)
@@ -72,8 +81,8 @@ def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) 
         print_result(as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
         return
     before = hashes(artifact)
-    found.unseal(wait)
-    carry_out(found.loaded, found.run_name, None, engine, wait, as_json=True, show=False)
+    found.unseal((lambda text: click.echo(f"waiting: {text}", err=True)) if wait else None)
+    carry_out(found.loaded, found.run_name, Selection(), Execution(engine, wait, quiet=True))
     changed = found.changed(before)
     result = {"repaired": list(found.damaged), "changed": changed}
     print_result(as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'the seal alone'}")

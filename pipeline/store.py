@@ -108,6 +108,11 @@ class Store:
 
     # --- Locks ---
 
+    @property
+    def collecting(self) -> Path:
+        """The file to lock alone while garbage is collected, together while a plan is made and frozen."""
+        return self.root / "locks" / "garbage"
+
     def lock_of(self, kind: str, fingerprint: str) -> Path:
         """The file to lock while an artifact, or a pool, of this kind is being made."""
         return self.root / "locks" / f"{kind}-{fingerprint}"

@@ -3,24 +3,86 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pipeline import graph
 from pipeline.plan import Plan
+
+WIDEST_GRAPH = 60
+"""Columns; what is wider helps nobody, and --json has the edges."""
+
+NARROWEST = 24
+"""Columns in which the text of a last column can be broken into lines."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, the last one ragged."""
+    """Columns as wide as their widest cell. On a terminal that is too narrow the last column is broken into lines
+    or, where that is not enough, each row becomes a few lines of its own."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    ]
-    return "\n".join(lines)
+    room = terminal_width() - sum(widths[:-1]) - 2 * (len(head) - 1)
+    if widths[-1] <= room:
+        return "\n".join(_line(row, widths) for row in [head, *rows])
+    if room >= NARROWEST:
+        return "\n".join(line for row in [head, *rows] for line in _broken(row, widths, room))
+    return "\n".join(line for row in rows for line in _upright(head, row))
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that is printed on; elsewhere there is no end to a line."""
+    if os.environ.get("COLUMNS", "").isdigit():
+        return int(os.environ["COLUMNS"])
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def signs() -> Mapping[str, str]:
+    """What graphs are drawn with: lines, where the output can show them."""
+    try:
+        "".join(graph.UNICODE.values()).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return graph.ASCII
+    return graph.UNICODE
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _broken(row: Sequence[str], widths: Sequence[int], room: int) -> Iterator[str]:
+    first, *more = textwrap.wrap(row[-1], room) or [""]
+    yield _line([*row[:-1], first], widths)
+    for text in more:
+        yield " " * (sum(widths[:-1]) + 2 * (len(widths) - 1)) + text
+
+
+def _upright(head: Sequence[str], row: Sequence[str]) -> Iterator[str]:
+    yield row[0]
+    for name, cell in zip(head[1:], row[1:], strict=True):
+        if cell:
+            yield from textwrap.wrap(
+                f"{name}: {cell}", max(terminal_width() - 4, 20), initial_indent="    ", subsequent_indent="      "
+            )
 
 
 def plan(planned: Plan) -> str:
-    rows = [[s.name, s.artifact.kind, s.state, s.artifact.fingerprint, s.why] for s in planned]
-    return table(["stage", "kind", "will", "fingerprint", "why"], rows)
+    """The graph, a line a stage, and beside it what will be done."""
+    names = {stage.name for stage in planned}
+    lines = graph.draw({s.name: [r for r in s.reads if r in names] for s in planned}, signs())
+    wide = max(map(len, lines.values())) > WIDEST_GRAPH
+    rows = [
+        [s.name if wide else f"{lines[s.name]} {s.name}", s.state, s.artifact.kind, s.artifact.fingerprint, s.why]
+        for s in planned
+    ]
+    return table(["stage", "will", "kind", "fingerprint", "why"], rows)
+
+
+def difference(found: Mapping[str, Sequence[str]]) -> str:
+    rows = [[name, "; ".join(words)] for name, words in found.items()]
+    return table(["stage", "difference"], rows) if rows else "no difference"
 
 
 def status(run: str, stages: Mapping[str, Mapping[str, Any]]) -> str:

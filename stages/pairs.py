@@ -7,14 +7,14 @@ at fixed places inside the shard. Whoever makes it, and however often, its tar h
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.base import Extent, Input, Neutral, Progress, Stage, StageContext, StageError
+from stages.base import Artifact, Extent, Input, Neutral, Progress, Stage, StageContext, StageError
 from stages.data.pool import (
     LIST,
     PROMPTS,
@@ -55,6 +55,12 @@ class Pairs(Stage):
         if self.path_timesteps != sorted(set(self.path_timesteps), reverse=True):
             raise ValueError("path_timesteps are to descend, each given once")
         return self
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        if self.shard_size > self.count:
+            yield "shard_size", f"{self.shard_size} pairs a shard, but only {self.count} in all: no shard would be full"
+        if self.prompts is None and self.sampler.guidance_scale != 1:
+            yield "sampler.guidance_scale", "there are no prompts to guide by; give prompts, or guidance_scale: 1"
 
     def damage(self, folder: Path) -> str | None:
         shards = read_list(folder)

@@ -18,6 +18,7 @@ from pipeline.plan import PlannedStage, make_plan
 from pipeline.report import Quiet
 from pipeline.runner import Runner
 from pipeline.runs import Run
+from pipeline.selection import Selection
 from pipeline.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -70,17 +71,20 @@ def execute(
     store: Path,
     overrides: Sequence[str] = (),
     engine: Engine | None = None,
-    only: str | None = None,
+    only: Sequence[str] = (),
     name: str | None = None,
+    force: Sequence[str] = (),
 ) -> dict[str, PlannedStage]:
     """Submit a manifest's text as `retort submit` does, in this process; return the plan by stage."""
     loaded = loads(text, "test.yaml", [*overrides, f"store={store}"])
     found = Store(store)
     found.create()
     run = Run(found, name or loaded.manifest.name)
-    plan = make_plan(loaded, read_contents(loaded, store / "contents.json"), found, run.plan())
+    selection = Selection(only, force=force)
+    contents = read_contents(loaded, store / "contents.json")
+    plan = make_plan(loaded, contents, found, run.plan(), selection.forced(loaded.order))
     run.freeze(loaded.manifest, plan)
-    Runner(run, loaded.manifest, engine or InlineEngine(), Quiet()).execute(plan, only)
+    Runner(run, loaded.manifest, engine or InlineEngine(), Quiet()).execute(plan, selection.of(plan))
     return {stage.name: stage for stage in plan}
 
 

@@ -53,7 +53,7 @@ def test_only_one_stage(gaussian, tmp_path):
     assert (status["teacher"]["state"], status["pairs"]["state"]) == ("done", "waiting")
     assert retort("resume", "gaussian", "pairs", "--store", store, "--engine", "inline").returncode == 0
     done = retort(*submit, "--only", "pears")
-    assert done.returncode == 2 and "no stage 'pears'; there are: teacher, pairs" in done.stderr
+    assert done.returncode == 2 and "no stage 'pears'; did you mean 'pairs'? (allowed: teacher, pairs)" in done.stderr
 
 
 def test_a_wrong_manifest_is_exit_2_with_its_place(tmp_path):

@@ -49,7 +49,7 @@ def test_held_out_pairs_are_taken_and_the_rest_is_solved_as_the_factory_would(qu
             next(steps)
     except StopIteration as end:
         sides, setting = end.value
-    more = execute(TINY, tiny[0], ["stages.pairs.count=128", "stages.student.held_out=33"], only="pairs")["pairs"]
+    more = execute(TINY, tiny[0], ["stages.pairs.count=128", "stages.student.held_out=33"], only=["pairs"])["pairs"]
     truth = PairReader(read_list(more.artifact.folder)).batch(range(64, 124))
     assert setting.prompts == truth.prompts
     assert (setting.noise == truth.noise).all()

@@ -145,7 +145,7 @@ def test_damage_unseals_the_artifact_before_anything_is_removed(pairs, monkeypat
     repair = plan_repair(folder, inspect_shards(str(folder), deep=True))
     monkeypatch.setattr(Path, "unlink", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        repair.unseal(wait=False)
+        repair.unseal(waiting=None)
     monkeypatch.undo()
     assert not (folder / "artifact.json").exists() and (pairs.pool / "00001.tar").exists()
     done = retort("shards", "repair", folder, "--engine", "inline")  # begun again after the kill
@@ -160,7 +160,7 @@ def test_what_cannot_be_the_same_again_is_not_touched(tmp_path):
     (plan.pool / "00000.tar").unlink()
     prompts.write_text("a dog\n")
     done = retort("shards", "repair", plan.artifact.folder)
-    assert done.returncode == 2 and "cannot be made again as it was: the content of prompts.path" in done.stderr
+    assert done.returncode == 2 and "cannot be made again as it was: p.txt changed" in done.stderr
     assert (plan.artifact.folder / "artifact.json").exists()
 
 

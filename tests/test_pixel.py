@@ -132,7 +132,7 @@ def test_without_a_class_for_none_there_is_no_guidance(tmp_path):
     text = PIPELINE.format(folder=tmp_path / "source", prompts=f"prompts: {prompts}", scale=3.0)
     with pytest.raises(StageFailed, match=r"guidance_scale: 1.0"):
         execute(text, tmp_path / "store")
-    execute(text.replace("guidance_scale: 3.0", "guidance_scale: 1.0"), tmp_path / "store", only="teacher")
+    execute(text.replace("guidance_scale: 3.0", "guidance_scale: 1.0"), tmp_path / "store", only=["teacher"])
 
 
 def test_networks_that_want_more_are_refused(unconditional, tmp_path):
@@ -142,7 +142,7 @@ def test_networks_that_want_more_are_refused(unconditional, tmp_path):
     config = json.loads((tmp_path / "source" / "unet" / "config.json").read_text())
     (tmp_path / "source" / "unet" / "config.json").write_text(json.dumps({**config, "out_channels": 6}))
     with pytest.raises(StageFailed, match="3 channels in and 6 out"):
-        execute(PIPELINE.format(folder=tmp_path / "source", prompts="", scale=1.0), tmp_path / "store", only="teacher")
+        execute(PIPELINE.format(folder=tmp_path / "source", prompts="", scale=1.0), tmp_path / "store", only=["teacher"])
 
 
 def test_an_unconditional_teacher_cannot_be_guided(unconditional, tmp_path):

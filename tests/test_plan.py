@@ -87,7 +87,7 @@ def test_a_prompts_file_counts_by_content(tmp_path):
     assert plan_of(text.replace(str(prompts), str(elsewhere)), tmp_path / "store")["pairs"].state == "reuse"
     prompts.write_text("a cat\na cow\n")
     after = plan_of(text, tmp_path / "store")["pairs"]
-    assert (after.state, after.why) == ("run", "the content of prompts.path changed")
+    assert (after.state, after.why) == ("run", "prompts.txt changed")
     assert after.pool != before.pool
 
 
@@ -102,7 +102,7 @@ def test_a_file_that_changes_while_the_run_goes_on_seals_nothing(tmp_path):
     run.freeze(loaded.manifest, plan)
     prompts.write_text("a dog\n")
     with pytest.raises(StageFailed, match=r"prompts.txt changed since the run was planned"):
-        Runner(run, loaded.manifest, InlineEngine(), Quiet()).execute(plan)
+        Runner(run, loaded.manifest, InlineEngine(), Quiet()).execute(plan, {"teacher", "pairs"})
     assert not list(store.glob("pairs/pool/*/*.tar"))
 
 

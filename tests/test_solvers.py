@@ -115,7 +115,7 @@ def test_states_that_are_not_on_the_grid_are_refused(tmp_path):
 def test_text_embeddings_are_the_encoders_states(tiny):
     from stages.networks.latent import LatentTeacher
 
-    plan = execute(TINY, tiny[0], ["stages.pairs.text_embeddings=true", "stages.pairs.count=64"], only="pairs")
+    plan = execute(TINY, tiny[0], ["stages.pairs.text_embeddings=true", "stages.pairs.count=64"], only=["pairs"])
     pairs = plan["pairs"].artifact
     batch = PairReader(read_list(pairs.folder), ["text_embedding"]).batch([0, 63])
     states = LatentTeacher(pairs.inputs["teacher"].folder).encode_prompts(batch.prompts)

@@ -65,7 +65,7 @@ def test_a_prompts_encoding_does_not_depend_on_its_batch(tiny):
 def test_a_bad_autoencoder_stops_before_the_unet(tmp_path):
     text = TINY.replace("max_mse: 1.0, training: {steps: 40", "max_mse: 0.0001, training: {steps: 2")
     with pytest.raises(StageFailed, match=r"reconstructs held-out images with MSE .* train.vae.max_mse = 0.0001"):
-        execute(text, tmp_path, only="teacher")
+        execute(text, tmp_path, only=["teacher"])
 
 
 def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):

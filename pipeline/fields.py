@@ -1,0 +1,67 @@
+"""The fields of a stage that say where things come from: found by their markers, and replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from stages.base import Config, Input, Stage
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A field that is given and carries a marker: its dotted path below the stage, the settings it stands in."""
+
+    path: str
+    marker: Any
+    value: Any
+    owner: Config
+
+
+def marked(config: Config, marker: type, prefix: str = "") -> Iterator[Marked]:
+    """Every such field of a stage, in the settings inside it and in lists of settings too."""
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        for found in info.metadata:
+            if isinstance(found, marker):
+                yield Marked(prefix + name, found, value, config)
+        for place, inner in enumerate(value) if isinstance(value, list) else [("", value)]:
+            if isinstance(inner, Config):
+                yield from marked(inner, marker, f"{prefix}{name}.{place}.".replace("..", "."))
+
+
+def replaced(config: C, values: Mapping[str, Any]) -> C:
+    """`config` with other values at some dotted paths."""
+    updates: dict[str, Any] = {}
+    for name in {path.partition(".")[0] for path in values}:
+        inside = {p.partition(".")[2]: v for p, v in values.items() if p.partition(".")[0] == name}
+        if "" in inside:
+            updates[name] = inside[""]
+        elif isinstance(old := getattr(config, name), list):
+            updates[name] = [
+                replaced(one, {p.partition(".")[2]: v for p, v in inside.items() if p.partition(".")[0] == str(place)})
+                for place, one in enumerate(old)
+            ]
+        else:
+            updates[name] = replaced(old, inside)
+    return config.model_copy(update=updates)
+
+
+def inputs_of(stage: Stage) -> Mapping[str, str]:
+    """Path of the field -> stage name or artifact path."""
+    return {field.path: field.value for field in marked(stage, Input)}
+
+
+def is_artifact_path(reference: str) -> bool:
+    """References to sealed artifacts are told from stage names by their slash."""
+    return "/" in reference
+
+
+def parts_of(path: str) -> list[str | int]:
+    """The parts of a dotted path; places in lists are numbers."""
+    return [int(part) if part.isdigit() else part for part in path.split(".")]

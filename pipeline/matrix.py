@@ -1,0 +1,204 @@
+"""`matrix:` of a stage makes the stage once for every combination of values, and whoever reads it once for each.
+
+student:
+  matrix: {method.loss: [l1, l2], seed: [0, 1, 2]}    # student[loss=l1,seed=0], student[loss=l1,seed=1], ...
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pipeline.document import Document, Path
+from pipeline.fields import inputs_of, replaced
+from stages.base import Stage
+
+MOST = 2000
+"""Stages that one manifest may come to."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting that a matrix varies: the stage, as the manifest calls it, and the path below it."""
+
+    stage: str
+    path: tuple[str, ...]
+
+    @property
+    def spellings(self) -> tuple[str, str, str]:
+        """From the shortest to the one that is surely unique."""
+        dotted = ".".join(self.path)
+        return self.path[-1], dotted, f"{self.stage}.{dotted}"
+
+
+Coordinates = Mapping[Axis, str]
+"""Where a stage stands in the matrices that it came from: axis -> its value, in a form fit for names."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of an axis, and where it stands in the document."""
+
+    label: str
+    value: Any
+    place: Path
+
+
+def base_of(name: str) -> str:
+    """`student` of `student[loss=l1,seed=2]`."""
+    return name.partition("[")[0]
+
+
+def chosen(names: Sequence[str], asked: str) -> list[str]:
+    """The stages that a user means by `asked`: the one of that name, or all that its matrix came to."""
+    return [name for name in names if asked in (name, base_of(name))]
+
+
+# --- A stage's own matrix, before anything is validated -----------------------------------------------
+
+
+def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
+    """Replace each stage that has a `matrix` by its members, in the document's value; say where each stands."""
+    stages = document.value.get("stages")
+    if not isinstance(stages, dict):
+        return {}
+    coordinates: dict[str, Coordinates] = {}
+    expanded: dict[str, Any] = {}
+    for base, stage in stages.items():
+        if not isinstance(stage, dict) or "matrix" not in stage:
+            expanded[base] = stage
+            continue
+        axes = _axes(base, stage["matrix"], document, problems)
+        if not axes:
+            continue
+        count = len(expanded) + math.prod(map(len, axes.values()))
+        if count > MOST:
+            problems.append(document.problem(("stages", base, "matrix"), f"{count} stages; {MOST} is the most"))
+            continue
+        plain = {key: value for key, value in stage.items() if key != "matrix"}
+        for values in product(*axes.values()):
+            at = {axis: value.label for axis, value in zip(axes, values, strict=True)}
+            name = _name(base, at)
+            expanded[name] = copy.deepcopy(plain)
+            coordinates[name] = at
+            document.origins["stages", name] = ("stages", base)
+            for axis, value in zip(axes, values, strict=True):
+                _put(expanded[name], axis.path, value, document, problems)
+                document.origins["stages", name, *axis.path] = value.place
+    document.value["stages"] = expanded
+    return coordinates
+
+
+def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> dict[Axis, list[Value]]:
+    where: Path = ("stages", base, "matrix")
+    axes: dict[Axis, list[Value]] = {}
+    for path, values, place in _lists(matrix, (), where):
+        if not isinstance(values, list) or not values:
+            problems.append(document.problem(place, "a list of values is needed, such as `seed: [0, 1, 2]`"))
+        elif path[0] in ("kind", "matrix"):
+            problems.append(document.problem(place, f"{path[0]} cannot be varied"))
+        else:
+            counts = Counter(map(repr, values))
+            problems += [document.problem(place, f"{word} is given twice") for word in counts if counts[word] > 1]
+            axes[Axis(base, path)] = [
+                Value(label, value, (*place, i))
+                for i, (label, value) in enumerate(zip(_labels(values), values, strict=True))
+            ]
+    if not isinstance(matrix, dict) or not matrix:
+        problems.append(document.problem(where, "names no setting; give some, such as `seed: [0, 1, 2]`"))
+    return axes
+
+
+def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tuple[str, ...], Any, Path]]:
+    """The lists of a matrix: `method.loss: [...]` and `method: {loss: [...]}` are the same."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _lists(inner, (*path, *key.split(".")), (*place, key))
+    elif path:
+        yield path, value, place
+
+
+def _labels(values: Sequence[Any]) -> list[str]:
+    """Short, readable, unique names of the values of one axis."""
+    labels = [_label(value, i) for i, value in enumerate(values)]
+    counts = Counter(labels)
+    return [label if counts[label] == 1 else f"{label}-{i}" for i, label in enumerate(labels)]
+
+
+def _label(value: Any, place: int) -> str:
+    if isinstance(value, dict):
+        value = value.get("name", place)
+    if isinstance(value, dict | list):
+        value = place
+    word = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", word)[:40] or str(place)
+
+
+def _name(base: str, at: Coordinates) -> str:
+    for spelling in range(3):
+        labels = [axis.spellings[spelling] for axis in at]
+        if len(set(labels)) == len(labels):
+            break
+    words = (re.sub(r"[^A-Za-z0-9_.]+", "-", label) for label in labels)
+    return f"{base}[{','.join(f'{word}={value}' for word, value in zip(words, at.values(), strict=True))}]"
+
+
+def _put(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document, problems: list[str]) -> None:
+    for i, part in enumerate(path[:-1]):
+        holder = holder.setdefault(part, {})
+        if not isinstance(holder, dict):
+            text = f"{'.'.join(path[: i + 1])} is no mapping here, so that {path[i + 1]} cannot be set in it"
+            problems.append(document.problem(value.place[:-1], text))
+            return
+    holder[path[-1]] = copy.deepcopy(value.value)
+
+
+# --- Stages that read a matrix ------------------------------------------------------------------------
+
+
+def follow(stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document) -> dict[str, Stage]:
+    """Make each stage that reads an expanded one once for each member; references then name members.
+
+    A stage that reads two stages of one matrix gets pairs of members that stand at the same place in it.
+    The stages' references must be free of cycles.
+    """
+    at: dict[str, Coordinates] = {}
+    done: dict[str, dict[str, Stage]] = {}
+
+    def members(base: str) -> dict[str, Stage]:
+        if base not in done:
+            done[base] = {}
+            for name in (name for name in stages if base_of(name) == base):
+                for new, stage, place in once(name, stages[name]):
+                    done[base][new], at[new] = stage, place
+                    if new != name:
+                        document.origins["stages", new] = ("stages", name)
+        return done[base]
+
+    def once(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
+        own = coordinates.get(name, {})
+        read = {f: list(members(r)) for f, r in inputs_of(stage).items() if r == base_of(r)}
+        read = {f: names for f, names in read.items() if names and names != [inputs_of(stage)[f]]}
+        for names in product(*read.values()):
+            found = _together([*(at[n] for n in names), own])
+            if found is not None:
+                new = name if found == own else _name(base_of(name), found)
+                yield new, replaced(stage, dict(zip(read, names, strict=True))), found
+
+    return {name: stage for base in dict.fromkeys(map(base_of, stages)) for name, stage in members(base).items()}
+
+
+def _together(several: Sequence[Coordinates]) -> Coordinates | None:
+    """All of them at once; None if they contradict each other."""
+    merged: dict[Axis, str] = {}
+    for coordinates in several:
+        for axis, value in coordinates.items():
+            if merged.setdefault(axis, value) != value:
+                return None
+    return merged

@@ -1,0 +1,80 @@
+"""What pydantic found wrong with a manifest, in words, at its place, with what was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic_core import ErrorDetails
+
+from pipeline.document import Document
+from stages.base import Choice, Config, Stage
+
+
+def explain(model: type[Config], document: Document, error: ErrorDetails) -> str:
+    """One problem of `document`, whose value was validated against `model`."""
+    path = error["loc"]
+    context = error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(model, path[:-1], document.value)
+        return document.problem(path, f"unknown key{suggest(str(path[-1]), known)}", at_key=True)
+    if error["type"] == "unknown_choice":
+        allowed = context["allowed"]
+        given = error["input"]
+        what = "missing" if given is None else f"unknown {path[-1]} {given!r}"
+        return document.problem(path, f"{what}{suggest(str(given), allowed)}")
+    if error["type"] == "literal_error":
+        allowed = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
+        return document.problem(path, f"unknown value {error['input']!r}{suggest(str(error['input']), allowed)}")
+    if error["type"] == "string_pattern_mismatch":
+        return document.problem(path, f"a name has letters, digits, - and _ only, at most 80, not {error['input']!r}")
+    if error["type"] == "missing":
+        return document.problem(path, "missing, and it has no default")
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    given = error["input"]
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) or given is None else ""
+    return document.problem(path, message[:1].lower() + message[1:] + shown)
+
+
+def suggest(given: str, allowed: Sequence[str]) -> str:
+    close = get_close_matches(given, allowed, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (allowed: {', '.join(map(str, allowed))})" if allowed else hint
+
+
+def _fields_at(top: type[Config], path: Sequence[str | int], value: Any) -> list[str]:
+    """The keys that the mapping at `path` may have."""
+    model: Any = top
+    for part in path:
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+            continue  # the model is that of the list's entries already
+        if isinstance(model, type) and issubclass(model, Config):
+            info = _field(model, str(part))
+            if info is None:
+                return []
+            model = _config_in(info.annotation, info.metadata, value)
+        else:  # a mapping of named configs: `stages`, `resources`
+            model = _config_in(get_args(model)[1], (), value)
+    if not (isinstance(model, type) and issubclass(model, Config)):
+        return []
+    names = [info.alias or name for name, info in model.model_fields.items()]
+    return [*names, "matrix"] if issubclass(model, Stage) else names
+
+
+def _field(model: type[Config], key: str) -> Any:
+    return next((i for name, i in model.model_fields.items() if key in (name, i.alias)), None)
+
+
+def _config_in(annotation: Any, metadata: Sequence[Any], value: Any) -> Any:
+    """The Config class, or dict annotation, that a value of this field is validated against."""
+    if getattr(annotation, "__origin__", None) is dict:
+        return annotation
+    inside = [m for part in (annotation, *get_args(annotation)) for m in getattr(part, "__metadata__", ())]
+    for choice in (m for m in (*metadata, *inside) if isinstance(m, Choice)):
+        return choice.of(value)
+    candidates = [annotation, *get_args(annotation)]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), annotation)

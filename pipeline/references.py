@@ -1,0 +1,98 @@
+"""What stages say of each other: references that lead nowhere or to the wrong kind, cycles, an order."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from pipeline.document import Document
+from pipeline.fields import inputs_of, is_artifact_path, marked, parts_of
+from pipeline.matrix import base_of
+from pipeline.problems import suggest
+from stages.base import Input, Stage
+
+
+def cycles(stages: Mapping[str, Stage], document: Document) -> list[str]:
+    """A problem for each cycle."""
+    reads = {name: [r for r in inputs_of(stage).values() if not is_artifact_path(r)] for name, stage in stages.items()}
+    after: dict[str, list[str]] = {}
+    for name, names in reads.items():
+        after.setdefault(base_of(name), []).extend(map(base_of, names))
+    problems: list[str] = []
+    done: set[str] = set()
+
+    def visit(base: str, above: tuple[str, ...]) -> None:
+        if base in above:
+            cycle = " -> ".join([*above[above.index(base) :], base])
+            problems.append(document.problem(("stages", base), f"a cycle: {cycle}", at_key=True))
+        elif base not in done:
+            for other in after.get(base, ()):
+                visit(other, (*above, base))
+            done.add(base)
+
+    for base in after:
+        visit(base, ())
+    return problems
+
+
+def wrong(stages: Mapping[str, Stage], lost: Collection[str], document: Document) -> dict[str, list[str]]:
+    """stage -> what is wrong with its references. `lost` are stages that are there, but not valid."""
+    found = {name: list(_wrong(name, stage, stages, lost, document)) for name, stage in stages.items()}
+    return {name: problems for name, problems in found.items() if problems}
+
+
+def _wrong(
+    name: str, stage: Stage, stages: Mapping[str, Stage], lost: Collection[str], document: Document
+) -> Iterator[str]:
+    for field in marked(stage, Input):
+        reference, wanted = field.value, field.marker.kind
+        path = ("stages", name, *parts_of(field.path))
+        there = stages.get(reference)
+        if is_artifact_path(reference) or reference in lost or reference in map(base_of, lost):
+            continue
+        if there is None:
+            fitting = list(dict.fromkeys(n for n, s in stages.items() if s.kind == wanted))
+            yield document.problem(
+                path,
+                f"there is no stage {reference!r}{suggest(reference, fitting)}; "
+                f"give a stage of kind {wanted}, or the path of a sealed artifact",
+            )
+        elif there.kind != wanted:
+            yield document.problem(path, f"needs a stage of kind {wanted}; {reference!r} is a {there.kind}")
+
+
+def wrong_resources(
+    stages: Mapping[str, Stage], lost: Collection[str], resources: Mapping[str, Any], document: Document
+) -> Iterator[str]:
+    for name, given in resources.items():
+        path = ("resources", name)
+        meant = [stage for other, stage in stages.items() if name in (other, base_of(other))]
+        if not meant and name not in {*lost, *map(base_of, lost)}:
+            hint = suggest(name, list(dict.fromkeys(map(base_of, stages))))
+            yield document.problem(path, f"there is no such stage{hint}", at_key=True)
+        elif meant and given.workers > 1 and not meant[0].PARALLEL:
+            yield document.problem((*path, "workers"), f"a stage of kind {meant[0].kind} runs on one worker")
+
+
+def order(stages: Mapping[str, Stage], left_out: Collection[str]) -> list[str]:
+    """Stages, each after all that it reads and soon after the last of them, else as in the manifest. `left_out`,
+    and all that reads one of them or itself, are not in it."""
+    missing = {
+        name: {r for r in inputs_of(stage).values() if not is_artifact_path(r)}
+        for name, stage in stages.items()
+        if name not in left_out
+    }
+    readers: dict[str, list[str]] = {}
+    for name, names in missing.items():
+        for other in names:
+            readers.setdefault(other, []).append(name)
+    ready = [name for name, names in missing.items() if not names][::-1]
+    found: list[str] = []
+    while ready:
+        name = ready.pop()
+        found.append(name)
+        for reader in reversed(readers.get(name, ())):
+            missing[reader].discard(name)
+            if not missing[reader]:
+                ready.append(reader)
+    return found

@@ -14,7 +14,6 @@ from pipeline.console import (
     find_run,
     json_option,
     name_option,
-    print_result,
     selection_options,
     set_option,
     show_difference,
@@ -22,6 +21,7 @@ from pipeline.console import (
     store_option,
     store_override,
 )
+from pipeline.run_commands import gc, logs, runs, status
 from pipeline.shard_commands import shards, stats
 
 INTERRUPTED = 130
@@ -142,20 +142,6 @@ def plan(
 
 
 @cli.command()
-@click.argument("run_name", metavar="[RUN]", required=False)
-@store_option
-@json_option
-def status(run_name: str | None, store: str | None, as_json: bool) -> None:
-    """Show how far each stage of RUN is."""
-    from pipeline import tables
-    from pipeline.status import status_of
-
-    run = find_run(run_name, store)
-    stages = status_of(run)
-    print_result(as_json, {"run": run.name, "stages": stages}, lambda: tables.status(run.name, stages))
-
-
-@cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--prompt", "-p", "prompts", multiple=True, required=True, help="Repeat for several.")
 @click.option("--count", "-n", type=click.IntRange(1), default=4, show_default=True, help="Images of each prompt.")
@@ -181,6 +167,8 @@ def sample(
     click.echo(f"{out}")
 
 
+for command in (status, runs, logs, gc):
+    cli.add_command(command)
 cli.add_command(stats)
 cli.add_command(shards)
 

@@ -77,9 +77,10 @@ def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
         axes = _axes(base, stage["matrix"], document, problems)
         if not axes:
             continue
-        count = len(expanded) + math.prod(map(len, axes.values()))
-        if count > MOST:
-            problems.append(document.problem(("stages", base, "matrix"), f"{count} stages; {MOST} is the most"))
+        count = math.prod(map(len, axes.values()))
+        if len(expanded) + count > MOST:
+            text = f"comes to {count} stages; a manifest has {MOST} at most"
+            problems.append(document.problem(("stages", base, "matrix"), text))
             continue
         plain = {key: value for key, value in stage.items() if key != "matrix"}
         for values in product(*axes.values()):

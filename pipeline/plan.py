@@ -45,6 +45,7 @@ class PlannedStage:
             "fingerprint": self.artifact.fingerprint,
             "pool": self.pool.name,
             "reads": list(self.reads),
+            "inputs": {field: str(artifact.folder) for field, artifact in self.artifact.inputs.items()},
             "files": dict(self.files),
             "identity": self.identity,
         }

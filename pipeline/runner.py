@@ -19,6 +19,7 @@ from pipeline.content import HashCache, identify
 from pipeline.engine import Engine, WorkerShape, describe
 from pipeline.errors import Locked, StageFailed
 from pipeline.fields import marked
+from pipeline.history import attempts, spent
 from pipeline.locks import hold
 from pipeline.manifest import Manifest, Resources
 from pipeline.plan import Plan, PlannedStage
@@ -77,42 +78,44 @@ class Runner:
                 return
             store.unseal(stage.artifact)  # damaged: it exists for nobody until it is whole
             self.reporter.started(stage.name, f"{stage.state}: {stage.why}")
-            self._event("stage_started", stage, why=stage.why)
+            workers = self.manifest.resources_of(stage.name).workers
+            self._event("stage_started", stage, why=stage.why, workers=workers)
+            started = time.monotonic()
             with _log_to(self.run.log_file(stage.name)):
                 try:
-                    seconds = self._make(stage)
+                    self._make(stage, started)
                 except KeyboardInterrupt:
-                    self._event("stage_interrupted", stage)
+                    self._event("stage_interrupted", stage, seconds=_since(started))
                     raise
                 except Exception as error:
                     log.exception("the stage failed")
                     with suppress(OSError):  # a full disk takes no events either; the message below still says why
-                        self._event("stage_failed", stage, error=describe(error))
+                        self._event("stage_failed", stage, seconds=_since(started), error=describe(error))
                     raise StageFailed(
                         f"stage {stage.name} failed: {describe(error)}\n"
                         f"log: {self.run.log_file(stage.name)}\n"
                         f"carry on with: retort resume {self.run.name} --store {store.root}"
                     ) from error
-            self.reporter.ended(stage.name, f"done in {seconds:.0f} s")
-            self._event("stage_done", stage, seconds=round(seconds, 3))
+            self.reporter.ended(stage.name, f"done in {_since(started):.0f} s")
+            self._event("stage_done", stage, seconds=_since(started))
 
     def _event(self, event: str, stage: PlannedStage, **details: Any) -> None:
         self.run.event(event, stage.name, fingerprint=stage.artifact.fingerprint, **details)
 
-    def _make(self, stage: PlannedStage) -> float:
+    def _make(self, stage: PlannedStage, started: float) -> None:
         store, artifact = self.run.store, stage.artifact
         work = store.work(artifact)
         work.mkdir(parents=True, exist_ok=True)
-        started, since = time.monotonic(), datetime.now(UTC)
+        since = datetime.now(UTC)
         if (work / RECORD).exists():  # killed between the record and the move
-            store.finish(artifact, work)
-            return time.monotonic() - started
+            return store.finish(artifact, work)
         resources = self.manifest.resources_of(stage.name)
-        context = Context(self, stage, work, resources)
+        context = Context(self, stage, work, resources, started)
         self._contents_are_as_planned(stage)
         metrics = dict(artifact.stage.run(context))
         self._contents_are_as_planned(stage)
-        seconds = time.monotonic() - started
+        *earlier, _ = attempts(self.run.events())[stage.name]
+        before = spent(earlier, artifact.fingerprint)
         record = {
             "kind": artifact.kind,
             "fingerprint": artifact.fingerprint,
@@ -124,14 +127,13 @@ class Runner:
             "resources": resources.model_dump(),
             "threads": context.threads,
             "device": metrics.pop("device", "cpu"),
-            "seconds": round(seconds, 3),
-            "device_seconds": round(seconds * resources.workers, 3),
+            "seconds": _since(started),
+            "device_seconds": before + _since(started) * resources.workers,
             "versions": versions(),
             "commit": _commit(),
             "metrics": metrics,
         }
         store.seal(artifact, work, record)
-        return seconds
 
     def _contents_are_as_planned(self, stage: PlannedStage) -> None:
         """What was read must be what the fingerprint says. Raises StageError if a file changed in between."""
@@ -161,8 +163,8 @@ class Runner:
 class Context:
     """What a stage sees of its runner: the StageContext of stages/base.py."""
 
-    def __init__(self, runner: Runner, stage: PlannedStage, work: Path, resources: Resources) -> None:
-        self._runner, self._stage = runner, stage
+    def __init__(self, runner: Runner, stage: PlannedStage, work: Path, resources: Resources, started: float) -> None:
+        self._runner, self._stage, self._started = runner, stage, started
         self._shape = WorkerShape(resources.workers, resources.gpus_per_worker)
         self._last_event = 0.0
         self.inputs: Mapping[str, Artifact] = stage.artifact.inputs
@@ -199,8 +201,13 @@ class Context:
                 done=progress.done,
                 total=progress.total,
                 unit=progress.unit,
+                seconds=_since(self._started),
                 **progress.figures,
             )
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 3)
 
 
 class _StageLog(logging.FileHandler):

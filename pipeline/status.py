@@ -1,52 +1,93 @@
-"""Where a run stands, from its frozen plan, its events, the store and the locks."""
+"""Where runs stand, from their frozen plans, their events, the store and the locks."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.history import Attempt, attempts, spent
 from pipeline.locks import holder_of
-from pipeline.runs import Run
-from pipeline.store import RECORD
+from pipeline.runs import Run, all_runs
+from pipeline.store import RECORD, Store
+
+ENDINGS = {
+    "interrupted": "resume to carry on",
+    None: "its driver is gone; resume to carry on",
+}
 
 
 def status_of(run: Run) -> dict[str, dict[str, Any]]:
-    """stage -> {state, kind, fingerprint, artifact, progress, ...}. States: done, running (by whom), failed (why),
-    interrupted, stopped (its driver was killed), waiting."""
-    last: dict[str, dict[str, Any]] = {}
-    progress: dict[str, dict[str, Any]] = {}
-    for event in run.events():
-        if event["event"] == "progress":
-            progress[event["stage"]] = dict(event)
-        elif event["stage"]:
-            last[event["stage"]] = dict(event)
-    stages: dict[str, dict[str, Any]] = {}
-    for name, planned in (run.plan() or {}).items():
-        kind, fingerprint = planned["kind"], planned["fingerprint"]
-        folder = run.store.folder(kind, fingerprint)
-        state, detail = _state(run, folder.joinpath(RECORD).exists(), kind, fingerprint, last.get(name))
-        stages[name] = {
-            "state": state,
-            "kind": kind,
-            "fingerprint": fingerprint,
-            "detail": detail,
-            "artifact": str(folder),
-        }
-        if state not in ("done", "waiting") and progress.get(name, {}).get("fingerprint") == fingerprint:
-            stages[name]["progress"] = {k: progress[name][k] for k in ("done", "total", "unit")}
-    return stages
+    """stage -> {state, kind, fingerprint, artifact, detail, progress, per_second, seconds_left, device_seconds}.
+
+    States: done, running (detail: by whom), failed (why), interrupted, stopped (its driver was killed), waiting.
+    """
+    tried = attempts(run.events())
+    return {name: _stage(run, planned, tried.get(name, ())) for name, planned in (run.plan() or {}).items()}
 
 
-def _state(run: Run, sealed: bool, kind: str, fingerprint: str, last: dict[str, Any] | None) -> tuple[str, str]:
-    if sealed:
-        return "done", f"{last['seconds']:.0f} s" if last and "seconds" in last else "reused"
-    holder = holder_of(run.store.lock_of(kind, fingerprint))
-    if holder:
-        return "running", holder
-    if last is None or last.get("fingerprint") != fingerprint:
+def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> dict[str, Any]:
+    kind, fingerprint = planned["kind"], planned["fingerprint"]
+    folder = run.store.folder(kind, fingerprint)
+    last = tried[-1] if tried and tried[-1].fingerprint == fingerprint else None
+    found: dict[str, Any] = {"kind": kind, "fingerprint": fingerprint, "artifact": str(folder)}
+    cost = spent(tried, fingerprint)
+    if (folder / RECORD).exists():
+        made = last is not None and last.ended == "done"
+        found |= {"state": "done", "detail": "" if made else "reused"}
+        cost = cost if made else _recorded(folder / RECORD)
+    else:
+        holder = holder_of(run.store.lock_of(kind, fingerprint))
+        state, detail = ("running", holder) if holder else _ended(last)
+        found |= {"state": state, "detail": detail}
+        if last and last.progress and state != "waiting":
+            found |= _progress(last, running=state == "running")
+    return found | {"device_seconds": round(cost, 3)}
+
+
+def _ended(last: Attempt | None) -> tuple[str, str]:
+    if last is None:
         return "waiting", ""
-    endings = {
-        "stage_failed": ("failed", last.get("error", "")),
-        "stage_interrupted": ("interrupted", "resume to carry on"),
-        "stage_started": ("stopped", "its driver is gone; resume to carry on"),
+    if last.ended == "failed":
+        return "failed", last.error
+    if last.ended == "done":  # sealed once, and removed or unsealed since
+        return "waiting", "its artifact is gone; resume to make it again"
+    return last.ended or "stopped", ENDINGS[last.ended]
+
+
+def _progress(last: Attempt, running: bool) -> dict[str, Any]:
+    newest, rate = last.progress[-1], last.rate()
+    found: dict[str, Any] = {"progress": {k: newest[k] for k in ("done", "total", "unit")}}
+    if rate is not None and running:
+        found["per_second"] = rate
+        found["seconds_left"] = round(max(0, newest["total"] - newest["done"]) / rate, 1)
+    return found
+
+
+def _recorded(record: Any) -> float:
+    """What it cost whoever made it; an artifact that cannot be read is no reason to show nothing of the others."""
+    try:
+        return float(json.loads(record.read_text(encoding="utf-8"))["device_seconds"])
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
+def runs_of(store: Store) -> dict[str, dict[str, Any]]:
+    """run -> {state, done, stages, last, driver}. `last` is the time of its newest event, in UTC."""
+    return {run.name: _run(run) for run in all_runs(store)}
+
+
+def _run(run: Run) -> dict[str, Any]:
+    plan, newest, driver = run.plan() or {}, None, run.driver()
+    tried: dict[str, list[Attempt]] = attempts(events := list(run.events()))
+    newest = events[-1]["time"] if events else None
+    done = [n for n, p in plan.items() if (run.store.folder(p["kind"], p["fingerprint"]) / RECORD).exists()]
+    states = [_ended(tried[n][-1] if n in tried else None)[0] for n in plan if n not in done]
+    state = next((s for s in ("failed", "interrupted", "stopped") if s in states), "waiting" if states else "done")
+    return {
+        "state": "running" if driver else state,
+        "done": len(done),
+        "stages": len(plan),
+        "last": newest,
+        "driver": driver,
     }
-    return endings.get(last["event"], ("waiting", ""))

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -85,13 +86,61 @@ def difference(found: Mapping[str, Sequence[str]]) -> str:
     return table(["stage", "difference"], rows) if rows else "no difference"
 
 
-def status(run: str, stages: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = []
-    for name, stage in stages.items():
-        progress = stage.get("progress")
-        done = f"{progress['done']}/{progress['total']} {progress['unit']}" if progress else ""
-        rows.append([name, stage["kind"], stage["state"], done, stage["detail"] or stage["artifact"]])
-    return f"run {run}\n" + table(["stage", "kind", "state", "progress", "detail"], rows)
+def status(run: str, store: str, stages: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [[name, *_status_cells(store, stage)] for name, stage in stages.items()]
+    cost = sum(stage["device_seconds"] for stage in stages.values())
+    counts = Counter(stage["state"] for stage in stages.values())
+    words = ", ".join(f"{count} {state}" for state, count in counts.items())
+    head = ["stage", "state", "progress", "rate", "left", "device", "where"]
+    return f"run {run} in {store}: {words}; {duration(cost)} of devices\n" + table(head, rows)
+
+
+def _status_cells(store: str, stage: Mapping[str, Any]) -> list[str]:
+    progress = stage.get("progress")
+    done = f"{progress['done']:,}/{progress['total']:,} {progress['unit']}" if progress else ""
+    rate = f"{stage['per_second']:.3g}/s" if "per_second" in stage else ""
+    left = duration(stage["seconds_left"]) if "seconds_left" in stage else ""
+    cost = duration(stage["device_seconds"]) if stage["device_seconds"] else ""
+    place = [os.path.relpath(stage["artifact"], store)] if stage["state"] == "done" else []
+    return [stage["state"], done, rate, left, cost, ", ".join(filter(None, [*place, stage["detail"]]))]
+
+
+def runs(store: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        [name, run["state"], f"{run['done']}/{run['stages']}", (run["last"] or "")[:19], run["driver"] or ""]
+        for name, run in found.items()
+    ]
+    if not rows:
+        return f"no runs in {store}; `retort submit MANIFEST` makes one"
+    return f"store {store}\n" + table(["run", "state", "stages", "last event (UTC)", "driver"], rows)
+
+
+def garbage(found: Mapping[str, Any], deleted: bool) -> str:
+    rows = [[one["what"], size(one["bytes"]), one["path"]] for one in found["found"]]
+    rows += [["kept", "", f"{one['path']}: {one['why']}"] for one in found["kept"]]
+    verb = "removed" if deleted else "can go; --delete removes it"
+    if not rows:
+        return "nothing to remove"
+    return table(["what", "size", "path"], rows) + f"\n{size(found['bytes'])} {verb}"
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 5 s`, `5 h 12 min`, `3 d 4 h`: two units at most."""
+    left = round(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def done(planned: Plan) -> str:

@@ -142,7 +142,9 @@ def test_networks_that_want_more_are_refused(unconditional, tmp_path):
     config = json.loads((tmp_path / "source" / "unet" / "config.json").read_text())
     (tmp_path / "source" / "unet" / "config.json").write_text(json.dumps({**config, "out_channels": 6}))
     with pytest.raises(StageFailed, match="3 channels in and 6 out"):
-        execute(PIPELINE.format(folder=tmp_path / "source", prompts="", scale=1.0), tmp_path / "store", only=["teacher"])
+        execute(
+            PIPELINE.format(folder=tmp_path / "source", prompts="", scale=1.0), tmp_path / "store", only=["teacher"]
+        )
 
 
 def test_an_unconditional_teacher_cannot_be_guided(unconditional, tmp_path):

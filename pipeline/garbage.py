@@ -1,0 +1,115 @@
+"""Garbage: what no run refers to, and what killed attempts left behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.locks import hold, holder_of
+from pipeline.runs import Run, all_runs
+from pipeline.store import Store, read_record
+from stages import KINDS
+from stages.base import StageError
+from stages.data.pool import LIST, pool_of
+
+
+def collect(
+    store: Store, drop: Sequence[str] = (), delete: bool = False, waiting: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """What can go: {"found": [{path, bytes, what}], "bytes", "kept": [{path, why}]}; removed only with `delete`.
+
+    Runs named in `drop` count as gone. Raises UsageError for one that is not there, Locked for one under way. While
+    a plan is being made, `waiting` is called and waited for, or Locked raised.
+    """
+    if not (store.root / "runs").is_dir():
+        raise UsageError(f"{store.root} is no store; name one with --store or RETORT_STORE")
+    runs = all_runs(store)
+    unknown = set(drop) - {run.name for run in runs}
+    if unknown:
+        raise UsageError(f"no run {min(unknown)!r}: the store has {', '.join(run.name for run in runs) or 'none'}")
+    with ExitStack() as stack:
+        for run in runs:
+            if run.name in drop:
+                stack.enter_context(run.held())
+        stack.enter_context(hold(store.collecting, "a plan", "gc", waiting))
+        return _collect(store, [run for run in runs if run.name not in drop], drop, delete)
+
+
+def _collect(store: Store, runs: Sequence[Run], drop: Sequence[str], delete: bool) -> dict[str, Any]:
+    used = _used(store, runs)
+    found, kept = [], []
+    for path, what in [*_candidates(store, used), *((Run(store, name).folder, "run") for name in drop)]:
+        busy = holder_of(store.root / "locks" / _lock_name(store, path)) if what != "run" else None
+        if busy:
+            kept.append({"path": str(path), "why": f"held by {busy}"})
+            continue
+        found.append({"path": str(path), "what": what, "bytes": _size(path)})
+        if delete:
+            _remove(path)
+    return {"found": found, "bytes": sum(one["bytes"] for one in found), "kept": kept, "deleted": delete}
+
+
+def _used(store: Store, runs: Sequence[Run]) -> set[Path]:
+    """Artifacts, pools and unfinished work that the runs refer to, and all that those artifacts were made from."""
+    used: set[Path] = set()
+    for run in runs:
+        for stage in (run.plan() or {}).values():
+            kind, fingerprint = stage["kind"], stage["fingerprint"]
+            used |= {store.pool(kind, stage["pool"]), store.root / "work" / f"{kind}-{fingerprint}"}
+            for folder in (store.folder(kind, fingerprint), *map(Path, stage["inputs"].values())):
+                used |= set(_ancestry(folder))
+    return {path.resolve() for path in used}
+
+
+def _ancestry(folder: Path) -> Iterator[Path]:
+    """An artifact's folder and those of all that it was made from, with their pools."""
+    yield folder
+    if (folder / LIST).exists():
+        try:
+            yield pool_of(folder)
+        except StageError:  # a list that cannot be read could mean any of them
+            yield from (folder.parent / "pool").glob("*")
+    with suppress(OSError, ValueError):
+        for place in read_record(folder)["inputs"].values():
+            yield from _ancestry((folder / place).resolve())
+
+
+def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str]]:
+    for kind in sorted(path.name for path in store.root.iterdir() if path.name in KINDS):
+        for folder in sorted((store.root / kind).iterdir()):
+            if folder.name != "pool" and folder.resolve() not in used:
+                yield folder, "artifact"
+        for pool in sorted((store.root / kind / "pool").glob("*")):
+            if pool.resolve() not in used:
+                yield pool, "pool"
+            else:
+                yield from ((left, "temporary") for left in sorted(pool.rglob(".*")) if left.is_file())
+    for work in sorted((store.root / "work").iterdir()):
+        if work.resolve() not in used:
+            yield work, "temporary"
+
+
+def _lock_name(store: Store, path: Path) -> str:
+    """The lock that whoever makes this holds."""
+    parts = path.relative_to(store.root).parts
+    if parts[0] == "work":
+        return parts[1].removesuffix("-old")
+    return f"{parts[0]}-{parts[2] if parts[1] == 'pool' else parts[1]}"
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        gone = path.with_name(f".{path.name}-gone")  # first it stops existing, then it is emptied
+        path.replace(gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)

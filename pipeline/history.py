@@ -1,0 +1,66 @@
+"""What happened to the stages of a run, read from its events. Durations in events come from a clock that only goes
+forward, so that a computer's clock that jumps spoils nothing but the times of day."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Event = Mapping[str, Any]
+
+
+@dataclass
+class Attempt:
+    """One try at a stage, from its start to its end or, of a driver that was killed, to its last sign of life."""
+
+    fingerprint: str
+    workers: int = 1
+    seconds: float = 0.0
+    ended: str | None = None
+    """done, failed, interrupted; None while it goes on or if its driver was killed."""
+    error: str = ""
+    progress: list[Event] = field(default_factory=list)
+    """The first and the newest event in the unit that is being counted now."""
+
+    @property
+    def device_seconds(self) -> float:
+        return self.seconds * self.workers
+
+    def add(self, event: Event) -> None:
+        self.seconds = max(self.seconds, event.get("seconds", 0.0))
+        if event["event"] == "progress":
+            same = self.progress and self.progress[0]["unit"] == event["unit"]
+            self.progress = [self.progress[0], event] if same else [event]
+        else:
+            self.ended, self.error = event["event"].removeprefix("stage_"), event.get("error", "")
+
+    def rate(self) -> float | None:
+        """Units a second: what the stage says itself, or what was counted since the attempt began."""
+        if not self.progress:
+            return None
+        first, last = self.progress[0], self.progress[-1]
+        if "per_second" in last:
+            return float(last["per_second"]) or None
+        seconds = last.get("seconds", 0.0) - first.get("seconds", 0.0)
+        done = last["done"] - first["done"]
+        return done / seconds if done > 0 and seconds > 0 else None
+
+
+def attempts(events: Iterable[Event]) -> dict[str, list[Attempt]]:
+    """stage -> its attempts, the newest last. A stage that was found sealed has none of that time."""
+    found: dict[str, list[Attempt]] = {}
+    for event in events:
+        stage = event.get("stage")
+        if not stage or event["event"] == "stage_reused":
+            continue
+        if event["event"] == "stage_started":
+            found.setdefault(stage, []).append(Attempt(event["fingerprint"], event["workers"]))
+        elif stage in found and found[stage][-1].fingerprint == event["fingerprint"]:
+            found[stage][-1].add(event)
+    return found
+
+
+def spent(of: Iterable[Attempt], fingerprint: str) -> float:
+    """Device-seconds of all attempts at one artifact."""
+    return sum(attempt.device_seconds for attempt in of if attempt.fingerprint == fingerprint)

@@ -1,0 +1,110 @@
+"""The commands that look at runs: `retort runs`, `status`, `logs`, `gc`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from pipeline.console import find_run, json_option, open_store, print_result, store_option
+
+
+@click.command()
+@store_option
+@json_option
+def runs(store: str | None, as_json: bool) -> None:
+    """List the runs of the store."""
+    from pipeline import tables
+    from pipeline.status import runs_of
+
+    found = runs_of(opened := open_store(store))
+    print_result(as_json, found, lambda: tables.runs(str(opened.root), found))
+
+
+@click.command()
+@click.argument("run_name", metavar="[RUN]", required=False)
+@click.option("--watch", is_flag=True, help="Show it live, until nobody carries the run out.")
+@store_option
+@json_option
+def status(run_name: str | None, watch: bool, store: str | None, as_json: bool) -> None:
+    """Show how far each stage of RUN is, how fast, what it cost, and where its artifact lies."""
+    from pipeline import tables
+    from pipeline.status import status_of
+    from pipeline.watch import watch as follow
+
+    run = find_run(run_name, store)
+    if watch:
+        follow(run, lambda: tables.status(run.name, str(run.store.root), status_of(run)))
+        return
+    stages = status_of(run)
+    print_result(
+        as_json, {"run": run.name, "stages": stages}, lambda: tables.status(run.name, str(run.store.root), stages)
+    )
+
+
+@click.command()
+@click.argument("run_name", metavar="RUN")
+@click.argument("stage", required=False)
+@click.option("--follow", "-f", is_flag=True, help="Go on while the run is carried out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the run's events instead, a JSON object a line.")
+@store_option
+def logs(run_name: str, stage: str | None, follow: bool, as_json: bool, store: str | None) -> None:
+    """Print the log of a STAGE of RUN; without STAGE, what happened in the run."""
+    from pipeline.errors import UsageError
+    from pipeline.matrix import chosen
+    from pipeline.watch import lines
+
+    run = find_run(run_name, store)
+    plan = run.plan() or {}
+    names = chosen(list(plan), stage) if stage else []
+    if stage and not names:
+        raise UsageError(f"no stage {stage!r}; run {run.name} has: {', '.join(plan)}")
+    if stage and not as_json:
+        if follow and len(names) > 1:
+            raise UsageError(f"{stage} is {len(names)} stages; to follow, name one: {', '.join(names)}")
+        for name in names:
+            for line in lines(run.log_file(name), run, follow):
+                click.echo(line)
+        return
+    for line in lines(run.folder / "events.jsonl", run, follow):
+        event = _event(line)
+        if event and (not stage or event["stage"] in names):
+            click.echo(line if as_json else _words(event))
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event: dict[str, Any] = json.loads(line)
+        return event
+    except ValueError:  # the last line of a killed driver
+        return None
+
+
+def _words(event: dict[str, Any]) -> str:
+    from pipeline.report import describe
+    from stages.base import Progress
+
+    if event["event"] == "progress":
+        text = describe(Progress(event["done"], event["total"], event["unit"]))
+    else:
+        detail = event.get("error") or event.get("why") or ""
+        text = event["event"].replace("_", " ") + (f": {detail}" if detail else "")
+    return f"{event['time'][:19]}  {event['stage'] or 'run'}: {text}"
+
+
+@click.command()
+@click.option("--delete", is_flag=True, help="Remove it; without this, nothing is changed.")
+@click.option("--drop", multiple=True, metavar="RUN", help="Take this run for gone, and remove its folder too.")
+@store_option
+@json_option
+def gc(delete: bool, drop: tuple[str, ...], store: str | None, as_json: bool) -> None:
+    """Show what no run refers to any more, and what killed attempts left; with --delete, remove it.
+
+    What a run that is under way holds is never touched.
+    """
+    from pipeline import tables
+    from pipeline.garbage import collect
+
+    found = collect(open_store(store), drop, delete, lambda text: click.echo(f"waiting: {text}", err=True))
+    print_result(as_json, found, lambda: tables.garbage(found, delete))

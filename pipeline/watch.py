@@ -1,0 +1,55 @@
+"""Following a run: its status as it changes, its logs and events as they grow."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pipeline.runs import Run
+
+EVERY = 1.0
+"""Seconds between two looks."""
+
+
+def watch(run: Run, draw: Callable[[], str]) -> None:
+    """Show what `draw` gives until nobody carries the run out: redrawn in place on a terminal, elsewhere printed anew
+    whenever it changed."""
+    if sys.stdout.isatty():
+        from rich.live import Live
+        from rich.text import Text
+
+        with Live(Text(draw()), auto_refresh=False, vertical_overflow="visible") as live:
+            while run.driver():
+                time.sleep(EVERY)
+                live.update(Text(draw()), refresh=True)
+        return
+    shown = ""
+    while True:
+        alive = run.driver()
+        if (text := draw()) != shown:
+            print(text, flush=True)
+            shown = text
+        if not alive:
+            return
+        time.sleep(EVERY)
+
+
+def lines(file: Path, run: Run, follow: bool) -> Iterator[str]:
+    """The whole lines of a file that may not be there yet; with `follow`, also those that come while somebody carries
+    the run out."""
+    place = 0
+    while True:
+        alive = follow and run.driver()  # asked before reading, so that the last lines are read too
+        if file.exists():
+            with open(file, "rb") as opened:
+                opened.seek(place)
+                for line in opened:
+                    if alive and not line.endswith(b"\n"):
+                        break  # the rest is being written
+                    place += len(line)
+                    yield line.decode("utf-8", "replace").rstrip("\n")
+        if not alive:
+            return
+        time.sleep(EVERY)

@@ -1,0 +1,181 @@
+"""`matrix:`: what it expands to, who follows it, and that problems still point at the text."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import ManifestError
+from pipeline.manifest import dump, loads
+from tests.conftest import TINY, execute, plan_of, retort
+
+QUALITY = "  quality: {kind: evaluate, student: student, samples: 40}\n"
+
+
+def manifest(student: str = "", pairs: str = "") -> str:
+    text = TINY.replace("    kind: distill\n", f"    kind: distill\n    matrix: {student}\n") if student else TINY
+    text = text.replace("    kind: pairs\n", f"    kind: pairs\n    matrix: {pairs}\n") if pairs else text
+    return text + QUALITY
+
+
+def problems(text: str) -> str:
+    with pytest.raises(ManifestError) as caught:
+        loads(text, "m.yaml")
+    return str(caught.value)
+
+
+def test_a_stage_is_made_once_for_every_combination_and_so_are_those_that_read_it():
+    loaded = loads(manifest("{method.loss: [l1, mse], seed: [0, 1]}"), "m.yaml")
+    places = [f"[loss={loss},seed={seed}]" for loss in ("l1", "mse") for seed in (0, 1)]
+    assert loaded.order == ["teacher", "pairs", *(f"{kind}{at}" for at in places for kind in ("student", "quality"))]
+    stages = loaded.manifest.stages
+    assert stages["student[loss=mse,seed=1]"].method.loss == "mse"
+    assert loaded.manifest.seed_of("student[loss=mse,seed=1]") == 1
+    assert stages["quality[loss=mse,seed=1]"].student == "student[loss=mse,seed=1]"
+
+
+def test_a_matrix_member_is_the_stage_that_would_be_written_by_hand(tmp_path):
+    by_hand = plan_of(TINY + QUALITY, tmp_path, ["stages.student.method.loss=mse", "stages.student.seed=1"])
+    member = plan_of(manifest("{method.loss: [l1, mse], seed: [0, 1]}"), tmp_path)
+    for name in ("student", "quality"):
+        found = member[f"{name}[loss=mse,seed=1]"].artifact.fingerprint
+        assert found == by_hand[name].artifact.fingerprint
+
+
+def test_matrices_that_meet_stand_at_the_same_place():
+    text = manifest("{seed: [0, 1]}", pairs="{sampler.steps: [5, 6]}").replace(
+        "samples: 40", "samples: 40, matrix: {samples: [40, 50]}"
+    )
+    loaded = loads(text, "m.yaml")
+    qualities = [name for name in loaded.order if name.startswith("quality")]
+    assert len(qualities) == 8 and "quality[steps=6,seed=1,samples=50]" in qualities
+    quality = loaded.manifest.stages["quality[steps=6,seed=1,samples=50]"]
+    student = loaded.manifest.stages[quality.student]
+    assert student.pairs[0].pairs == "pairs[steps=6]" and student.seed == 1
+
+
+def test_two_inputs_of_one_matrix_are_paired_and_not_crossed():
+    mixed = "[{pairs: pairs, weight: 1.0}, {pairs: other, weight: 1.0}]"
+    other = "  other: {kind: pairs, teacher: teacher, prompts: digits, count: 96, shard_size: 32, seed: 9}\n"
+    teachers = TINY.replace("    kind: teacher\n", "    kind: teacher\n    matrix: {seed: [0, 1]}\n")
+    loaded = loads(teachers.replace("pairs: pairs", f"pairs: {mixed}") + other, "m.yaml")
+    assert [name for name in loaded.order if name.startswith("student")] == ["student[seed=0]", "student[seed=1]"]
+    assert [s.pairs for s in loaded.manifest.stages["student[seed=1]"].pairs] == ["pairs[seed=1]", "other[seed=1]"]
+
+
+def test_a_member_can_be_named_alone():
+    text = TINY.replace("    kind: pairs\n", "    kind: pairs\n    matrix: {sampler.steps: [5, 6]}\n").replace(
+        "    pairs: pairs\n", '    pairs: "pairs[steps=6]"\n'
+    )
+    loaded = loads(text, "m.yaml")
+    assert loaded.manifest.stages["student"].pairs[0].pairs == "pairs[steps=6]"
+    assert "there is no stage 'pairs[steps=7]'; did you mean" in problems(
+        text.replace('"pairs[steps=6]"', '"pairs[steps=7]"')
+    )
+
+
+def test_nested_axes_and_whole_settings():
+    loaded = loads(
+        manifest("{training: {steps: [3, 4]}, method: [{name: knowledge_distillation, loss: mse}]}"), "m.yaml"
+    )
+    stage = loaded.manifest.stages["student[steps=3,method=knowledge_distillation]"]
+    assert (stage.training.steps, stage.training.batch_size, stage.method.loss) == (3, 16, "mse")
+
+
+def test_the_resolved_manifest_holds_the_members():
+    manifest_ = loads(manifest("{training.learning_rate: [1e-3, 2.5e-4]}"), "m.yaml").manifest
+    assert "student[learning_rate=0.00025]" in manifest_.stages
+    again = loads(dump(manifest_), "again.yaml")
+    assert again.manifest == manifest_
+
+
+def test_resources_of_a_matrix_are_shared():
+    text = (
+        manifest(pairs="{sampler.steps: [5, 6]}") + "resources: {pairs: {workers: 2}, 'pairs[steps=6]': {workers: 3}}"
+    )
+    loaded = loads(text, "m.yaml")
+    assert loaded.manifest.resources_of("pairs[steps=5]").workers == 2
+    assert loaded.manifest.resources_of("pairs[steps=6]").workers == 3
+    assert loaded.manifest.resources_of("teacher").workers == 1
+
+
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        ("{method.loss: [l1, l3]}", "m.yaml:21:32: stages.student.matrix.method.loss.1: unknown value 'l3'"),
+        ("{training.stepz: [1]}", "stages.student.matrix.training.stepz.0: unknown key; did you mean 'steps'?"),
+        ("{seed: 3}", "stages.student.matrix.seed: a list of values is needed"),
+        ("{seed: []}", "a list of values is needed"),
+        ("{kind: [a]}", "kind cannot be varied"),
+        ("{seed: [1, 1]}", "1 is given twice"),
+        ("{}", "names no setting"),
+        ("3", "names no setting"),
+        ("{held_out.x: [1]}", "held_out is no mapping here"),
+        (
+            f"{{seed: [{', '.join(map(str, range(50)))}], training.steps: [{', '.join(map(str, range(1, 51)))}]}}",
+            "2500",
+        ),
+    ],
+)
+def test_problems_of_a_matrix_are_placed(matrix, words):
+    message = problems(manifest(matrix))
+    assert words in message and message.startswith("m.yaml:21:")
+
+
+def test_what_is_wrong_in_every_member_is_said_once():
+    message = problems(manifest("{seed: [0, 1, 2]}").replace("steps: 24", "stepz: 24"))
+    assert message.count("unknown key") == 1 and "m.yaml:24:16: stages.student.training.stepz" in message
+    message = problems(manifest("{seed: [0, 1, 2]}").replace("pairs: pairs", "pairs: pears"))
+    assert message.count("there is no stage 'pears'") == 1
+
+
+def test_a_contradiction_of_one_member_points_at_its_value(tmp_path):
+    with pytest.raises(ManifestError) as caught:
+        plan_of(manifest("{held_out: [32, 96]}"), tmp_path)
+    assert len(caught.value.problems) == 1
+    assert "m.yaml" in str(caught.value).replace("test.yaml", "m.yaml")
+    assert "stages.student.matrix.held_out.1: 96 pairs held out of 96" in str(caught.value)
+
+
+def test_commands_take_members_and_whole_matrices(tmp_path):
+    path, store = tmp_path / "m.yaml", tmp_path / "s"
+    path.write_text(manifest("{method.loss: [l1, mse]}"))
+
+    def names(*options):
+        done = retort("plan", path, "--store", store, "--json", *options)
+        return list(json.loads(done.stdout)) if done.returncode == 0 else done.stderr
+
+    everything = ("--only", "teacher", "--only", "pairs")
+    assert names(*everything, "--only", "student") == ["teacher", "pairs", "student[loss=l1]", "student[loss=mse]"]
+    assert names(*everything, "--only", "student[loss=mse]")[2:] == ["student[loss=mse]"]
+    assert names("--from", "teacher") == names()
+    assert "needs pairs, which is not made yet (never made)" in names("--only", "student")
+    assert "no stage 'studnt'; did you mean 'student'?" in names("--only", "studnt")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["seed", "held_out", "method.loss", "training.steps", "training.learning_rate"]),
+        st.lists(st.one_of(st.integers(-2, 40), st.sampled_from(["l1", "mse"]), st.floats(), st.none()), max_size=3),
+        max_size=3,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_any_matrix_is_valid_or_refused_with_its_place(matrix):
+    try:
+        loaded = loads(manifest(json.dumps(matrix)), "m.yaml")
+    except ManifestError as error:
+        assert all(problem.startswith("m.yaml:") for problem in error.problems)
+        return
+    count = 1
+    for values in matrix.values():
+        count *= len(values)
+    assert sum(name.startswith("student[") for name in loaded.order) == count
+
+
+def test_a_matrix_runs_and_its_members_share_what_they_read(tmp_path, tiny):
+    plan = execute(manifest("{training.steps: [2, 3]}"), tiny[0], name="matrix")
+    assert plan["student[steps=2]"].artifact.folder.joinpath("artifact.json").exists()
+    assert plan["quality[steps=3]"].artifact.inputs["student"] == plan["student[steps=3]"].artifact
+    assert plan["pairs"].artifact == tiny[1]["pairs"].artifact

@@ -1,0 +1,115 @@
+"""`retort gc`: what no run refers to goes, and nothing that any run could want."""
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from pipeline.errors import Locked, UsageError
+from pipeline.garbage import collect
+from pipeline.locks import share
+from pipeline.runs import Run
+from pipeline.store import Store
+from tests.conftest import GAUSSIAN, ROOT, command, execute, plan_of, retort
+
+
+def paths(found):
+    return {(one["what"], one["path"]) for one in found["found"]}
+
+
+def test_what_an_edit_left_behind_goes_and_the_rest_stays(tmp_path):
+    old = execute(GAUSSIAN, tmp_path)
+    execute(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=5"])
+    store = Store(tmp_path)
+    expected = {("artifact", str(old["pairs"].artifact.folder)), ("pool", str(old["pairs"].pool))}
+    found = collect(store)
+    assert paths(found) == expected and found["bytes"] > 1000
+    assert old["pairs"].pool.exists(), "without --delete nothing is changed"
+    assert paths(collect(store, delete=True)) == expected
+    assert not old["pairs"].pool.exists() and not old["pairs"].artifact.folder.exists()
+    assert {s.state for s in plan_of(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=5"]).values()} == {"reuse"}
+    assert collect(store)["found"] == []
+
+
+def test_a_pool_stays_as_long_as_one_artifact_lists_it(tmp_path):
+    execute(GAUSSIAN, tmp_path)
+    execute(GAUSSIAN, tmp_path, ["stages.pairs.count=32"])
+    assert [what for what, _ in paths(collect(Store(tmp_path), delete=True))] == ["artifact"]
+    assert plan_of(GAUSSIAN, tmp_path, ["stages.pairs.count=32"])["pairs"].state == "reuse"
+
+
+def test_what_an_artifact_was_made_from_stays(tmp_path):
+    """Named by its path, in a run that has not even begun, and through a link to the store."""
+    made = execute(GAUSSIAN, tmp_path / "store", name="first")
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    teacher = tmp_path / "link" / made["teacher"].artifact.folder.relative_to(tmp_path / "store")
+    text = GAUSSIAN.replace("teacher: teacher", f"teacher: {teacher}").replace("steps: 10", "steps: 5")
+    text = text.replace(text[text.index("  teacher: {kind") : text.index("  pairs:")], "")
+    path = tmp_path / "m.yaml"
+    path.write_text(text.replace("prompts: digits", f"prompts: {tmp_path / 'none.txt'}"))
+    assert retort("submit", path, "--store", tmp_path / "store", "--name", "second").returncode == 2
+    execute(text, tmp_path / "store", only=[], name="second")
+    found = collect(Store(tmp_path / "store"), ["first"], delete=True)
+    assert {what for what, _ in paths(found)} == {"artifact", "pool", "run"}
+    assert made["teacher"].artifact.folder.exists()
+    assert not Run(Store(tmp_path / "store"), "first").folder.exists()
+
+
+def test_left_over_temporaries_go(tmp_path):
+    pairs = execute(GAUSSIAN, tmp_path)["pairs"]
+    (pairs.pool / ".00007.tar.123").write_bytes(b"x" * 10)
+    (tmp_path / "work" / "pairs-0123456789").mkdir()
+    found = paths(collect(Store(tmp_path), delete=True))
+    assert found == {
+        ("temporary", str(pairs.pool / ".00007.tar.123")),
+        ("temporary", str(tmp_path / "work" / "pairs-0123456789")),
+    }
+    assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "reuse"
+
+
+def test_a_damaged_list_lets_no_pool_go(tmp_path):
+    pairs = execute(GAUSSIAN, tmp_path)["pairs"]
+    (pairs.artifact.folder / "receipts.json").write_text("{")
+    assert collect(Store(tmp_path))["found"] == []
+
+
+def test_what_a_live_run_holds_is_never_touched(tmp_path):
+    manifest, store = tmp_path / "m.yaml", tmp_path / "store"
+    manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.1"))
+    process = subprocess.Popen(
+        command("submit", manifest, "--store", store, "--engine", "inline"),
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not list(store.glob("pairs/pool/*/*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert collect(Store(store), delete=True)["found"] == []
+    dropped = retort("gc", "--store", store, "--drop", "gaussian", "--delete")
+    (store / "runs" / "gaussian" / "plan.json").rename(tmp_path / "plan.json")  # as if no run referred to it
+    held = collect(Store(store), delete=True)
+    (tmp_path / "plan.json").rename(store / "runs" / "gaussian" / "plan.json")
+    assert process.poll() is None
+    assert process.wait(timeout=60) == 0
+    assert dropped.returncode == 3 and f"process {process.pid}" in dropped.stderr
+    assert any("pairs" in one["path"] and f"process {process.pid}" in one["why"] for one in held["kept"])
+    assert not any("/pairs" in one["path"] for one in held["found"])
+
+
+def test_nothing_is_collected_while_a_plan_is_made(tmp_path):
+    execute(GAUSSIAN, tmp_path)
+    with share(Store(tmp_path).collecting), pytest.raises(Locked, match="a plan is being made"):
+        collect(Store(tmp_path))
+
+
+def test_the_command(tmp_path):
+    execute(GAUSSIAN, tmp_path)
+    assert retort("gc", "--store", tmp_path).stdout == "nothing to remove\n"
+    shown = retort("gc", "--store", tmp_path, "--drop", "gaussian")
+    assert "can go; --delete removes it" in shown.stdout
+    assert json.loads(retort("gc", "--store", tmp_path, "--drop", "gaussian", "--delete", "--json").stdout)["deleted"]
+    assert not list(tmp_path.glob("pairs/*/artifact.json")) and not list(tmp_path.glob("runs/*"))
+    assert retort("gc", "--store", tmp_path / "none").returncode == 2
+    with pytest.raises(UsageError, match="no run 'x': the store has none"):
+        collect(Store(tmp_path), ["x"])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.plan import Plan
+from stages.evaluation import figures
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -43,26 +44,17 @@ def done(planned: Plan) -> str:
     return "\n\n".join(parts)
 
 
-EVALUATION = {
-    "network_calls": "{}",
-    "seconds_per_image": "{:.4f}",
-    "latent_mse": "{:.4f}",
-    "prompt_accuracy": "{:.3f}",
-    "frechet_distance": "{:.2f}",
-    "recall": "{:.3f}",
-    "diversity": "{:.2f}",
-}
-
-
 def evaluation(metrics: Mapping[str, Any]) -> str:
     """A row a side, then the references."""
-    columns = [name for name in EVALUATION if name in next(iter(metrics["sides"].values()))]
     sides = {**metrics["sides"], **metrics.get("references", {})}
-    rows = [
-        [name, *(EVALUATION[c].format(values[c]) if c in values else "" for c in columns)]
-        for name, values in sides.items()
-    ]
-    return table(["", *(c.replace("_", " ") for c in columns)], rows)
+    return figures_table([(figures.title(name), values) for name, values in sides.items()])
+
+
+def figures_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Names and figures as text, with a column for each figure that one of the rows has."""
+    shown = figures.columns(row for _, row in rows)
+    cells = [[name, *(" ".join(figures.words(row, key)).strip() for key in shown)] for name, row in rows]
+    return table(["", *(figures.FIGURES[key].title for key in shown)], cells)
 
 
 def stats(found: Mapping[str, Any]) -> str:

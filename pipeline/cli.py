@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.compare_command import compare
 from pipeline.console import (
     carry_out,
     execution_options,
@@ -141,6 +142,7 @@ def _with_store(overrides: tuple[str, ...], store: str | None) -> list[str]:
     return [*overrides, *([f"store={json.dumps(store, ensure_ascii=False)}"] if store else [])]
 
 
+cli.add_command(compare)
 cli.add_command(stats)
 cli.add_command(shards)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.plan import Plan
 from stages.evaluation import figures
+from stages.evaluation.sections import Section
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,6 +56,12 @@ def figures_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     shown = figures.columns(row for _, row in rows)
     cells = [[name, *(" ".join(figures.words(row, key)).strip() for key in shown)] for name, row in rows]
     return table(["", *(figures.FIGURES[key].title for key in shown)], cells)
+
+
+def compared(sections: Sequence[Section], missing: Sequence[str]) -> str:
+    """A table a section, then lines that say what is missing."""
+    parts = [f"{s.title}\n{figures_table([(row.label, row.figures) for row in s.rows])}" for s in sections]
+    return "\n\n".join([*parts, *(["\n".join(missing)] if missing else [])])
 
 
 def stats(found: Mapping[str, Any]) -> str:

@@ -23,12 +23,13 @@ th { text-align: left; font-weight: 500; overflow-wrap: anywhere; background: Ca
 th[scope=row] { position: sticky; left: 0; z-index: 1; padding: 2px 1rem 2px 0 }
 
 /* the full teacher stays at the top, prompts at the bottom, names at the left */
-.images { table-layout: fixed } .images td { padding: 1px 0; line-height: 1.25; vertical-align: top }
-.images img { display: block; image-rendering: pixelated }
+.images { table-layout: fixed } .images td { padding: 2px 0; line-height: 1.25; vertical-align: top }
+.images img { display: block; width: 100%; image-rendering: pixelated }
 .images tr:first-child > *, .images .prompts > * { position: sticky; z-index: 2; background: Canvas }
 .images tr:first-child > th, .images .prompts > th { z-index: 3 }
 .images tr:first-child > * { top: 0; border-bottom: 2px solid var(--line) } .images .prompts > * { bottom: 0 }
-.prompts div { max-height: 5rem; overflow: hidden; padding: 4px 6px 0 0; overflow-wrap: anywhere }
+.prompts div { max-height: 5rem; overflow: hidden; padding: 4px 6px 0 0; font-size: .7rem; hyphens: auto;
+  overflow-wrap: anywhere }
 
 .figures td, .figures th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line) }
 .figures td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
@@ -69,7 +70,7 @@ def _images(section: Section) -> str:
     width *= max(1, ZOOM // width)
     rows = "".join(
         f'<tr><th scope="row">{_name(row, calls=True)}</th><td colspan="{len(prompts)}">'
-        f'<img alt="{html.escape(row.label)}" width="{width * len(prompts)}" src="{data_url(strip)}"></td></tr>\n'
+        f'<img alt="{html.escape(row.label)}" src="{data_url(strip)}"></td></tr>\n'
         for row, strip in strips
     )
     below = "".join(f'<td><div title="{html.escape(prompt)}">{html.escape(prompt)}</div></td>' for prompt in prompts)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.compare_command import compare
 from pipeline.console import (
     Execution,
     carry_out,
@@ -167,7 +168,7 @@ def sample(
     click.echo(f"{out}")
 
 
-for command in (status, runs, logs, gc):
+for command in (status, runs, logs, gc, compare):
     cli.add_command(command)
 cli.add_command(stats)
 cli.add_command(shards)

@@ -69,13 +69,11 @@ class Store:
     def damage(self, artifact: Artifact) -> str | None:
         """Why a sealed artifact cannot be believed: a file missing or of another size. None if it can."""
         try:
-            files: dict[str, dict[str, Any]] = artifact.record["files"]
+            changed = changed_file(artifact.folder, artifact.record)
         except (OSError, ValueError, KeyError):
             return f"its {RECORD} cannot be read"
-        for name, about in files.items():
-            path = artifact.folder / name
-            if not path.is_file() or path.stat().st_size != about["bytes"]:
-                return f"{name} is missing or changed"
+        if changed:
+            return f"{changed} is missing or changed"
         return artifact.stage.damage(artifact.folder)
 
     def seal(self, artifact: Artifact, work: Path, record: Mapping[str, Any]) -> None:
@@ -116,6 +114,15 @@ class Store:
     def lock_of(self, kind: str, fingerprint: str) -> Path:
         """The file to lock while an artifact, or a pool, of this kind is being made."""
         return self.root / "locks" / f"{kind}-{fingerprint}"
+
+
+def changed_file(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """The first sealed file that is missing or of another size. None if there is none."""
+    for name, about in record["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != about["bytes"]:
+            return str(name)
+    return None
 
 
 def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:

@@ -13,6 +13,8 @@ from typing import Any
 
 from pipeline import graph
 from pipeline.plan import Plan
+from stages.evaluation import figures
+from stages.evaluation.sections import Section
 
 WIDEST_GRAPH = 60
 """Columns; what is wider helps nobody, and --json has the edges."""
@@ -154,26 +156,23 @@ def done(planned: Plan) -> str:
     return "\n\n".join(parts)
 
 
-EVALUATION = {
-    "network_calls": "{}",
-    "seconds_per_image": "{:.4f}",
-    "latent_mse": "{:.4f}",
-    "prompt_accuracy": "{:.3f}",
-    "frechet_distance": "{:.2f}",
-    "recall": "{:.3f}",
-    "diversity": "{:.2f}",
-}
-
-
 def evaluation(metrics: Mapping[str, Any]) -> str:
     """A row a side, then the references."""
-    columns = [name for name in EVALUATION if name in next(iter(metrics["sides"].values()))]
     sides = {**metrics["sides"], **metrics.get("references", {})}
-    rows = [
-        [name, *(EVALUATION[c].format(values[c]) if c in values else "" for c in columns)]
-        for name, values in sides.items()
-    ]
-    return table(["", *(c.replace("_", " ") for c in columns)], rows)
+    return figures_table([(figures.title(name), values) for name, values in sides.items()])
+
+
+def figures_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Names and figures as text, with a column for each figure that one of the rows has."""
+    shown = figures.columns(row for _, row in rows)
+    cells = [[name, *(" ".join(figures.words(row, key)).strip() for key in shown)] for name, row in rows]
+    return table(["", *(figures.FIGURES[key].title for key in shown)], cells)
+
+
+def compared(sections: Sequence[Section], missing: Sequence[str]) -> str:
+    """A table a section, then lines that say what is missing."""
+    parts = [f"{s.title}\n{figures_table([(row.label, row.figures) for row in s.rows])}" for s in sections]
+    return "\n\n".join([*parts, *(["\n".join(missing)] if missing else [])])
 
 
 def stats(found: Mapping[str, Any]) -> str:

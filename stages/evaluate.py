@@ -29,7 +29,7 @@ class Evaluate(Stage):
     what needs no real images is measured: distance to the teacher's own output, seconds and network calls.
     """
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     kind: Literal["evaluate"]
     student: Annotated[str | None, Input("distill")] = None
     pairs: Annotated[str | None, Input("pairs")] = None

@@ -16,7 +16,7 @@ from stages.base import Artifact, Execution, StageError
 from stages.data import tars
 from stages.data.images.files import FORMATS, IMAGES
 from stages.data.inspection.source import Source
-from stages.data.pictures import data_url
+from stages.data.pictures import data_url, png
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.data.statistics import EDGES
@@ -109,7 +109,8 @@ figure img { width: 128px; image-rendering: pixelated } svg { background: #f6f6f
 def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Picture]) -> None:
     """One self-contained HTML file: figures, histograms, samples."""
     figures = "".join(
-        f'<figure><img alt="" src="{data_url(image)}"><figcaption>{html.escape(prompt[:200])}</figcaption></figure>'
+        f'<figure><img alt="" src="{data_url(png(image))}">'
+        f"<figcaption>{html.escape(prompt[:200])}</figcaption></figure>"
         for image, prompt in shown
     )
     plots = "".join(

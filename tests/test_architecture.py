@@ -10,9 +10,9 @@ from tests.conftest import ROOT
 FLOORS = [
     # each line may import the lines below it, and its own neighbours only where they are one package
     {"pipeline.cli"},
-    {"pipeline.shard_commands", "pipeline.run_commands"},
+    {"pipeline.shard_commands", "pipeline.run_commands", "pipeline.compare_command"},
     {"pipeline.console"},
-    {"pipeline.runner", "pipeline.repair"},
+    {"pipeline.runner", "pipeline.repair", "pipeline.compare"},
     {"pipeline.status", "pipeline.tables", "pipeline.cluster", "pipeline.report", "pipeline.garbage", "pipeline.watch"},
     {"pipeline.history"},
     {"pipeline.runs", "pipeline.engine", "pipeline.selection", "pipeline.difference", "pipeline.graph"},
@@ -45,7 +45,13 @@ HOMES = {
     "diffusers": {"stages.networks", "stages.teachers"},
     "transformers": {"stages.networks"},
     "accelerate": {"stages.training"},
-    "click": {"pipeline.cli", "pipeline.shard_commands", "pipeline.run_commands", "pipeline.console"},
+    "click": {
+        "pipeline.cli",
+        "pipeline.shard_commands",
+        "pipeline.run_commands",
+        "pipeline.compare_command",
+        "pipeline.console",
+    },
 }
 
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])

@@ -21,7 +21,7 @@ def evaluate(
     output: Path,
     threads: int,
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Write `metrics.json`, `grid.png` and `index.html` to `output`; return the metrics."""
+    """Write `metrics.json`, and what `page.write` writes, to `output`; return the metrics."""
     from stages.evaluation import measure, page
     from stages.evaluation.sides import sample_sides
     from stages.networks.compute import prepare
@@ -33,7 +33,7 @@ def evaluate(
         "student": student and student.fingerprint,
         "sides": {side.name: measure.against_teacher(side, sides[0]) for side in sides},
     }
-    shown = page.columns(len(setting.prompts))
+    shown = page.columns(samples, setting.teacher.decode(sides[0].latents[:1]).shape[-1])
     pictures = {side.name: setting.teacher.decode(side.latents[shown]).numpy() for side in sides}
     if real:
         try:
@@ -41,5 +41,12 @@ def evaluate(
         except ValueError as error:
             raise StageError(f"evaluation against {real.name}: {error}") from error
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    page.write(output, metrics, pictures, [setting.prompts[i] for i in shown])
+    same = {
+        "pairs": pairs.fingerprint,
+        "teacher": pairs.inputs["teacher"].fingerprint,
+        "seed": pairs.seed,
+        "samples": [setting.samples[i] for i in shown],
+        "prompts": [setting.prompts[i] for i in shown],
+    }
+    page.write(output, metrics, pictures, same)
     return {**metrics, "device": setting.teacher.device_name}

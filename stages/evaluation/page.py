@@ -1,9 +1,10 @@
-"""One self-contained HTML page: the grid, the table, what the columns mean."""
+"""What an evaluation leaves to look at: a strip of images a side, the grid of them, one self-contained page."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.data.pictures import data_url, strip
+from stages.data.pictures import data_url, png, strip
+from stages.evaluation import figures
 
 COLUMNS = 16
+STRIP = 2048
+"""Pixels that a strip may be wide, unless four images are wider: strips of many students make one page."""
 ZOOM = 64
-"""Pixels that an image's side is drawn with, at least."""
-
-FIGURES = {
-    "network_calls": ("network calls", "{:d}"),
-    "seconds_per_image": ("s / image", "{:.4f}"),
-    "latent_mse": ("latent MSE to teacher", "{:.4f}"),
-    "prompt_accuracy": ("prompt accuracy", "{:.3f}"),
-    "frechet_distance": ("Fréchet distance", "{:.2f}"),
-    "kernel_distance": ("kernel distance", "{:.4f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "diversity": ("diversity", "{:.2f}"),
-}
+"""Pixels that an image's side is drawn with in the grid, at least."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #222 }
@@ -39,27 +31,34 @@ tr.student td { font-weight: 600 } .reference td { color: #666 } small { color: 
 """
 
 
-def columns(samples: int) -> list[int]:
-    """Which samples to show: drawn at random, since prompts come in a cycle."""
-    return [int(i) for i in np.random.default_rng(0).permutation(samples)[:COLUMNS]]
+def columns(samples: int, width: int) -> list[int]:
+    """Which samples to show, of images so many pixels wide: drawn at random, since prompts come in a cycle."""
+    count = min(COLUMNS, max(4, STRIP // width))
+    return [int(i) for i in np.random.default_rng(0).permutation(samples)[:count]]
 
 
 def write(
-    output: Path, metrics: Mapping[str, Any], pictures: Mapping[str, NDArray[np.float32]], prompts: Sequence[str]
+    output: Path, metrics: Mapping[str, Any], pictures: Mapping[str, NDArray[np.float32]], shown: Mapping[str, Any]
 ) -> None:
-    """Write `grid.png` (rows: sides, columns: one noise each) and `index.html`. `pictures` maps a side's name to
-    its images (N, 3, H, W) in [-1, 1], made from `prompts`."""
-    rows = {name: _enlarge(strip(images)) for name, images in pictures.items()}
-    Image.fromarray(np.concatenate(list(rows.values()))).save(output / "grid.png")
-    captions = " · ".join(map(html.escape, prompts))
-    strips = "".join(
-        f'<div class="row"><span>{_title(name)}</span><img alt="{name}" src="{data_url(row)}"></div>'
-        for name, row in rows.items()
+    """Write `rows/SIDE.png` (one noise a column, in native resolution), `grid.png` (all of them), `shown.json` (which
+    noises and prompts they are) and `index.html`. `pictures` maps a side's name to its images (N, 3, H, W) in
+    [-1, 1], made from `shown["prompts"]`."""
+    strips = {name: strip(images) for name, images in pictures.items()}
+    (output / "rows").mkdir(exist_ok=True)
+    for name, row in strips.items():
+        (output / "rows" / f"{name}.png").write_bytes(png(row))
+    Image.fromarray(_enlarge(np.concatenate(list(strips.values())), pictures)).save(output / "grid.png")
+    text = json.dumps(shown, indent=2, ensure_ascii=False)
+    (output / "shown.json").write_text(text + "\n", encoding="utf-8")
+    captions = " · ".join(map(html.escape, shown["prompts"]))
+    rows = "".join(
+        f'<div class="row"><span>{figures.title(name)}</span><img alt="{name}" src="{data_url(png(row))}"></div>'
+        for name, row in strips.items()
     )
     (output / "index.html").write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: student and teacher</title>
 <style>{STYLE}</style><h1>Student and teacher</h1>
-<p>Every column is one noise and one prompt, the same in all rows.</p>{strips}<p><small>{captions}</small></p>
+<p>Every column is one noise and one prompt, the same in all rows.</p>{rows}<p><small>{captions}</small></p>
 {_table(metrics)}{_legend(metrics)}</html>
 """,
         encoding="utf-8",
@@ -67,11 +66,11 @@ def write(
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    shown = [key for key in FIGURES if key in next(iter(metrics["sides"].values()))]
-    head = "".join(f"<th>{FIGURES[key][0]}</th>" for key in shown)
+    shown = figures.columns(metrics["sides"].values())
+    head = "".join(f"<th>{figures.FIGURES[key].title}</th>" for key in shown)
     groups = [("reference", metrics.get("references", {})), ("", metrics["sides"])]
     body = "".join(
-        f'<tr class="{kind or name}"><td>{_title(name)}</td>{"".join(_cell(values, key) for key in shown)}</tr>'
+        f'<tr class="{kind or name}"><td>{figures.title(name)}</td>{"".join(_cell(values, key) for key in shown)}</tr>'
         for kind, rows in groups
         for name, values in rows.items()
     )
@@ -79,38 +78,14 @@ def _table(metrics: Mapping[str, Any]) -> str:
 
 
 def _cell(values: Mapping[str, Any], key: str) -> str:
-    if key not in values:
-        return "<td></td>"
-    error = values.get(f"{key}_se")
-    form = FIGURES[key][1]
-    spread = f" <small>± {form.format(error)}</small>" if error is not None else ""
-    return f"<td>{form.format(values[key])}{spread}</td>"
+    figure, spread = figures.words(values, key)
+    return f"<td>{figure}{f' <small>{spread}</small>' if spread else ''}</td>"
 
 
 def _legend(metrics: Mapping[str, Any]) -> str:
-    lines = [
-        f"{metrics['samples']} samples a side; ± is one standard error.",
-        "Latent MSE: to the teacher's own full-step output from the same noise; full-step rows are 0 by definition.",
-        "Seconds an image: in batches of 64, without decoding. Network calls count guidance's second half.",
-    ]
-    if "features" in metrics:
-        lines += [
-            f"Distances, precision, recall and diversity are at {metrics['distance_samples']} samples a side, in "
-            f"{metrics['features']}: features of a classifier trained on real images. They are not FID.",
-            "'real': other real images at the same number of samples, the floor. 'VAE reconstruction': those through "
-            "the VAE alone, the floor for every latent model of this teacher.",
-            f"The classifier is right on {metrics['probe_accuracy']:.1%} of real images it never saw.",
-        ]
-    return "".join(f"<p><small>{html.escape(line)}</small></p>" for line in lines)
+    return "".join(f"<p><small>{html.escape(line)}</small></p>" for line in figures.legend(metrics))
 
 
-def _title(name: str) -> str:
-    kind, _, steps = name.partition("_")
-    if kind == "teacher":
-        return f"teacher, {steps} step{'s' if steps != '1' else ''}"
-    return {"student": "student, 1 step", "vae_reconstruction": "VAE reconstruction"}.get(name, name)
-
-
-def _enlarge(row: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    scale = max(1, ZOOM // row.shape[0])
-    return row.repeat(scale, 0).repeat(scale, 1)
+def _enlarge(grid: NDArray[np.uint8], pictures: Mapping[str, NDArray[np.float32]]) -> NDArray[np.uint8]:
+    scale = max(1, ZOOM // next(iter(pictures.values())).shape[2])
+    return grid.repeat(scale, 0).repeat(scale, 1)

@@ -38,9 +38,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sides share. noise: (N, C, h, w) as stored in the pairs."""
+    """What all sides share. noise: (N, C, h, w) as stored in the pairs; samples: their numbers there, or past them."""
 
     teacher: NetworkTeacher
+    samples: list[int]
     prompts: list[str]
     noise: np.ndarray
     solved: Tensor
@@ -95,6 +96,7 @@ def _setting(pairs: Artifact, held_out: int, samples: int, execution: Execution)
     noise = [noise_for(seed, i, teacher.latent_shape, held.noise.dtype)[None] for i in fresh]
     return Setting(
         teacher=teacher,
+        samples=[*range(start, start + taken), *fresh],
         prompts=[*held.prompts, *texts],
         noise=np.concatenate([held.noise, *noise]),
         solved=torch.from_numpy(held.latent).float(),

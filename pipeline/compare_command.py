@@ -1,0 +1,47 @@
+"""The command `retort compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.console import json_option, open_store, print_result, store_option
+
+
+@click.command()
+@click.argument("run_names", metavar="[RUN]...", nargs=-1)
+@store_option
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("compare.html"),
+    show_default=True,
+    help="Where to write the page.",
+)
+@json_option
+def compare(run_names: tuple[str, ...], store: str | None, html: Path, as_json: bool) -> None:
+    """Compare the students of RUNs with their teacher: a table, and a page of images from the same noise.
+
+    Students that were evaluated with the same teacher, noises and prompts make one section, whichever run they are of.
+    """
+    from pipeline import tables
+    from pipeline.compare import collect, remarks
+    from pipeline.errors import UsageError
+    from pipeline.runs import Run
+    from stages.evaluation.comparison import page
+    from stages.evaluation.sections import sections
+
+    found = open_store(store)
+    evaluations, not_made = collect([Run.find(found, name) for name in dict.fromkeys(run_names or (None,))])
+    compared, missing = sections(evaluations), remarks(not_made, found)
+    try:
+        html.write_text(page(compared, missing), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {html} cannot be written: {error.strerror}") from None
+    result = {
+        "sections": [section.as_dict() for section in compared],
+        "not_made": [one.as_dict() for one in not_made],
+        "page": str(html),
+    }
+    print_result(as_json, result, lambda: "\n\n".join([tables.compared(compared, missing), f"page: {html}"]))

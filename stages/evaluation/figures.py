@@ -1,0 +1,72 @@
+"""The figures of an evaluation: their columns, order and words. Without numpy, for whoever only shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+
+class Figure(NamedTuple):
+    title: str
+    form: str
+
+
+FIGURES = {
+    # how a student was trained: only a comparison of students has these
+    "method": Figure("method", "{}"),
+    "training_steps": Figure("training steps", "{:,.0f}"),
+    "trained_seconds": Figure("trained s", "{:,.0f}"),
+    "device_seconds": Figure("device s", "{:,.0f}"),
+    # what it costs and how good it is
+    "network_calls": Figure("network calls", "{:g}"),
+    "seconds_per_image": Figure("s / image", "{:.4f}"),
+    "latent_mse": Figure("latent MSE to teacher", "{:.4f}"),
+    "prompt_accuracy": Figure("prompt accuracy", "{:.3f}"),
+    "frechet_distance": Figure("Fréchet distance", "{:.2f}"),
+    "kernel_distance": Figure("kernel distance", "{:.4f}"),
+    "precision": Figure("precision", "{:.3f}"),
+    "recall": Figure("recall", "{:.3f}"),
+    "diversity": Figure("diversity", "{:.2f}"),
+}
+
+
+def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The figures that at least one of the rows has."""
+    present = {key for row in rows for key in row}
+    return [key for key in FIGURES if key in present]
+
+
+def words(row: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """A figure and its spread, `± ...`; each empty where there is none. The spread is a standard error, `KEY_se`,
+    or over seeds a standard deviation, `KEY_sd`."""
+    if key not in row:
+        return "", ""
+    form = FIGURES[key].form
+    spread = row.get(f"{key}_se", row.get(f"{key}_sd"))
+    return form.format(row[key]), "" if spread is None else f"± {form.format(spread)}"
+
+
+def title(side: str) -> str:
+    """What a side or a reference of `metrics.json` is called."""
+    kind, _, steps = side.partition("_")
+    if kind == "teacher":
+        return f"teacher, {steps} step{'s' if steps != '1' else ''}"
+    return {"student": "student, 1 step", "vae_reconstruction": "VAE reconstruction"}.get(side, side)
+
+
+def legend(metrics: Mapping[str, Any]) -> list[str]:
+    """What the columns mean, a line each."""
+    lines = [
+        f"{metrics['samples']} samples a side; ± is one standard error.",
+        "Latent MSE: to the teacher's own full-step output from the same noise; full-step rows are 0 by definition.",
+        "Seconds an image: in batches of 64, without decoding. Network calls count guidance's second half.",
+    ]
+    if "features" in metrics:
+        lines += [
+            f"Distances, precision, recall and diversity are at {metrics['distance_samples']} samples a side, in "
+            f"{metrics['features']}: features of a classifier trained on real images. They are not FID.",
+            "'real': other real images at the same number of samples, the floor. 'VAE reconstruction': those through "
+            "the VAE alone, the floor for every latent model of this teacher.",
+            f"The classifier is right on {metrics['probe_accuracy']:.1%} of real images it never saw.",
+        ]
+    return lines

@@ -1,0 +1,177 @@
+"""Evaluations of many students, side by side: those that share teacher, noises and prompts make one section."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from stages.evaluation import figures
+
+SEED = "seed="
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A sealed evaluation: `metrics` and `shown` are its metrics.json and shown.json, `student` what its student is
+    called, `training` how that was trained (keys of FIGURES), `origin` whose noises and teacher these are, in words.
+    """
+
+    student: str
+    training: Mapping[str, Any]
+    origin: str
+    folder: Path
+    metrics: Mapping[str, Any]
+    shown: Mapping[str, Any]
+
+    def picture(self, side: str) -> Path:
+        return self.folder / "rows" / f"{side}.png"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`note` is what its name does not say, `picture` its strip of images, where it has one."""
+
+    name: str
+    kind: Literal["teacher", "reference", "student", "mean"]
+    figures: Mapping[str, Any]
+    picture: Path | None = None
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}: {self.note}" if self.note else self.name
+
+    def as_dict(self) -> dict[str, Any]:
+        picture = None if self.picture is None else str(self.picture)
+        return {"name": self.name, "kind": self.kind, "note": self.note, "picture": picture, "figures": self.figures}
+
+
+@dataclass(frozen=True)
+class Section:
+    """The full teacher first, its few steps, references, then students, each mean over seeds after its students."""
+
+    title: str
+    shown: Mapping[str, Any]
+    legend: Sequence[str]
+    rows: Sequence[Row]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"title": self.title, "shown": self.shown, "rows": [row.as_dict() for row in self.rows]}
+
+
+def sections(evaluations: Iterable[Evaluated]) -> list[Section]:
+    """Evaluations that disagree on the figures of their teacher are of different sections, whatever they show."""
+    groups: list[_Group] = []
+    for one in evaluations:
+        group = next((group for group in groups if group.takes(one)), None)
+        if group:
+            group.add(one)
+        else:
+            groups.append(_Group(one))
+    return [group.section() for group in groups]
+
+
+class _Group:
+    """Evaluations that agree."""
+
+    def __init__(self, first: Evaluated) -> None:
+        self.first = first
+        self.common: dict[str, Row] = {}
+        """Sides of the teacher, and references, by their names."""
+        self.students: dict[str, list[Evaluated]] = {}
+        """By the student's fingerprint."""
+        self.add(first)
+
+    def takes(self, one: Evaluated) -> bool:
+        same = ("samples", "features", "distance_samples")
+        return (
+            one.shown == self.first.shown
+            and all(one.metrics.get(key) == self.first.metrics.get(key) for key in same)
+            and all(_agree(row.figures, self.common.get(name, row).figures) for name, row in _common(one))
+        )
+
+    def add(self, one: Evaluated) -> None:
+        self.common = {**dict(_common(one)), **self.common}
+        if one.metrics["student"]:
+            self.students.setdefault(one.metrics["student"], []).append(one)
+
+    def section(self) -> Section:
+        metrics = self.first.metrics
+        features = f", measured in {metrics['features']}" if "features" in metrics else ""
+        students = list(with_means(map(_student, self.students.values())))
+        legend = figures.legend(metrics)
+        if any(row.kind == "mean" for row in students):
+            legend.append("In a mean over seeds, ± is the standard deviation of the seeds' own figures.")
+        title = f"{self.first.origin}: {metrics['samples']} samples{features}"
+        return Section(title, self.first.shown, legend, [*sorted(self.common.values(), key=_place), *students])
+
+
+def _common(one: Evaluated) -> Iterator[tuple[str, Row]]:
+    for side, values in one.metrics["sides"].items():
+        if side != "student":
+            yield side, Row(figures.title(side), "teacher", values, one.picture(side))
+    for name, values in one.metrics.get("references", {}).items():
+        yield name, Row(figures.title(name), "reference", values)
+
+
+def _place(row: Row) -> tuple[bool, int]:
+    """The teacher by its steps, most first, then references."""
+    return row.kind == "reference", -int(row.figures.get("network_calls", 0))
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the figures are of one measurement. Last digits depend on threads and devices, seconds on the moment."""
+    return one.keys() == other.keys() and all(
+        math.isclose(one[key], other[key], rel_tol=1e-3, abs_tol=1e-6) for key in one if key != "seconds_per_image"
+    )
+
+
+def _student(evaluations: Sequence[Evaluated]) -> Row:
+    """The row of one student, which several evaluations, and several runs, may have measured alike."""
+    first, *others = evaluations
+    also = ", ".join(dict.fromkeys(one.student for one in others if one.student != first.student))
+    values = {**first.training, **first.metrics["sides"]["student"]}
+    return Row(first.student, "student", values, first.picture("student"), f"also {also}" if also else "")
+
+
+# --- Means over seeds ---
+
+
+def with_means(students: Iterable[Row]) -> Iterator[Row]:
+    """The rows, and after those whose names differ in nothing but `seed=` in the brackets, their mean."""
+    groups: dict[tuple[str | None, str], list[Row]] = {}
+    for row in students:
+        name = seedless(row.name)
+        groups.setdefault((name, "" if name else row.name), []).append(row)
+    for (name, _), rows in groups.items():
+        yield from rows
+        if name and len(rows) > 1:
+            yield Row(name, "mean", _mean([row.figures for row in rows]), note=f"mean of {len(rows)} seeds")
+
+
+def seedless(name: str) -> str | None:
+    """`student[loss=l1,seed=2]` without its seed; None for a name that has none."""
+    head, _, inside = name.partition("[")
+    values = inside.removesuffix("]").split(",")
+    kept = [value for value in values if not value.startswith(SEED)]
+    if len(kept) == len(values):
+        return None
+    return f"{head}[{','.join(kept)}]" if kept else head
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each figure that all have: words and counts that are the same in all, else mean and, `KEY_sd`, deviation."""
+    found: dict[str, Any] = {}
+    for key in figures.FIGURES:
+        values = [row[key] for row in rows if key in row]
+        if len(values) < len(rows):
+            continue
+        if not isinstance(values[0], float) and len(set(values)) == 1:
+            found[key] = values[0]
+        elif not isinstance(values[0], str):
+            found |= {key: fmean(values), f"{key}_sd": stdev(values)}
+    return found

@@ -94,7 +94,7 @@ def status(run: str, store: str, stages: Mapping[str, Mapping[str, Any]]) -> str
     counts = Counter(stage["state"] for stage in stages.values())
     words = ", ".join(f"{count} {state}" for state, count in counts.items())
     head = ["stage", "state", "progress", "rate", "left", "device", "where"]
-    return f"run {run} in {store}: {words}; {duration(cost)} of devices\n" + table(head, rows)
+    return f"run {run}: {words}; {duration(cost)} of devices\nstore {store}\n" + table(head, rows)
 
 
 def _status_cells(store: str, stage: Mapping[str, Any]) -> list[str]:

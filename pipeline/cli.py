@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.cluster_commands import Cluster, cluster_options, resume_on, stop, submit_to, submitted_by
 from pipeline.console import (
     carry_out,
     execution_options,
@@ -43,6 +44,7 @@ def cli() -> None:
 @name_option
 @store_option
 @execution_options
+@cluster_options
 @json_option
 def submit(
     manifest: Path,
@@ -54,12 +56,16 @@ def submit(
     wait: bool,
     debug: bool,
     as_json: bool,
+    cluster: Cluster | None,
 ) -> None:
     """Run the pipeline of MANIFEST, reusing whatever the store already holds."""
     from pipeline import manifest as manifests
 
     loaded = manifests.load(manifest, _with_store(overrides, store))
-    carry_out(loaded, name or loaded.manifest.name, only, engine, wait, as_json)
+    if cluster:
+        submit_to(cluster, loaded, name or loaded.manifest.name, only, wait, as_json)
+    else:
+        carry_out(loaded, name or loaded.manifest.name, only, engine, wait, as_json)
 
 
 @cli.command()
@@ -67,15 +73,27 @@ def submit(
 @click.argument("stage", required=False)
 @store_option
 @execution_options
+@cluster_options
+@submitted_by
 @json_option
 def resume(
-    run_name: str | None, stage: str | None, store: str | None, engine: str, wait: bool, debug: bool, as_json: bool
+    run_name: str | None,
+    stage: str | None,
+    store: str | None,
+    engine: str,
+    wait: bool,
+    debug: bool,
+    as_json: bool,
+    cluster: Cluster | None,
 ) -> None:
     """Carry on with RUN, or with one STAGE of it, doing no work twice."""
     from pipeline.runs import Run
 
     run = Run.find(open_store(store), run_name)
-    carry_out(run.manifest(), run.name, stage, engine, wait, as_json)
+    if cluster:
+        resume_on(cluster, run, stage, wait, as_json)
+    else:
+        carry_out(run.manifest(), run.name, stage, engine, wait, as_json)
 
 
 @cli.command()
@@ -141,6 +159,7 @@ def _with_store(overrides: tuple[str, ...], store: str | None) -> list[str]:
     return [*overrides, *([f"store={json.dumps(store, ensure_ascii=False)}"] if store else [])]
 
 
+cli.add_command(stop)
 cli.add_command(stats)
 cli.add_command(shards)
 

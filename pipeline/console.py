@@ -34,10 +34,11 @@ def execution_options(command: F) -> F:
     for option in (
         click.option(
             "--engine",
-            type=click.Choice(["ray", "inline"]),
+            type=click.Choice(["ray", "inline", "attached"]),
             default="ray",
             show_default=True,
-            help="ray: worker processes; inline: all in this process, for debugging.",
+            help="ray: worker processes; inline: all in this process, for debugging; "
+            "attached: workers of the Ray cluster that this process runs in.",
         ),
         click.option("--wait", is_flag=True, help="Wait for locks that other runs hold."),
         click.option("--debug", is_flag=True, help="Show tracebacks."),
@@ -80,14 +81,14 @@ def carry_out(
     with run.held():
         planned = plan_run(loaded, run)
         chosen: Any = InlineEngine()
-        if engine == "ray":
-            from pipeline.cluster import OVERRIDES, RayEngine
+        if engine != "inline":
+            from pipeline.cluster import RayEngine
 
-            for variable in filter(os.environ.get, OVERRIDES):
-                click.echo(f"{variable} is set and ignored: this run starts a Ray of its own", err=True)
-            chosen = RayEngine()
+            if engine == "ray":
+                ignore_overrides("this run starts a Ray of its own")
+            chosen = RayEngine(attached=engine == "attached")
         shown = reporter(quiet=as_json)
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         runner = Runner(run, loaded.manifest, chosen, shown, wait)
         runner.check(planned, only)
         run.freeze(pinned(loaded.manifest, {s.name: s.contents for s in planned}), planned)
@@ -107,7 +108,15 @@ def carry_out(
         print_result(as_json, {"run": name, "stages": result}, lambda: tables.done(made))
 
 
-def _interrupt(*_: object) -> NoReturn:
+def ignore_overrides(instead: str) -> None:
+    """Say that Ray's variables are not followed, and what is; Ray itself would prefer them to an address in code."""
+    from pipeline.nodes import OVERRIDES
+
+    for variable in filter(os.environ.get, OVERRIDES):
+        click.echo(f"{variable} is set and ignored: {instead}", err=True)
+
+
+def interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 

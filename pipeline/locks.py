@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,9 +29,9 @@ def hold(file: Path, what: str, run: str) -> Iterator[None]:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                holder = holder_of(file)
-                if holder is not None or time.monotonic() > deadline:
-                    who = holder or "another process"
+                other = holder_of(file)
+                if other is not None or time.monotonic() > deadline:
+                    who = other or "another process"
                     raise Locked(f"{what} is being made by {who}; wait for it (--wait), or stop it") from None
                 time.sleep(0.02)
         opened.truncate(0)
@@ -43,8 +44,21 @@ def hold(file: Path, what: str, run: str) -> Iterator[None]:
             opened.truncate(0)
 
 
-def holder_of(file: Path) -> str | None:
-    """Who holds the lock, in words; None if nobody does."""
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock."""
+
+    run: str
+    pid: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"run {self.run} (process {self.pid} on {self.host}, since {self.since})"
+
+
+def holder(file: Path) -> Holder | None:
+    """Who holds the lock; None if nobody does, or if the holder has not yet written who it is."""
     if not file.exists():
         return None
     with open(file, encoding="utf-8") as opened:
@@ -53,7 +67,12 @@ def holder_of(file: Path) -> str | None:
             return None
         except BlockingIOError:
             try:
-                who = json.loads(opened.read())
+                return Holder(**json.loads(opened.read()))
             except ValueError:
                 return None
-            return f"run {who['run']} (process {who['pid']} on {who['host']}, since {who['since']})"
+
+
+def holder_of(file: Path) -> str | None:
+    """The same in words."""
+    found = holder(file)
+    return str(found) if found else None

@@ -10,11 +10,12 @@ from tests.conftest import ROOT
 FLOORS = [
     # each line may import the lines below it, and its own neighbours only where they are one package
     {"pipeline.cli"},
-    {"pipeline.shard_commands"},
+    {"pipeline.shard_commands", "pipeline.cluster_commands"},
     {"pipeline.console"},
     {"pipeline.runner", "pipeline.repair"},
-    {"pipeline.status", "pipeline.tables", "pipeline.cluster", "pipeline.report"},
-    {"pipeline.runs", "pipeline.engine"},
+    {"pipeline.status", "pipeline.tables", "pipeline.cluster", "pipeline.report", "pipeline.jobs"},
+    {"pipeline.host", "pipeline.dashboard"},
+    {"pipeline.runs", "pipeline.engine", "pipeline.nodes"},
     {"pipeline.plan"},
     {"pipeline.content", "pipeline.fingerprint"},
     {"pipeline.manifest"},
@@ -37,12 +38,12 @@ FLOORS = [
 ]
 
 HOMES = {
-    "ray": {"pipeline.cluster"},
+    "ray": {"pipeline.cluster", "pipeline.jobs"},
     "webdataset": {"stages.data"},
     "diffusers": {"stages.networks", "stages.teachers"},
     "transformers": {"stages.networks"},
     "accelerate": {"stages.training"},
-    "click": {"pipeline.cli", "pipeline.shard_commands", "pipeline.console"},
+    "click": {"pipeline.cli", "pipeline.shard_commands", "pipeline.cluster_commands", "pipeline.console"},
 }
 
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])

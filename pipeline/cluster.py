@@ -180,7 +180,7 @@ def _attach() -> Any:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise StageError(
-            "no Ray cluster runs here: `--engine attached` is for a job of one, which "
+            "this process is in no Ray cluster: `--engine attached` is for a job of one, such as "
             "`retort submit MANIFEST --address http://HEAD:8265` makes"
         ) from error
     return ray

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -57,10 +58,8 @@ class Cluster:
         try:
             node.wait(30)
         finally:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def close(self) -> None:
         for node in reversed(self._nodes.copy()):
@@ -122,21 +121,15 @@ class Proxy:
             threading.Thread(target=self._pass, args=(server, client, left), daemon=True).start()
 
     def _pass(self, source: socket.socket, target: socket.socket, left: int | None) -> None:
-        try:
+        with suppress(OSError):
             while left is None or left > 0:
                 data = source.recv(65536 if left is None else left)
                 if not data:
                     break
                 target.sendall(data)
                 left = None if left is None else left - len(data)
-        except OSError:
-            pass
         if left == 0:
             self._dark_until = time.monotonic() + self._outage
         for end in (source, target):
-            try:
+            with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            if left == 0:
-                end.close()

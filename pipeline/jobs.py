@@ -25,8 +25,10 @@ from pipeline.runs import Run
 from stages.data.files import write_atomically
 
 MOUNTS = Path("/proc/mounts")
-SHARED = ("9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2")
-SHARED += ("orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs")
+SHARED = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2"),
+    *("orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"),
+)
 """File systems that several machines may mount; all of fuse too, but for what containers are made of."""
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")

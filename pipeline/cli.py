@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.cluster_commands import Cluster, cluster_options, resume_on, stop, submit_to, submitted_by
 from pipeline.compare_command import compare
 from pipeline.console import (
     Execution,
@@ -48,6 +49,7 @@ def cli() -> None:
 @name_option
 @store_option
 @execution_options
+@cluster_options
 @json_option
 def submit(
     manifest: Path,
@@ -62,6 +64,7 @@ def submit(
     wait: bool,
     debug: bool,
     as_json: bool,
+    cluster: Cluster | None,
 ) -> None:
     """Run the pipeline of MANIFEST, reusing whatever the store already holds."""
     from pipeline import manifest as manifests
@@ -71,6 +74,8 @@ def submit(
     run_name, selection = name or loaded.manifest.name, Selection(only, onward, force)
     if dry_run:
         show_plan(loaded, run_name, selection, as_json)
+    elif cluster:
+        submit_to(cluster, loaded, run_name, selection, wait, as_json)
     else:
         carry_out(loaded, run_name, selection, Execution(engine, wait, as_json))
 
@@ -82,6 +87,8 @@ def submit(
 @click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
 @store_option
 @execution_options
+@cluster_options
+@submitted_by
 @json_option
 def resume(
     run_name: str | None,
@@ -95,6 +102,7 @@ def resume(
     wait: bool,
     debug: bool,
     as_json: bool,
+    cluster: Cluster | None,
 ) -> None:
     """Carry on with RUN, or with STAGEs of it, doing no work twice."""
     from pipeline.selection import Selection
@@ -103,6 +111,8 @@ def resume(
     selection = Selection((*stages, *only), onward, force)
     if dry_run:
         show_plan(run.manifest(), run.name, selection, as_json)
+    elif cluster:
+        resume_on(cluster, run, selection, wait, as_json)
     else:
         carry_out(run.manifest(), run.name, selection, Execution(engine, wait, as_json))
 
@@ -168,7 +178,7 @@ def sample(
     click.echo(f"{out}")
 
 
-for command in (status, runs, logs, gc, compare):
+for command in (status, runs, logs, stop, gc, compare):
     cli.add_command(command)
 cli.add_command(stats)
 cli.add_command(shards)

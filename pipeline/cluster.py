@@ -1,8 +1,4 @@
-"""Ray: the only module that imports it.
-
-Workers are generic hosts. A host keeps its process, and with it the slow imports of torch and diffusers,
-from stage to stage; it keeps a stage's worker (the loaded teacher) until another stage's is asked for.
-"""
+"""The engine on Ray: on one of its own, started in this process, or on the cluster that this process is part of."""
 
 from __future__ import annotations
 
@@ -10,12 +6,12 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.engine import ATTEMPTS, Failure, WorkerShape, retry_or_raise
+from pipeline.host import Host, Outcome
+from pipeline.nodes import OVERRIDES, needs, version
 from stages.base import Progress, StageError
 
 Item = TypeVar("Item")
@@ -25,71 +21,10 @@ IN_FLIGHT_GPU = 2
 """Calls under way on one host with a GPU: while it writes one shard it solves the next. Without a GPU the two would
 compute side by side, each with threads for all its cores: measured a fifth to a third slower than one by one."""
 
-OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-"""Variables that Ray prefers to an address given in code."""
+NOT_INSTALLED = "failed to import on the worker"
+"""What Ray says when a node cannot import the module of an actor."""
 
 LOST = Failure("its worker process died (killed, or out of memory)", "the worker process died", final=False)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What comes back from a host: a value or a failure, and the log lines that went with it."""
-
-    value: Any
-    failure: Failure | None
-    records: list[tuple[int, str]]
-
-
-class Host:
-    """The actor. Its methods never raise: what goes wrong comes back as a Failure."""
-
-    def __init__(self) -> None:
-        self._key: str | None = None
-        self._worker: Any = None
-        self._making = threading.Lock()
-        self._records = _RecordBuffer()
-        logging.captureWarnings(True)
-        logging.basicConfig(level=logging.INFO, handlers=[self._records], force=True)
-
-    def process(self) -> int:
-        return os.getpid()
-
-    def call(self, key: str, make_worker: Callable[[], Callable[[Any], Any]], item: Any) -> Outcome:
-        try:
-            with self._making:
-                if self._key != key:
-                    self._worker = self._key = None
-                    self._worker, self._key = make_worker(), key
-            return Outcome(self._worker(item), None, self._records.take())
-        except Exception as error:
-            return Outcome(None, Failure.of(error), self._records.take())
-
-    def stream(
-        self, function: Callable[..., Generator[Progress, None, Any]], arguments: tuple[Any, ...]
-    ) -> Iterator[Outcome]:
-        """The function's progress, then its result as the last outcome."""
-        self._worker = self._key = None
-        steps = function(*arguments)
-        try:
-            while True:
-                yield Outcome(next(steps), None, self._records.take())
-        except StopIteration as end:
-            yield Outcome(end.value, None, self._records.take())
-        except Exception as error:
-            yield Outcome(None, Failure.of(error), self._records.take())
-
-
-class _RecordBuffer(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self._taken: list[tuple[int, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._taken.append((record.levelno, f"[worker {os.getpid()}] {record.getMessage()}"))
-
-    def take(self) -> list[tuple[int, str]]:
-        taken, self._taken = self._taken, []
-        return taken
 
 
 def _in_flight(shape: WorkerShape) -> int:
@@ -97,9 +32,11 @@ def _in_flight(shape: WorkerShape) -> int:
 
 
 class RayEngine:
-    """An embedded local Ray, started when a stage first needs it, and its pool of hosts."""
+    """A pool of hosts on an embedded local Ray, started when a stage first needs it; or, `attached`, on the cluster
+    whose job this process is: their nodes must have this version of Retort, and the cluster outlives the engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, attached: bool = False) -> None:
+        self._attached = attached
         self._ray: Any = None
         self._hosts: list[Any] = []
         self._shape: WorkerShape | None = None
@@ -159,27 +96,17 @@ class RayEngine:
 
     def close(self) -> None:
         if self._ray is not None:
+            for host in self._hosts if self._attached else ():  # at once, so that others get their GPUs
+                self._ray.kill(host)
             self._ray.shutdown()
             self._ray, self._hosts = None, []
 
     def _start(self) -> Any:
         if self._ray is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            for name in OVERRIDES:
-                os.environ.pop(name, None)
-            import ray
-
             ours = signal.getsignal(signal.SIGTERM)
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}},
-            )
+            self._ray = _attach() if self._attached else _embed()
             signal.signal(signal.SIGTERM, ours)  # Ray puts a plain sys.exit in its place
-            self._ray = ray
         return self._ray
 
     def _take_hosts(self, count: int, shape: WorkerShape) -> list[Any]:
@@ -203,7 +130,10 @@ class RayEngine:
         assert self._shape is not None
         actor = self._ray.remote(Host)
         # num_cpus=0: threads are set by the stage, and a second count by Ray could only keep a worker waiting
-        return actor.options(num_cpus=0, num_gpus=self._shape.gpus, max_concurrency=_in_flight(self._shape)).remote()
+        options = {"num_cpus": 0, "num_gpus": self._shape.gpus, "max_concurrency": _in_flight(self._shape)}
+        if self._attached:
+            return actor.options(**options, scheduling_strategy="SPREAD").remote(version())
+        return actor.options(**options).remote()
 
     def _replace(self, host: Any) -> Any:
         """A new host in the place of a dead one."""
@@ -215,10 +145,46 @@ class RayEngine:
         """The outcome, and whether its host was lost. What the host logged goes into our own log."""
         try:
             outcome: Outcome = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:  # arguments that do not unpickle, say
-            return Outcome(None, Failure.of(error), []), False
-        except self._ray.exceptions.RayError:  # killed, out of memory, its node gone
-            return Outcome(None, LOST, []), True
+        except self._ray.exceptions.RayError as error:
+            if NOT_INSTALLED in str(error):
+                return Outcome(None, _not_installed(str(error)), []), False
+            if isinstance(error, self._ray.exceptions.RayTaskError):  # arguments that do not unpickle, say
+                return Outcome(None, Failure.of(error), []), False
+            return Outcome(None, LOST, []), True  # killed, out of memory, its node gone
         for level, text in outcome.records:
             logging.getLogger("worker").log(level, "%s", text)
         return outcome, False
+
+
+def _embed() -> Any:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name in OVERRIDES:
+        os.environ.pop(name, None)
+    import ray
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}},
+    )
+    return ray
+
+
+def _attach() -> Any:
+    """Connect to the cluster that Ray names in the environment of a job. Raises StageError where there is none."""
+    import ray
+
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise StageError(
+            "this process is in no Ray cluster: `--engine attached` is for a job of one, such as "
+            "`retort submit MANIFEST --address http://HEAD:8265` makes"
+        ) from error
+    return ray
+
+
+def _not_installed(error: str) -> Failure:
+    return Failure(f"a node of the cluster cannot import Retort: every node needs {needs()}", error, final=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.console import json_option, open_store, print_result, store_option
+from pipeline.console import find_run, json_option, print_result, store_option
 
 
 @click.command()
@@ -28,13 +28,12 @@ def compare(run_names: tuple[str, ...], store: str | None, html: Path, as_json: 
     from pipeline import tables
     from pipeline.compare import collect, remarks
     from pipeline.errors import UsageError
-    from pipeline.runs import Run
     from stages.evaluation.comparison import page
     from stages.evaluation.sections import sections
 
-    found = open_store(store)
-    evaluations, not_made = collect([Run.find(found, name) for name in dict.fromkeys(run_names or (None,))])
-    compared, missing = sections(evaluations), remarks(not_made, found)
+    runs = [find_run(name, store) for name in dict.fromkeys(run_names or (None,))]
+    evaluations, not_made = collect(runs)
+    compared, missing = sections(evaluations), remarks(not_made, runs[0].store)
     try:
         html.write_text(page(compared, missing), encoding="utf-8")
     except OSError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -37,10 +38,11 @@ def execution_options(command: F) -> F:
     for option in (
         click.option(
             "--engine",
-            type=click.Choice(["ray", "inline"]),
+            type=click.Choice(["ray", "inline", "attached"]),
             default="ray",
             show_default=True,
-            help="ray: worker processes; inline: all in this process, for debugging.",
+            help="ray: worker processes; inline: all in this process, for debugging; "
+            "attached: workers of the Ray cluster that this process runs in.",
         ),
         click.option("--wait", is_flag=True, help="Wait for locks that other runs hold."),
         click.option("--debug", is_flag=True, help="Show tracebacks."),
@@ -107,41 +109,61 @@ class Execution:
 
 def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -> None:
     """Plan and run, holding the run's lock."""
-    from pipeline import tables
-    from pipeline.content import pinned
-    from pipeline.locks import share
     from pipeline.report import reporter
     from pipeline.runner import Runner
     from pipeline.runs import Run
 
-    store = open_store(loaded.manifest.store)
-    run = Run(store, name)
-    if loaded.problems:
-        plan_run(loaded, run)  # raises them, with those that only planning finds
-    store.create()
-    waiting: Any = (lambda text: click.echo(f"waiting: {text}", err=True)) if how.wait else None
-    with run.held(waiting):
-        with share(store.collecting):  # what is planned to be reused is not collected before the plan is frozen
-            planned = plan_run(loaded, run, selection.forced(loaded.order))
-            chosen = selection.of(planned)
-            run.freeze(pinned(loaded.manifest, {s.name: s.contents for s in planned}), planned)
+    run = Run(open_store(loaded.manifest.store), name)
+    with held(loaded, run, selection, how.wait) as (planned, chosen):
         engine = _engine(how.engine)
         shown = reporter(quiet=how.as_json or how.quiet)
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         try:
             Runner(run, loaded.manifest, engine, shown, how.wait).execute(planned, chosen)
         except KeyboardInterrupt:
             run.event("run_interrupted")
             shown.close()
-            click.echo(f"interrupted; carry on with: retort resume {name} --store {store.root}", err=True)
+            click.echo(f"interrupted; carry on with: retort resume {name} --store {run.store.root}", err=True)
             raise
         finally:
             shown.close()
             engine.close()
     if not how.quiet:
-        made = [s for s in planned if store.is_sealed(s.artifact)]
-        result = {s.name: {"kind": s.artifact.kind, "artifact": str(s.artifact.folder)} for s in made}
-        print_result(how.as_json, {"run": name, "stages": result}, lambda: tables.done(made))
+        show_done(run, planned, how.as_json)
+
+
+@contextmanager
+def held(loaded: Loaded, run: Run, selection: Selection, wait: bool) -> Iterator[tuple[Plan, set[str]]]:
+    """Be the run's only driver, with its plan made and frozen and what is forced forgotten; gives the plan and the
+    names of the stages to carry out."""
+    from pipeline.content import pinned
+    from pipeline.force import forget
+    from pipeline.locks import share
+
+    if loaded.problems:
+        plan_run(loaded, run)  # raises them, with those that only planning finds
+    run.store.create()
+    waiting = say_waiting if wait else None
+    with run.held(waiting):
+        with share(run.store.collecting):  # what is to be reused is not collected before the plan is frozen
+            planned = plan_run(loaded, run, selection.forced(loaded.order))
+            chosen = selection.of(planned)
+            run.freeze(pinned(loaded.manifest, {s.name: s.contents for s in planned}), planned)
+        forget(run, planned, waiting)
+        yield planned, chosen
+
+
+def say_waiting(text: str) -> None:
+    click.echo(f"waiting: {text}", err=True)
+
+
+def show_done(run: Run, planned: Plan, as_json: bool) -> None:
+    """Print where the artifacts of a run lie."""
+    from pipeline import tables
+
+    made = [s for s in planned if run.store.is_sealed(s.artifact)]
+    result = {s.name: {"kind": s.artifact.kind, "artifact": str(s.artifact.folder)} for s in made}
+    print_result(as_json, {"run": run.name, "stages": result}, lambda: tables.done(made))
 
 
 def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) -> None:
@@ -174,14 +196,22 @@ def _engine(name: str) -> Any:
 
     if name == "inline":
         return InlineEngine()
-    from pipeline.cluster import OVERRIDES, RayEngine
+    from pipeline.cluster import RayEngine
+
+    if name == "ray":
+        ignore_overrides("this run starts a Ray of its own")
+    return RayEngine(attached=name == "attached")
+
+
+def ignore_overrides(instead: str) -> None:
+    """Say that Ray's variables are not followed, and what is; Ray itself would prefer them to an address in code."""
+    from pipeline.nodes import OVERRIDES
 
     for variable in filter(os.environ.get, OVERRIDES):
-        click.echo(f"{variable} is set and ignored: this run starts a Ray of its own", err=True)
-    return RayEngine()
+        click.echo(f"{variable} is set and ignored: {instead}", err=True)
 
 
-def _interrupt(*_: object) -> NoReturn:
+def interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.locks import hold, holder_of
+from pipeline.locks import hold, holder
 from pipeline.runs import Run, all_runs
 from pipeline.store import Store, read_record
 from stages import KINDS
@@ -43,7 +43,7 @@ def _collect(store: Store, runs: Sequence[Run], drop: Sequence[str], delete: boo
     used = _used(store, runs)
     found, kept = [], []
     for path, what in [*_candidates(store, used), *((Run(store, name).folder, "run") for name in drop)]:
-        busy = holder_of(store.root / "locks" / _lock_name(store, path)) if what != "run" else None
+        busy = holder(store.root / "locks" / _lock_name(store, path)) if what != "run" else None
         if busy:
             kept.append({"path": str(path), "why": f"held by {busy}"})
             continue

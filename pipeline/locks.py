@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -29,11 +30,11 @@ def hold(file: Path, what: str, run: str, waiting: Callable[[str], None] | None 
     with open(file, "a+", encoding="utf-8") as opened:
         deadline, told = time.monotonic() + PATIENCE, False
         while not _locked(opened, fcntl.LOCK_EX):
-            holder = holder_of(file)
-            if holder is None and time.monotonic() < deadline:
+            other = holder(file)
+            if other is None and time.monotonic() < deadline:
                 time.sleep(0.02)
                 continue
-            text = f"{what} is being made by {holder or 'another process'}"
+            text = f"{what} is being made by {other or 'another process'}"
             if waiting is None:
                 raise Locked(f"{text}; wait for it (--wait), or stop it")
             if not told:
@@ -66,15 +67,27 @@ def _locked(opened: IO[str], how: int) -> bool:
     return True
 
 
-def holder_of(file: Path) -> str | None:
-    """Who holds the lock, in words; None if nobody does."""
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock."""
+
+    run: str
+    pid: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"run {self.run} (process {self.pid} on {self.host}, since {self.since})"
+
+
+def holder(file: Path) -> Holder | None:
+    """Who holds the lock; None if nobody does, or if the holder has not yet written who it is."""
     if not file.exists():
         return None
     with open(file, encoding="utf-8") as opened:
         if _locked(opened, fcntl.LOCK_SH):
             return None
         try:
-            who = json.loads(opened.read())
+            return Holder(**json.loads(opened.read()))
         except ValueError:
             return None
-        return f"run {who['run']} (process {who['pid']} on {who['host']}, since {who['since']})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from pipeline.content import read_contents
 from pipeline.errors import UsageError
 from pipeline.fields import replaced
 from pipeline.fingerprint import differences
-from pipeline.locks import hold
 from pipeline.plan import make_plan
+from pipeline.runs import Run
 from pipeline.store import Store, load_artifact, read_record
 from stages.base import Artifact
 from stages.data.pool import pool_of, read_list
@@ -37,11 +36,7 @@ class Repair:
         """First the artifact stops existing for everyone; then the damaged parts do. Killed at any moment, the
         repair can be started again. Raises Locked while a run makes the artifact or its pool, or waits for it."""
         pool = pool_of(self.artifact.folder)
-        with ExitStack() as stack:
-            for fingerprint in (self.artifact.fingerprint, pool.name):
-                what = f"{self.artifact.kind}/{fingerprint}"
-                file = self.store.lock_of(self.artifact.kind, fingerprint)
-                stack.enter_context(hold(file, what, self.run_name, waiting))
+        with Run(self.store, self.run_name).making(self.artifact, pool, waiting):
             self.store.unseal(self.artifact)
             for path in self.damaged:
                 (pool / path).with_suffix(".parquet").unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipeline.console import find_run, json_option, open_store, print_result, store_option
+from pipeline.console import find_run, json_option, open_store, print_result, say_waiting, store_option
 
 
 @click.command()
@@ -106,5 +106,5 @@ def gc(delete: bool, drop: tuple[str, ...], store: str | None, as_json: bool) ->
     from pipeline import tables
     from pipeline.garbage import collect
 
-    found = collect(open_store(store), drop, delete, lambda text: click.echo(f"waiting: {text}", err=True))
+    found = collect(open_store(store), drop, delete, say_waiting)
     print_result(as_json, found, lambda: tables.garbage(found, delete))

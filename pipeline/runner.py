@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,14 +17,13 @@ from typing import Any, TypeVar
 
 from pipeline.content import HashCache, identify
 from pipeline.engine import Engine, WorkerShape, describe
-from pipeline.errors import Locked, StageFailed
+from pipeline.errors import StageFailed
 from pipeline.fields import marked
 from pipeline.history import attempts, spent
-from pipeline.locks import hold
 from pipeline.manifest import Manifest, Resources
 from pipeline.plan import Plan, PlannedStage
 from pipeline.report import Reporter
-from pipeline.runs import Run, live
+from pipeline.runs import Run
 from pipeline.store import RECORD
 from stages.base import Artifact, Content, Progress, StageError
 from stages.data.provenance import versions
@@ -50,27 +49,17 @@ class Runner:
         KeyboardInterrupt; whatever it raises, the run can be resumed."""
         self.run.event("run_started", pid=os.getpid(), stages=[s.name for s in plan if s.name in chosen])
         for stage in plan:
-            if stage.forced:
-                self._forget(stage)
-        for stage in plan:
             if stage.name in chosen:
                 self._stage(stage)
         self.run.event("run_done")
 
-    def _forget(self, stage: PlannedStage) -> None:
-        """From now on what was made of the stage does not exist, nor do its parts. Done for all forced stages before
-        the first is made, so that a run that is killed goes on as any other."""
-        with self._locked(stage):
-            for other in live(self.run.store, besides=self.run):
-                if {stage.pool.name, stage.artifact.fingerprint} & other.holds():
-                    raise Locked(f"{stage.name} is in use by run {other.name}, under way now; wait for it, or stop it")
-            self.run.store.unseal(stage.artifact)
-            shutil.rmtree(self.run.store.work(stage.artifact), ignore_errors=True)
-            shutil.rmtree(stage.pool, ignore_errors=True)
-
     def _stage(self, stage: PlannedStage) -> None:
         store = self.run.store
-        with self._locked(stage):
+
+        def waiting(text: str) -> None:
+            self.reporter.started(stage.name, f"waiting: {text}")
+
+        with self.run.making(stage.artifact, stage.pool, waiting if self.wait else None):
             # Looked at again under the lock: another run may have made it since the plan was.
             if store.is_sealed(stage.artifact) and store.damage(stage.artifact) is None:
                 self.reporter.ended(stage.name, "reused")
@@ -143,21 +132,6 @@ class Runner:
             if now[field] != value:
                 path = next(f.value for f in marked(stage.artifact.stage, Content) if f.path == field)
                 raise StageError(f"{path} changed since the run was planned; resume to plan again with it as it is")
-
-    @contextmanager
-    def _locked(self, stage: PlannedStage) -> Iterator[None]:
-        """Hold the artifact's lock, and that of the pool it shares with artifacts of other extents."""
-        kind, artifact = stage.artifact.kind, stage.artifact
-
-        def waiting(text: str) -> None:
-            self.reporter.started(stage.name, f"waiting: {text}")
-
-        with ExitStack() as stack:
-            for fingerprint in dict.fromkeys((artifact.fingerprint, stage.pool.name)):
-                what = f"{kind}/{fingerprint}"
-                file = self.run.store.lock_of(kind, fingerprint)
-                stack.enter_context(hold(file, what, self.run.name, waiting if self.wait else None))
-            yield
 
 
 class Context:

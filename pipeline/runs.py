@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline import manifest
 from pipeline.errors import UsageError
-from pipeline.locks import hold, holder_of
+from pipeline.locks import Holder, hold, holder
 from pipeline.plan import Plan
 from pipeline.store import Store
+from stages.base import Artifact
 from stages.data.files import write_atomically
 
 
@@ -59,9 +60,19 @@ class Run:
         with hold(self.folder / "lock", f"run {self.name}", self.name, waiting):
             yield
 
-    def driver(self) -> str | None:
-        """Who carries the run out now, in words; None if nobody does."""
-        return holder_of(self.folder / "lock")
+    @contextmanager
+    def making(self, artifact: Artifact, pool: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Be the only one who makes an artifact, and parts in the pool that it shares with those of other extents.
+        Raises Locked, or waits, as `hold` does."""
+        with ExitStack() as stack:
+            for fingerprint in dict.fromkeys((artifact.fingerprint, pool.name)):
+                file = self.store.lock_of(artifact.kind, fingerprint)
+                stack.enter_context(hold(file, f"{artifact.kind}/{fingerprint}", self.name, waiting))
+            yield
+
+    def driver(self) -> Holder | None:
+        """Who carries the run out now; None if nobody does."""
+        return holder(self.folder / "lock")
 
     def holds(self) -> set[str]:
         """Fingerprints of the artifacts and pools in its plan."""

@@ -15,6 +15,7 @@ from pipeline.console import (
     json_option,
     open_store,
     print_result,
+    say_waiting,
     store_option,
 )
 
@@ -81,7 +82,7 @@ def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) 
         print_result(as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
         return
     before = hashes(artifact)
-    found.unseal((lambda text: click.echo(f"waiting: {text}", err=True)) if wait else None)
+    found.unseal(say_waiting if wait else None)
     carry_out(found.loaded, found.run_name, Selection(), Execution(engine, wait, quiet=True))
     changed = found.changed(before)
     result = {"repaired": list(found.damaged), "changed": changed}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.history import Attempt, attempts, spent
-from pipeline.locks import holder_of
+from pipeline.locks import holder
 from pipeline.runs import Run, all_runs
 from pipeline.store import RECORD, Store
 
@@ -37,8 +37,8 @@ def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> di
         found |= {"state": "done", "detail": "" if made else "reused"}
         cost = cost if made else _recorded(folder / RECORD)
     else:
-        holder = holder_of(run.store.lock_of(kind, fingerprint))
-        state, detail = ("running", holder) if holder else _ended(last)
+        maker = holder(run.store.lock_of(kind, fingerprint))
+        state, detail = ("running", str(maker)) if maker else _ended(last)
         found |= {"state": state, "detail": detail}
         if last and last.progress and state != "waiting":
             found |= _progress(last, running=state == "running")
@@ -89,5 +89,5 @@ def _run(run: Run) -> dict[str, Any]:
         "done": len(done),
         "stages": len(plan),
         "last": newest,
-        "driver": driver,
+        "driver": driver and str(driver),
     }

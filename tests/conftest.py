@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.console import held
 from pipeline.content import read_contents
 from pipeline.engine import Engine, InlineEngine
 from pipeline.manifest import loads
@@ -77,14 +78,9 @@ def execute(
 ) -> dict[str, PlannedStage]:
     """Submit a manifest's text as `retort submit` does, in this process; return the plan by stage."""
     loaded = loads(text, "test.yaml", [*overrides, f"store={store}"])
-    found = Store(store)
-    found.create()
-    run = Run(found, name or loaded.manifest.name)
-    selection = Selection(only, force=force)
-    contents = read_contents(loaded, store / "contents.json")
-    plan = make_plan(loaded, contents, found, run.plan(), selection.forced(loaded.order))
-    run.freeze(loaded.manifest, plan)
-    Runner(run, loaded.manifest, engine or InlineEngine(), Quiet()).execute(plan, selection.of(plan))
+    run = Run(Store(store), name or loaded.manifest.name)
+    with held(loaded, run, Selection(only, force=force), wait=False) as (plan, chosen):
+        Runner(run, loaded.manifest, engine or InlineEngine(), Quiet()).execute(plan, chosen)
     return {stage.name: stage for stage in plan}
 
 

@@ -10,11 +10,13 @@ from tests.conftest import ROOT
 FLOORS = [
     # each line may import the lines below it, and its own neighbours only where they are one package
     {"pipeline.cli"},
-    {"pipeline.shard_commands", "pipeline.run_commands", "pipeline.compare_command"},
+    {"pipeline.shard_commands", "pipeline.run_commands", "pipeline.compare_command", "pipeline.cluster_commands"},
     {"pipeline.console"},
     {"pipeline.runner", "pipeline.repair", "pipeline.compare"},
     {"pipeline.status", "pipeline.tables", "pipeline.cluster", "pipeline.report", "pipeline.garbage", "pipeline.watch"},
-    {"pipeline.history"},
+    {"pipeline.history", "pipeline.host", "pipeline.jobs", "pipeline.force"},
+    {"pipeline.dashboard"},
+    {"pipeline.nodes"},
     {"pipeline.runs", "pipeline.engine", "pipeline.selection", "pipeline.difference", "pipeline.graph"},
     {"pipeline.plan"},
     {"pipeline.content", "pipeline.fingerprint"},
@@ -40,7 +42,7 @@ FLOORS = [
 ]
 
 HOMES = {
-    "ray": {"pipeline.cluster"},
+    "ray": {"pipeline.cluster", "pipeline.jobs"},
     "webdataset": {"stages.data"},
     "diffusers": {"stages.networks", "stages.teachers"},
     "transformers": {"stages.networks"},
@@ -50,6 +52,7 @@ HOMES = {
         "pipeline.shard_commands",
         "pipeline.run_commands",
         "pipeline.compare_command",
+        "pipeline.cluster_commands",
         "pipeline.console",
     },
 }

@@ -1,0 +1,218 @@
+"""The commands about clusters: `--address` of `submit` and `resume`, and `retort stop`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pipeline.console import (
+    find_run,
+    held,
+    ignore_overrides,
+    interrupt,
+    open_store,
+    plan_run,
+    print_result,
+    show_done,
+    store_option,
+)
+
+if TYPE_CHECKING:
+    from pipeline.jobs import Job
+    from pipeline.locks import Holder
+    from pipeline.manifest import Loaded
+    from pipeline.runs import Run
+    from pipeline.selection import Selection
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+STOP_FOR = 60.0
+"""Seconds for a driver on this machine to end after SIGTERM: it interrupts its stage and lets its Ray go."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a run is to go: the dashboard's address, and what was said with it."""
+
+    address: str
+    no_wait: bool
+    store_is_shared: bool
+
+
+def cluster_options(command: F) -> F:
+    """Adds the options of a cluster, which reach `command` as one argument, `cluster`: a Cluster or None."""
+
+    @click.option("--address", metavar="URL", help="Run on the Ray cluster of this dashboard: http://HEAD:8265.")
+    @click.option("--no-wait", is_flag=True, help="With --address: do not follow the job.")
+    @click.option("--store-is-shared", is_flag=True, help="With --address: every node has the store at the same path.")
+    @wraps(command)
+    def with_cluster(*args: Any, address: str | None, no_wait: bool, store_is_shared: bool, **others: Any) -> Any:
+        if address is None and (no_wait or store_is_shared):
+            raise click.UsageError("--no-wait and --store-is-shared go with --address")
+        cluster = Cluster(address, no_wait, store_is_shared) if address is not None else None
+        return command(*args, cluster=cluster, **others)
+
+    return with_cluster  # type: ignore[return-value]
+
+
+def _check_submitted_by(_: click.Context, __: click.Parameter, theirs: str | None) -> None:
+    from pipeline.nodes import check_submitted_by
+
+    if theirs is not None:
+        check_submitted_by(theirs)
+
+
+submitted_by = click.option(
+    "--submitted-by", metavar="VERSION", hidden=True, expose_value=False, callback=_check_submitted_by
+)
+"""Given by the job of a cluster: its node must have the version that planned the run."""
+
+
+def submit_to(cluster: Cluster, loaded: Loaded, name: str, selection: Selection, wait: bool, as_json: bool) -> None:
+    """Plan and freeze here, carry out there."""
+    from pipeline import jobs
+    from pipeline.dashboard import Unreachable, checked
+    from pipeline.errors import Locked
+    from pipeline.runs import Run
+
+    store = open_store(loaded.manifest.store)
+    jobs.check_store(store.root, checked(cluster.address), cluster.store_is_shared)
+    run = Run(store, name)
+    before = jobs.load(run)
+    try:
+        if before and jobs.alive(before):
+            raise Locked(f"run {name} is job {before.id} of {before.address}; {_how(run, before)}")
+    except Unreachable:
+        pass  # gone with its cluster; the lock tells if its driver is not
+    with held(loaded, run, selection, wait):
+        pass  # the plan is made and frozen: the job goes on from there
+    _start(cluster, run, selection, wait, as_json)
+
+
+def resume_on(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_json: bool) -> None:
+    """Follow the run's job if it is still under way, else submit it anew."""
+    from pipeline import jobs
+    from pipeline.dashboard import Unreachable, checked
+    from pipeline.errors import Locked
+
+    address, job = checked(cluster.address), jobs.load(run)
+    try:
+        going_on = job is not None and jobs.alive(job)
+    except Unreachable:
+        if job and job.address == address:
+            raise
+        going_on = False
+    if job is None or not going_on:
+        submit_to(cluster, run.manifest(), run.name, selection, wait, as_json)
+    elif job.address != address:
+        raise Locked(f"run {run.name} is job {job.id} of {job.address}; {_how(run, job)}")
+    else:
+        click.echo(f"job {job.id} is still under way: following it", err=True)
+        _attend(cluster, run, job, as_json)
+
+
+def _start(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_json: bool) -> None:
+    from pipeline import jobs
+
+    ignore_overrides(f"--address {cluster.address} is what counts")
+    extra = [word for name in selection.only for word in ("--only", name)]
+    extra += [word for name in selection.onward for word in ("--from", name)]
+    extra += ["--wait"] if wait else []
+    job = jobs.submit(run, cluster.address, store_is_shared=cluster.store_is_shared, extra=extra)
+    _attend(cluster, run, job, as_json)
+
+
+def _attend(cluster: Cluster, run: Run, job: Job, as_json: bool) -> None:
+    """Follow the job to its end and exit as its driver did; with --no-wait, say how to."""
+    from pipeline import jobs
+
+    if cluster.no_wait:
+        result = {"run": run.name, "job": job.id, "address": job.address}
+        print_result(as_json, result, lambda: f"submitted as job {job.id}; {_how(run, job)}")
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        # with --json, standard output is for the result alone
+        code = jobs.follow(job, lambda text: click.echo(text, nl=False, err=as_json))
+    except KeyboardInterrupt:
+        click.echo(f"\nno longer following; job {job.id} goes on; {_how(run, job)}", err=True)
+        raise
+    if code:
+        sys.exit(code)
+    if as_json:
+        show_done(run, plan_run(run.manifest(), run), as_json)
+
+
+def _how(run: Run, job: Job) -> str:
+    return (
+        f"follow it with: retort resume {run.name} --store {run.store.root} --address {job.address}, "
+        f"stop it with: retort stop {run.name} --store {run.store.root}"
+    )
+
+
+@click.command()
+@click.argument("run_name", metavar="[RUN]", required=False)
+@store_option
+def stop(run_name: str | None, store: str | None) -> None:
+    """Stop RUN, in a cluster or on this machine. It can be resumed."""
+    from pipeline.errors import UsageError
+
+    run = find_run(run_name, store)
+    if not _stopped_job(run):
+        driver = run.driver()
+        if driver is None:
+            raise UsageError(f"run {run.name} is not running (store {run.store.root})")
+        _stop_driver(run, driver)
+    click.echo(f"stopped; carry on with: retort resume {run.name} --store {run.store.root}")
+
+
+def _stopped_job(run: Run) -> bool:
+    """Stop the run's job, if it is under way."""
+    from pipeline import jobs
+    from pipeline.dashboard import Unreachable
+
+    job = jobs.load(run)
+    try:
+        if job is None or not jobs.alive(job):
+            return False
+    except Unreachable as error:
+        click.echo(f"job {job.id if job else ''}: {error}", err=True)
+        return False
+    driver = run.driver()
+    jobs.stop(job)
+    last = [event["event"] for event in run.events()][-1:]
+    if driver and not {"run_interrupted", "run_done", "stage_failed"}.intersection(last):
+        click.echo(
+            "Ray killed its driver before it had ended by itself: nothing is lost, but to give it more time set "
+            "RAY_JOB_STOP_WAIT_TIME_S (seconds; 3 by default) where the head node is started",
+            err=True,
+        )
+    return True
+
+
+def _stop_driver(run: Run, driver: Holder) -> None:
+    """Raises UsageError for a driver on another machine, StageFailed for one that does not end."""
+    from pipeline.errors import StageFailed, UsageError
+
+    if driver.host != socket.gethostname():
+        raise UsageError(f"run {run.name} is driven on {driver.host}, by process {driver.pid}: stop it there")
+    try:
+        os.kill(driver.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return  # it ended by itself
+    except PermissionError:
+        raise UsageError(f"process {driver.pid}, which drives run {run.name}, is another user's") from None
+    deadline = time.monotonic() + STOP_FOR
+    while run.driver() == driver:
+        if time.monotonic() > deadline:
+            raise StageFailed(f"process {driver.pid} still drives run {run.name}, {STOP_FOR:.0f} s after it was asked")
+        time.sleep(0.1)

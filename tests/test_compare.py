@@ -41,7 +41,7 @@ def store(tiny):
     """Run `first` with two students, a teacher alone and an evaluation that is not made; run `second` with one of
     these students and another one."""
     execute(FIRST, tiny[0], name="first")
-    execute(LATER, tiny[0], name="first", only="quality")
+    execute(LATER, tiny[0], name="first", only=["quality"])
     execute(SECOND, tiny[0], name="second")
     return tiny[0]
 

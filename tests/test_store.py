@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from pipeline.errors import Locked, UsageError
-from pipeline.locks import hold, holder_of
+from pipeline.locks import hold, holder
 from pipeline.store import RECORD, load_artifact
 from tests.conftest import GAUSSIAN, ROOT, command, execute, plan_of, retort
 
@@ -49,20 +49,20 @@ def test_an_unfinished_folder_is_not_there_for_anyone(tmp_path):
 
 def test_a_lock_names_its_holder_and_a_killed_holder_frees_it_at_once(tmp_path):
     file = tmp_path / "lock"
-    assert holder_of(file) is None
-    holder = subprocess.Popen(
+    assert holder(file) is None
+    process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    words = rf"^the thing is being made by run other \(process {holder.pid} on .*; wait for it"
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    words = rf"^the thing is being made by run other \(process {process.pid} on .*; wait for it"
     with pytest.raises(Locked, match=words), hold(file, "the thing", "mine"):
         pass
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     with hold(file, "the thing", "mine"):
-        assert "run mine" in str(holder_of(file))
-    assert holder_of(file) is None
+        assert "run mine" in str(holder(file))
+    assert holder(file) is None
 
 
 def test_looking_at_a_lock_does_not_make_it_fail(tmp_path):
@@ -70,7 +70,7 @@ def test_looking_at_a_lock_does_not_make_it_fail(tmp_path):
 
     def look() -> None:
         while not stop.is_set():
-            holder_of(file)
+            holder(file)
 
     threads = [threading.Thread(target=look) for _ in range(4)]
     file.touch()

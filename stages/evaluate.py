@@ -52,7 +52,7 @@ class Evaluate(Stage):
         if isinstance(self.real, Digits):
             if pairs.prompts is None or pairs.prompts.images != self.real:
                 yield "real", f"prompt accuracy needs pairs with prompts: {self.real.name}, not {str(pairs.prompts)!r}"
-        elif self.real is not None and getattr(self.real, "label", None) is None:
+        elif self.real is not None and not self.real.labelled:
             yield "real", "needs its label: distances are measured by a probe that is trained on classes"
         if getattr(found.inputs["teacher"].stage, "gaussian", None):
             yield "pairs" if self.pairs else "student", "the teacher is `gaussian:`, which draws no images"

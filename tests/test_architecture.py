@@ -34,6 +34,7 @@ FLOORS = [
     {"stages.losses", "stages.data", "stages.metrics"},
     {"stages.diffusion"},
     {"stages.base"},
+    {"stages.registry"},
 ]
 
 HOMES = {

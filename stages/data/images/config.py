@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from stages.base import Config, Content
+from stages.registry import Registry
+
+if TYPE_CHECKING:
+    from stages.data.images.files import Example
+    from stages.data.images.labelled import LabelledImages
 
 
 class ImageSet(Config):
-    """Images with captions, and for some sets classes. All come out square, `size` pixels wide, in RGB."""
+    """Images with captions, and for some sets classes. All come out square, `size` pixels wide, in RGB.
+
+    A set of another package says what it holds by `captions` and `load`; or it is a FileSet with `examples`.
+    """
 
     name: str
     size: int = Field(ge=8)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its images have classes."""
+        return False
+
+    def captions(self) -> Iterator[str]:
+        """Every caption that the set can have."""
+        raise TypeError(f"{type(self).__name__} does not say what its captions are")
+
+    def load(self, held_out: bool) -> LabelledImages:
+        """What is trained on, or the images that nothing is ever trained on: a function of the settings alone."""
+        raise TypeError(f"{type(self).__name__} does not say how it is loaded")
 
 
 class Digits(ImageSet):
@@ -23,6 +45,20 @@ class Digits(ImageSet):
     digits_per_image: Literal[1, 2] = 1
     size: Literal[16, 32] = 16
     background: Literal["plain", "photographs"] = Field("plain", description="black, or crops of real photographs")
+
+    @property
+    def labelled(self) -> bool:
+        return True
+
+    def captions(self) -> Iterator[str]:
+        from stages.data.images import digits
+
+        return iter(digits.captions(self))
+
+    def load(self, held_out: bool) -> LabelledImages:
+        from stages.data.images import digits
+
+        return digits.load(self, held_out)
 
 
 class DigitScenes(Digits):
@@ -45,6 +81,16 @@ class FileSet(ImageSet):
     hold_out_every: int = Field(10, ge=2, description="every so many-th image is never trained on")
     caption: str | None = None
     label: str | None = None
+
+    @property
+    def labelled(self) -> bool:
+        return self.label is not None
+
+    def examples(self) -> Iterator[Example]:
+        """All images, still encoded, in order. Raises StageError, also if there is none."""
+        from stages.data.images.files import examples
+
+        return examples(self)
 
 
 class ImageFolder(FileSet):
@@ -73,11 +119,16 @@ class ParquetImages(FileSet):
     label: str | None = None
 
 
-IMAGE_SETS: dict[str, type[ImageSet]] = {
-    "digits": Digits,
-    "digit_scenes": DigitScenes,
-    "image_folder": ImageFolder,
-    "webdataset": WebDataset,
-    "parquet": ParquetImages,
-}
+IMAGE_SETS: Registry[ImageSet] = Registry(
+    "retort.image_sets",
+    ImageSet,
+    "name",
+    {
+        "digits": Digits,
+        "digit_scenes": DigitScenes,
+        "image_folder": ImageFolder,
+        "webdataset": WebDataset,
+        "parquet": ParquetImages,
+    },
+)
 EMBEDDED = ("digits", "digit_scenes")

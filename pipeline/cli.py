@@ -19,6 +19,7 @@ from pipeline.console import (
     set_option,
     store_option,
 )
+from pipeline.help_commands import completion, explain, init
 from pipeline.shard_commands import shards, stats
 
 INTERRUPTED = 130
@@ -141,15 +142,15 @@ def _with_store(overrides: tuple[str, ...], store: str | None) -> list[str]:
     return [*overrides, *([f"store={json.dumps(store, ensure_ascii=False)}"] if store else [])]
 
 
-cli.add_command(stats)
-cli.add_command(shards)
+for _command in (stats, shards, init, explain, completion):
+    cli.add_command(_command)
 
 
 def main() -> None:
     """Exit codes: 0 done, 1 a stage failed, 2 manifest or usage wrong, 3 locked, 130 interrupted and resumable."""
     debug = "--debug" in sys.argv
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        sys.exit(cli.main(prog_name="retort", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -78,7 +78,7 @@ class Execution(Config):
     """How a stage is carried out. Recorded in what it makes, and never a reason to make it again."""
 
     threads: int | None = Field(None, ge=1, description="CPU threads a worker; default: cores over workers")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
 
 
 class Stage(Config):
@@ -89,7 +89,7 @@ class Stage(Config):
     """Whether its work is spread over several workers, with `map`."""
     kind: str
     seed: int | None = Field(None, ge=0, description="default: the manifest's seed")
-    execution: Execution = Execution()
+    execution: Execution = Field(Execution(), description="how it is carried out; makes nothing stale")
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that contradicts the stages it reads."""

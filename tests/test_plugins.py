@@ -307,3 +307,12 @@ def test_raising_a_packages_version_makes_its_students_stale(installed, good, ti
     assert planned() != before
     module.write_text(text)
     assert planned() == before
+
+
+def test_what_packages_offer_is_explained(good, installed):
+    assert "count (retort-good)" in retort("explain", PYTHONPATH=good).stdout
+    shown = retort("explain", "count", PYTHONPATH=good).stdout
+    assert shown.startswith("count: a stage kind, from the package retort-good (kind: count)\n\nCounts pairs.\n")
+    assert "added to the number of pairs" in shown
+    broken = retort("explain", "missing", PYTHONPATH=path_with(installed["retort-bad"]))
+    assert broken.returncode == 2 and "a_package_that_nobody_has" in broken.stderr

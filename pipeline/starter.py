@@ -62,7 +62,9 @@ def _for_folder(folder: Path, prompts: str | None, values: dict[str, str]) -> st
         if prompts is not None:
             raise UsageError(f"--prompts: {folder} is unconditional and takes none")
         none = "    # no prompts: this teacher is unconditional"
-        return _filled("pixel", {**values, "prompts": none, "guidance": "1.0, for an unconditional teacher cannot be guided"})
+        return _filled(
+            "pixel", {**values, "prompts": none, "guidance": "1.0, for an unconditional teacher cannot be guided"}
+        )
     guidance = "1.0 is none; more is possible if a class of the teacher stands for none"
     return _filled("pixel", {**values, "prompts": _prompts(prompts, "a class a line"), "guidance": guidance})
 

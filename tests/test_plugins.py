@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,99 +11,8 @@ import pytest
 from pipeline.fingerprint import differences, fingerprint, identity
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
 from tests.conftest import ROOT, command, retort
+from tests.packages import PACKAGES, install
 
-GOOD = {
-    "counting.py": """
-        import json
-        from typing import Annotated, Literal
-        from pydantic import Field
-        from stages.base import Input, Stage
-
-        class Count(Stage):
-            \"""Counts pairs.\"""
-
-            kind: Literal["count"]
-            pairs: Annotated[str, Input("pairs")] = Field(description="what is counted")
-            plus: int = Field(0, description="added to the number of pairs")
-
-            def run(self, context):
-                count = context.inputs["pairs"].record["metrics"]["count"] + self.plus
-                (context.output / "count.json").write_text(json.dumps(count))
-                return {"count": count}
-        """,
-    "methods.py": """
-        from typing import ClassVar, Literal
-        from stages.methods.base import MethodConfig
-
-        class Squares(MethodConfig):
-            \"""Regression by squares.\"""
-
-            VERSION: ClassVar[int] = 1
-            name: Literal["squares"] = "squares"
-
-            def create(self, materials):
-                from stages.methods.knowledge_distillation.method import KnowledgeDistillation
-
-                return KnowledgeDistillation("mse", "v_prediction", materials)
-        """,
-    "images.py": """
-        from typing import Literal
-        from stages.data.images.config import ImageSet
-
-        class Stripes(ImageSet):
-            \"""Black and white.\"""
-
-            name: Literal["stripes"] = "stripes"
-            size: Literal[8, 16] = 16
-
-            def captions(self):
-                yield from ("black", "white")
-
-            def load(self, held_out):
-                import numpy as np
-                from stages.data.images.labelled import LabelledImages
-
-                label = np.arange(6) % 2
-                images = np.full((6, 3, self.size, self.size), 255, np.uint8) * label[:, None, None, None]
-                captions = [("black", "white")[i] for i in label]
-                return LabelledImages(images.astype(np.uint8), captions, {"label": label}, np.arange(6))
-        """,
-}
-BAD = {
-    "missing.py": "import a_package_that_nobody_has",
-    "other.py": """
-        from typing import Literal
-        from stages.methods.base import MethodConfig
-
-        class Other(MethodConfig):
-            name: Literal["another"] = "another"
-
-        plain = {"name": "plain"}
-        """,
-}
-PACKAGES = {
-    "retort-good": (
-        GOOD,
-        {
-            "retort.kinds": {"count": "counting:Count"},
-            "retort.methods": {"squares": "methods:Squares", "knowledge_distillation": "methods:Squares"},
-            "retort.image_sets": {"stripes": "images:Stripes"},
-        },
-    ),
-    "retort-bad": (
-        BAD,
-        {
-            "retort.kinds": {"runs": "other:Other"},
-            "retort.methods": {
-                "squares": "other:Other",
-                "missing": "missing:Missing",
-                "absent": "other:Absent",
-                "plain": "other:plain",
-                "misnamed": "other:Other",
-            },
-        },
-    ),
-}
 MANIFEST = """
 name: plugins
 stages:
@@ -127,24 +35,8 @@ stages:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """Name of a package -> the folder that it was installed to."""
-    where = {}
-    for name, (modules, groups) in PACKAGES.items():
-        source, where[name] = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-        folder = source / name.replace("-", "_")
-        folder.mkdir()
-        (folder / "__init__.py").touch()
-        for file, text in modules.items():
-            (folder / file).write_text(textwrap.dedent(text))
-        lines = ["[project]", f'name = "{name}"', 'version = "1.0"']
-        for group, entries in groups.items():
-            lines += [f'[project.entry-points."{group}"]']
-            lines += [f'{entry} = "{folder.name}.{value}"' for entry, value in entries.items()]
-        backend = ["[build-system]", 'requires = ["setuptools"]', 'build-backend = "setuptools.build_meta"']
-        (source / "pyproject.toml").write_text("\n".join([*backend, *lines]) + "\n")
-        offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
-        install = [sys.executable, "-m", "pip", "install", *offline, "--target", where[name], source]
-        subprocess.run(install, check=True, capture_output=True)
-    return where
+    make = tmp_path_factory.mktemp
+    return {name: install(name, make("source"), make("installed")) for name in PACKAGES}
 
 
 def path_with(*folders: Path) -> str:

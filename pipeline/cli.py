@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.cluster_commands import Cluster, cluster_options, resume_on, stop, submit_to, submitted_by
-from pipeline.compare_command import compare
-from pipeline.console import (
+from pipeline.commands.cluster import Cluster, cluster_options, resume_on, stop, submit_to, submitted_by
+from pipeline.commands.compare import compare
+from pipeline.commands.console import (
     Execution,
     carry_out,
     execution_options,
@@ -23,8 +23,10 @@ from pipeline.console import (
     store_option,
     store_override,
 )
-from pipeline.run_commands import gc, logs, runs, status
-from pipeline.shard_commands import shards, stats
+from pipeline.commands.help import completion, explain, init
+from pipeline.commands.runs import gc, logs, runs, status
+from pipeline.commands.shards import shards, stats
+from pipeline.completion import complete_runs_or_paths, complete_stages
 
 INTERRUPTED = 130
 
@@ -81,8 +83,8 @@ def submit(
 
 
 @cli.command()
-@click.argument("run_name", metavar="[RUN]", required=False)
-@click.argument("stages", metavar="[STAGE]...", nargs=-1)
+@click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
+@click.argument("stages", metavar="[STAGE]...", nargs=-1, shell_complete=complete_stages)
 @selection_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
 @store_option
@@ -118,7 +120,7 @@ def resume(
 
 
 @cli.command()
-@click.argument("target", metavar="MANIFEST|RUN")
+@click.argument("target", metavar="MANIFEST|RUN", shell_complete=complete_runs_or_paths)
 @set_option
 @selection_options
 @click.option("--diff", metavar="RUN", help="Say instead how its settings differ from those of this run.")
@@ -178,17 +180,15 @@ def sample(
     click.echo(f"{out}")
 
 
-for command in (status, runs, logs, stop, gc, compare):
-    cli.add_command(command)
-cli.add_command(stats)
-cli.add_command(shards)
+for _command in (status, runs, logs, compare, stop, gc, stats, shards, init, explain, completion):
+    cli.add_command(_command)
 
 
 def main() -> None:
     """Exit codes: 0 done, 1 a stage failed, 2 manifest or usage wrong, 3 locked, 130 interrupted and resumable."""
     debug = "--debug" in sys.argv
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        sys.exit(cli.main(prog_name="retort", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -18,8 +18,9 @@ NOT_SCIENCE = ("kind", "seed", "execution")
 
 
 def identity(stage: Stage, seed: int, inputs: Mapping[str, str], contents: Mapping[str, str]) -> dict[str, Any]:
-    """All that decides a stage's result: its kind and VERSION, validated settings, seed, and the identities
-    of what it reads. How it is executed is not among them."""
+    """All that decides a stage's result: its kind and VERSION, validated settings (with the VERSION of those inside
+    them, such as a method's, once it is above 1), seed, and the identities of what it reads. How it is executed is
+    not among them."""
     return {
         "kind": stage.kind,
         "version": stage.VERSION,
@@ -60,7 +61,8 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], files: Mapp
 
 
 def _word(values: Mapping[str, Any], path: str) -> str:
-    return "(none)" if path not in values else str(values[path])
+    first = "1" if path.endswith(".VERSION") else "(none)"
+    return first if path not in values else str(values[path])
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -96,7 +98,8 @@ def _settings(config: Config, left_out: set[str], extents: bool) -> dict[str, An
 
 def _plain(value: Any, extents: bool) -> Any:
     if isinstance(value, Config):
-        return _settings(value, set(), extents)
+        version = {"VERSION": value.VERSION} if value.VERSION > 1 else {}
+        return {**_settings(value, set(), extents), **version}
     if isinstance(value, list | tuple):
         return [_plain(item, extents) for item in value]
     if isinstance(value, dict):

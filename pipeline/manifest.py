@@ -24,22 +24,28 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
 MEMBER = NAME.removesuffix("$") + r"(\[[A-Za-z0-9_.=,+-]+\])?$"
 """A stage's name, or that of one member of its matrix: `student[loss=l1,seed=2]`."""
 
+StageName = Annotated[str, StringConstraints(pattern=MEMBER)]
+
 
 class Resources(Config):
     """What each worker of a stage gets. Never part of a fingerprint."""
 
-    workers: int = Field(1, ge=1)
-    gpus_per_worker: float = Field(0.0, ge=0)
+    workers: int = Field(1, ge=1, description="processes, of the cluster or of this machine")
+    gpus_per_worker: float = Field(0.0, ge=0, description="below 1: workers share a GPU")
 
 
 class Manifest(Config):
-    name: Annotated[str, StringConstraints(pattern=NAME)]
-    seed: int = Field(0, ge=0)
-    store: str = "./retort-store"
-    stages: dict[Annotated[str, StringConstraints(pattern=MEMBER)], Annotated[Stage, Choice("kind", KINDS)]] = Field(
-        min_length=1
+    """One pipeline: its stages, and where their artifacts are kept."""
+
+    name: Annotated[str, StringConstraints(pattern=NAME)] = Field(description="of the run")
+    seed: int = Field(0, ge=0, description="of every stage without a seed of its own")
+    store: str = Field("./retort-store", description="the folder for artifacts and runs; on a cluster, a shared one")
+    stages: dict[StageName, Annotated[Stage, Choice("kind", KINDS)]] = Field(
+        min_length=1, description="by a name of your choice, by which other stages refer to them"
     )
-    resources: dict[str, Resources] = Field(default_factory=dict, description="by stage; a matrix's members share")
+    resources: dict[str, Resources] = Field(
+        default_factory=dict, description="by stage: what its workers get; makes nothing stale"
+    )
 
     def seed_of(self, stage: str) -> int:
         own = self.stages[stage].seed

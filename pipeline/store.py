@@ -16,14 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.errors import UsageError
 from stages import KINDS
 from stages.base import SCRATCH, Artifact
 from stages.data.files import fsync_folder, sha256_of, write_atomically
+from stages.registry import PluginError
 
 RECORD = "artifact.json"
 UNSEALED = "unsealed.json"
 """The record of an artifact whose parts are being mended."""
+NOT_INSTALLED = "which no installed package offers; install the one that it was made with"
 
 
 def is_url(root: Path | str) -> bool:
@@ -130,13 +134,30 @@ def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:
     mended. Raises UsageError."""
     try:
         record = read_record(folder) if unsealed else json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["kind"] not in KINDS:
+            raise UsageError(f"{folder} is of kind {record['kind']!r}, {NOT_INSTALLED}")
         stage = KINDS[record["kind"]].model_validate_json(json.dumps(record["settings"]))
+    except PluginError as error:
+        raise UsageError(f"{folder}: {error}") from error
+    except ValidationError as error:
+        raise UsageError(f"{folder / RECORD}: {_unreadable(error)}") from None
     except FileNotFoundError:
         raise UsageError(f"{folder} is no sealed artifact: it has no {RECORD}") from None
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder / RECORD} cannot be read: {error}") from None
     inputs = {field: load_artifact((folder / place).resolve()) for field, place in record["inputs"].items()}
     return Artifact(stage, record["fingerprint"], folder, inputs, record["seed"])
+
+
+def _unreadable(error: ValidationError) -> str:
+    """The first thing that is wrong with recorded settings."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"])) or "settings"
+    if first["type"] == "unknown_choice":
+        return f"{field} is {first['input']!r}, {NOT_INSTALLED}"
+    if first["type"] == "plugin":
+        return f"{field}: {first['msg']}"
+    return f"{field}: {first['msg']}; another version of Retort, or of a package it uses, made it"
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from stages.base import Stage
 from stages.distill import Distill
 from stages.evaluate import Evaluate
 from stages.pairs import Pairs
+from stages.registry import Registry
 from stages.teacher import Teacher
 
-KINDS: dict[str, type[Stage]] = {
-    "teacher": Teacher,
-    "pairs": Pairs,
-    "distill": Distill,
-    "evaluate": Evaluate,
-}
+KINDS: Registry[Stage] = Registry(
+    "retort.kinds",
+    Stage,
+    "kind",
+    {"teacher": Teacher, "pairs": Pairs, "distill": Distill, "evaluate": Evaluate},
+    reserved=("locks", "runs", "work"),  # a store's own folders, beside those of the kinds
+)

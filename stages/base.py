@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
+from stages.registry import PluginError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -64,6 +66,9 @@ class Extent:
 class Config(BaseModel):
     """A part of the manifest: immutable, strictly typed, refusing keys that it does not know."""
 
+    VERSION: ClassVar[int] = 1
+    """Raised when the same settings come to give other results; above 1 it enters the identity."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
     )
@@ -73,7 +78,7 @@ class Execution(Config):
     """How a stage is carried out. Recorded in what it makes, and never a reason to make it again."""
 
     threads: int | None = Field(None, ge=1, description="CPU threads a worker; default: cores over workers")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
 
 
 class Stage(Config):
@@ -84,7 +89,7 @@ class Stage(Config):
     """Whether its work is spread over several workers, with `map`."""
     kind: str
     seed: int | None = Field(None, ge=0, description="default: the manifest's seed")
-    execution: Execution = Execution()
+    execution: Execution = Field(Execution(), description="how it is carried out; makes nothing stale")
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that contradicts the stages it reads."""
@@ -168,7 +173,8 @@ class StageContext(Protocol):
 class Choice:
     """Annotates a field whose settings' class is `registry[value[key]]`; a bare word means `{key: word}`.
 
-    A registry instead of a union of types, so that another package may add an entry.
+    A registry instead of a union of types, so that another package may add an entry. One that cannot be used is a
+    problem of the manifest that names it.
     """
 
     key: str
@@ -186,19 +192,23 @@ class Choice:
         )
 
     def of(self, value: Any) -> type[Config] | None:
-        """The class that `value`, not yet validated, asks for."""
+        """The class that `value`, not yet validated, asks for; None if nobody offers it. Raises PluginError."""
         name = value.get(self.key) if isinstance(value, Mapping) else value
         return self.registry.get(name) if isinstance(name, str) else None
 
     def _choose(self, value: Any) -> Config:
         if isinstance(value, Config):
             return value
-        chosen = self.of(value)
+        try:
+            chosen = self.of(value)
+        except PluginError as error:
+            raise self._refused(PydanticCustomError("plugin", "{reason}", {"reason": str(error)}), {}) from error
         if chosen is not None:
             return chosen.model_validate({self.key: value} if isinstance(value, str) else value)
         if not isinstance(value, Mapping | str):
             raise PydanticCustomError("dict_type", "a mapping is needed here")
         given = value.get(self.key) if isinstance(value, Mapping) else value
-        error = PydanticCustomError("unknown_choice", "unknown", {"allowed": sorted(self.registry)})
-        loc = (self.key,)
-        raise ValidationError.from_exception_data(self.key, [{"type": error, "loc": loc, "input": given}])
+        raise self._refused(PydanticCustomError("unknown_choice", "unknown", {"allowed": sorted(self.registry)}), given)
+
+    def _refused(self, error: PydanticCustomError, given: Any) -> ValidationError:
+        return ValidationError.from_exception_data(self.key, [{"type": error, "loc": (self.key,), "input": given}])

@@ -18,7 +18,7 @@ from stages.pairs import Pairs
 class Source(Config):
     """Pairs to train on, and their share of every batch."""
 
-    pairs: Annotated[str, Input("pairs")]
+    pairs: Annotated[str, Input("pairs")] = Field(description="where they come from")
     weight: float | None = Field(
         None, gt=0, description="relative to the others'; default: each by its number of pairs"
     )
@@ -36,17 +36,22 @@ def sources(student: Mapping[str, Artifact]) -> list[Artifact]:
 
 
 class Distill(Stage):
-    """`pairs` is one stage, or a list of `{pairs: STAGE, weight: 2.0}` to be mixed."""
+    """Train a student on sealed pairs with one of the methods, and export it as a stock diffusers folder.
+
+    `pairs` is one stage, or a list of `{pairs: STAGE, weight: 2.0}` to be mixed.
+    """
 
     VERSION: ClassVar[int] = 2
     kind: Literal["distill"]
-    pairs: Annotated[list[Source], BeforeValidator(_sources)] = Field(min_length=1)
-    method: Annotated[MethodConfig, Choice("name", METHODS)]
-    training: TrainingSettings
+    pairs: Annotated[list[Source], BeforeValidator(_sources)] = Field(
+        min_length=1, description="what it is trained on: a stage, or a list of several and their weights"
+    )
+    method: Annotated[MethodConfig, Choice("name", METHODS)] = Field(description="how the student is taught")
+    training: TrainingSettings = Field(description="how the student is optimised")
     held_out: int = Field(
         256, ge=1, description="the first source's last pairs, never trained on: for held-out loss and evaluation"
     )
-    execution: TrainingExecution = TrainingExecution()
+    execution: TrainingExecution = Field(TrainingExecution(), description="how it is carried out; makes nothing stale")
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         found = sources(inputs)

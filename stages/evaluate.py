@@ -23,7 +23,8 @@ def subject(inputs: Mapping[str, Artifact]) -> tuple[Artifact, Artifact | None]:
 
 
 class Evaluate(Stage):
-    """Of a `student`, or of `pairs` alone: the teacher that made them, in full and in few steps.
+    """A student beside its teacher, on the same prompts and noise; or, of `pairs` alone, the teacher that made them,
+    in full and in few steps. Writes metrics.json and a page.
 
     `real`, an image set with classes, measures against real images through a probe trained on them. Without it only
     what needs no real images is measured: distance to the teacher's own output, seconds and network calls.
@@ -31,9 +32,11 @@ class Evaluate(Stage):
 
     VERSION: ClassVar[int] = 3
     kind: Literal["evaluate"]
-    student: Annotated[str | None, Input("distill")] = None
-    pairs: Annotated[str | None, Input("pairs")] = None
-    real: Annotated[ImageSet, Choice("name", IMAGE_SETS)] | None = None
+    student: Annotated[str | None, Input("distill")] = Field(None, description="what is measured")
+    pairs: Annotated[str | None, Input("pairs")] = Field(None, description="instead of a student: the teacher alone")
+    real: Annotated[ImageSet, Choice("name", IMAGE_SETS)] | None = Field(
+        None, description="real images with classes to compare with; none: only what needs no real images"
+    )
     samples: int = Field(2000, ge=20, description="of each side; held-out pairs first, then fresh noise")
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="also sample the teacher in these; default: 4, 2 and 1, where the pairs took more"
@@ -52,7 +55,7 @@ class Evaluate(Stage):
         if isinstance(self.real, Digits):
             if pairs.prompts is None or pairs.prompts.images != self.real:
                 yield "real", f"prompt accuracy needs pairs with prompts: {self.real.name}, not {str(pairs.prompts)!r}"
-        elif self.real is not None and getattr(self.real, "label", None) is None:
+        elif self.real is not None and not self.real.labelled:
             yield "real", "needs its label: distances are measured by a probe that is trained on classes"
         if getattr(found.inputs["teacher"].stage, "gaussian", None):
             yield "pairs" if self.pairs else "student", "the teacher is `gaussian:`, which draws no images"

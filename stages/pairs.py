@@ -32,23 +32,29 @@ from stages.diffusion.config import PairsExecution, Sampler
 
 
 class Pairs(Stage):
+    """The teacher's ODE, solved once: (noise, latent, prompt) for each sample, in shards that workers share out."""
+
     VERSION: ClassVar[int] = 2
     PARALLEL: ClassVar[bool] = True
     kind: Literal["pairs"]
-    teacher: Annotated[str, Input("teacher")]
-    prompts: Prompts | None = Field(None, description="none: for an unconditional teacher; every prompt is empty")
-    count: Annotated[int, Field(ge=1), Extent()]
-    shard_size: int = Field(128, ge=1)
-    sampler: Sampler = Sampler()
+    teacher: Annotated[str, Input("teacher")] = Field(description="whose ODE is solved")
+    prompts: Prompts | None = Field(
+        None,
+        description="digits or digit_scenes, for their captions, or a path; sample i takes prompt i modulo their "
+        "number; none: for an unconditional teacher; every prompt is empty",
+    )
+    count: Annotated[int, Extent()] = Field(ge=1, description="of pairs; raised later, those that are there are reused")
+    shard_size: int = Field(128, ge=1, description="pairs a file: what a worker makes at a time, and loses if killed")
+    sampler: Sampler = Field(Sampler(), description="how the ODE is solved: what a student learns to reproduce")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="what the network computes in")
-    storage_dtype: Literal["float16", "float32"] = "float16"
+    storage_dtype: Literal["float16", "float32"] = Field("float16", description="of noises and latents in shards")
     path_timesteps: Annotated[list[int], Neutral()] = Field(
         [], description="of the sampler's grid, descending: also store the states z_t there, as path.npy"
     )
     text_embeddings: Annotated[bool, Neutral()] = Field(
         False, description="also store the text encoder's states, as text_embedding.npy"
     )
-    execution: PairsExecution = PairsExecution()
+    execution: PairsExecution = Field(PairsExecution(), description="how it is carried out; makes nothing stale")
 
     @model_validator(mode="after")
     def _path_descends(self) -> Self:

@@ -22,20 +22,22 @@ NAMES = ("digit_scenes",)
 
 
 class Teacher(Stage):
-    """Exactly one of `train`, `from` and `gaussian` says where the teacher comes from.
+    """The many-step model to distil. Exactly one of `train`, `from` and `gaussian` says where it comes from.
 
     `from` is a diffusers folder, a hub id, or the name of a teacher that ships with Retort: digit_scenes.
     """
 
     VERSION: ClassVar[int] = 2
     kind: Literal["teacher"]
-    train: TrainedTeacher | None = None
-    from_: Annotated[str | None, Content(revision_field="revision", files=layout.FILES)] = Field(None, alias="from")
+    train: TrainedTeacher | None = Field(None, description="train a small one here, on an image set")
+    from_: Annotated[str | None, Content(revision_field="revision", files=layout.FILES)] = Field(
+        None, alias="from", description="a diffusers folder, a hub id such as owner/name, or digit_scenes, which ships"
+    )
     revision: str | None = Field(
         None, description="of a hub id: a branch, tag or commit; a commit needs no network to plan"
     )
-    gaussian: GaussianSettings | None = None
-    execution: TrainingExecution = TrainingExecution()
+    gaussian: GaussianSettings | None = Field(None, description="an analytic teacher without a network, for tests")
+    execution: TrainingExecution = Field(TrainingExecution(), description="how it is carried out; makes nothing stale")
 
     @field_validator("from_", mode="after")
     @classmethod

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.console import held
+from pipeline.commands.console import held
 from pipeline.content import read_contents
 from pipeline.engine import Engine, InlineEngine
 from pipeline.manifest import loads

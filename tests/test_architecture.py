@@ -10,12 +10,13 @@ from tests.conftest import ROOT
 FLOORS = [
     # each line may import the lines below it, and its own neighbours only where they are one package
     {"pipeline.cli"},
-    {"pipeline.shard_commands", "pipeline.run_commands", "pipeline.compare_command", "pipeline.cluster_commands"},
-    {"pipeline.console"},
+    {"pipeline.commands"},
     {"pipeline.runner", "pipeline.repair", "pipeline.compare"},
     {"pipeline.status", "pipeline.tables", "pipeline.cluster", "pipeline.report", "pipeline.garbage", "pipeline.watch"},
     {"pipeline.history", "pipeline.host", "pipeline.jobs", "pipeline.force"},
-    {"pipeline.dashboard"},
+    {"pipeline.dashboard", "pipeline.completion"},
+    {"pipeline.explain", "pipeline.starter"},
+    {"pipeline.settings"},
     {"pipeline.nodes"},
     {"pipeline.runs", "pipeline.engine", "pipeline.selection", "pipeline.difference", "pipeline.graph"},
     {"pipeline.plan"},
@@ -39,6 +40,7 @@ FLOORS = [
     {"stages.losses", "stages.data", "stages.metrics"},
     {"stages.diffusion"},
     {"stages.base"},
+    {"stages.registry"},
 ]
 
 HOMES = {
@@ -47,14 +49,7 @@ HOMES = {
     "diffusers": {"stages.networks", "stages.teachers"},
     "transformers": {"stages.networks"},
     "accelerate": {"stages.training"},
-    "click": {
-        "pipeline.cli",
-        "pipeline.shard_commands",
-        "pipeline.run_commands",
-        "pipeline.compare_command",
-        "pipeline.cluster_commands",
-        "pipeline.console",
-    },
+    "click": {"pipeline.cli", "pipeline.commands", "pipeline.completion"},
 }
 
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])

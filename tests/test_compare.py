@@ -155,7 +155,9 @@ def test_nothing_to_compare_is_exit_2(store, tmp_path):
     execute(GAUSSIAN, tmp_path)
     done = retort("compare", "--store", tmp_path)
     assert done.returncode == 2 and "run gaussian evaluates nothing; add a stage of `kind: evaluate`" in done.stderr
-    made = execute(TINY + "  late: {kind: evaluate, student: student, samples: 23}\n", store, name="late", only="pairs")
+    made = execute(
+        TINY + "  late: {kind: evaluate, student: student, samples: 23}\n", store, name="late", only=["pairs"]
+    )
     assert not made["late"].artifact.folder.exists()
     done = retort("compare", "late", "--store", store)
     assert done.returncode == 2 and "nothing to compare yet\nnot made yet: stage late of run late" in done.stderr

@@ -236,7 +236,9 @@ def recorded_now(store: Path) -> dict[str, dict[str, object]]:
             for text in (GAUSSIAN, TINY)
             for name, stage in plan_of(text, store).items()
         },
-        "sources": {kind: {"version": stage.VERSION, "sha256": source_hash(kind)} for kind, stage in KINDS.items()},
+        "sources": {
+            kind: {"version": stage.VERSION, "sha256": source_hash(kind)} for kind, stage in KINDS.built_in.items()
+        },
     }
 
 

@@ -2,7 +2,8 @@
 
 from stages.methods.base import MethodConfig
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
+from stages.registry import Registry
 
-METHODS: dict[str, type[MethodConfig]] = {
-    "knowledge_distillation": KnowledgeDistillationConfig,
-}
+METHODS: Registry[MethodConfig] = Registry(
+    "retort.methods", MethodConfig, "name", {"knowledge_distillation": KnowledgeDistillationConfig}
+)

@@ -22,17 +22,23 @@ Batch = Mapping[str, Any]
 class TrainingSettings(Config):
     """How the networks of a stage are optimised: AdamW, linear warm-up, then constant or cosine to zero."""
 
-    steps: int = Field(ge=1)
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    decay: Literal["constant", "cosine"] = "cosine"
-    betas: tuple[float, float] = Field((0.9, 0.99), strict=False)
-    weight_decay: float = Field(0.0, ge=0)
+    steps: int = Field(ge=1, description="optimizer steps, each of `accumulate` batches")
+    batch_size: int = Field(64, ge=1, description="samples a batch; a step sees `accumulate` times as many")
+    learning_rate: float = Field(1e-3, gt=0, description="its peak: after the warm-up, before the decay")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly to its peak")
+    decay: Literal["constant", "cosine"] = Field(
+        "cosine", description="of the learning rate after the warm-up: none, or half a cosine to zero at the last step"
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.99), strict=False, description="AdamW's decay of its averages of gradients and of their squares"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled: times the learning rate, at every step")
     clip_norm: float = Field(1.0, gt=0, description="largest norm of a player's gradient")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are what is kept")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="bf16: compute in bfloat16, weights stay float32; for GPUs that have it"
+    )
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of the 0-based `step`: a function of the step alone, so that resuming needs no state."""
@@ -44,6 +50,8 @@ class TrainingSettings(Config):
 
 
 class TrainingExecution(Execution):
+    """How a stage that trains is carried out. Recorded in what it makes, and never a reason to make it again."""
+
     checkpoint_every: int = Field(250, ge=1, description="training steps between two checkpoints")
 
 

@@ -95,6 +95,12 @@ def check(folder: Path) -> Layout:
     return layout
 
 
+def classes(folder: Path) -> int | None:
+    """How many classes a pixel-space folder's network knows; None if it is unconditional."""
+    found: int | None = _read(folder / "unet" / "config.json").get("num_class_embeds")
+    return found
+
+
 def check_index(folder: Path) -> Layout:
     """The part of `check` that needs `model_index.json` alone, before gigabytes are downloaded."""
     index = _read(folder / "model_index.json")

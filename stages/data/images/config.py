@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from stages.base import Config, Content
+from stages.registry import Registry
+
+if TYPE_CHECKING:
+    from stages.data.images.files import Example
+    from stages.data.images.labelled import LabelledImages
 
 
 class ImageSet(Config):
-    """Images with captions, and for some sets classes. All come out square, `size` pixels wide, in RGB."""
+    """Images with captions, and for some sets classes. All come out square, `size` pixels wide, in RGB.
+
+    A set of another package says what it holds by `captions` and `load`; or it is a FileSet with `examples`.
+    """
 
     name: str
-    size: int = Field(ge=8)
+    size: int = Field(ge=8, description="width and height in pixels")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its images have classes."""
+        return False
+
+    def captions(self) -> Iterator[str]:
+        """Every caption that the set can have."""
+        raise TypeError(f"{type(self).__name__} does not say what its captions are")
+
+    def load(self, held_out: bool) -> LabelledImages:
+        """What is trained on, or the images that nothing is ever trained on: a function of the settings alone."""
+        raise TypeError(f"{type(self).__name__} does not say how it is loaded")
 
 
 class Digits(ImageSet):
-    """Real scanned handwriting in six colours, embedded: nothing is downloaded. See images/digits.py."""
+    """Real scanned handwriting in six colours, embedded: nothing is downloaded. "a red handwritten seven"."""
 
     name: Literal["digits"] = "digits"
-    digits_per_image: Literal[1, 2] = 1
-    size: Literal[16, 32] = 16
+    digits_per_image: Literal[1, 2] = Field(1, description="two stand above or left of one another")
+    size: Literal[16, 32] = Field(16, description="width and height in pixels")
     background: Literal["plain", "photographs"] = Field("plain", description="black, or crops of real photographs")
+
+    @property
+    def labelled(self) -> bool:
+        return True
+
+    def captions(self) -> Iterator[str]:
+        from stages.data.images import digits
+
+        return iter(digits.captions(self))
+
+    def load(self, held_out: bool) -> LabelledImages:
+        from stages.data.images import digits
+
+        return digits.load(self, held_out)
 
 
 class DigitScenes(Digits):
@@ -40,11 +76,21 @@ class FileSet(ImageSet):
     `caption` and `label` name where in the data they stand; null: there are none.
     """
 
-    size: int = Field(ge=8)
-    path: Annotated[str, Content()]
+    size: int = Field(ge=8, description="width and height in pixels that images are scaled and cut to")
+    path: Annotated[str, Content()] = Field(description="where the images are")
     hold_out_every: int = Field(10, ge=2, description="every so many-th image is never trained on")
-    caption: str | None = None
-    label: str | None = None
+    caption: str | None = Field(None, description="where the caption stands; null: there are none")
+    label: str | None = Field(None, description="where the class stands; null: there are none")
+
+    @property
+    def labelled(self) -> bool:
+        return self.label is not None
+
+    def examples(self) -> Iterator[Example]:
+        """All images, still encoded, in order. Raises StageError, also if there is none."""
+        from stages.data.images.files import examples
+
+        return examples(self)
 
 
 class ImageFolder(FileSet):
@@ -52,16 +98,20 @@ class ImageFolder(FileSet):
     (`file_name` and further columns); without either, `caption` null or "txt", a text file beside each image."""
 
     name: Literal["image_folder"] = "image_folder"
-    caption: str | None = Field("text", description="column of the metadata, or txt")
-    label: str | None = Field(None, description="column of the metadata")
+    path: Annotated[str, Content()] = Field(description="the folder")
+    caption: str | None = Field(
+        "text", description="column of the metadata; txt: a text file beside each image; null: there are none"
+    )
+    label: str | None = Field(None, description="column of the metadata with the class; null: there are none")
 
 
 class WebDataset(FileSet):
     """A .tar file, a folder of them or a glob: an image and further members a sample."""
 
     name: Literal["webdataset"] = "webdataset"
-    caption: str | None = Field("txt", description="txt, or a key of the .json member")
-    label: str | None = Field(None, description="cls, or a key of the .json member")
+    path: Annotated[str, Content()] = Field(description="a .tar file, a folder of them or a glob")
+    caption: str | None = Field("txt", description="txt, or a key of the .json member; null: there are none")
+    label: str | None = Field(None, description="cls, or a key of the .json member; null: there are none")
 
 
 class ParquetImages(FileSet):
@@ -69,15 +119,21 @@ class ParquetImages(FileSet):
 
     name: Literal["parquet"] = "parquet"
     image: str = Field("image", description="column of encoded images: binary, or a struct with `bytes`")
-    caption: str | None = "text"
-    label: str | None = None
+    path: Annotated[str, Content()] = Field(description="a .parquet file, a folder of them or a glob")
+    caption: str | None = Field("text", description="column of captions; null: there are none")
+    label: str | None = Field(None, description="column of classes; null: there are none")
 
 
-IMAGE_SETS: dict[str, type[ImageSet]] = {
-    "digits": Digits,
-    "digit_scenes": DigitScenes,
-    "image_folder": ImageFolder,
-    "webdataset": WebDataset,
-    "parquet": ParquetImages,
-}
+IMAGE_SETS: Registry[ImageSet] = Registry(
+    "retort.image_sets",
+    ImageSet,
+    "name",
+    {
+        "digits": Digits,
+        "digit_scenes": DigitScenes,
+        "image_folder": ImageFolder,
+        "webdataset": WebDataset,
+        "parquet": ParquetImages,
+    },
+)
 EMBEDDED = ("digits", "digit_scenes")

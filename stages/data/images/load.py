@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from stages.base import StageError
-from stages.data.images import digits
-from stages.data.images.config import Digits, FileSet, ImageSet
-from stages.data.images.files import Example, examples
+from stages.data.images.config import FileSet, ImageSet
+from stages.data.images.files import Example
 from stages.data.images.labelled import LabelledImages
 
 IN_MEMORY = 2 * 1024**3
@@ -18,12 +17,11 @@ IN_MEMORY = 2 * 1024**3
 
 
 def captions(config: ImageSet) -> Iterator[str]:
-    """Every caption that an embedded set can have; of a file set, each image's, held out or not."""
-    if isinstance(config, Digits):
-        yield from digits.captions(config)
+    """Every caption that a set can have; of a file set, each image's, held out or not."""
+    if not isinstance(config, FileSet):
+        yield from config.captions()
         return
-    assert isinstance(config, FileSet)
-    for example in examples(config):
+    for example in config.examples():
         if not example.caption:
             raise StageError(f"image set {config.path} has no captions (caption: null)")
         yield example.caption
@@ -37,14 +35,13 @@ def load(
     Each image is decoded once. Where they are many, they lie in a memory-mapped file in `scratch`; without it
     StageError is raised. Also raised for images that cannot be read.
     """
-    if isinstance(config, Digits):
-        images = digits.load(config, held_out)
+    if not isinstance(config, FileSet):
+        images = config.load(held_out)
         return images if limit is None else images.take(_some(len(images), limit))
-    assert isinstance(config, FileSet)
 
     def split() -> Iterator[Example]:
         every = config.hold_out_every
-        return (e for i, e in enumerate(examples(config)) if (i % every == every - 1) == held_out)
+        return (e for i, e in enumerate(config.examples()) if (i % every == every - 1) == held_out)
 
     about = [(example.caption, example.label) for example in split()]
     if not about:
@@ -66,7 +63,7 @@ def _some(length: int, limit: int | None) -> np.ndarray:
 
 def _classes(config: FileSet, found: list[str | int]) -> np.ndarray:
     """Numbers of classes, the same for what is trained on and what is held out: by order of all names."""
-    names = {str(example.label) for example in examples(config)}
+    names = {str(example.label) for example in config.examples()}
     number = {name: place for place, name in enumerate(sorted(names, key=lambda name: (len(name), name)))}
     return np.array([number[str(name)] for name in found], dtype=np.int64)
 

@@ -6,7 +6,7 @@ import glob
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from stages.base import Choice, Config, Content
 from stages.data.images.config import EMBEDDED, IMAGE_SETS, ImageSet
@@ -23,9 +23,13 @@ class Prompts(Config):
     In a manifest a bare word means an embedded image set's captions, any other text a path.
     """
 
-    path: Annotated[str | None, Content(files=PATTERNS)] = None
-    column: str | None = None
-    images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] | None = None
+    path: Annotated[str | None, Content(files=PATTERNS)] = Field(
+        None, description="a file, a folder or a glob such as prompts/*.parquet"
+    )
+    column: str | None = Field(None, description=f"of .csv, .jsonl and .parquet; default: {DEFAULT_COLUMN}")
+    images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] | None = Field(
+        None, description="instead of `path`: an image set, whose captions are the prompts"
+    )
 
     @model_validator(mode="before")
     @classmethod

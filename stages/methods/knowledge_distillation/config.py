@@ -17,9 +17,13 @@ class KnowledgeDistillationConfig(MethodConfig):
     """
 
     name: Literal["knowledge_distillation"] = "knowledge_distillation"
-    loss: RegressionLoss = "l1"
+    loss: RegressionLoss = Field(
+        "l1",
+        description="of the student's output to the teacher's: absolute, squared, or pseudo-Huber difference (between "
+        "the two: large errors count linearly), averaged over elements",
+    )
     prediction: Literal["v_prediction", "epsilon"] = Field(
-        "v_prediction", description="what the student's U-Net puts out"
+        "v_prediction", description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep"
     )
 
     def create(self, materials: Materials) -> Method:

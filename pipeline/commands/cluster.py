@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.console import (
+from pipeline.commands.console import (
     find_run,
     held,
     ignore_overrides,
@@ -25,6 +25,7 @@ from pipeline.console import (
     show_done,
     store_option,
 )
+from pipeline.completion import complete_runs_or_paths
 
 if TYPE_CHECKING:
     from pipeline.jobs import Job
@@ -160,7 +161,7 @@ def _how(run: Run, job: Job) -> str:
 
 
 @click.command()
-@click.argument("run_name", metavar="[RUN]", required=False)
+@click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
 @store_option
 def stop(run_name: str | None, store: str | None) -> None:
     """Stop RUN, in a cluster or on this machine. It can be resumed."""

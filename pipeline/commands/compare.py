@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from pipeline.console import find_run, json_option, print_result, store_option
+from pipeline.commands.console import find_run, json_option, print_result, store_option
+from pipeline.completion import complete_runs_or_paths
 
 
 @click.command()
-@click.argument("run_names", metavar="[RUN]...", nargs=-1)
+@click.argument("run_names", metavar="[RUN]...", nargs=-1, shell_complete=complete_runs_or_paths)
 @store_option
 @click.option(
     "--html",

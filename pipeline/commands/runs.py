@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from pipeline.console import find_run, json_option, open_store, print_result, say_waiting, store_option
+from pipeline.commands.console import find_run, json_option, open_store, print_result, say_waiting, store_option
+from pipeline.completion import complete_runs_or_paths, complete_stages
 
 
 @click.command()
@@ -23,7 +24,7 @@ def runs(store: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("run_name", metavar="[RUN]", required=False)
+@click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
 @click.option("--watch", is_flag=True, help="Show it live, until nobody carries the run out.")
 @store_option
 @json_option
@@ -44,8 +45,8 @@ def status(run_name: str | None, watch: bool, store: str | None, as_json: bool) 
 
 
 @click.command()
-@click.argument("run_name", metavar="RUN")
-@click.argument("stage", required=False)
+@click.argument("run_name", metavar="RUN", shell_complete=complete_runs_or_paths)
+@click.argument("stage", required=False, shell_complete=complete_stages)
 @click.option("--follow", "-f", is_flag=True, help="Go on while the run is carried out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's events instead, a JSON object a line.")
 @store_option

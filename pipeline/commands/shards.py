@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.console import (
+from pipeline.commands.console import (
     Execution,
     carry_out,
     execution_options,

@@ -1,0 +1,86 @@
+"""The commands that help to write a manifest and to type: `retort init`, `retort explain`, `retort completion`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.commands.console import json_option, print_result
+from pipeline.completion import complete_explained, complete_methods
+
+SHELLS = ("bash", "zsh", "fish")
+COMPLETE = "_RETORT_COMPLETE"
+"""The variable by which click's script asks `retort` what to offer."""
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default="retort.yaml")
+@click.option(
+    "--teacher",
+    default="digits",
+    show_default=True,
+    metavar="digits|digit_scenes|FOLDER|HUB_ID",
+    help="What to distil: one of two that need no download, a diffusers folder, or a hub id such as owner/name.",
+)
+@click.option(
+    "--method", default="knowledge_distillation", show_default=True, shell_complete=complete_methods, help="How."
+)
+@click.option("--prompts", metavar="FILE", help="A file, folder or glob of prompts, for a teacher of your own.")
+def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
+    """Write a commented manifest to FILE, by default retort.yaml; - prints it."""
+    from pipeline.errors import UsageError
+    from pipeline.starter import PLACEHOLDER, manifest_text
+
+    printed = str(file) == "-"
+    text = manifest_text(teacher, method, prompts, "retort.yaml" if printed else str(file))
+    if printed:
+        click.echo(text, nl=False)
+        return
+    try:
+        with open(file, "x", encoding="utf-8") as opened:
+            opened.write(text)
+    except FileExistsError:
+        raise UsageError(f"{file} is there already; name another file, or remove it first") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror}") from None
+    if f" {PLACEHOLDER} #" in text:
+        click.echo(f"{file} is written; give it prompts: it asks for {PLACEHOLDER}, which stands for a file of yours")
+    else:
+        click.echo(f"{file} is written")
+    click.echo(f"next: retort plan {file}    what would be done\n      retort submit {file}  do it")
+
+
+@click.command()
+@click.argument("name", required=False, shell_complete=complete_explained)
+@json_option
+def explain(name: str | None, as_json: bool) -> None:
+    """Say what NAME is and list its settings: a stage kind, a method, an image set, `sampler`, `training`, ...
+
+    Without NAME, list all that can be explained. NAME may be a path, too: pairs.sampler.steps.
+    """
+    from pipeline import explain as explained
+
+    if name is None:
+        print_result(as_json, explained.names(), explained.listing)
+        return
+    found = explained.topics(name)
+    print_result(as_json, [t.as_dict() for t in found], lambda: "\n\n".join(map(explained.text, found)))
+
+
+@click.command(
+    epilog="""\b
+To have it in every shell, add one line:
+  bash, to ~/.bashrc:   eval "$(retort completion bash)"
+  zsh,  to ~/.zshrc:    eval "$(retort completion zsh)"
+  fish, to ~/.config/fish/config.fish:   retort completion fish | source"""
+)
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print the script by which SHELL completes commands, runs, stages and names of settings."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    root = click.get_current_context().find_root().command
+    click.echo(found(root, {}, "retort", COMPLETE).source())

@@ -1,0 +1,64 @@
+"""What a shell offers when TAB is pressed: `shell_complete=` callbacks of click. Nothing heavy at the top, and what
+cannot be read is not offered: an error would appear in the middle of the user's line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from click import Context, Parameter
+from click.shell_completion import CompletionItem
+
+DEFAULT_STORE = "./retort-store"
+
+
+def complete_runs(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
+    """Names of the runs in the store."""
+    return _fitting(incomplete, _runs(context))
+
+
+def complete_runs_or_paths(context: Context, parameter: Parameter, incomplete: str) -> list[CompletionItem]:
+    """The same, and the shell's own files and folders."""
+    runs = [CompletionItem(name) for name in complete_runs(context, parameter, incomplete)]
+    return [*runs, CompletionItem(incomplete, type="file")]
+
+
+def complete_stages(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
+    """Stages of the run that was named before (parameter `run_name`), or of the store's only one."""
+    names = _runs(context)
+    run = context.params.get("run_name") or (names[0] if len(names) == 1 else None)
+    if run not in names:
+        return []
+    try:
+        plan = json.loads((_store(context) / "runs" / run / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return _fitting(incomplete, plan if isinstance(plan, dict) else ())
+
+
+def complete_explained(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
+    """All that `retort explain` explains."""
+    from pipeline.explain import names
+
+    return _fitting(incomplete, (name for group in names().values() for name in group))
+
+
+def complete_methods(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
+    """Distillation methods, also those of other packages."""
+    from stages.methods import METHODS
+
+    return _fitting(incomplete, METHODS)
+
+
+def _store(context: Context) -> Path:
+    """From --store or RETORT_STORE, which click reads; else the one in this folder."""
+    return Path(context.params.get("store") or DEFAULT_STORE).expanduser()
+
+
+def _runs(context: Context) -> list[str]:
+    return sorted(plan.parent.name for plan in (_store(context) / "runs").glob("*/plan.json"))
+
+
+def _fitting(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]

@@ -1,0 +1,112 @@
+"""Names that a manifest may use, and the classes they stand for: built in, or offered by other packages.
+
+A package offers a class by an entry point (https://packaging.python.org/specifications/entry-points). Installed
+packages are looked through only when a name is not built in, or all names are wanted; a package's module is
+imported only when a name of it is asked for. So planning with what is built in pays for neither.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel
+
+T = TypeVar("T", bound=BaseModel)
+NAME = r"[a-z][a-z0-9_]*"
+
+
+class PluginError(Exception):
+    """What a package offers cannot be used. The message names the package, the entry point and the reason."""
+
+
+class Registry(Mapping[str, type[T]]):
+    """The subclasses of `base` by name. A built-in name is never looked for in packages, so none can replace it.
+
+    `key` is the field of `base` that holds the name in a manifest; `reserved` names may not be offered.
+    """
+
+    def __init__(
+        self, group: str, base: type[T], key: str, built_in: Mapping[str, type[T]], reserved: Collection[str] = ()
+    ) -> None:
+        self.group, self.base, self.key, self.built_in = group, base, key, built_in
+        self._reserved = reserved
+        self._loaded: dict[str, type[T]] = {}
+
+    def __getitem__(self, name: str) -> type[T]:
+        """Raises KeyError for a name that nobody offers, PluginError for one that cannot be used."""
+        if name in self.built_in:
+            return self.built_in[name]
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.built_in or name in self._offered
+
+    def __iter__(self) -> Iterator[str]:
+        """Built-in names, then those that packages offer. Imports no package."""
+        yield from self.built_in
+        yield from self._offered
+
+    def __len__(self) -> int:
+        return len(self.built_in) + len(self._offered)
+
+    def package(self, name: str) -> str | None:
+        """The package, or packages, that offer a name; None if it is built in."""
+        return None if name in self.built_in else ", ".join(sorted(map(_package, self._offered[name])))
+
+    @cached_property
+    def _offered(self) -> dict[str, list[EntryPoint]]:
+        offered: dict[str, list[EntryPoint]] = {}
+        for entry in sorted(entry_points(group=self.group), key=lambda entry: entry.name):
+            if entry.name not in self.built_in:
+                offered.setdefault(entry.name, []).append(entry)
+        return offered
+
+    def _load(self, name: str) -> type[T]:
+        entries = self._offered[name]
+        if len(entries) > 1:
+            packages = " and ".join(sorted(map(_package, entries)))
+            raise PluginError(
+                f"{packages} both offer {name!r} (entry points of {self.group}); "
+                "uninstall one of them, or have one renamed"
+            )
+        entry = entries[0]
+        reason = self._misnamed(name)
+        if reason is None:
+            try:
+                found = entry.load()
+            except Exception as error:  # a package's module may fail in any way
+                reason = f"it cannot be imported ({type(error).__name__}: {_first_line(error)})"
+            else:
+                reason = self._unfit(name, found)
+        if reason is not None:
+            where = f"entry point `{name} = {entry.value}` of {self.group}"
+            raise PluginError(f"package {_package(entry)}, {where}: {reason}")
+        fitting: type[T] = found
+        return fitting
+
+    def _misnamed(self, name: str) -> str | None:
+        if not re.fullmatch(NAME, name):
+            return "a name is lower-case letters, digits and _, a letter first"
+        return "Retort keeps that name for itself" if name in self._reserved else None
+
+    def _unfit(self, name: str, found: object) -> str | None:
+        wanted = f"{self.base.__module__}.{self.base.__name__}"
+        if not isinstance(found, type) or not issubclass(found, self.base):
+            return f"{found!r:.80} is no subclass of {wanted}"
+        annotation = found.model_fields[self.key].annotation
+        allowed = get_args(annotation) if get_origin(annotation) is Literal else (name,)
+        return None if name in allowed else f"its class says {self.key}: {' or '.join(map(str, allowed))}"
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "(unknown package)"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no reason given").splitlines()[0]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from pipeline.completion import complete_stages
+
 if TYPE_CHECKING:
     from pipeline.manifest import Loaded
     from pipeline.plan import Plan
@@ -52,15 +54,14 @@ def execution_options(command: F) -> F:
 
 
 def selection_options(command: F) -> F:
-    for option in (
-        click.option("--only", multiple=True, metavar="STAGE", help="Make this stage alone; its inputs must be there."),
-        click.option(
-            "--from", "onward", multiple=True, metavar="STAGE", help="Make this stage and all that depends on it."
-        ),
-        click.option(
-            "--force", multiple=True, metavar="STAGE", help="Make this stage again, and all that depends on it."
-        ),
+    for name, parameter, text in (
+        ("--only", "only", "Make this stage alone; its inputs must be there. Repeat for several."),
+        ("--from", "onward", "Make this stage and all that depends on it."),
+        ("--force", "force", "Make this stage again, and all that depends on it."),
     ):
+        option = click.option(
+            name, parameter, multiple=True, metavar="STAGE", help=text, shell_complete=complete_stages
+        )
         command = option(command)
     return command
 

@@ -18,10 +18,11 @@ from pipeline.commands.console import (
     say_waiting,
     store_option,
 )
+from pipeline.completion import complete_runs_or_paths
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_runs_or_paths)
 @store_option
 @click.option("--deep", is_flag=True, help="Read and hash every tar again.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write a page with histograms and samples.")
@@ -52,7 +53,7 @@ def shards() -> None:
 
 
 @shards.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_runs_or_paths)
 @store_option
 @json_option
 def verify(target: str, store: str | None, as_json: bool) -> None:

@@ -25,16 +25,19 @@ def complete_runs_or_paths(context: Context, parameter: Parameter, incomplete: s
 
 
 def complete_stages(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
-    """Stages of the run that was named before (parameter `run_name`), or of the store's only one."""
-    names = _runs(context)
-    run = context.params.get("run_name") or (names[0] if len(names) == 1 else None)
-    if run not in names:
-        return []
+    """Stages of the run that was named before (parameter `run_name`), or of all runs: behind an option that still
+    lacks its value click does not know what came before."""
+    named, there = context.params.get("run_name"), _runs(context)
+    runs = there if named is None else [named] if named in there else []
+    return _fitting(incomplete, dict.fromkeys(stage for run in runs for stage in _stages(context, run)))
+
+
+def _stages(context: Context, run: str) -> Iterable[str]:
     try:
         plan = json.loads((_store(context) / "runs" / run / "plan.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return []
-    return _fitting(incomplete, plan if isinstance(plan, dict) else ())
+        return ()
+    return plan if isinstance(plan, dict) else ()
 
 
 def complete_explained(context: Context, parameter: Parameter, incomplete: str) -> list[str]:

@@ -32,6 +32,10 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
 
 
+_LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+"""What YAML counts as one."""
+
+
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     return int(text, 16) if text.startswith("0x") else int(text)
@@ -116,7 +120,7 @@ class Document:
 
 def parse(text: str, name: str) -> Document:
     """Read a YAML text whose top is a mapping. Raises ManifestError, with the place, for anything else."""
-    document = Document(name, text.splitlines())
+    document = Document(name, _LINE_END.split(text))
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -124,8 +128,10 @@ def parse(text: str, name: str) -> Document:
         mark = error.problem_mark or error.context_mark
         place = (mark.line, mark.column) if mark else (0, 0)
         raise ManifestError([document.at(place, f"not YAML: {error.problem or error.context}")]) from None
-    except yaml.YAMLError as error:
-        raise ManifestError([f"{name}: not YAML: {error}"]) from None
+    except yaml.reader.ReaderError as error:
+        before = _LINE_END.split(text[: error.position])
+        where = (len(before) - 1, len(before[-1]))
+        raise ManifestError([document.at(where, f"not YAML: a character {text[error.position]!r}")]) from None
     problems: list[str] = []
     document.value = _Builder(document, loader, problems).build(node, ()) if node else {}
     if node and not isinstance(document.value, dict):

@@ -84,11 +84,13 @@ def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
 def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     """As `load`, but problems of stages are kept in the result, for planning to add its own and raise them all."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 (byte {error.start})") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        column = error.start - error.object.rfind(b"\n", 0, error.start)
+        raise ManifestError([f"{path}:{line}:{column}: not UTF-8"]) from None
     return _examine(text, str(path), overrides)
 
 

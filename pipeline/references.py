@@ -9,7 +9,7 @@ from pipeline.document import Document
 from pipeline.fields import inputs_of, is_artifact_path, marked, parts_of
 from pipeline.matrix import base_of
 from pipeline.problems import suggest
-from stages.base import Input, Stage
+from stages.base import Content, Input, Stage
 
 
 def cycles(stages: Mapping[str, Stage], document: Document) -> list[str]:
@@ -44,6 +44,9 @@ def wrong(stages: Mapping[str, Stage], lost: Collection[str], document: Document
 def _wrong(
     name: str, stage: Stage, stages: Mapping[str, Stage], lost: Collection[str], document: Document
 ) -> Iterator[str]:
+    for content in marked(stage, Content):
+        if not content.value.strip():
+            yield document.problem(("stages", name, *parts_of(content.path)), "empty; expected a path")
     for field in marked(stage, Input):
         reference, wanted = field.value, field.marker.kind
         path = ("stages", name, *parts_of(field.path))

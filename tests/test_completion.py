@@ -44,7 +44,7 @@ def test_runs_and_stages_are_offered_from_every_place_a_store_may_be_named(store
     assert offered("retort resume first ", tmp_path) == ["teacher", "pairs"]
     assert offered("retort logs first t", tmp_path) == ["teacher"]
     assert offered("retort stats s", tmp_path) == ["second", "s"]
-    assert offered("retort resume first --only ", tmp_path) == ["teacher", "pairs"]
+    assert offered("retort resume first --only ", tmp_path) == ["teacher", "pairs", "student"]
     assert offered("retort compare first s", tmp_path) == ["second", "s"]
 
 

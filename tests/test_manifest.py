@@ -3,7 +3,6 @@
 import textwrap
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from pipeline.document import parse
 from pipeline.errors import ManifestError, UsageError
 from pipeline.manifest import dump, load, loads
 from tests.conftest import GAUSSIAN, ROOT, TINY
+from tests.mutations import check, mutations
 
 MANIFESTS = sorted((ROOT / "manifests").glob("*.yaml"))
 
@@ -177,33 +177,7 @@ def test_unreadable_files(tmp_path):
         load(tmp_path / "latin.yaml")
 
 
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([]), st.just({}))
-
-
-def paths_in(value, path=()):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield (*path, key)
-            yield from paths_in(inner, (*path, key))
-
-
-@given(st.data())
-@settings(max_examples=300, deadline=None)
-def test_a_mutated_manifest_is_valid_or_refused_with_a_place(data):
-    text = data.draw(st.sampled_from([GAUSSIAN, TINY, *(path.read_text() for path in MANIFESTS)]))
-    value = yaml.safe_load(text)
-    path = data.draw(st.sampled_from(list(paths_in(value))))
-    holder = value
-    for part in path[:-1]:
-        holder = holder[part]
-    mutation = data.draw(st.sampled_from(["delete", "rename", "replace"]))
-    if mutation == "replace":
-        holder[path[-1]] = data.draw(SCALARS)
-    else:
-        old = holder.pop(path[-1])
-        if mutation == "rename":
-            holder[data.draw(st.text(max_size=6))] = old
-    try:
-        loads(yaml.safe_dump(value), "m.yaml")
-    except ManifestError as error:
-        assert all(problem.startswith("m.yaml:") for problem in error.problems)
+@given(mutation=mutations())
+@settings(max_examples=500, deadline=None)
+def test_a_mutated_manifest_is_planned_or_refused_with_the_place(mutation, tmp_path_factory):
+    check(mutation, tmp_path_factory.getbasetemp())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from pipeline.commands.console import (
     Execution,
     carry_out,
     execution_options,
+    find_artifact,
     find_run,
+    is_manifest,
     json_option,
     name_option,
     selection_options,
@@ -64,7 +67,6 @@ def submit(
     store: str | None,
     engine: str,
     wait: bool,
-    debug: bool,
     as_json: bool,
     cluster: Cluster | None,
 ) -> None:
@@ -102,7 +104,6 @@ def resume(
     store: str | None,
     engine: str,
     wait: bool,
-    debug: bool,
     as_json: bool,
     cluster: Cluster | None,
 ) -> None:
@@ -142,12 +143,16 @@ def plan(
     from pipeline import manifest as manifests
     from pipeline.selection import Selection
 
-    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file():
+    if name is not None and not is_manifest(target):
+        raise click.UsageError("--name goes with a manifest; a run has its name")
+    if is_manifest(target):
         loaded = manifests.examine(Path(target), [*overrides, *store_override(store)])
         run_name = name or loaded.manifest.name
     else:
         run = find_run(target, store)
         loaded, run_name = run.manifest(overrides), run.name
+    if diff is not None and (only or onward or force):
+        raise click.UsageError("--diff is about whole plans; leave --only, --from and --force away")
     if diff is not None:
         show_difference(loaded, diff, as_json)
     else:
@@ -155,22 +160,30 @@ def plan(
 
 
 @cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", metavar="ARTIFACT|RUN/STAGE")
 @click.option("--prompt", "-p", "prompts", multiple=True, required=True, help="Repeat for several.")
 @click.option("--count", "-n", type=click.IntRange(1), default=4, show_default=True, help="Images of each prompt.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="For a teacher.")
 @click.option("--guidance-scale", type=click.FloatRange(1.0), default=3.0, show_default=True, help="For a teacher.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
+@store_option
 def sample(
-    artifact: Path, prompts: tuple[str, ...], count: int, seed: int, steps: int, guidance_scale: float, out: Path
+    artifact: str,
+    prompts: tuple[str, ...],
+    count: int,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    out: Path,
+    store: str | None,
 ) -> None:
     """Draw images with a sealed teacher or student: one row a prompt."""
     from pipeline.errors import UsageError
     from pipeline.store import load_artifact
     from stages.base import StageError
 
-    found = load_artifact(artifact)
+    found = load_artifact(find_artifact(artifact, store))
     try:
         from stages.sampling import draw
 
@@ -194,6 +207,9 @@ def main() -> None:
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `retort logs RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except Exception as error:
         from pipeline.engine import describe
         from pipeline.errors import ManifestError, RetortError

@@ -55,6 +55,8 @@ def _identify(field: Marked, cache: HashCache) -> str:
             return f"sha256:{cache.of(field.value, field.marker.files)}"
         except FileNotFoundError as error:
             return Unknown(str(error))
+        except OSError as error:
+            return Unknown(f"{field.value} cannot be read: {error.strerror}")
     return _hub_commit(field.value, getattr(field.owner, revision_field))
 
 

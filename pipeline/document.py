@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import yaml
@@ -96,23 +97,25 @@ class Document:
 
     def set(self, text: str) -> None:
         """Apply an override `a.b.c=VALUE`, VALUE being YAML."""
-        dotted, equals, raw = text.partition("=")
-        path = tuple(dotted.split("."))
-        if not equals or not all(path):
+        parts = re.fullmatch(r"((?:[^=\[]|\[[^\]]*\])+)=(.*)", text, re.DOTALL)  # = and . may stand in [...]
+        path = tuple(re.split(r"\.(?![^\[]*\])", parts[1])) if parts else ()
+        if not parts or not all(path):
             raise ManifestError([f"--set {text}: expected PATH=VALUE, such as stages.pairs.count=128"])
         try:
-            value = yaml.load(raw, _Loader)  # _Loader is a SafeLoader
-        except yaml.YAMLError as error:
-            raise ManifestError([f"--set {text}: {raw!r} is not YAML: {error}"]) from None
+            value = parse(f"value: {parts[2]}", text).value["value"]
+        except ManifestError:
+            raise ManifestError([f"--set {text}: {parts[2]!r} is not YAML"]) from None
         holder = self.value
         for i, part in enumerate(path[:-1]):
             if part not in holder and path[:i] != ("stages",):  # a section that the manifest leaves out
                 holder[part] = {}
                 self.overrides[path[: i + 1]] = text
             if not isinstance(holder.get(part), dict):
-                known = ", ".join(holder) or "nothing"
                 where = ".".join(path[:i]) or "the manifest"
-                raise ManifestError([f"--set {text}: there is no {part!r} in {where}, which has {known}"])
+                close = get_close_matches(part, holder, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                known = f"which has {', '.join(holder) or 'nothing'}"
+                raise ManifestError([f"--set {text}: there is no {part!r} in {where}, {known}{hint}"])
             holder = holder[part]
         holder[path[-1]] = value
         self.overrides[path] = text
@@ -124,6 +127,8 @@ def parse(text: str, name: str) -> Document:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+    except RecursionError:
+        raise ManifestError([document.at((0, 0), "not YAML that can be read: nested too deeply")]) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = (mark.line, mark.column) if mark else (0, 0)
@@ -133,7 +138,10 @@ def parse(text: str, name: str) -> Document:
         where = (len(before) - 1, len(before[-1]))
         raise ManifestError([document.at(where, f"not YAML: a character {text[error.position]!r}")]) from None
     problems: list[str] = []
-    document.value = _Builder(document, loader, problems).build(node, ()) if node else {}
+    try:
+        document.value = _Builder(document, loader, problems).build(node, ()) if node else {}
+    except RecursionError:
+        raise ManifestError([document.at((0, 0), "not YAML that can be read: nested too deeply")]) from None
     if node and not isinstance(document.value, dict):
         problems.append(document.at((0, 0), "a manifest is a mapping with name, store and stages"))
     if problems:
@@ -180,7 +188,7 @@ class _Builder:
     def _scalar(self, node: yaml.Node, place: tuple[int, int]) -> Any:
         try:
             return self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, AttributeError) as error:  # !!timestamp of what is none
             problem = getattr(error, "problem", None) or str(error)
             self.problems.append(self.document.at(place, f"cannot be read: {problem}"))
             return None

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.manifest import Manifest
+from pipeline.matrix import Matrix
 from pipeline.settings import Setting, about, settings_of
 from stages import KINDS
 from stages.base import Config, Execution
@@ -49,7 +50,7 @@ class Topic:
 def names() -> dict[str, list[str]]:
     """All that can be asked for, by what it is. Imports no package that offers some of it."""
     found = {what: list(registry) for what, registry in REGISTRIES.items()}
-    return {**found, GROUPS: ["manifest", *sorted(_groups())]}
+    return {**found, GROUPS: ["manifest", "matrix", *sorted(_groups())]}
 
 
 def topics(asked: str) -> list[Topic]:
@@ -78,6 +79,8 @@ def _named(name: str) -> list[Topic]:
                 raise UsageError(str(error)) from error
     if name == "manifest":
         found.append(Topic(name, GROUPS, "the whole file", Manifest))
+    if name == "matrix":
+        found.append(Topic(name, GROUPS, "of any stage", Matrix))
     return [*found, *(Topic(name, GROUPS, ", ".join(at), config) for config, at in _groups().get(name, {}).items())]
 
 
@@ -173,8 +176,11 @@ def text(topic: Topic) -> str:
         for paragraph in about(topic.config).split("\n\n"):
             lines += [textwrap.fill(paragraph, _width()), ""]
     settings = topic.settings()
-    lines += _lines(settings, "  ", topic.name) if settings else ["  It has no settings."]
-    return "\n".join(lines)
+    if settings:
+        lines += _lines(settings, "  ", topic.name)
+    if topic.what == "stage kinds" and topic.only is None:
+        lines.append("  As any stage it may also have a `matrix`: retort explain matrix")
+    return "\n".join(lines).rstrip()
 
 
 def _singular(what: str) -> str:

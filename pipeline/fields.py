@@ -65,3 +65,24 @@ def is_artifact_path(reference: str) -> bool:
 def parts_of(path: str) -> list[str | int]:
     """The parts of a dotted path; places in lists are numbers."""
     return [int(part) if part.isdigit() else part for part in path.split(".")]
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """Settings as JSON, from which the same come back. A null is left out where it is the default, and only there."""
+    values = config.model_dump(mode="json", by_alias=True)
+    found: dict[str, Any] = {}
+    for name, info in type(config).model_fields.items():
+        key, value = info.alias or name, getattr(config, name)
+        if value is not None or info.is_required() or info.get_default(call_default_factory=True) is not None:
+            found[key] = _plain(value, values[key])
+    return found
+
+
+def _plain(value: Any, dumped: Any) -> Any:
+    if isinstance(value, Config):
+        return plain(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one, other) for one, other in zip(value, dumped, strict=True)]
+    if isinstance(value, dict):
+        return {key: _plain(one, dumped[key]) for key, one in value.items()}
+    return dumped

@@ -3,26 +3,61 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 
-from pipeline.errors import Locked
-from pipeline.plan import Plan
+from pipeline.errors import Locked, UsageError
+from pipeline.plan import Plan, PlannedStage
 from pipeline.runs import Run, live
+from stages.base import StageError
+from stages.data.pool import LIST, pool_of
+
+
+def check(run: Run, plan: Plan, chosen: Collection[str]) -> None:
+    """Raise UsageError if forcing would take away what is not made again by the same command."""
+    forced = [stage for stage in plan if stage.forced]
+    left = next((stage for stage in forced if stage.name not in chosen), None)
+    if left:
+        raise UsageError(
+            f"{left.name} would have to be made again, too ({left.why}), and is not among the chosen stages: "
+            "choose it, or leave the choice of stages away"
+        )
+    folders = {stage.artifact.folder for stage in forced}
+    for stage in forced:
+        others = [folder for folder in _sharers(run, stage) if folder not in folders]
+        if others:
+            raise UsageError(
+                f"the parts of {stage.name} are also those of {others[0]}: forcing would take them away from it. "
+                "Force a stage for each of them, or remove what no run needs with `retort gc`"
+            )
+
+
+def _sharers(run: Run, stage: PlannedStage) -> Iterator[object]:
+    """Folders of sealed artifacts whose parts lie in the stage's pool."""
+    for listed in run.store.root.glob(f"{stage.artifact.kind}/*/{LIST}"):
+        try:
+            if pool_of(listed.parent).name == stage.pool.name:
+                yield listed.parent
+        except StageError:  # damaged: it has to be made again anyhow
+            continue
 
 
 def forget(run: Run, plan: Plan, waiting: Callable[[str], None] | None) -> None:
     """From now on what was made of the plan's forced stages does not exist, nor do its parts.
 
-    Done for all of them before the first is made: a run that is killed then goes on as any other, without a memory
-    of what was forced. Raises Locked if a run that is under way uses one of them.
+    Done for all of them, dependants first, before the first is made: a run that is killed then goes on as any other,
+    without a memory of what was forced. Raises Locked, before anything is changed, if another run uses one of them.
     """
-    for stage in plan:
-        if not stage.forced:
-            continue
-        with run.making(stage.artifact, stage.pool, waiting):
-            for other in live(run.store, besides=run):
-                if {stage.pool.name, stage.artifact.fingerprint} & other.holds():
+    forced = [stage for stage in plan if stage.forced]
+    with ExitStack() as stack:
+        for stage in forced:
+            stack.enter_context(run.making(stage.artifact, stage.pool, waiting))
+        for other in live(run.store, besides=run) if forced else ():
+            held = other.holds()
+            for stage in forced:
+                if {stage.pool.name, stage.artifact.fingerprint} & held:
                     raise Locked(f"{stage.name} is in use by run {other.name}, under way now; wait for it, or stop it")
+        for stage in reversed(forced):
             run.store.unseal(stage.artifact)
             shutil.rmtree(run.store.work(stage.artifact), ignore_errors=True)
             shutil.rmtree(stage.pool, ignore_errors=True)

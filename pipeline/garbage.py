@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UsageError
+from pipeline.errors import Locked, UsageError
 from pipeline.locks import hold, holder
 from pipeline.runs import Run, all_runs
 from pipeline.store import Store, read_record
@@ -22,34 +22,34 @@ def collect(
 ) -> dict[str, Any]:
     """What can go: {"found": [{path, bytes, what}], "bytes", "kept": [{path, why}]}; removed only with `delete`.
 
-    Runs named in `drop` count as gone. Raises UsageError for one that is not there, Locked for one under way. While
-    a plan is being made, `waiting` is called and waited for, or Locked raised.
+    Runs named in `drop` count as gone. Raises UsageError for one that is not there, and for a run whose plan cannot be
+    read: it could refer to anything; Locked for one under way. While a plan is being made, `waiting` is called and
+    waited for, or Locked raised.
     """
     if not (store.root / "runs").is_dir():
         raise UsageError(f"{store.root} is no store; name one with --store or RETORT_STORE")
-    runs = all_runs(store)
-    unknown = set(drop) - {run.name for run in runs}
-    if unknown:
-        raise UsageError(f"no run {min(unknown)!r}: the store has {', '.join(run.name for run in runs) or 'none'}")
+    dropped = [Run.find(store, name) for name in dict.fromkeys(drop)]
     with ExitStack() as stack:
-        for run in runs:
-            if run.name in drop:
-                stack.enter_context(run.held())
+        for run in dropped:
+            if driver := run.driver():
+                raise Locked(f"{driver} is under way; stop it first: retort stop {run.name} --store {store.root}")
+            stack.enter_context(run.held())
         stack.enter_context(hold(store.collecting, "a plan", "gc", waiting))
-        return _collect(store, [run for run in runs if run.name not in drop], drop, delete)
+        # listed only now: until the lock was held, plans could be frozen
+        return _collect(store, [run for run in all_runs(store) if run.name not in drop], dropped, delete)
 
 
-def _collect(store: Store, runs: Sequence[Run], drop: Sequence[str], delete: bool) -> dict[str, Any]:
+def _collect(store: Store, runs: Sequence[Run], dropped: Sequence[Run], delete: bool) -> dict[str, Any]:
     used = _used(store, runs)
     found, kept = [], []
-    for path, what in [*_candidates(store, used), *((Run(store, name).folder, "run") for name in drop)]:
+    for path, what in [*_candidates(store, used), *((run.folder, "run") for run in dropped)]:
         busy = holder(store.root / "locks" / _lock_name(store, path)) if what != "run" else None
         if busy:
             kept.append({"path": str(path), "why": f"held by {busy}"})
             continue
         found.append({"path": str(path), "what": what, "bytes": _size(path)})
         if delete:
-            _remove(path)
+            _remove(store, path)
     return {"found": found, "bytes": sum(one["bytes"] for one in found), "kept": kept, "deleted": delete}
 
 
@@ -57,7 +57,7 @@ def _used(store: Store, runs: Sequence[Run]) -> set[Path]:
     """Artifacts, pools and unfinished work that the runs refer to, and all that those artifacts were made from."""
     used: set[Path] = set()
     for run in runs:
-        for stage in (run.plan() or {}).values():
+        for stage in run.plan().values():
             kind, fingerprint = stage["kind"], stage["fingerprint"]
             used |= {store.pool(kind, stage["pool"]), store.root / "work" / f"{kind}-{fingerprint}"}
             for folder in (store.folder(kind, fingerprint), *map(Path, stage["inputs"].values())):
@@ -73,9 +73,14 @@ def _ancestry(folder: Path) -> Iterator[Path]:
             yield pool_of(folder)
         except StageError:  # a list that cannot be read could mean any of them
             yield from (folder.parent / "pool").glob("*")
-    with suppress(OSError, ValueError):
-        for place in read_record(folder)["inputs"].values():
-            yield from _ancestry((folder / place).resolve())
+    try:
+        inputs = read_record(folder)["inputs"].values()
+    except FileNotFoundError:
+        return  # not made yet
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder} is damaged ({error}) and could refer to anything: resume its run first") from None
+    for place in inputs:
+        yield from _ancestry((folder / place).resolve())
 
 
 def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str]]:
@@ -106,9 +111,10 @@ def _size(path: Path) -> int:
     return sum(file.lstat().st_size for file in files if file.is_file())
 
 
-def _remove(path: Path) -> None:
+def _remove(store: Store, path: Path) -> None:
     if path.is_dir():
-        gone = path.with_name(f".{path.name}-gone")  # first it stops existing, then it is emptied
+        gone = store.root / "work" / f"gone-{path.name}"  # first it stops existing, then it is emptied
+        shutil.rmtree(gone, ignore_errors=True)
         path.replace(gone)
         shutil.rmtree(gone)
     else:

@@ -51,16 +51,21 @@ def attempts(events: Iterable[Event]) -> dict[str, list[Attempt]]:
     """stage -> its attempts, the newest last. A stage that was found sealed has none of that time."""
     found: dict[str, list[Attempt]] = {}
     for event in events:
-        stage = event.get("stage")
-        if not stage or event["event"] == "stage_reused":
+        stage, fingerprint = event["stage"], event.get("fingerprint")
+        if not stage or not fingerprint or event["event"] == "stage_reused":
             continue
         if event["event"] == "stage_started":
-            found.setdefault(stage, []).append(Attempt(event["fingerprint"], event["workers"]))
-        elif stage in found and found[stage][-1].fingerprint == event["fingerprint"]:
+            found.setdefault(stage, []).append(Attempt(fingerprint, event.get("workers", 1)))
+        elif stage in found and found[stage][-1].fingerprint == fingerprint:
             found[stage][-1].add(event)
     return found
 
 
 def spent(of: Iterable[Attempt], fingerprint: str) -> float:
-    """Device-seconds of all attempts at one artifact."""
-    return sum(attempt.device_seconds for attempt in of if attempt.fingerprint == fingerprint)
+    """Device-seconds of the attempts at one artifact: what it cost to make it the last time."""
+    seconds, made = 0.0, False
+    for attempt in of:
+        if attempt.fingerprint == fingerprint:
+            seconds = attempt.device_seconds if made else seconds + attempt.device_seconds
+            made = attempt.ended == "done"
+    return seconds

@@ -61,10 +61,10 @@ class Job:
 
 
 def load(run: Run) -> Job | None:
-    """The run's latest job, which may be long over; None if it never was one."""
+    """The run's latest job, which may be long over; None if it never was one, or nobody can read which."""
     try:
         return Job(**json.loads((run.folder / "job.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 

@@ -13,13 +13,14 @@ from pipeline import document as yaml_document
 from pipeline import matrix, references
 from pipeline.document import Document
 from pipeline.errors import ManifestError, UsageError
-from pipeline.fields import is_artifact_path, marked, parts_of, replaced
+from pipeline.fields import is_artifact_path, marked, parts_of, plain, replaced
 from pipeline.matrix import base_of
-from pipeline.problems import explain
+from pipeline.problems import in_order, in_words
 from pipeline.store import is_url
 from stages import KINDS
-from stages.base import Choice, Config, Content, Input, Stage
+from stages.base import LARGEST_SEED, Choice, Config, Content, Input, Stage
 
+STORE = "./retort-store"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
 MEMBER = NAME.removesuffix("$") + r"(\[[A-Za-z0-9_.=,+-]+\])?$"
 """A stage's name, or that of one member of its matrix: `student[loss=l1,seed=2]`."""
@@ -38,8 +39,8 @@ class Manifest(Config):
     """One pipeline: its stages, and where their artifacts are kept."""
 
     name: Annotated[str, StringConstraints(pattern=NAME)] = Field(description="of the run")
-    seed: int = Field(0, ge=0, description="of every stage without a seed of its own")
-    store: str = Field("./retort-store", description="the folder for artifacts and runs; on a cluster, a shared one")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every stage without a seed of its own")
+    store: str = Field(STORE, description="the folder for artifacts and runs; on a cluster, a shared one")
     stages: dict[StageName, Annotated[Stage, Choice("kind", KINDS)]] = Field(
         min_length=1, description="by a name of your choice, by which other stages refer to them"
     )
@@ -83,15 +84,27 @@ def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     """As `load`, but problems of stages are kept in the result, for planning to add its own and raise them all."""
+    return _examine(_read(path), str(path), overrides)
+
+
+def name_and_store(path: Path) -> tuple[str, str]:
+    """What a manifest calls its run, and where it keeps it, whatever else is wrong with it."""
+    document = yaml_document.parse(_read(path), str(path))
+    name, store = (document.value.get(key, default) for key, default in (("name", None), ("store", STORE)))
+    if not isinstance(name, str) or not isinstance(store, str):
+        raise ManifestError([document.problem(("name",), "a manifest names its run")])
+    return name, store
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         column = error.start - error.object.rfind(b"\n", 0, error.start)
         raise ManifestError([f"{path}:{line}:{column}: not UTF-8"]) from None
-    return _examine(text, str(path), overrides)
 
 
 def _sound(loaded: Loaded) -> Loaded:
@@ -109,14 +122,15 @@ def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
     coordinates = matrix.expand(document, problems)
     manifest = _validated(document, problems)
     problems += references.cycles(manifest.stages, document)
-    manifest = manifest.model_copy(update={"stages": matrix.follow(manifest.stages, coordinates, document)})
+    stages = matrix.follow(manifest.stages, coordinates, document, problems)
+    manifest = manifest.model_copy(update={"stages": stages})
     bases = set(map(base_of, manifest.stages))
     lost = {name for name in (*asked, *document.value["stages"]) if name not in manifest.stages and name not in bases}
     found = references.wrong(manifest.stages, lost, document)
     problems += [problem for several in found.values() for problem in several]
     problems += references.wrong_resources(manifest.stages, lost, manifest.resources, document)
     order = references.order(manifest.stages, set(found))
-    return Loaded(_absolute(manifest), document, order, list(dict.fromkeys(problems)))
+    return Loaded(_absolute(manifest), document, order, in_order(problems))
 
 
 def _validated(document: Document, problems: list[str]) -> Manifest:
@@ -129,7 +143,7 @@ def _validated(document: Document, problems: list[str]) -> Manifest:
         return Manifest.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False)
-    problems += [explain(Manifest, document, e) for e in found]
+    problems += [in_words(Manifest, document, e) for e in found]
     wrong = {e["loc"][:2] for e in found}
     left: dict[str, Any] = {"name": "manifest"} | {k: v for k, v in value.items() if (k,) not in {w[:1] for w in wrong}}
     for section in ("stages", "resources"):
@@ -143,11 +157,7 @@ def _validated(document: Document, problems: list[str]) -> Manifest:
 
 def dump(manifest: Manifest) -> str:
     """The resolved manifest as YAML that `loads` reads back to an equal one."""
-    values = manifest.model_dump(mode="json", by_alias=True)
-    values["stages"] = {
-        name: stage.model_dump(mode="json", by_alias=True, exclude_none=True) for name, stage in manifest.stages.items()
-    }
-    return yaml_document.dump(values)
+    return yaml_document.dump(plain(manifest))
 
 
 def _absolute(manifest: Manifest) -> Manifest:
@@ -156,7 +166,7 @@ def _absolute(manifest: Manifest) -> Manifest:
     for name, stage in manifest.stages.items():
         paths: dict[str, str] = {}
         for field in marked(stage, Content):
-            local = field.value.startswith((".", "/", "~")) or Path(field.value).exists()
+            local = field.value.startswith((".", "/", "~")) or _exists(field.value)
             if local or field.marker.revision_field is None:
                 paths[field.path] = _full(field.value)
         for field in marked(stage, Input):
@@ -168,4 +178,14 @@ def _absolute(manifest: Manifest) -> Manifest:
 
 
 def _full(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError:  # ~somebody, whom this machine does not know
+        return str(Path(path).absolute())
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name that no file can have
+        return False

@@ -7,6 +7,7 @@ student:
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import re
 from collections import Counter
@@ -17,10 +18,13 @@ from typing import Any
 
 from pipeline.document import Document, Path
 from pipeline.fields import inputs_of, replaced
-from stages.base import Stage
+from stages.base import Config, Stage
 
 MOST = 2000
-"""Stages that one manifest may come to."""
+"""Stages that a matrix, with those of the stages that it reads, may come to."""
+
+LONGEST = 120
+"""Letters of a member's name between the brackets."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,17 @@ class Axis:
         """From the shortest to the one that is surely unique."""
         dotted = ".".join(self.path)
         return self.path[-1], dotted, f"{self.stage}.{dotted}"
+
+
+class Matrix(Config):
+    """The stage once for every combination of the values of some of its settings, given by their dotted paths.
+
+    `matrix: {method.loss: [l1, mse], seed: [0, 1, 2]}` of a stage `student` makes student[loss=l1,seed=0] to
+    student[loss=mse,seed=2].
+
+    A stage that reads `student` is made once for each of them, and of two that it reads those that stand at the same
+    place go together. A single one is read by its whole name, in quotes. Commands take either.
+    """
 
 
 Coordinates = Mapping[Axis, str]
@@ -86,6 +101,8 @@ def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
         for values in product(*axes.values()):
             at = {axis: value.label for axis, value in zip(axes, values, strict=True)}
             name = _name(base, at)
+            if name in stages:
+                problems.append(document.problem(("stages", name), f"the matrix of {base} makes a stage of that name"))
             expanded[name] = copy.deepcopy(plain)
             coordinates[name] = at
             document.origins["stages", name] = ("stages", base)
@@ -100,10 +117,17 @@ def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> di
     where: Path = ("stages", base, "matrix")
     axes: dict[Axis, list[Value]] = {}
     for path, values, place in _lists(matrix, (), where):
+        if any(place[:length] in document.overrides for length in range(len(place) + 1)):
+            axes.pop(Axis(base, path), None)  # --set replaces the axis of the text
         if not isinstance(values, list) or not values:
             problems.append(document.problem(place, "a list of values is needed, such as `seed: [0, 1, 2]`"))
         elif path[0] in ("kind", "matrix"):
             problems.append(document.problem(place, f"{path[0]} cannot be varied"))
+        elif any(path[: len(a.path)] == a.path or a.path[: len(path)] == path for a in axes):
+            problems.append(document.problem(place, "another axis of the matrix varies the same setting"))
+        elif ("stages", base, *path) in document.overrides:
+            text = f"is varied by the matrix; set stages.{base}.matrix.{'.'.join(path)} to a list instead"
+            problems.append(document.problem(("stages", base, *path), text))
         else:
             counts = Counter(map(repr, values))
             problems += [document.problem(place, f"{word} is given twice") for word in counts if counts[word] > 1]
@@ -120,7 +144,7 @@ def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tup
     """The lists of a matrix: `method.loss: [...]` and `method: {loss: [...]}` are the same."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _lists(inner, (*path, *key.split(".")), (*place, key))
+            yield from _lists(inner, (*path, *str(key).split(".")), (*place, key))
     elif path:
         yield path, value, place
 
@@ -147,7 +171,10 @@ def _name(base: str, at: Coordinates) -> str:
         if len(set(labels)) == len(labels):
             break
     words = (re.sub(r"[^A-Za-z0-9_.]+", "-", label) for label in labels)
-    return f"{base}[{','.join(f'{word}={value}' for word, value in zip(words, at.values(), strict=True))}]"
+    inside = ",".join(f"{word}={value}" for word, value in zip(words, at.values(), strict=True))
+    if len(inside) > LONGEST:  # a name is also that of a log file
+        inside = f"{inside[:LONGEST]}..{hashlib.sha256(inside.encode()).hexdigest()[:8]}"
+    return f"{base}[{inside}]"
 
 
 def _put(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document, problems: list[str]) -> None:
@@ -163,11 +190,12 @@ def _put(holder: dict[str, Any], path: Sequence[str], value: Value, document: Do
 # --- Stages that read a matrix ------------------------------------------------------------------------
 
 
-def follow(stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document) -> dict[str, Stage]:
+def follow(
+    stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document, problems: list[str]
+) -> dict[str, Stage]:
     """Make each stage that reads an expanded one once for each member; references then name members.
 
     A stage that reads two stages of one matrix gets pairs of members that stand at the same place in it.
-    The stages' references must be free of cycles.
     """
     at: dict[str, Coordinates] = {}
     done: dict[str, dict[str, Stage]] = {}
@@ -186,9 +214,15 @@ def follow(stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], 
         own = coordinates.get(name, {})
         read = {f: list(members(r)) for f, r in inputs_of(stage).items() if r == base_of(r)}
         read = {f: names for f, names in read.items() if names and names != [inputs_of(stage)[f]]}
+        made = 0
         for names in product(*read.values()):
+            if made == MOST:
+                text = f"would be made more than {MOST} times, for all combinations of what it reads"
+                problems.append(document.problem(("stages", name), text, at_key=True))
+                return
             found = _together([*(at[n] for n in names), own])
             if found is not None:
+                made += 1
                 new = name if found == own else _name(base_of(name), found)
                 yield new, replaced(stage, dict(zip(read, names, strict=True))), found
 

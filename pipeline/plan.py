@@ -12,6 +12,7 @@ from pipeline.errors import ManifestError, UsageError
 from pipeline.fields import inputs_of, is_artifact_path, marked
 from pipeline.fingerprint import differences, fingerprint, identity, pool_fingerprint
 from pipeline.manifest import Loaded
+from pipeline.problems import in_order
 from pipeline.store import Store, load_artifact
 from stages.base import Artifact, Content, Input
 
@@ -88,7 +89,7 @@ def make_plan(
         before = (previous or {}).get(name)
         planned[name] = _plan_stage(name, loaded, inputs, contents[name], store, planned, before, name in force)
     if problems:
-        raise ManifestError(list(dict.fromkeys(problems)))
+        raise ManifestError(in_order(problems))
     return list(planned.values())
 
 
@@ -96,7 +97,7 @@ def _named(folder: Path, kind: str, store: Store) -> Artifact:
     """A sealed artifact given by its path. Raises UsageError if it is of another kind, or damaged."""
     artifact = load_artifact(folder)
     if artifact.kind != kind:
-        raise UsageError(f"needs an artifact of kind {kind}; {folder} is a {artifact.kind}")
+        raise UsageError(f"needs an artifact of kind {kind}; {folder} is of kind {artifact.kind}")
     damage = store.damage(artifact)
     if damage:
         raise UsageError(f"{folder} is damaged: {damage}")

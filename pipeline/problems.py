@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from pipeline.document import Document
 from stages.base import Choice, Config, Stage
 
 
-def explain(model: type[Config], document: Document, error: ErrorDetails) -> str:
+def in_words(model: type[Config], document: Document, error: ErrorDetails) -> str:
     """One problem of `document`, whose value was validated against `model`."""
     path = error["loc"]
     context = error.get("ctx", {})
@@ -35,6 +36,16 @@ def explain(model: type[Config], document: Document, error: ErrorDetails) -> str
     given = error["input"]
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool) or given is None else ""
     return document.problem(path, message[:1].lower() + message[1:] + shown)
+
+
+def in_order(problems: Sequence[str]) -> list[str]:
+    """Each once, by its place in the file; those of overrides last."""
+
+    def place(problem: str) -> tuple[bool, int, int]:
+        found = re.match(r".*?:(\d+):(\d+): ", problem)
+        return (False, int(found[1]), int(found[2])) if found else (True, 0, 0)
+
+    return sorted(dict.fromkeys(problems), key=place)
 
 
 def suggest(given: str, allowed: Sequence[str]) -> str:

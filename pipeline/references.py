@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from pipeline.document import Document
@@ -14,25 +15,20 @@ from stages.base import Content, Input, Stage
 
 def cycles(stages: Mapping[str, Stage], document: Document) -> list[str]:
     """A problem for each cycle."""
-    reads = {name: [r for r in inputs_of(stage).values() if not is_artifact_path(r)] for name, stage in stages.items()}
-    after: dict[str, list[str]] = {}
-    for name, names in reads.items():
-        after.setdefault(base_of(name), []).extend(map(base_of, names))
+    after: dict[str, set[str]] = {}
+    for name, stage in stages.items():
+        bases = {base_of(r) for r in inputs_of(stage).values() if not is_artifact_path(r)}
+        after.setdefault(base_of(name), set()).update(bases)
     problems: list[str] = []
-    done: set[str] = set()
-
-    def visit(base: str, above: tuple[str, ...]) -> None:
-        if base in above:
-            cycle = " -> ".join([*above[above.index(base) :], base])
-            problems.append(document.problem(("stages", base), f"a cycle: {cycle}", at_key=True))
-        elif base not in done:
-            for other in after.get(base, ()):
-                visit(other, (*above, base))
-            done.add(base)
-
-    for base in after:
-        visit(base, ())
-    return problems
+    while True:
+        try:
+            TopologicalSorter(after).prepare()
+            return problems
+        except CycleError as error:
+            *_, cycle = error.args  # each stage is read by the next
+            path = cycle[::-1]
+            problems.append(document.problem(("stages", path[0]), f"a cycle: {' -> '.join(path)}", at_key=True))
+            after[path[0]].discard(path[1])
 
 
 def wrong(stages: Mapping[str, Stage], lost: Collection[str], document: Document) -> dict[str, list[str]]:
@@ -61,7 +57,7 @@ def _wrong(
                 f"give a stage of kind {wanted}, or the path of a sealed artifact",
             )
         elif there.kind != wanted:
-            yield document.problem(path, f"needs a stage of kind {wanted}; {reference!r} is a {there.kind}")
+            yield document.problem(path, f"needs a stage of kind {wanted}; {reference!r} is of kind {there.kind}")
 
 
 def wrong_resources(

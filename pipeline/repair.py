@@ -13,7 +13,7 @@ from pipeline.errors import UsageError
 from pipeline.fields import replaced
 from pipeline.fingerprint import differences
 from pipeline.plan import make_plan
-from pipeline.runs import Run
+from pipeline.runs import REPAIR, Run
 from pipeline.store import Store, load_artifact, read_record
 from stages.base import Artifact
 from stages.data.pool import pool_of, read_list
@@ -30,7 +30,7 @@ class Repair:
 
     @property
     def run_name(self) -> str:
-        return f"repair-{self.artifact.fingerprint}"
+        return f"{REPAIR}{self.artifact.fingerprint}"
 
     def unseal(self, waiting: Callable[[str], None] | None) -> None:
         """First the artifact stops existing for everyone; then the damaged parts do. Killed at any moment, the
@@ -61,12 +61,12 @@ def plan_repair(folder: Path, report: dict[str, Any]) -> Repair:
     """
     artifact = load_artifact(folder.absolute(), unsealed=True)
     if artifact.kind != "pairs":
-        raise UsageError(f"{folder} is a {artifact.kind}; shards are part of pairs")
+        raise UsageError(f"{folder} is of kind {artifact.kind}; shards are part of pairs")
     record = read_record(artifact.folder)
     store = Store(artifact.folder.parent.parent)
     stage = replaced(artifact.stage, {"teacher": str(artifact.inputs["teacher"].folder)})
     wanted = manifest.Manifest(
-        name=f"repair-{artifact.fingerprint}",
+        name=f"{REPAIR}{artifact.fingerprint}",
         seed=record["seed"],
         store=str(store.root),
         stages={"pairs": stage},

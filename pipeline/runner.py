@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pipeline.content import HashCache, identify
 from pipeline.engine import Engine, WorkerShape, describe
 from pipeline.errors import StageFailed
-from pipeline.fields import marked
+from pipeline.fields import marked, plain
 from pipeline.history import attempts, spent
 from pipeline.manifest import Manifest, Resources
 from pipeline.plan import Plan, PlannedStage
@@ -103,12 +103,12 @@ class Runner:
         self._contents_are_as_planned(stage)
         metrics = dict(artifact.stage.run(context))
         self._contents_are_as_planned(stage)
-        *earlier, _ = attempts(self.run.events())[stage.name]
-        before = spent(earlier, artifact.fingerprint)
+        tried = attempts(self.run.events()).get(stage.name, [])
+        before = spent(tried, artifact.fingerprint) - (tried[-1].device_seconds if tried else 0.0)
         record = {
             "kind": artifact.kind,
             "fingerprint": artifact.fingerprint,
-            "settings": artifact.stage.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "settings": plain(artifact.stage),
             "seed": stage.seed,
             "inputs": {f: os.path.relpath(a.folder, artifact.folder) for f, a in artifact.inputs.items()},
             "identity": stage.identity,
@@ -117,7 +117,7 @@ class Runner:
             "threads": context.threads,
             "device": metrics.pop("device", "cpu"),
             "seconds": _since(started),
-            "device_seconds": before + _since(started) * resources.workers,
+            "device_seconds": round(before + _since(started) * resources.workers, 3),
             "versions": versions(),
             "commit": _commit(),
             "metrics": metrics,

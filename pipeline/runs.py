@@ -9,6 +9,7 @@ STORE/runs/NAME/logs/STAGE.log
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,14 +21,22 @@ from pipeline import manifest
 from pipeline.errors import UsageError
 from pipeline.locks import Holder, hold, holder
 from pipeline.plan import Plan
+from pipeline.problems import suggest
 from pipeline.store import Store
 from stages.base import Artifact
 from stages.data.files import write_atomically
 
+PLANNED = {"kind", "fingerprint", "pool", "reads", "inputs", "files", "identity"}
+"""What a frozen plan says of each stage."""
+
+REPAIR = "repair-"
+"""Names of runs that mend an artifact begin like this."""
+
 
 def all_runs(store: Store) -> list[Run]:
     """Those that were planned, by name."""
-    return [Run(store, path.parent.name) for path in sorted(store.root.glob("runs/*/plan.json"))]
+    names = sorted(path.parent.name for path in store.root.glob("runs/*/plan.json"))
+    return [Run(store, name) for name in names if re.fullmatch(manifest.NAME, name)]
 
 
 def live(store: Store, besides: Run) -> Iterator[Run]:
@@ -45,12 +54,14 @@ class Run:
     def find(cls, store: Store, name: str | None) -> Run:
         """The run of that name, or the store's only one. Raises UsageError with the names there are."""
         names = [run.name for run in all_runs(store)]
-        if name is None and len(names) == 1:
-            name = names[0]
+        own = [one for one in names if not one.startswith(REPAIR)]
+        if name is None and len(own) == 1:
+            name = own[0]
         if name is None or name not in names:
             asked = f"no run {name!r}" if name else "say which run"
+            close = suggest(name or "", names).partition(" (")[0]
             there = f"it has: {', '.join(names)}" if names else "it has none; `retort submit MANIFEST` makes one"
-            raise UsageError(f"{asked}: {there} (store {store.root})")
+            raise UsageError(f"{asked} in store {store.root}{close}: {there}")
         return cls(store, name)
 
     @contextmanager
@@ -75,8 +86,10 @@ class Run:
         return holder(self.folder / "lock")
 
     def holds(self) -> set[str]:
-        """Fingerprints of the artifacts and pools in its plan."""
-        return {stage[which] for stage in (self.plan() or {}).values() for which in ("fingerprint", "pool")}
+        """Fingerprints of the artifacts and pools in its plan, and of the artifacts that it reads by their paths."""
+        planned = self.plan().values()
+        read = {Path(folder).name for stage in planned for folder in stage["inputs"].values()}
+        return read | {stage[which] for stage in planned for which in ("fingerprint", "pool")}
 
     def freeze(self, resolved: manifest.Manifest, plan: Plan) -> None:
         """Keep what is to be done. Also called again for a run that is submitted anew."""
@@ -90,31 +103,55 @@ class Run:
         store = f"store={json.dumps(str(self.store.root), ensure_ascii=False)}"
         return manifest.load(self.folder / "manifest.yaml", [*overrides, store])
 
-    def plan(self) -> dict[str, dict[str, Any]] | None:
-        """The frozen plan by stage; None before the first."""
+    def plan(self) -> dict[str, dict[str, Any]]:
+        """The frozen plan by stage, empty before the first. Raises UsageError for one that cannot be read."""
+        file = self.folder / "plan.json"
         try:
-            plan: dict[str, dict[str, Any]] = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
-            return plan
-        except (FileNotFoundError, ValueError):
-            return None
+            plan: dict[str, dict[str, Any]] = json.loads(file.read_bytes())
+            if all(stage.keys() >= PLANNED for stage in plan.values()):
+                return plan
+            why = "another version of Retort wrote it"
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError) as error:
+            why = str(error)
+        resume = f"retort resume {self.name} --store {self.store.root}"
+        raise UsageError(f"{file} cannot be read ({why}); to plan the run anew: {resume}")
+
+    def previous(self) -> dict[str, dict[str, Any]]:
+        """The same, for a new plan to be compared with: one that cannot be read counts as none."""
+        try:
+            return self.plan()
+        except UsageError:
+            return {}
 
     def log_file(self, stage: str) -> Path:
         return self.folder / "logs" / f"{stage}.log"
 
     def event(self, event: str, stage: str | None = None, **details: Any) -> None:
-        """Append one line; a single write, so that lines of two processes do not mix."""
+        """Append one line; a single write, so that lines of two processes do not mix. A line that a crash cut off is
+        ended first."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": time, "event": event, "stage": stage, **details}, ensure_ascii=False)
-        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = json.dumps({"time": time, "event": event, "stage": stage, **details}) + "\n"
+        with open(self.folder / "events.jsonl", "a+b") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                line = "\n" + line
+            file.write(line.encode())
 
     def events(self) -> Iterator[Mapping[str, Any]]:
         try:
-            with open(self.folder / "events.jsonl", encoding="utf-8") as file:
-                for line in file:
-                    try:
-                        yield json.loads(line)
-                    except ValueError:  # the last line of a killed driver
-                        continue
+            with open(self.folder / "events.jsonl", "rb") as file:
+                yield from filter(None, map(read_event, file))
         except FileNotFoundError:
             return
+
+
+def read_event(line: bytes | str) -> dict[str, Any] | None:
+    """One line of events.jsonl; None for what a crash or somebody else left there."""
+    try:
+        event = json.loads(line)
+        wanted = {"time", "event", "stage"}
+        wanted |= {"fingerprint", "done", "total", "unit"} if event.get("event") == "progress" else set()
+        return event if wanted <= event.keys() else None
+    except (ValueError, AttributeError):
+        return None

@@ -120,7 +120,12 @@ def _scalar(text: str) -> str:
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
+WORDS = ("null", "true", "false")
+"""What YAML takes for something else than a word; numbers are others."""
+
+
 def _run_name(teacher: str) -> str:
     """A name for the run: of a path its last part."""
     last = Path(teacher).expanduser().absolute().name
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", last).strip("_-")[:80] or "retort"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", last).strip("_-")[:80] or "retort"
+    return name if re.fullmatch(r"[A-Za-z]*[A-Za-z_-]{2}[\w-]*", name) and name.lower() not in WORDS else f"run_{name}"

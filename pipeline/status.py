@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.errors import UsageError
 from pipeline.history import Attempt, attempts, spent
 from pipeline.locks import holder
 from pipeline.runs import Run, all_runs
@@ -23,7 +24,7 @@ def status_of(run: Run) -> dict[str, dict[str, Any]]:
     States: done, running (detail: by whom), failed (why), interrupted, stopped (its driver was killed), waiting.
     """
     tried = attempts(run.events())
-    return {name: _stage(run, planned, tried.get(name, ())) for name, planned in (run.plan() or {}).items()}
+    return {name: _stage(run, planned, tried.get(name, ())) for name, planned in run.plan().items()}
 
 
 def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> di
         maker = holder(run.store.lock_of(kind, fingerprint))
         state, detail = ("running", str(maker)) if maker else _ended(last)
         found |= {"state": state, "detail": detail}
-        if last and last.progress and state != "waiting":
+        others = maker is not None and maker.run != run.name  # whose progress stands in their events
+        if last and last.progress and state != "waiting" and not others:
             found |= _progress(last, running=state == "running")
     return found | {"device_seconds": round(cost, 3)}
 
@@ -78,16 +80,13 @@ def runs_of(store: Store) -> dict[str, dict[str, Any]]:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    plan, newest, driver = run.plan() or {}, None, run.driver()
-    tried: dict[str, list[Attempt]] = attempts(events := list(run.events()))
-    newest = events[-1]["time"] if events else None
-    done = [n for n, p in plan.items() if (run.store.folder(p["kind"], p["fingerprint"]) / RECORD).exists()]
-    states = [_ended(tried[n][-1] if n in tried else None)[0] for n in plan if n not in done]
-    state = next((s for s in ("failed", "interrupted", "stopped") if s in states), "waiting" if states else "done")
-    return {
-        "state": "running" if driver else state,
-        "done": len(done),
-        "stages": len(plan),
-        "last": newest,
-        "driver": driver and str(driver),
-    }
+    driver, newest = run.driver(), None
+    for event in run.events():
+        newest = event["time"]
+    found = {"last": newest, "driver": driver and str(driver)}
+    try:
+        states = [stage["state"] for stage in status_of(run).values()]
+    except UsageError as error:
+        return {"state": "damaged", "done": 0, "stages": 0, **found, "driver": str(error)}
+    worst = next((s for s in ("failed", "interrupted", "stopped", "waiting", "running") if s in states), "done")
+    return {"state": "running" if driver else worst, "done": states.count("done"), "stages": len(states), **found}

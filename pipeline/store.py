@@ -74,7 +74,7 @@ class Store:
         """Why a sealed artifact cannot be believed: a file missing or of another size. None if it can."""
         try:
             changed = changed_file(artifact.folder, artifact.record)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return f"its {RECORD} cannot be read"
         if changed:
             return f"{changed} is missing or changed"
@@ -143,7 +143,7 @@ def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:
         raise UsageError(f"{folder / RECORD}: {_unreadable(error)}") from None
     except FileNotFoundError:
         raise UsageError(f"{folder} is no sealed artifact: it has no {RECORD}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder / RECORD} cannot be read: {error}") from None
     inputs = {field: load_artifact((folder / place).resolve()) for field, place in record["inputs"].items()}
     return Artifact(stage, record["fingerprint"], folder, inputs, record["seed"])

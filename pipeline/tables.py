@@ -37,7 +37,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def terminal_width() -> int:
     """Columns of the terminal that is printed on; elsewhere there is no end to a line."""
-    if os.environ.get("COLUMNS", "").isdigit():
+    if os.environ.get("COLUMNS", "").isdecimal():
         return int(os.environ["COLUMNS"])
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
@@ -56,7 +56,7 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _broken(row: Sequence[str], widths: Sequence[int], room: int) -> Iterator[str]:
-    first, *more = textwrap.wrap(row[-1], room) or [""]
+    first, *more = textwrap.wrap(row[-1], room, break_long_words=False, break_on_hyphens=False) or [""]
     yield _line([*row[:-1], first], widths)
     for text in more:
         yield " " * (sum(widths[:-1]) + 2 * (len(widths) - 1)) + text
@@ -67,7 +67,12 @@ def _upright(head: Sequence[str], row: Sequence[str]) -> Iterator[str]:
     for name, cell in zip(head[1:], row[1:], strict=True):
         if cell:
             yield from textwrap.wrap(
-                f"{name}: {cell}", max(terminal_width() - 4, 20), initial_indent="    ", subsequent_indent="      "
+                f"{name}: {cell}",
+                max(terminal_width(), 24),
+                initial_indent="    ",
+                subsequent_indent="      ",
+                break_long_words=False,  # paths are to be copied
+                break_on_hyphens=False,
             )
 
 
@@ -80,7 +85,11 @@ def plan(planned: Plan) -> str:
         [s.name if wide else f"{lines[s.name]} {s.name}", s.state, s.artifact.kind, s.artifact.fingerprint, s.why]
         for s in planned
     ]
-    return table(["stage", "will", "kind", "fingerprint", "why"], rows)
+    counts = Counter(stage.state for stage in planned)
+    words = ", ".join(
+        f"{count} to {state}" if state != "blocked" else f"{count} blocked" for state, count in counts.items()
+    )
+    return f"{table(['stage', 'will', 'kind', 'fingerprint', 'why'], rows)}\n{words}"
 
 
 def difference(found: Mapping[str, Sequence[str]]) -> str:
@@ -93,8 +102,11 @@ def status(run: str, store: str, stages: Mapping[str, Mapping[str, Any]]) -> str
     cost = sum(stage["device_seconds"] for stage in stages.values())
     counts = Counter(stage["state"] for stage in stages.values())
     words = ", ".join(f"{count} {state}" for state, count in counts.items())
-    head = ["stage", "state", "progress", "rate", "left", "device", "where"]
-    return f"run {run}: {words}; {duration(cost)} of devices\nstore {store}\n" + table(head, rows)
+    head = ["stage", "state", "progress", "rate", "left", "device", "artifact"]
+    lines = [f"run {run}: {words}; {duration(cost)} of devices", f"store {store}", table(head, rows)]
+    if counts.keys() - {"done", "running"} and not counts["running"]:
+        lines.append(f"carry on with: retort resume {run} --store {store}")
+    return "\n".join(lines)
 
 
 def _status_cells(store: str, stage: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,9 @@ Result = TypeVar("Result")
 
 SCRATCH = "checkpoints"
 
+LARGEST_SEED = 2**63 - 1
+"""What random number generators take."""
+
 
 class StageError(Exception):
     """A stage cannot go on, for a reason its user can act on. Its message is all that is printed;
@@ -88,7 +91,7 @@ class Stage(Config):
     PARALLEL: ClassVar[bool] = False
     """Whether its work is spread over several workers, with `map`."""
     kind: str
-    seed: int | None = Field(None, ge=0, description="default: the manifest's seed")
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="default: the manifest's seed")
     execution: Execution = Field(Execution(), description="how it is carried out; makes nothing stale")
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ def draw(
 
     kinds = {"teacher": lambda a: a, "distill": lambda a: sources(a.inputs)[0].inputs["teacher"]}
     if artifact.kind not in kinds:
-        raise StageError(f"{artifact.folder} is a {artifact.kind}; images are drawn with a teacher or a student")
+        raise StageError(f"{artifact.folder} is of kind {artifact.kind}; images are drawn with a teacher or a student")
     folder = kinds[artifact.kind](artifact).folder
     if not (folder / "unet").exists():
         raise StageError(f"{folder} is an analytic teacher: it has no images to draw")

@@ -171,4 +171,4 @@ def test_samples_of_a_teacher_and_of_a_student(tiny, tmp_path):
         assert done.returncode == 0, done.stderr
         assert Image.open(out).size == (48, 32)
     done = retort("sample", tiny[1]["pairs"].artifact.folder, "-p", "x")
-    assert done.returncode == 2 and "is a pairs; images are drawn with a teacher or a student" in done.stderr
+    assert done.returncode == 2 and "is of kind pairs; images are drawn with a teacher or a student" in done.stderr

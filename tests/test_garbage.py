@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -97,6 +99,49 @@ def test_what_a_live_run_holds_is_never_touched(tmp_path):
     assert not any("/pairs" in one["path"] for one in held["found"])
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"pairs": {"kind": "pairs"}}'])
+def test_a_plan_that_cannot_be_read_could_refer_to_anything(tmp_path, text):
+    execute(GAUSSIAN, tmp_path)
+    (tmp_path / "runs" / "gaussian" / "plan.json").write_text(text)
+    with pytest.raises(UsageError, match="to plan the run anew: retort resume gaussian"):
+        collect(Store(tmp_path))
+    assert retort("runs", "--store", tmp_path).stdout.splitlines()[2].split()[:2] == ["gaussian", "damaged"]
+    assert retort("resume", "gaussian", "--store", tmp_path, "--engine", "inline").returncode == 0
+    assert collect(Store(tmp_path))["found"] == []
+
+
+def test_a_record_that_cannot_be_read_could_refer_to_anything(tmp_path):
+    pairs = execute(GAUSSIAN, tmp_path)["pairs"]
+    (pairs.artifact.folder / "artifact.json").write_text("[]")
+    with pytest.raises(UsageError, match="resume its run first"):
+        collect(Store(tmp_path))
+    assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "resume"
+
+
+def test_what_is_planned_while_collecting_waits_is_kept(tmp_path):
+    old = execute(GAUSSIAN, tmp_path)["pairs"]
+    execute(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=5"])
+    store = Store(tmp_path)
+
+    def waiting(text):
+        plan = json.loads((tmp_path / "runs/gaussian/plan.json").read_text())
+        plan["pairs"] |= {"fingerprint": old.artifact.fingerprint, "pool": old.pool.name}
+        (tmp_path / "runs" / "late").mkdir()
+        (tmp_path / "runs/late/plan.json").write_text(json.dumps(plan))
+        planning.close()
+
+    planning = ExitStack()
+    planning.enter_context(share(store.collecting))
+    assert collect(store, delete=True, waiting=waiting)["found"] == []
+
+
+def test_odd_folders_among_the_runs_break_nothing(tmp_path):
+    execute(GAUSSIAN, tmp_path)
+    shutil.copytree(tmp_path / "runs" / "gaussian", tmp_path / "runs" / "gaussian.bak")
+    for arguments in (["runs"], ["status"], ["gc"], ["resume"]):
+        assert retort(*arguments, "--store", tmp_path).returncode == 0
+
+
 def test_nothing_is_collected_while_a_plan_is_made(tmp_path):
     execute(GAUSSIAN, tmp_path)
     with share(Store(tmp_path).collecting), pytest.raises(Locked, match="a plan is being made"):
@@ -111,5 +156,5 @@ def test_the_command(tmp_path):
     assert json.loads(retort("gc", "--store", tmp_path, "--drop", "gaussian", "--delete", "--json").stdout)["deleted"]
     assert not list(tmp_path.glob("pairs/*/artifact.json")) and not list(tmp_path.glob("runs/*"))
     assert retort("gc", "--store", tmp_path / "none").returncode == 2
-    with pytest.raises(UsageError, match="no run 'x': the store has none"):
+    with pytest.raises(UsageError, match="no run 'x' in store"):
         collect(Store(tmp_path), ["x"])

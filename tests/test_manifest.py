@@ -10,7 +10,7 @@ from pipeline import document as yaml_document
 from pipeline.document import parse
 from pipeline.errors import ManifestError, UsageError
 from pipeline.manifest import dump, load, loads
-from tests.conftest import GAUSSIAN, ROOT, TINY
+from tests.conftest import GAUSSIAN, ROOT, TINY, plan_of
 from tests.mutations import check, mutations
 
 MANIFESTS = sorted((ROOT / "manifests").glob("*.yaml"))
@@ -123,7 +123,7 @@ def test_references_are_checked():
     assert "there is no stage 'techer'; did you mean 'teacher'?" in problems(
         GAUSSIAN.replace("teacher: teacher", "teacher: techer")
     )
-    assert "needs a stage of kind teacher; 'pairs' is a pairs" in problems(
+    assert "needs a stage of kind teacher; 'pairs' is of kind pairs" in problems(
         GAUSSIAN.replace("teacher: teacher", "teacher: pairs")
     )
     message = problems(TINY, "stages.pairs.teacher=pairs")
@@ -175,6 +175,36 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("name: grün".encode("latin-1"))
     with pytest.raises(UsageError, match="not UTF-8"):
         load(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=!!int abc", "seed=" + "9" * 5000, "seed=!!timestamp x", "stages.pairs.matrix={1: [2]}", "store=[",
+     "stages.pairs.matrix=&a {x: *a}", "stages.pairs.count=" + "[" * 3000, "stages.pairs.prompts=''"],
+)  # fmt: skip
+def test_odd_overrides_are_refused(override):
+    assert problems(GAUSSIAN, override)
+
+
+def test_paths_that_no_machine_knows_block_the_plan(tmp_path):
+    for path in ("x" * 400 + ".txt", "~nobody-of-that-name/x.txt"):
+        assert plan_of(GAUSSIAN, tmp_path, [f"stages.pairs.prompts={path}"])["pairs"].state == "blocked"
+
+
+def test_a_null_that_is_no_default_is_kept():
+    text = """
+    name: x
+    stages:
+      t: {kind: teacher, train: {dataset: {name: parquet, path: d/, size: 16, caption: null, label: c}}}
+    """
+    manifest = loads(textwrap.dedent(text), "m.yaml").manifest
+    assert "caption: null" in dump(manifest) and loads(dump(manifest), "again.yaml").manifest == manifest
+
+
+def test_problems_come_in_the_order_of_the_file():
+    message = problems(GAUSSIAN.replace("name: gaussian", "nam: gaussian").replace("count: 40", "cuont: 40"))
+    lines = [int(line.split(":")[1]) for line in message.splitlines() if line.startswith("m.yaml:")]
+    assert lines == sorted(lines) and len(lines) >= 3
 
 
 @given(mutation=mutations())

@@ -159,7 +159,7 @@ def test_an_artifact_may_be_named_by_its_path(tmp_path):
     teacher = execute(GAUSSIAN, tmp_path)["teacher"].artifact
     text = GAUSSIAN.replace("teacher: teacher", f"teacher: {teacher.folder}")
     assert plan_of(text, tmp_path)["pairs"].state == "reuse"
-    with pytest.raises(ManifestError, match=r"needs an artifact of kind teacher; .* is a pairs"):
+    with pytest.raises(ManifestError, match=r"needs an artifact of kind teacher; .* is of kind pairs"):
         pairs = execute(GAUSSIAN, tmp_path)["pairs"].artifact
         plan_of(text.replace(str(teacher.folder), str(pairs.folder)), tmp_path)
     with pytest.raises(ManifestError, match="is no sealed artifact"):

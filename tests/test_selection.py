@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from pipeline.commands.console import held
 from pipeline.errors import UsageError
+from pipeline.runs import Run
 from pipeline.selection import Selection
+from pipeline.store import Store
 from tests.conftest import GAUSSIAN, execute, plan_of, retort
 
 CHAIN = GAUSSIAN + "  more: {kind: pairs, teacher: teacher, prompts: digits, count: 8, shard_size: 8}\n"
@@ -41,15 +44,45 @@ def test_forcing_one_stage_leaves_the_others_alone(made):
     assert [s.state for s in plan.values()] == ["reuse", "reuse", "run"]
 
 
-def test_what_is_forced_and_left_unmade_is_stale(made):
-    """Forced dependants count as stale although only the forced stage was asked for; a resume makes them."""
+def test_forcing_takes_nothing_away_that_it_does_not_make_again(made):
     path, store = made
     arguments = ("submit", path, "--store", store, "--engine", "inline")
-    assert retort(*arguments, "--force", "teacher", "--only", "teacher").returncode == 0
-    plan = plan_of(CHAIN, store, name="gaussian")
-    assert (plan["teacher"].state, plan["pairs"].state) == ("reuse", "run")
+    done = retort(*arguments, "--force", "teacher", "--only", "teacher")
+    assert done.returncode == 2 and "pairs would have to be made again, too" in done.stderr
+    execute(CHAIN, store, ["stages.pairs.count=32"], name="fewer")
+    done = retort(*arguments, "--force", "pairs")
+    assert done.returncode == 2 and "the parts of pairs are also those of" in done.stderr
+    assert {s.state for s in plan_of(CHAIN, store).values()} == {"reuse"}
+
+
+def test_forcing_is_all_or_nothing(made):
+    """While another run makes, or reads by its path, what would be forced, nothing at all is taken away."""
+    _, store = made
+    teacher = plan_of(CHAIN, store)["teacher"].artifact.folder
+    text = GAUSSIAN.replace("delay: 0.0", "delay: 0.1").replace("teacher: teacher", f"teacher: {teacher}")
+    text = text.replace("steps: 10", "steps: 3")
+    text = text.replace(text[text.index("  teacher: {kind") : text.index("  pairs:")], "")
+    plan = execute(text, store, name="reader")
+    run = Run(Store(store), "reader")
+    with run.held():
+        done = retort("resume", "gaussian", "--store", store, "--engine", "inline", "--force", "teacher")
+    assert done.returncode == 3 and "in use by run reader" in done.stderr
+    more = plan_of(CHAIN, store)["more"]
+    with run.making(more.artifact, more.pool):
+        done = retort("resume", "gaussian", "--store", store, "--engine", "inline", "--force", "teacher")
+    assert done.returncode == 3 and plan["pairs"].artifact.folder.exists()
+    assert {s.state for s in plan_of(CHAIN, store).values()} == {"reuse"}
+
+
+def test_a_forced_run_that_is_killed_goes_on_as_any_other(made):
+    _, store = made
+    run = Run(Store(store), "gaussian")
+    loaded = run.manifest()
+    with held(loaded, run, Selection(force=["teacher"]), wait=False):
+        pass  # killed before the first stage
+    assert {s.state for s in plan_of(CHAIN, store).values()} == {"run"}
     assert retort("resume", "gaussian", "--store", store, "--engine", "inline").returncode == 0
-    assert plan_of(CHAIN, store)["pairs"].state == "reuse"
+    assert {s.state for s in plan_of(CHAIN, store).values()} == {"reuse"}
 
 
 def test_from_a_stage_onward(made):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 
@@ -17,16 +18,16 @@ from tests.conftest import GAUSSIAN, ROOT, command, execute, retort
 SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.1")
 
 
-def started(store, *options, text=SLOW, **environment):
-    """A driver in a process of its own, when its first shard is there."""
+def started(store, *options, text=SLOW, shards=1):
+    """A driver in a process of its own, when so many shards are there."""
     manifest = store.parent / "m.yaml"
     manifest.write_text(text)
     process = subprocess.Popen(
         command("submit", manifest, "--store", store, "--engine", "inline", *options),
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    while not list(store.glob("pairs/pool/*/*.parquet")):
+    while len(list(store.glob("pairs/pool/*/*.parquet"))) < shards:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     return process
@@ -95,6 +96,46 @@ def test_attempts_are_added_up_and_a_clock_that_jumps_changes_nothing():
     assert (first.ended, second.ended) == (None, "interrupted")
     assert spent([first, second], "f") == pytest.approx(10.5 * 4 + 6.0 * 2)
     assert spent([first, second], "another") == 0
+    again = [event("stage_started", workers=1), event("stage_done", seconds=3.0)]
+    assert spent(attempts([*events, *again, *again])["s"], "f") == pytest.approx(3.0), "forced: what it cost last"
+
+
+def test_what_a_crash_left_in_the_events_is_passed_over(tmp_path):
+    execute(GAUSSIAN, tmp_path)
+    file = tmp_path / "runs" / "gaussian" / "events.jsonl"
+    file.write_bytes(file.read_bytes() + b'123\n{}\n[]\n{"time": "x", "event": "progress", "stage": "pairs"}\n"caf\xc3')
+    for arguments in (["status"], ["runs"], ["logs", "gaussian"]):
+        done = retort(*arguments, "--store", tmp_path)
+        assert done.returncode == 0, done.stderr
+    execute(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=5"])
+    events = list(Run(Store(tmp_path), "gaussian").events())
+    assert [e["event"] for e in events if e["event"].startswith("run_")] == ["run_started", "run_done"] * 2
+
+
+def test_another_run_s_progress_is_not_mistaken_for_ours(tmp_path):
+    store = tmp_path / "store"
+    first = started(store)
+    first.kill()
+    first.communicate()
+    second = started(store, "--name", "second", shards=2)
+    ours = status_of(Run(Store(store), "gaussian"))["pairs"]
+    second.kill()
+    second.communicate()
+    assert ours["state"] == "running" and "run second" in ours["detail"] and "progress" not in ours
+    found = runs_of(Store(store))
+    assert {run["state"] for run in found.values()} == {"stopped"}
+
+
+def test_runs_and_status_agree(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(GAUSSIAN)
+    store = tmp_path / "store"
+    first = started(store)
+    first.send_signal(signal.SIGTERM)
+    first.communicate()
+    execute(SLOW, store, ["stages.pairs.sampler.steps=3"], only=["teacher"], name="gaussian")
+    assert status_of(Run(Store(store), "gaussian"))["pairs"]["state"] == "waiting"
+    assert runs_of(Store(store))["gaussian"]["state"] == "waiting"
 
 
 def test_runs_are_listed(tmp_path):

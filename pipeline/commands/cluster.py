@@ -116,6 +116,8 @@ def resume_on(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_j
         submit_to(cluster, run.manifest(), run.name, selection, wait, as_json)
     elif job.address != address:
         raise Locked(f"run {run.name} is job {job.id} of {job.address}; {_how(run, job)}")
+    elif selection.given or selection.force:
+        raise Locked(f"job {job.id} is still under way, with the stages it was given; {_how(run, job)}")
     else:
         click.echo(f"job {job.id} is still under way: following it", err=True)
         _attend(cluster, run, job, as_json)

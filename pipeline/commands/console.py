@@ -47,17 +47,19 @@ def execution_options(command: F) -> F:
             "attached: workers of the Ray cluster that this process runs in.",
         ),
         click.option("--wait", is_flag=True, help="Wait for locks that other runs hold."),
-        click.option("--debug", is_flag=True, help="Show tracebacks."),
+        click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
     ):
         command = option(command)
     return command
 
 
 def selection_options(command: F) -> F:
-    for name, parameter, text in (
-        ("--only", "only", "Make this stage alone; its inputs must be there. Repeat for several."),
-        ("--from", "onward", "Make this stage and all that depends on it."),
-        ("--force", "force", "Make this stage again, and all that depends on it."),
+    for name, parameter, text in reversed(
+        (
+            ("--only", "only", "Make this stage alone; its inputs must be there. Repeat for several."),
+            ("--from", "onward", "Make this stage and all that depends on it."),
+            ("--force", "force", "Make this stage again, and all that depends on it."),
+        )
     ):
         option = click.option(
             name, parameter, multiple=True, metavar="STAGE", help=text, shell_complete=complete_stages
@@ -72,17 +74,36 @@ def open_store(store: str | None) -> Store:
     return Store(store or "./retort-store")
 
 
+def is_manifest(target: str) -> bool:
+    """Whether a command's argument is a manifest's file, and not the name of a run."""
+    return Path(target).suffix in (".yaml", ".yml") or Path(target).is_file()
+
+
 def find_run(target: str | None, store: str | None) -> Run:
     """The run of that name, of that manifest, or the store's only one. The store is the one given, the manifest's,
     or ./retort-store. Raises UsageError."""
+    from pipeline import manifest as manifests
     from pipeline.runs import Run
 
-    if target is not None and Path(target).suffix in (".yaml", ".yml") and Path(target).is_file():
-        from pipeline import manifest as manifests
-
-        loaded = manifests.load(Path(target), store_override(store))
-        return Run.find(open_store(loaded.manifest.store), loaded.manifest.name)
+    if target is not None and is_manifest(target):
+        name, own = manifests.name_and_store(Path(target))
+        return Run.find(open_store(store or own), name)
     return Run.find(open_store(store), target)
+
+
+def find_artifact(target: str, store: str | None) -> Path:
+    """The folder of a sealed artifact, given by its path or as RUN/STAGE. Raises UsageError."""
+    from pipeline.errors import UsageError
+    from pipeline.problems import suggest
+
+    run_name, _, stage = target.partition("/")
+    if Path(target).exists() or not stage or "/" in stage:
+        return Path(target)
+    run = find_run(run_name, store)
+    plan = run.plan()
+    if stage not in plan:
+        raise UsageError(f"run {run.name} has no stage {stage!r}{suggest(stage, list(plan))}")
+    return run.store.folder(plan[stage]["kind"], plan[stage]["fingerprint"])
 
 
 def store_override(store: str | None) -> list[str]:
@@ -94,7 +115,7 @@ def plan_run(loaded: Loaded, run: Run, force: Collection[str] = ()) -> Plan:
     from pipeline.plan import make_plan
 
     contents = read_contents(loaded, run.store.root / "contents.json")
-    return make_plan(loaded, contents, run.store, run.plan(), force)
+    return make_plan(loaded, contents, run.store, run.previous(), force)
 
 
 @dataclass(frozen=True)
@@ -115,10 +136,10 @@ def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -
     from pipeline.runs import Run
 
     run = Run(open_store(loaded.manifest.store), name)
+    signal.signal(signal.SIGTERM, interrupt)  # also while it waits for a lock
     with held(loaded, run, selection, how.wait) as (planned, chosen):
         engine = _engine(how.engine)
         shown = reporter(quiet=how.as_json or how.quiet)
-        signal.signal(signal.SIGTERM, interrupt)
         try:
             Runner(run, loaded.manifest, engine, shown, how.wait).execute(planned, chosen)
         except KeyboardInterrupt:
@@ -137,8 +158,8 @@ def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -
 def held(loaded: Loaded, run: Run, selection: Selection, wait: bool) -> Iterator[tuple[Plan, set[str]]]:
     """Be the run's only driver, with its plan made and frozen and what is forced forgotten; gives the plan and the
     names of the stages to carry out."""
+    from pipeline import force
     from pipeline.content import pinned
-    from pipeline.force import forget
     from pipeline.locks import share
 
     if loaded.problems:
@@ -149,8 +170,9 @@ def held(loaded: Loaded, run: Run, selection: Selection, wait: bool) -> Iterator
         with share(run.store.collecting):  # what is to be reused is not collected before the plan is frozen
             planned = plan_run(loaded, run, selection.forced(loaded.order))
             chosen = selection.of(planned)
+            force.check(run, planned, chosen)
             run.freeze(pinned(loaded.manifest, {s.name: s.contents for s in planned}), planned)
-        forget(run, planned, waiting)
+        force.forget(run, planned, waiting)
         yield planned, chosen
 
 
@@ -169,12 +191,13 @@ def show_done(run: Run, planned: Plan, as_json: bool) -> None:
 
 def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) -> None:
     """Print what carrying out would do."""
-    from pipeline import tables
+    from pipeline import force, tables
     from pipeline.runs import Run
 
     run = Run(open_store(loaded.manifest.store), name)
     planned = plan_run(loaded, run, selection.forced(loaded.order))
     chosen = selection.of(planned) if selection.given else {stage.name for stage in planned}
+    force.check(run, planned, chosen)
     shown = [stage for stage in planned if stage.name in chosen]
     print_result(as_json, {s.name: s.as_dict() for s in shown}, lambda: tables.plan(shown))
 
@@ -186,7 +209,7 @@ def show_difference(loaded: Loaded, other: str, as_json: bool) -> None:
     from pipeline.runs import Run
 
     store = open_store(loaded.manifest.store)
-    before = Run.find(store, other).plan() or {}
+    before = Run.find(store, other).plan()
     now = plan_run(loaded, Run(store, loaded.manifest.name))
     found = difference(before, {stage.name: stage.as_dict() for stage in now})
     print_result(as_json, found, lambda: tables.difference(found))

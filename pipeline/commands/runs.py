@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -35,6 +34,8 @@ def status(run_name: str | None, watch: bool, store: str | None, as_json: bool) 
     from pipeline.watch import watch as follow
 
     run = find_run(run_name, store)
+    if watch and as_json:
+        raise click.UsageError("--watch is for people; programs follow `retort logs RUN -f --json`")
     if watch:
         follow(run, lambda: tables.status(run.name, str(run.store.root), status_of(run)))
         return
@@ -54,10 +55,11 @@ def logs(run_name: str, stage: str | None, follow: bool, as_json: bool, store: s
     """Print the log of a STAGE of RUN; without STAGE, what happened in the run."""
     from pipeline.errors import UsageError
     from pipeline.matrix import chosen
+    from pipeline.runs import read_event
     from pipeline.watch import lines
 
     run = find_run(run_name, store)
-    plan = run.plan() or {}
+    plan = run.plan()
     names = chosen(list(plan), stage) if stage else []
     if stage and not names:
         raise UsageError(f"no stage {stage!r}; run {run.name} has: {', '.join(plan)}")
@@ -65,21 +67,15 @@ def logs(run_name: str, stage: str | None, follow: bool, as_json: bool, store: s
         if follow and len(names) > 1:
             raise UsageError(f"{stage} is {len(names)} stages; to follow, name one: {', '.join(names)}")
         for name in names:
+            if len(names) > 1:
+                click.echo(f"==> {name} <==")
             for line in lines(run.log_file(name), run, follow):
                 click.echo(line)
         return
     for line in lines(run.folder / "events.jsonl", run, follow):
-        event = _event(line)
+        event = read_event(line)
         if event and (not stage or event["stage"] in names):
             click.echo(line if as_json else _words(event))
-
-
-def _event(line: str) -> dict[str, Any] | None:
-    try:
-        event: dict[str, Any] = json.loads(line)
-        return event
-    except ValueError:  # the last line of a killed driver
-        return None
 
 
 def _words(event: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pipeline.commands.console import (
     Execution,
     carry_out,
     execution_options,
+    find_artifact,
     json_option,
     open_store,
     print_result,
@@ -66,10 +67,11 @@ def verify(target: str, store: str | None, as_json: bool) -> None:
 
 
 @shards.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("target", metavar="ARTIFACT|RUN/STAGE")
+@store_option
 @execution_options
 @json_option
-def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) -> None:
+def repair(target: str, store: str | None, engine: str, wait: bool, as_json: bool) -> None:
     """Make damaged shards of the sealed `pairs` ARTIFACT again, byte for byte.
 
     The artifact is unsealed first: until it is whole again it exists for nobody. Killed, the command can be repeated.
@@ -77,6 +79,7 @@ def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) 
     from pipeline.repair import hashes, plan_repair
     from pipeline.selection import Selection
 
+    artifact = find_artifact(target, store)
     report = _inspect(str(artifact), deep=True)
     found = plan_repair(artifact, report)
     if not found.damaged and (artifact / "artifact.json").exists():
@@ -97,8 +100,9 @@ def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) 
 
 
 @shards.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("target", metavar="ARTIFACT|RUN/STAGE")
 @click.argument("out", type=click.Path(path_type=Path))
+@store_option
 @click.option(
     "--to",
     "form",
@@ -106,16 +110,17 @@ def repair(artifact: Path, engine: str, wait: bool, debug: bool, as_json: bool) 
     required=True,
     help="parquet: one file, a row group a shard; huggingface: a webdataset folder with a dataset card.",
 )
-def export(artifact: Path, out: Path, form: str) -> None:
+def export(target: str, out: Path, store: str | None, form: str) -> None:
     """Write the sealed `pairs` ARTIFACT to OUT in a form that others read."""
     from pipeline.errors import UsageError
     from pipeline.store import load_artifact
     from stages.base import StageError
     from stages.data.export import EXPORTS
 
+    artifact = find_artifact(target, store)
     found = load_artifact(artifact)
     if found.kind != "pairs":
-        raise UsageError(f"{artifact} is a {found.kind}; shards are part of pairs")
+        raise UsageError(f"{artifact} is of kind {found.kind}; shards are part of pairs")
     if out.exists():
         raise UsageError(f"{out} is there already; name another place")
     try:
@@ -146,13 +151,14 @@ def _places(target: str, store: str | None) -> list[str]:
 
 
 def _inspect(place: str, deep: bool) -> dict[str, Any]:
+    from pipeline.errors import UsageError
     from stages.base import StageError
     from stages.data.inspection import inspect_shards
 
     try:
         return inspect_shards(place, deep=deep)
     except StageError as error:
-        raise click.UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def _show(place: str, report: dict[str, Any], html: Path | None, samples: int, out: Path) -> None:
@@ -186,7 +192,12 @@ def _numbered(path: Path | None, number: int, several: bool) -> Path | None:
 
 def _report(as_json: bool, found: dict[str, dict[str, Any]], table: Any) -> None:
     reports = list(found.values())
-    print_result(as_json, reports[0] if len(reports) == 1 else reports, lambda: "\n\n".join(map(table, reports)))
+    print_result(as_json, reports[0] if len(reports) == 1 else reports, lambda: "\n\n".join(_headed(found, table)))
+
+
+def _headed(found: dict[str, dict[str, Any]], table: Any) -> list[str]:
+    """A report each; of several, under what it is of."""
+    return [f"{place}\n{table(report)}" if len(found) > 1 else table(report) for place, report in found.items()]
 
 
 def _exit(found: dict[str, dict[str, Any]]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from pathlib import Path, PurePath
+import os
+from pathlib import PurePath
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -43,7 +44,7 @@ class Prompts(Config):
         if (self.path is None) == (self.images is None):
             raise ValueError("give either path or images")
         suffix = PurePath(self.path or "").suffix.lower()
-        several = glob.has_magic(self.path or "") or Path(self.path or "").is_dir()
+        several = glob.has_magic(self.path or "") or os.path.isdir(self.path or "")
         if suffix and suffix not in FORMATS and not several:
             raise ValueError(f"prompts are {', '.join(EMBEDDED)}, or {', '.join(FORMATS)} files, not {self.path!r}")
         if self.column is not None and (self.images is not None or suffix == ".txt"):

@@ -112,7 +112,7 @@ def test_a_dry_run_changes_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
     for options in (["--force", "teacher"], ["--set", "seed=3"]):
         assert retort("submit", path, "--store", store, "--dry-run", *options).returncode == 0
-    assert retort("resume", "gaussian", "--store", store, "--dry-run").stdout.count("reuse") == 3
+    assert retort("resume", "gaussian", "--store", store, "--dry-run").stdout.count("sealed") == 3
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import yaml
 
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, suggest
 
 Path = tuple[str | int, ...]
 
@@ -112,10 +111,7 @@ class Document:
                 self.overrides[path[: i + 1]] = text
             if not isinstance(holder.get(part), dict):
                 where = ".".join(path[:i]) or "the manifest"
-                close = get_close_matches(part, holder, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                known = f"which has {', '.join(holder) or 'nothing'}"
-                raise ManifestError([f"--set {text}: there is no {part!r} in {where}, {known}{hint}"])
+                raise ManifestError([f"--set {text}: there is no {part!r} in {where}{suggest(part, holder)}"])
             holder = holder[part]
         holder[path[-1]] = value
         self.overrides[path] = text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 
 
 class RetortError(Exception):
@@ -33,3 +34,10 @@ class Locked(RetortError):
     """Another process is making the same artifact."""
 
     exit_code = 3
+
+
+def suggest(given: str, allowed: Collection[str]) -> str:
+    """The end of a sentence about a name that is not known: what was probably meant, and all that may be."""
+    close = get_close_matches(given, allowed, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (allowed: {', '.join(map(str, allowed))})" if allowed else hint

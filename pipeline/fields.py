@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from stages.base import Config, Input, Stage
+from stages.base import Choice, Config, Input, Stage
 
 C = TypeVar("C", bound=Config)
 
@@ -86,3 +86,14 @@ def _plain(value: Any, dumped: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(one, dumped[key]) for key, one in value.items()}
     return dumped
+
+
+def config_in(annotation: Any, metadata: Sequence[Any] = (), value: Any = None) -> type[Config] | None:
+    """The class of the settings in a field's annotation, also in a list, a mapping or an optional; where there is a
+    choice, the one that `value`, not yet validated, asks for."""
+    markers = (*metadata, *getattr(annotation, "__metadata__", ()))
+    for choice in (marker for marker in markers if isinstance(marker, Choice)):
+        return choice.of(value)
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    return next(filter(None, (config_in(inner, (), value) for inner in get_args(annotation))), None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic_core import ErrorDetails
 
 from pipeline.document import Document
-from stages.base import Choice, Config, Stage
+from pipeline.errors import suggest
+from pipeline.fields import config_in
+from stages.base import Config, Stage
 
 
 def in_words(model: type[Config], document: Document, error: ErrorDetails) -> str:
@@ -48,12 +49,6 @@ def in_order(problems: Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(problems), key=place)
 
 
-def suggest(given: str, allowed: Sequence[str]) -> str:
-    close = get_close_matches(given, allowed, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (allowed: {', '.join(map(str, allowed))})" if allowed else hint
-
-
 def _fields_at(top: type[Config], path: Sequence[str | int], value: Any) -> list[str]:
     """The keys that the mapping at `path` may have."""
     model: Any = top
@@ -67,9 +62,10 @@ def _fields_at(top: type[Config], path: Sequence[str | int], value: Any) -> list
             info = _field(model, str(part))
             if info is None:
                 return []
-            model = _config_in(info.annotation, info.metadata, value)
+            of_names = get_origin(info.annotation) is dict
+            model = info.annotation if of_names else config_in(info.annotation, info.metadata, value)
         else:  # a mapping of named configs: `stages`, `resources`
-            model = _config_in(get_args(model)[1], (), value)
+            model = config_in(get_args(model)[1], (), value)
     if not (isinstance(model, type) and issubclass(model, Config)):
         return []
     names = [info.alias or name for name, info in model.model_fields.items()]
@@ -78,14 +74,3 @@ def _fields_at(top: type[Config], path: Sequence[str | int], value: Any) -> list
 
 def _field(model: type[Config], key: str) -> Any:
     return next((i for name, i in model.model_fields.items() if key in (name, i.alias)), None)
-
-
-def _config_in(annotation: Any, metadata: Sequence[Any], value: Any) -> Any:
-    """The Config class, or dict annotation, that a value of this field is validated against."""
-    if getattr(annotation, "__origin__", None) is dict:
-        return annotation
-    inside = [m for part in (annotation, *get_args(annotation)) for m in getattr(part, "__metadata__", ())]
-    for choice in (m for m in (*metadata, *inside) if isinstance(m, Choice)):
-        return choice.of(value)
-    candidates = [annotation, *get_args(annotation)]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), annotation)

@@ -7,9 +7,9 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from pipeline.document import Document
+from pipeline.errors import suggest
 from pipeline.fields import inputs_of, is_artifact_path, marked, parts_of
 from pipeline.matrix import base_of
-from pipeline.problems import suggest
 from stages.base import Content, Input, Stage
 
 

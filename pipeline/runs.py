@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import manifest
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, suggest
 from pipeline.locks import Holder, hold, holder
 from pipeline.plan import Plan
-from pipeline.problems import suggest
 from pipeline.store import Store
 from stages.base import Artifact
 from stages.data.files import write_atomically

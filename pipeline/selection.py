@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, suggest
 from pipeline.matrix import base_of, chosen
 from pipeline.plan import Plan
-from pipeline.problems import suggest
 
 
 @dataclass(frozen=True)

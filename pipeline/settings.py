@@ -13,6 +13,7 @@ from pydantic import StringConstraints
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from pipeline.fields import config_in
 from stages.base import Choice, Config, Content, Input
 
 NAMED_BY = ("kind", "name")
@@ -54,15 +55,6 @@ def settings_of(config: type[Config]) -> Iterator[Setting]:
 def about(config: type[Config]) -> str:
     """The class's own docstring; empty without one."""
     return inspect.cleandoc(config.__dict__.get("__doc__") or "")
-
-
-def config_in(annotation: Any, metadata: Sequence[Any] = ()) -> type[Config] | None:
-    """The Config class in an annotation, also in a list, a mapping or an optional; None for a Choice of several."""
-    if any(isinstance(marker, Choice) for marker in (*metadata, *getattr(annotation, "__metadata__", ()))):
-        return None
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return annotation
-    return next(filter(None, map(config_in, get_args(annotation))), None)
 
 
 def words(annotation: Any, metadata: Sequence[Any] = ()) -> str:

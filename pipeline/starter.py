@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from string import Template
 
 from pydantic import ValidationError
 
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, suggest
 from pipeline.settings import Setting, settings_of
 from stages.base import StageError
 from stages.data.files import files_of
@@ -97,9 +96,7 @@ def _method(name: str) -> str:
     except PluginError as error:
         raise UsageError(str(error)) from error
     if config is None:
-        close = get_close_matches(name, METHODS, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise UsageError(f"--method {name}: there is no such method. {hint}There are: {', '.join(METHODS)}")
+        raise UsageError(f"--method {name}: there is no such method{suggest(name, METHODS)}")
     own = [_setting(setting) for setting in settings_of(config)]
     return "\n".join(["    method:", f"      name: {name} # retort explain {name}", *own])
 

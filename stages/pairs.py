@@ -15,18 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.base import Artifact, Extent, Input, Neutral, Progress, Stage, StageContext, StageError
-from stages.data.pool import (
-    LIST,
-    PROMPTS,
-    ListedShard,
-    ShardPlan,
-    intact,
-    plan_shards,
-    prompts_intact,
-    read_list,
-    remade,
-    write_list,
-)
+from stages.data import pool
+from stages.data.pool import PROMPTS, ListedShard, ShardPlan, plan_shards, write_list
 from stages.data.prompts.config import Prompts
 from stages.diffusion.config import PairsExecution, Sampler
 
@@ -69,16 +59,12 @@ class Pairs(Stage):
             yield "sampler.guidance_scale", "there are no prompts to guide by; give prompts, or guidance_scale: 1"
 
     def damage(self, folder: Path) -> str | None:
-        shards = read_list(folder)
-        if not prompts_intact(folder):
-            return "the table of its prompts is missing or changed"
-        sealed = (folder / LIST).stat().st_mtime
-        bad = [shard for shard in shards if not intact(shard) or remade(shard, sealed)]
-        return f"{len(bad)} of {len(shards)} shards are missing or changed, such as {bad[0].tar.name}" if bad else None
+        return pool.damage(folder)
 
-    def progress_in(self, work: Path, pool: Path) -> str | None:
-        plans = plan_shards(self.count, self.shard_size)
-        done = sum((pool / plan.place).with_suffix(".parquet").exists() for plan in plans)
+    def progress_in(self, work: Path, pool_folder: Path) -> str | None:
+        there = pool.receipted(pool_folder)
+        plans = plan_shards(self.count, self.shard_size) if there else []
+        done = sum(plan.place in there for plan in plans)
         return f"{done} of {len(plans)} shards are there" if done else None
 
     def run(self, context: StageContext) -> Mapping[str, Any]:

@@ -163,7 +163,9 @@ def test_overrides():
     )
     message = problems(GAUSSIAN, "stages.pairs.samplr.steps=3")
     assert "--set stages.pairs.samplr.steps=3: stages.pairs.samplr: unknown key; did you mean 'sampler'?" in message
-    assert "there is no 'pears' in stages, which has teacher, pairs" in problems(GAUSSIAN, "stages.pears.count=1")
+    assert "there is no 'pears' in stages; did you mean 'pairs'? (allowed: teacher, pairs)" in problems(
+        GAUSSIAN, "stages.pears.count=1"
+    )
     assert "--set stages.pairs.count=x: stages.pairs.count: should be a valid integer" in problems(
         GAUSSIAN, "stages.pairs.count=x"
     )

@@ -93,8 +93,7 @@ def find_run(target: str | None, store: str | None) -> Run:
 
 def find_artifact(target: str, store: str | None) -> Path:
     """The folder of a sealed artifact, given by its path or as RUN/STAGE. Raises UsageError."""
-    from pipeline.errors import UsageError
-    from pipeline.problems import suggest
+    from pipeline.errors import UsageError, suggest
 
     run_name, _, stage = target.partition("/")
     if Path(target).exists() or not stage or "/" in stage:

@@ -8,6 +8,7 @@ is never taken for a full one.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -58,24 +59,49 @@ class ListedShard:
     sha256: str
 
 
+def receipted(pool: Path) -> set[str]:
+    """Places below the pool, as ShardPlan names them, whose receipts are there."""
+    return {path.relative_to(pool).with_suffix(".tar").as_posix() for path in pool.rglob("[0-9]*.parquet")}
+
+
+def damage(folder: Path) -> str | None:
+    """Why a sealed list cannot be believed, in words; None if all it names is there, and of the sealed size. Tars are
+    not read. Raises StageError if the list itself cannot be read."""
+    listed = _listed(folder)
+    pool, sealed = folder.parent / "pool" / listed["pool"], (folder / LIST).stat().st_mtime
+    try:
+        prompts = (pool / PROMPTS).stat().st_size == listed["prompts"]["bytes"]
+    except OSError:
+        prompts = False
+    if not prompts:
+        return "the table of its prompts is missing or changed"
+    bad = [s["tar"] for s in listed["shards"] if not _intact(f"{pool}/{s['tar']}", s["bytes"], s["sha256"], sealed)]
+    if not bad:
+        return None
+    return f"{len(bad)} of {len(listed['shards'])} shards are missing or changed, such as {PurePath(bad[0]).name}"
+
+
 def intact(shard: ListedShard) -> bool:
     """Whether tar and receipt are there, and the tar of the sealed size. Reads neither."""
+    return _intact(str(shard.tar), shard.bytes, shard.sha256, math.inf)
+
+
+def _intact(tar: str, size: int, sha256: str, sealed: float) -> bool:
+    """The same; but a receipt newer than `sealed`, in seconds of the epoch, is read: the shard may have been made
+    again, for another artifact of the pool, and on other hardware with other bytes."""
+    receipt = f"{tar.removesuffix('.tar')}.parquet"  # strings: paths cost more than the disk, and there are many
     try:
-        return shard.tar.stat().st_size == shard.bytes and shard.tar.with_suffix(".parquet").exists()
-    except OSError:
+        if os.stat(tar).st_size != size:
+            return False
+        return os.stat(receipt).st_mtime <= sealed or _hash_in(receipt) == sha256
+    except (OSError, ValueError):
         return False
 
 
-def remade(shard: ListedShard, since: float) -> bool:
-    """Whether the shard was made again after `since`, seconds of the epoch, and came out with other bytes: on other
-    hardware, for another artifact of the pool. Only receipts that are newer are read."""
-    from stages.data.receipts import read_facts, receipt_of  # here: planning reads no receipts but these
+def _hash_in(receipt: str) -> str:
+    from stages.data.receipts import read_facts  # here: planning reads no receipts but these
 
-    receipt = receipt_of(shard.tar)
-    try:
-        return receipt.stat().st_mtime > since and read_facts(receipt).sha256 != shard.sha256
-    except (OSError, ValueError):
-        return True
+    return read_facts(Path(receipt)).sha256
 
 
 def write_list(folder: Path, pool: Path, shards: Sequence[ListedShard]) -> None:
@@ -87,14 +113,6 @@ def write_list(folder: Path, pool: Path, shards: Sequence[ListedShard]) -> None:
     prompts = {"file": PROMPTS, "bytes": table.stat().st_size, "sha256": sha256_of(table)}
     listed = {"pool": pool.name, "prompts": prompts, "shards": entries}
     write_atomically(folder / LIST, json.dumps(listed, indent=1).encode() + b"\n")
-
-
-def prompts_intact(folder: Path) -> bool:
-    """Whether the pool's table of prompts is there, and of the sealed size."""
-    try:
-        return (pool_of(folder) / PROMPTS).stat().st_size == _listed(folder)["prompts"]["bytes"]
-    except OSError:
-        return False
 
 
 def pool_of(folder: Path) -> Path:
@@ -127,7 +145,7 @@ def parse_list(content: bytes, where: str) -> dict[str, Any]:
         hashes = [part["sha256"] for part in parts]
         if not all(isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one) for one in hashes):
             raise ValueError("it names no hashes")
-        outside = (PurePath(p).is_absolute() or ".." in PurePath(p).parts or "\0" in p for p in inside)
+        outside = (p.startswith("/") or ".." in p.split("/") or "\0" in p for p in inside)
         if any(outside) or {*kinds} - {int}:
             raise ValueError("it names files outside of its pool, or no sizes")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

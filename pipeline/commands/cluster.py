@@ -162,7 +162,7 @@ def _how(run: Run, job: Job) -> str:
     )
 
 
-@click.command()
+@click.command(short_help="Stop a run, here or in a cluster.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
 @store_option
 def stop(run_name: str | None, store: str | None) -> None:

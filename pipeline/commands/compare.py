@@ -10,7 +10,7 @@ from pipeline.commands.console import find_run, json_option, print_result, store
 from pipeline.completion import complete_runs_or_paths
 
 
-@click.command()
+@click.command(short_help="Put students beside their teacher.")
 @click.argument("run_names", metavar="[RUN]...", nargs=-1, shell_complete=complete_runs_or_paths)
 @store_option
 @click.option(

@@ -14,7 +14,7 @@ COMPLETE = "_RETORT_COMPLETE"
 """The variable by which click's script asks `retort` what to offer."""
 
 
-@click.command()
+@click.command(short_help="Write a commented manifest.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default="retort.yaml")
 @click.option(
     "--teacher",
@@ -51,7 +51,7 @@ def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
     click.echo(f"next: retort plan {file}    what would be done\n      retort submit {file}  do it")
 
 
-@click.command()
+@click.command(short_help="Say what a setting means.")
 @click.argument("name", required=False, shell_complete=complete_explained)
 @json_option
 def explain(name: str | None, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from pipeline.commands.console import find_run, json_option, open_store, print_r
 from pipeline.completion import complete_runs_or_paths, complete_stages
 
 
-@click.command()
+@click.command(short_help="List the runs of the store.")
 @store_option
 @json_option
 def runs(store: str | None, as_json: bool) -> None:
@@ -22,7 +22,7 @@ def runs(store: str | None, as_json: bool) -> None:
     print_result(as_json, found, lambda: tables.runs(str(opened.root), found))
 
 
-@click.command()
+@click.command(short_help="Show how far each stage of a run is.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
 @click.option("--watch", is_flag=True, help="Show it live, until nobody carries the run out.")
 @store_option
@@ -45,7 +45,7 @@ def status(run_name: str | None, watch: bool, store: str | None, as_json: bool) 
     )
 
 
-@click.command()
+@click.command(short_help="Print or follow a stage's log.")
 @click.argument("run_name", metavar="RUN", shell_complete=complete_runs_or_paths)
 @click.argument("stage", required=False, shell_complete=complete_stages)
 @click.option("--follow", "-f", is_flag=True, help="Go on while the run is carried out.")
@@ -90,7 +90,7 @@ def _words(event: dict[str, Any]) -> str:
     return f"{event['time'][:19]}  {event['stage'] or 'run'}: {text}"
 
 
-@click.command()
+@click.command(short_help="Show or remove what no run refers to.")
 @click.option("--delete", is_flag=True, help="Remove it; without this, nothing is changed.")
 @click.option("--drop", multiple=True, metavar="RUN", help="Take this run for gone, and remove its folder too.")
 @store_option

@@ -22,7 +22,7 @@ from pipeline.commands.console import (
 from pipeline.completion import complete_runs_or_paths
 
 
-@click.command()
+@click.command(short_help="Say what is in shards of pairs.")
 @click.argument("target", shell_complete=complete_runs_or_paths)
 @store_option
 @click.option("--deep", is_flag=True, help="Read and hash every tar again.")

@@ -1,0 +1,138 @@
+"""The commands that plan and carry out: `retort submit`, `resume` and `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.commands.cluster import Cluster, cluster_options, resume_on, submit_to, submitted_by
+from pipeline.commands.console import (
+    Execution,
+    carry_out,
+    execution_options,
+    find_run,
+    is_manifest,
+    json_option,
+    name_option,
+    selection_options,
+    set_option,
+    show_difference,
+    show_plan,
+    store_option,
+    store_override,
+)
+from pipeline.completion import complete_runs_or_paths, complete_stages
+
+
+@click.command(short_help="Run the pipeline of a manifest.")
+@click.argument("manifest", type=click.Path(path_type=Path))
+@set_option
+@selection_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
+@name_option
+@store_option
+@execution_options
+@cluster_options
+@json_option
+def submit(
+    manifest: Path,
+    overrides: tuple[str, ...],
+    only: tuple[str, ...],
+    onward: tuple[str, ...],
+    force: tuple[str, ...],
+    dry_run: bool,
+    name: str | None,
+    store: str | None,
+    engine: str,
+    wait: bool,
+    as_json: bool,
+    cluster: Cluster | None,
+) -> None:
+    """Run the pipeline of MANIFEST, reusing whatever the store already holds."""
+    from pipeline import manifest as manifests
+    from pipeline.selection import Selection
+
+    loaded = manifests.examine(manifest, [*overrides, *store_override(store)])
+    run_name, selection = name or loaded.manifest.name, Selection(only, onward, force)
+    if dry_run:
+        show_plan(loaded, run_name, selection, as_json)
+    elif cluster:
+        submit_to(cluster, loaded, run_name, selection, wait, as_json)
+    else:
+        carry_out(loaded, run_name, selection, Execution(engine, wait, as_json))
+
+
+@click.command(short_help="Carry on with a run, doing no work twice.")
+@click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
+@click.argument("stages", metavar="[STAGE]...", nargs=-1, shell_complete=complete_stages)
+@selection_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
+@store_option
+@execution_options
+@cluster_options
+@submitted_by
+@json_option
+def resume(
+    run_name: str | None,
+    stages: tuple[str, ...],
+    only: tuple[str, ...],
+    onward: tuple[str, ...],
+    force: tuple[str, ...],
+    dry_run: bool,
+    store: str | None,
+    engine: str,
+    wait: bool,
+    as_json: bool,
+    cluster: Cluster | None,
+) -> None:
+    """Carry on with RUN, or with STAGEs of it, doing no work twice."""
+    from pipeline.selection import Selection
+
+    run = find_run(run_name, store)
+    selection = Selection((*stages, *only), onward, force)
+    if dry_run:
+        show_plan(run.manifest(), run.name, selection, as_json)
+    elif cluster:
+        resume_on(cluster, run, selection, wait, as_json)
+    else:
+        carry_out(run.manifest(), run.name, selection, Execution(engine, wait, as_json))
+
+
+@click.command(short_help="Show what would be done, and why.")
+@click.argument("target", metavar="MANIFEST|RUN", shell_complete=complete_runs_or_paths)
+@set_option
+@selection_options
+@click.option("--diff", metavar="RUN", help="Say instead how its settings differ from those of this run.")
+@name_option
+@store_option
+@json_option
+def plan(
+    target: str,
+    overrides: tuple[str, ...],
+    only: tuple[str, ...],
+    onward: tuple[str, ...],
+    force: tuple[str, ...],
+    diff: str | None,
+    name: str | None,
+    store: str | None,
+    as_json: bool,
+) -> None:
+    """Show what submitting MANIFEST, or resuming RUN, would do, and why. Nothing is changed."""
+    from pipeline import manifest as manifests
+    from pipeline.selection import Selection
+
+    if name is not None and not is_manifest(target):
+        raise click.UsageError("--name goes with a manifest; a run has its name")
+    if is_manifest(target):
+        loaded = manifests.examine(Path(target), [*overrides, *store_override(store)])
+        run_name = name or loaded.manifest.name
+    else:
+        run = find_run(target, store)
+        loaded, run_name = run.manifest(overrides), run.name
+    if diff is not None and (only or onward or force):
+        raise click.UsageError("--diff is about whole plans; leave --only, --from and --force away")
+    if diff is not None:
+        show_difference(loaded, diff, as_json)
+    else:
+        show_plan(loaded, run_name, Selection(only, onward, force), as_json)

@@ -20,6 +20,9 @@ from stages.data.pool import PROMPTS, ListedShard, ShardPlan, plan_shards, write
 from stages.data.prompts.config import Prompts
 from stages.diffusion.config import PairsExecution, Sampler
 
+SHARD_SIZE = 128
+"""Samples a shard, by default."""
+
 
 class Pairs(Stage):
     """The teacher's ODE, solved once: (noise, latent, prompt) for each sample, in shards that workers share out."""
@@ -34,7 +37,9 @@ class Pairs(Stage):
         "number; none: for an unconditional teacher; every prompt is empty",
     )
     count: Annotated[int, Extent()] = Field(ge=1, description="of pairs; raised later, those that are there are reused")
-    shard_size: int = Field(128, ge=1, description="pairs a file: what a worker makes at a time, and loses if killed")
+    shard_size: int = Field(
+        SHARD_SIZE, ge=1, description="pairs a file: what a worker makes at a time, and loses if killed"
+    )
     sampler: Sampler = Field(Sampler(), description="how the ODE is solved: what a student learns to reproduce")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="what the network computes in")
     storage_dtype: Literal["float16", "float32"] = Field("float16", description="of noises and latents in shards")
@@ -53,7 +58,7 @@ class Pairs(Stage):
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        if self.shard_size > self.count:
+        if self.shard_size > self.count and self.shard_size != SHARD_SIZE:  # nobody chose the default
             yield "shard_size", f"{self.shard_size} pairs a shard, but only {self.count} in all: no shard would be full"
         if self.prompts is None and self.sampler.guidance_scale != 1:
             yield "sampler.guidance_scale", "there are no prompts to guide by; give prompts, or guidance_scale: 1"

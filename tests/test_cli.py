@@ -76,7 +76,7 @@ def test_an_unknown_run_names_those_there_are(gaussian, tmp_path):
     assert done.returncode == 2 and "it has none; `retort submit MANIFEST` makes one" in done.stderr
     retort("submit", gaussian, "--store", store, "--engine", "inline", "--name", "mine")
     done = retort("status", "yours", "--store", store)
-    assert done.returncode == 2 and "no run 'yours': it has: mine" in done.stderr
+    assert done.returncode == 2 and f"no run 'yours' in store {store}: it has: mine" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -162,7 +162,7 @@ def test_nothing_to_compare_is_exit_2(store, tmp_path):
     done = retort("compare", "late", "--store", store)
     assert done.returncode == 2 and "nothing to compare yet\nnot made yet: stage late of run late" in done.stderr
     done = retort("compare", "first", "none", "--store", store)
-    assert done.returncode == 2 and "no run 'none': it has:" in done.stderr
+    assert done.returncode == 2 and f"no run 'none' in store {store}: it has:" in done.stderr
     done = retort("compare", "first", "--store", store, "--html", tmp_path / "no" / "c.html")
     assert done.returncode == 2 and "c.html cannot be written: No such file or directory" in done.stderr
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
-from pipeline.errors import StageFailed
+from pipeline.errors import ManifestError, StageFailed
 from stages.base import StageError
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
@@ -148,8 +148,10 @@ def test_networks_that_want_more_are_refused(unconditional, tmp_path):
 
 
 def test_an_unconditional_teacher_cannot_be_guided(unconditional, tmp_path):
-    with pytest.raises(StageFailed, match=r"cannot be guided: set sampler.guidance_scale: 1.0"):
+    with pytest.raises(ManifestError, match=r"sampler.guidance_scale: there are no prompts to guide by"):
         execute(PIPELINE.format(folder=unconditional, prompts="", scale=2.0), tmp_path)
+    with pytest.raises(StageFailed, match="the teacher is unconditional, but was given"):
+        execute(PIPELINE.format(folder=unconditional, prompts="prompts: digits", scale=2.0), tmp_path)
 
 
 def test_grey_images_are_shown_in_colour(tmp_path):

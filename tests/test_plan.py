@@ -169,6 +169,7 @@ def test_an_artifact_may_be_named_by_its_path(tmp_path):
 def test_contradictions_between_stages_are_errors_of_the_plan(tmp_path):
     for override, words in {
         "stages.student.held_out=96": "96 pairs held out of 96 leave none to train on",
+        "stages.pairs.shard_size=97": "97 pairs a shard, but only 96 in all",
         "stages.pairs.sampler.timestep_spacing=leading": "needs pairs solved with timestep_spacing: trailing",
     }.items():
         with pytest.raises(ManifestError, match=words):

@@ -80,7 +80,7 @@ def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):
     assert plan_of(text, tmp_path / "store")["teacher"].state == "reuse"
     config = source / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("v_prediction", "epsilon"))
-    assert plan_of(text, tmp_path / "store")["teacher"].why == "the content of from_ changed"
+    assert plan_of(text, tmp_path / "store")["teacher"].why == "source changed"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_teacher_trained_on_ones_own_images(tmp_path):
     assert {"red", "blue", "wall"} <= set(words)
     assert artifact.record["identity"]["contents"]["train.dataset.path"].startswith("sha256:")
     (images / "3.png").write_bytes((images / "4.png").read_bytes())
-    assert plan_of(own, tmp_path / "store", few)["teacher"].why == "the content of train.dataset.path changed"
+    assert plan_of(own, tmp_path / "store", few)["teacher"].why == "images changed"
 
 
 def test_a_tokenizer_knows_every_word_of_its_captions_and_cuts_none():

@@ -69,11 +69,12 @@ def explain(name: str | None, as_json: bool) -> None:
 
 
 @click.command(
+    short_help="Print a shell's completion script.",
     epilog="""\b
 To have it in every shell, add one line:
   bash, to ~/.bashrc:   eval "$(retort completion bash)"
   zsh,  to ~/.zshrc:    eval "$(retort completion zsh)"
-  fish, to ~/.config/fish/config.fish:   retort completion fish | source"""
+  fish, to ~/.config/fish/config.fish:   retort completion fish | source""",
 )
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:

@@ -14,8 +14,7 @@ from pipeline.commands.runs import gc, logs, runs, status
 from pipeline.commands.sample import sample
 from pipeline.commands.shards import shards, stats
 from pipeline.commands.submit import plan, resume, submit
-
-INTERRUPTED = 130
+from pipeline.errors import INTERRUPTED
 
 
 class InOrder(click.Group):

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.runs import Run
 from pipeline.status import status_of
-from pipeline.store import RECORD, Store, changed_file
+from pipeline.store import RECORD, changed_file
 from stages.evaluation.sections import Evaluated
 
 
@@ -19,12 +19,12 @@ from stages.evaluation.sections import Evaluated
 class NotMade:
     """An evaluation of a run that cannot be compared yet, and why."""
 
-    run: str
+    run: Run
     stage: str
     why: str
 
     def as_dict(self) -> dict[str, str]:
-        return {"run": self.run, "stage": self.stage, "why": self.why}
+        return {"run": self.run.name, "stage": self.stage, "why": self.why}
 
 
 def collect(runs: Sequence[Run]) -> tuple[list[Evaluated], list[NotMade]]:
@@ -38,15 +38,15 @@ def collect(runs: Sequence[Run]) -> tuple[list[Evaluated], list[NotMade]]:
     made = [one for one in found if isinstance(one, Evaluated)]
     not_made = [one for one in found if isinstance(one, NotMade)]
     if not made:
-        raise UsageError("\n".join(["nothing to compare yet", *remarks(not_made, runs[0].store)]))
+        raise UsageError("\n".join(["nothing to compare yet", *remarks(not_made)]))
     return made, not_made
 
 
-def remarks(not_made: Sequence[NotMade], store: Store) -> list[str]:
+def remarks(not_made: Sequence[NotMade]) -> list[str]:
     """What is missing, a line each, and the commands that make it."""
-    lines = [f"not made yet: stage {one.stage} of run {one.run} ({one.why})" for one in not_made]
-    runs = dict.fromkeys(one.run for one in not_made)
-    return [*lines, *(f"carry on with: retort resume {run} --store {store.root}" for run in runs)]
+    lines = [f"not made yet: stage {one.stage} of run {one.run.name} ({one.why})" for one in not_made]
+    again = dict.fromkeys(f"retort resume {one.run.name} --store {one.run.store.root}" for one in not_made)
+    return [*lines, *(f"carry on with: {command}" for command in again)]
 
 
 def _of_run(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:
@@ -62,7 +62,7 @@ def _of_run(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:
                 continue
             except (OSError, ValueError, KeyError) as error:
                 why = f"made by an older version of Retort, or damaged: {error}"
-        yield NotMade(run.name, name, why)
+        yield NotMade(run, name, why)
 
 
 def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:

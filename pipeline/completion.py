@@ -10,7 +10,7 @@ from pathlib import Path
 from click import Context, Parameter
 from click.shell_completion import CompletionItem
 
-DEFAULT_STORE = "./retort-store"
+from pipeline import DEFAULT_STORE
 
 
 def complete_runs(context: Context, parameter: Parameter, incomplete: str) -> list[str]:

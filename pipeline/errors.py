@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
+INTERRUPTED = 130
+"""The exit code of a run that was interrupted and can be resumed."""
+
 
 class RetortError(Exception):
     """Its message is all that is printed, without a traceback."""

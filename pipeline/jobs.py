@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline import dashboard
-from pipeline.errors import StageFailed, UsageError
+from pipeline.errors import INTERRUPTED, StageFailed, UsageError
 from pipeline.nodes import OVERRIDES, needs, version
 from pipeline.runs import Run
 from stages.data.files import write_atomically
@@ -32,7 +32,6 @@ SHARED = (
 """File systems that several machines may mount; all of fuse too, but for what containers are made of."""
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-INTERRUPTED = 130
 NOT_FOUND = 127
 """What a shell exits with if there is no such command."""
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, ValidationError
 
+from pipeline import DEFAULT_STORE, matrix, references
 from pipeline import document as yaml_document
-from pipeline import matrix, references
 from pipeline.document import Document
 from pipeline.errors import ManifestError, UsageError
 from pipeline.fields import is_artifact_path, marked, parts_of, plain, replaced
@@ -20,7 +20,6 @@ from pipeline.store import is_url
 from stages import KINDS
 from stages.base import LARGEST_SEED, Choice, Config, Content, Input, Stage
 
-STORE = "./retort-store"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
 MEMBER = NAME.removesuffix("$") + r"(\[[A-Za-z0-9_.=,+-]+\])?$"
 """A stage's name, or that of one member of its matrix: `student[loss=l1,seed=2]`."""
@@ -40,7 +39,7 @@ class Manifest(Config):
 
     name: Annotated[str, StringConstraints(pattern=NAME)] = Field(description="of the run")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every stage without a seed of its own")
-    store: str = Field(STORE, description="the folder for artifacts and runs; on a cluster, a shared one")
+    store: str = Field(DEFAULT_STORE, description="the folder for artifacts and runs; on a cluster, a shared one")
     stages: dict[StageName, Annotated[Stage, Choice("kind", KINDS)]] = Field(
         min_length=1, description="by a name of your choice, by which other stages refer to them"
     )
@@ -90,7 +89,7 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 def name_and_store(path: Path) -> tuple[str, str]:
     """What a manifest calls its run, and where it keeps it, whatever else is wrong with it."""
     document = yaml_document.parse(_read(path), str(path))
-    name, store = (document.value.get(key, default) for key, default in (("name", None), ("store", STORE)))
+    name, store = (document.value.get(key, default) for key, default in (("name", None), ("store", DEFAULT_STORE)))
     if not isinstance(name, str) or not isinstance(store, str):
         raise ManifestError([document.problem(("name",), "a manifest names its run")])
     return name, store

@@ -71,8 +71,10 @@ class Runner:
             self._event("stage_started", stage, why=stage.why, workers=workers)
             started = time.monotonic()
             with _log_to(self.run.log_file(stage.name)):
+                log.info("%s: %s", stage.state, stage.why)
                 try:
                     self._make(stage, started)
+                    log.info("done in %.0f s: %s", _since(started), stage.artifact.folder)
                 except KeyboardInterrupt:
                     self._event("stage_interrupted", stage, seconds=_since(started))
                     raise

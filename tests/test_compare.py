@@ -252,3 +252,16 @@ def test_names_and_prompts_are_escaped(tmp_path):
     seen = Checked(text)
     assert {name, "a <b>cat</b>", "x & y", "<i>missing</i>", "noises of <pairs>: 100 samples"} <= set(seen.words)
     assert "<script" not in text and [alt for alt, _ in seen.images] == ["teacher, 20 steps", "teacher, 4 steps", name]
+
+
+def test_a_sweep_over_seeds_has_a_mean(store, tmp_path):
+    short = f"  short: {{kind: distill, pairs: pairs, matrix: {{seed: [0, 1]}}, {SHORT}}}\n"
+    quality = "  quality: {kind: evaluate, student: short, samples: 20, teacher_steps: []}\n"
+    execute(f"{TINY}\n{short}{quality}", store, name="sweep")
+    (section,) = compare(store, tmp_path, "sweep")["sections"]
+    assert labels(section) == [
+        TEACHER[0], ("student", "short[seed=0]"), ("student", "short[seed=1]"), ("mean", "short")
+    ]  # fmt: skip
+    *_, one, two, mean = section["rows"]
+    assert mean["note"] == "mean of 2 seeds"
+    assert mean["figures"]["latent_mse"] == pytest.approx(fmean(row["figures"]["latent_mse"] for row in (one, two)))

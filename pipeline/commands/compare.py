@@ -34,7 +34,7 @@ def compare(run_names: tuple[str, ...], store: str | None, html: Path, as_json: 
 
     runs = [find_run(name, store) for name in dict.fromkeys(run_names or (None,))]
     evaluations, not_made = collect(runs)
-    compared, missing = sections(evaluations), remarks(not_made, runs[0].store)
+    compared, missing = sections(evaluations), remarks(not_made)
     try:
         html.write_text(page(compared, missing), encoding="utf-8")
     except OSError as error:

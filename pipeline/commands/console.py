@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from pipeline import DEFAULT_STORE
 from pipeline.completion import complete_stages
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ store_option = click.option(
     "--store",
     envvar="RETORT_STORE",
     metavar="FOLDER",
-    help="The store; default: RETORT_STORE, the manifest's, ./retort-store.",
+    help=f"The store; default: RETORT_STORE, the manifest's, {DEFAULT_STORE}.",
 )
 name_option = click.option("--name", help="Name of the run; default: the manifest's name.")
 
@@ -71,7 +72,7 @@ def selection_options(command: F) -> F:
 def open_store(store: str | None) -> Store:
     from pipeline.store import Store
 
-    return Store(store or "./retort-store")
+    return Store(store or DEFAULT_STORE)
 
 
 def is_manifest(target: str) -> bool:

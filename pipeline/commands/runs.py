@@ -98,7 +98,7 @@ def _words(event: dict[str, Any]) -> str:
 def gc(delete: bool, drop: tuple[str, ...], store: str | None, as_json: bool) -> None:
     """Show what no run refers to any more, and what killed attempts left; with --delete, remove it.
 
-    What a run that is under way holds is never touched.
+    What a run that is under way holds is never touched. What runs of other stores use by its path is not known here.
     """
     from pipeline import tables
     from pipeline.garbage import collect

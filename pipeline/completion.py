@@ -25,9 +25,9 @@ def complete_runs_or_paths(context: Context, parameter: Parameter, incomplete: s
 
 
 def complete_stages(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
-    """Stages of the run that was named before (parameter `run_name`), or of all runs: behind an option that still
-    lacks its value click does not know what came before."""
-    named, there = context.params.get("run_name"), _runs(context)
+    """Stages of the run that was named before (parameter `run_name` or `target`), or of all runs: behind an option
+    that still lacks its value click does not know what came before."""
+    named, there = context.params.get("run_name") or context.params.get("target"), _runs(context)
     runs = there if named is None else [named] if named in there else []
     return _fitting(incomplete, dict.fromkeys(stage for run in runs for stage in _stages(context, run)))
 

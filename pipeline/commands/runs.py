@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pipeline.commands.console import find_run, json_option, open_store, print_result, say_waiting, store_option
-from pipeline.completion import complete_runs_or_paths, complete_stages
+from pipeline.completion import complete_runs, complete_runs_or_paths, complete_stages
 
 
 @click.command(short_help="List the runs of the store.")
@@ -92,7 +92,13 @@ def _words(event: dict[str, Any]) -> str:
 
 @click.command(short_help="Show or remove what no run refers to.")
 @click.option("--delete", is_flag=True, help="Remove it; without this, nothing is changed.")
-@click.option("--drop", multiple=True, metavar="RUN", help="Take this run for gone, and remove its folder too.")
+@click.option(
+    "--drop",
+    multiple=True,
+    metavar="RUN",
+    shell_complete=complete_runs,
+    help="Take this run for gone, and remove its folder too.",
+)
 @store_option
 @json_option
 def gc(delete: bool, drop: tuple[str, ...], store: str | None, as_json: bool) -> None:

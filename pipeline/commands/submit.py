@@ -22,7 +22,7 @@ from pipeline.commands.console import (
     store_option,
     store_override,
 )
-from pipeline.completion import complete_runs_or_paths, complete_stages
+from pipeline.completion import complete_runs, complete_runs_or_paths, complete_stages
 
 
 @click.command(short_help="Run the pipeline of a manifest.")
@@ -103,7 +103,12 @@ def resume(
 @click.argument("target", metavar="MANIFEST|RUN", shell_complete=complete_runs_or_paths)
 @set_option
 @selection_options
-@click.option("--diff", metavar="RUN", help="Say instead how its settings differ from those of this run.")
+@click.option(
+    "--diff",
+    metavar="RUN",
+    shell_complete=complete_runs,
+    help="Say instead how its settings differ from those of this run.",
+)
 @name_option
 @store_option
 @json_option

@@ -137,6 +137,7 @@ def test_a_function_whose_worker_is_killed_is_started_again(ray, tmp_path):
     assert result == "done" and seen[-1].done == 2
 
 
+@pytest.mark.cluster
 def test_an_address_in_the_environment_is_not_followed(tmp_path):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(GAUSSIAN)
@@ -189,6 +190,7 @@ def working() -> set[int]:
     return {int(pid) for pid, state, *name in lines if not state.startswith("Z") and "ray::Host" in " ".join(name)}
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_driver_takes_its_ray_along_and_is_resumed(tmp_path, number):
     manifest = tmp_path / "m.yaml"

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.conftest import GAUSSIAN, ROOT, command, retort
-from tests.test_status import SLOW, started
+from tests.test_status import started
 
 
 def test_a_second_driver_waits_when_asked_to(tmp_path):
@@ -54,7 +54,7 @@ def test_a_manifest_edited_during_a_run_changes_nothing_in_it(tmp_path):
 
 def test_a_store_removed_under_a_run_is_one_sentence(tmp_path):
     store = tmp_path / "store"
-    process = started(store, text=SLOW.replace("delay: 0.1", "delay: 0.3"))
+    process = started(store)
     shutil.rmtree(store)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in out, out

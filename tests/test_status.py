@@ -15,7 +15,7 @@ from pipeline.store import Store
 from pipeline.tables import duration
 from tests.conftest import GAUSSIAN, ROOT, command, execute, retort
 
-SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.1")
+SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.06")
 
 
 def started(store, *options, text=SLOW, shards=1):
@@ -35,7 +35,7 @@ def started(store, *options, text=SLOW, shards=1):
 
 def test_a_run_under_way_shows_its_pace_and_a_finished_one_its_place_and_cost(tmp_path):
     store = tmp_path / "store"
-    process = started(store, text=SLOW.replace("delay: 0.1", "delay: 0.3"))
+    process = started(store, text=SLOW.replace("delay: 0.06", "delay: 0.15"))
     deadline = time.monotonic() + 30
     while "per_second" not in (pairs := status_of(run := Run(Store(store), "gaussian"))["pairs"]):
         assert time.monotonic() < deadline

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -55,18 +56,23 @@ def execution_options(command: F) -> F:
 
 
 def selection_options(command: F) -> F:
-    for name, parameter, text in reversed(
-        (
-            ("--only", "only", "Make this stage alone; its inputs must be there. Repeat for several."),
-            ("--from", "onward", "Make this stage and all that depends on it."),
-            ("--force", "force", "Make this stage again, and all that depends on it."),
-        )
+    """Adds --only, --from and --force, which reach `command` as one argument, `selection`."""
+
+    @wraps(command)
+    def with_selection(*args: Any, only: Any, onward: Any, force: Any, **others: Any) -> Any:
+        from pipeline.selection import Selection
+
+        return command(*args, selection=Selection(only, onward, force), **others)
+
+    for name, parameter, text in (
+        ("--force", "force", "Make this stage again, and all that depends on it."),
+        ("--from", "onward", "Make this stage and all that depends on it."),
+        ("--only", "only", "Make this stage alone; its inputs must be there. Repeat for several."),
     ):
-        option = click.option(
-            name, parameter, multiple=True, metavar="STAGE", help=text, shell_complete=complete_stages
+        click.option(name, parameter, multiple=True, metavar="STAGE", help=text, shell_complete=complete_stages)(
+            with_selection
         )
-        command = option(command)
-    return command
+    return with_selection  # type: ignore[return-value]
 
 
 def open_store(store: str | None) -> Store:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,6 +26,9 @@ from pipeline.commands.console import (
 )
 from pipeline.completion import complete_runs, complete_runs_or_paths, complete_stages
 
+if TYPE_CHECKING:
+    from pipeline.selection import Selection
+
 
 @click.command(short_help="Run the pipeline of a manifest.")
 @click.argument("manifest", type=click.Path(path_type=Path))
@@ -38,9 +43,7 @@ from pipeline.completion import complete_runs, complete_runs_or_paths, complete_
 def submit(
     manifest: Path,
     overrides: tuple[str, ...],
-    only: tuple[str, ...],
-    onward: tuple[str, ...],
-    force: tuple[str, ...],
+    selection: Selection,
     dry_run: bool,
     name: str | None,
     store: str | None,
@@ -51,10 +54,9 @@ def submit(
 ) -> None:
     """Run the pipeline of MANIFEST, reusing whatever the store already holds."""
     from pipeline import manifest as manifests
-    from pipeline.selection import Selection
 
     loaded = manifests.examine(manifest, [*overrides, *store_override(store)])
-    run_name, selection = name or loaded.manifest.name, Selection(only, onward, force)
+    run_name = name or loaded.manifest.name
     if dry_run:
         show_plan(loaded, run_name, selection, as_json)
     elif cluster:
@@ -76,9 +78,7 @@ def submit(
 def resume(
     run_name: str | None,
     stages: tuple[str, ...],
-    only: tuple[str, ...],
-    onward: tuple[str, ...],
-    force: tuple[str, ...],
+    selection: Selection,
     dry_run: bool,
     store: str | None,
     engine: str,
@@ -87,10 +87,8 @@ def resume(
     cluster: Cluster | None,
 ) -> None:
     """Carry on with RUN, or with STAGEs of it, doing no work twice."""
-    from pipeline.selection import Selection
-
     run = find_run(run_name, store)
-    selection = Selection((*stages, *only), onward, force)
+    selection = replace(selection, only=(*stages, *selection.only))
     if dry_run:
         show_plan(run.manifest(), run.name, selection, as_json)
     elif cluster:
@@ -115,9 +113,7 @@ def resume(
 def plan(
     target: str,
     overrides: tuple[str, ...],
-    only: tuple[str, ...],
-    onward: tuple[str, ...],
-    force: tuple[str, ...],
+    selection: Selection,
     diff: str | None,
     name: str | None,
     store: str | None,
@@ -125,7 +121,6 @@ def plan(
 ) -> None:
     """Show what submitting MANIFEST, or resuming RUN, would do, and why. Nothing is changed."""
     from pipeline import manifest as manifests
-    from pipeline.selection import Selection
 
     if name is not None and not is_manifest(target):
         raise click.UsageError("--name goes with a manifest; a run has its name")
@@ -135,9 +130,9 @@ def plan(
     else:
         run = find_run(target, store)
         loaded, run_name = run.manifest(overrides), run.name
-    if diff is not None and (only or onward or force):
+    if diff is not None and (selection.given or selection.force):
         raise click.UsageError("--diff is about whole plans; leave --only, --from and --force away")
     if diff is not None:
         show_difference(loaded, diff, as_json)
     else:
-        show_plan(loaded, run_name, Selection(only, onward, force), as_json)
+        show_plan(loaded, run_name, selection, as_json)

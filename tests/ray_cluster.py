@@ -67,6 +67,8 @@ class Cluster:
 
     def _start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        # Ray's own default is one fixed port: held by another cluster of this machine, its jobs find no agent.
+        command.append("--dashboard-agent-listen-port=0")
         with open(self.folder / "log", "ab") as log:
             node = subprocess.Popen(
                 [*command, "--disable-usage-stats", *arguments],

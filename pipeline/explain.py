@@ -18,11 +18,22 @@ from pipeline.settings import Setting, about, settings_of
 from stages import KINDS
 from stages.base import Config, Execution
 from stages.data.images.config import IMAGE_SETS
+from stages.losses.config import LOSSES
 from stages.methods import METHODS
 from stages.registry import PluginError, Registry
 
-REGISTRIES: dict[str, Registry[Any]] = {"stage kinds": KINDS, "methods": METHODS, "image sets": IMAGE_SETS}
-USED_AS = {"stage kinds": "kind: {}", "methods": "method: {{name: {}}}", "image sets": "dataset, real or images: {}"}
+REGISTRIES: dict[str, Registry[Any]] = {
+    "stage kinds": KINDS,
+    "methods": METHODS,
+    "losses": LOSSES,
+    "image sets": IMAGE_SETS,
+}
+USED_AS = {
+    "stage kinds": "kind: {}",
+    "methods": "method: {{name: {}}}",
+    "losses": "loss: {{name: {}}}",
+    "image sets": "dataset, real or images: {}",
+}
 GROUPS = "settings"
 WIDEST = 100
 

@@ -215,3 +215,8 @@ class Choice:
 
     def _refused(self, error: PydanticCustomError, given: Any) -> ValidationError:
         return ValidationError.from_exception_data(self.key, [{"type": error, "loc": (self.key,), "input": given}])
+
+
+def below(values: Mapping[str, Result], field: str) -> dict[str, Result]:
+    """Of values by dotted path, those that stand in the settings of `field`, by their path there."""
+    return {path.removeprefix(f"{field}."): value for path, value in values.items() if path.startswith(f"{field}.")}

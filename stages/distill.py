@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stages.base import SCRATCH, Artifact, Choice, Config, Input, Stage, StageContext
+from stages.base import SCRATCH, Artifact, Choice, Config, Input, Stage, StageContext, below
 from stages.data.shares import BLOCK
 from stages.methods import METHODS
 from stages.methods.base import MethodConfig, TrainingExecution, TrainingSettings, training_progress
@@ -75,6 +75,7 @@ class Distill(Stage):
         light = next((s.pairs for s, w in zip(self.pairs, weights, strict=True) if w < sum(weights) / BLOCK), None)
         if light is not None:
             yield "pairs", f"{light} has less than 1/{BLOCK} of the weight and would never be drawn"
+        yield from ((f"method.{path}", problem) for path, problem in self.method.check(below(inputs, "method")))
         if getattr(found[0].inputs["teacher"].stage, "gaussian", None):
             yield "pairs", "their teacher is `gaussian:`, which has no network that a student could start from"
 
@@ -96,6 +97,8 @@ class Distill(Stage):
             self.execution,
             sources(context.inputs),
             [source.weight for source in self.pairs],
+            below(context.inputs, "method"),
+            below(context.contents, "method"),
             context.seed,
             context.output,
             context.threads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ def distill(
     execution: TrainingExecution,
     sources: list[Artifact],
     weights: list[float | None],
+    inputs: Mapping[str, Artifact],
+    contents: Mapping[str, str],
     seed: int,
     output: Path,
     threads: int,
@@ -47,7 +49,7 @@ def distill(
     teacher = load_network(pairs.inputs["teacher"].folder, execution)
     sampler = pairs.stage.sampler
     grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
-    method = method_config.create(Materials(teacher, grid, training))
+    method = method_config.create(Materials(teacher, grid, training, inputs, contents))
     lists = [read_list(source.folder) for source in sources]
     reader = PairReader([shard for shards in lists for shard in shards])
     ends = list(accumulate(sum(shard.count for shard in shards) for shards in lists))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
-from stages.base import Config, Execution
+from stages.base import Artifact, Config, Execution, below
+from stages.losses.config import LossConfig, LossMaterials
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from stages.losses.config import Distance
     from stages.networks.network import NetworkTeacher
 
 Batch = Mapping[str, Any]
@@ -26,8 +28,10 @@ class TrainingSettings(Config):
     batch_size: int = Field(64, ge=1, description="samples a batch; a step sees `accumulate` times as many")
     learning_rate: float = Field(1e-3, gt=0, description="its peak: after the warm-up, before the decay")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly to its peak")
-    decay: Literal["constant", "cosine"] = Field(
-        "cosine", description="of the learning rate after the warm-up: none, or half a cosine to zero at the last step"
+    decay: Literal["constant", "cosine", "linear"] = Field(
+        "cosine",
+        description="of the learning rate after the warm-up: none, half a cosine to zero at the last step, or over "
+        "the second half of the steps linearly to zero",
     )
     betas: tuple[float, float] = Field(
         (0.9, 0.99), strict=False, description="AdamW's decay of its averages of gradients and of their squares"
@@ -45,8 +49,9 @@ class TrainingSettings(Config):
         from math import cos, pi
 
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        fall = 0.5 * (1 + cos(pi * step / self.steps)) if self.decay == "cosine" else 1.0
-        return self.learning_rate * warm * fall
+        part = step / self.steps
+        falls = {"constant": 1.0, "cosine": 0.5 * (1 + cos(pi * part)), "linear": min(1.0, 2 - 2 * part)}
+        return self.learning_rate * warm * falls[self.decay]
 
 
 class TrainingExecution(Execution):
@@ -100,12 +105,24 @@ class Materials:
     timesteps: Sequence[int]
     """The grid on which the pairs were solved, descending: a one-step student is called at the first."""
     training: TrainingSettings
+    inputs: Mapping[str, Artifact] = field(default_factory=dict)
+    """What the method's fields name, by their dotted path in its settings."""
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """What the method's `Content` fields were found to hold, likewise."""
+
+    def distance(self, loss: LossConfig, field: str = "loss") -> Distance:
+        """The loss that stands in the method's `field`."""
+        return loss.create(LossMaterials(self.teacher, below(self.inputs, field), below(self.contents, field)))
 
 
 class MethodConfig(Config):
     """A method's part of the manifest."""
 
     name: str
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        """Yield (field path, problem) for each setting that contradicts the stages that its fields name."""
+        yield from ()
 
     def create(self, materials: Materials) -> Method:
         """The method itself; this is where torch is imported."""

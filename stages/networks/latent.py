@@ -59,6 +59,10 @@ class LatentTeacher(NetworkTeacher):
         parts = latents.to(self.device, torch.float32).split(_at_once(latents, side * side))
         return torch.cat([self.vae.decode(z / factor).sample.cpu() for z in parts]).clamp(-1, 1)
 
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.vae.decode(latents / self.vae.config["scaling_factor"]).sample
+        return images
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The posterior's mean."""

@@ -61,6 +61,10 @@ class NetworkTeacher(ABC):
         """Images (B, 3, H, W) in [-1, 1], on the CPU, of latents (B, C, h, w)."""
 
     @abstractmethod
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """The same of one batch at once, on its device, not clamped: for losses between images."""
+
+    @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
 

@@ -58,6 +58,9 @@ class PixelTeacher(NetworkTeacher):
         images = latents.float().cpu().clamp(-1, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        return latents.expand(-1, 3, -1, -1) if latents.shape[1] == 1 else latents
+
     def encode(self, images: Tensor) -> Tensor:
         images = images.to(self.device, torch.float32)
         return images.mean(1, keepdim=True) if self.latent_shape[0] == 1 else images

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.losses.regression import RegressionLoss
+from stages.base import Artifact, Choice, below
+from stages.losses.config import LOSSES, LossConfig, Regression
 from stages.methods.base import Materials, Method, MethodConfig
 
 
@@ -17,16 +19,17 @@ class KnowledgeDistillationConfig(MethodConfig):
     """
 
     name: Literal["knowledge_distillation"] = "knowledge_distillation"
-    loss: RegressionLoss = Field(
-        "l1",
-        description="of the student's output to the teacher's: absolute, squared, or pseudo-Huber difference (between "
-        "the two: large errors count linearly), averaged over elements",
+    loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
+        Regression(name="l1"), description="the distance of the student's output to the teacher's"
     )
     prediction: Literal["v_prediction", "epsilon"] = Field(
         "v_prediction", description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep"
     )
 
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))
+
     def create(self, materials: Materials) -> Method:
         from stages.methods.knowledge_distillation.method import KnowledgeDistillation
 
-        return KnowledgeDistillation(self.loss, self.prediction, materials)
+        return KnowledgeDistillation(materials.distance(self.loss), self.prediction, materials)

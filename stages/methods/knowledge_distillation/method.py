@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from stages.diffusion.prediction import Prediction
-from stages.losses.regression import RegressionLoss, regression_loss
 from stages.methods.base import Batch, Materials, Player, Turn
 from stages.networks.student import OneStepStudent
+
+if TYPE_CHECKING:
+    from stages.losses.config import Distance
 
 
 class KnowledgeDistillation:
     """Luhman and Luhman 2021, 2101.02388, section 3: minimise d(F(x_T), T(x_T)) over stored pairs."""
 
-    def __init__(self, distance: RegressionLoss, prediction: Prediction, materials: Materials) -> None:
+    def __init__(self, distance: Distance, prediction: Prediction, materials: Materials) -> None:
         self.distance, self.teacher = distance, materials.teacher
         self.student = OneStepStudent.from_teacher(materials.teacher, materials.timesteps[0], prediction)
         self.players = {"student": Player(self.student, materials.training)}
@@ -24,7 +27,7 @@ class KnowledgeDistillation:
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: noise and latent (B, C, H, W), prompts (B strings)."""
         x0 = self.student(batch["noise"], self.teacher.encode_prompts(batch["prompts"]))
-        return regression_loss(self.distance, x0, batch["latent"]), {}
+        return self.distance(x0, batch["latent"]).mean(), {}
 
     def after_step(self, step: int) -> None:
         pass

@@ -1,0 +1,171 @@
+"""Reconstruction losses, as a manifest names them: the distance of a student's output to its target. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages.base import Artifact, Config, Content, Input
+from stages.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.networks.network import NetworkTeacher
+
+    Distance = Callable[[Tensor, Tensor], Tensor]
+    """Of each sample of an output to that of a target, both (B, C, H, W): (B,). Differentiable in both."""
+
+
+@dataclass(frozen=True)
+class LossMaterials:
+    """What a loss is given to work with."""
+
+    teacher: NetworkTeacher
+    inputs: Mapping[str, Artifact]
+    """What its fields name, by field."""
+    contents: Mapping[str, str]
+    """What its `Content` fields were found to hold, by field."""
+
+
+class LossConfig(Config):
+    """The distance of a student's output to its target."""
+
+    name: str
+
+    def create(self, materials: LossMaterials) -> Distance:
+        """The distance itself; this is where torch is imported. Raises StageError."""
+        raise TypeError(f"{type(self).__name__} does not say how it is made")
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        """Yield (field, problem) for each setting that contradicts the stages that its fields name."""
+        yield from ()
+
+
+class Regression(LossConfig):
+    """Absolute, squared, or pseudo-Huber difference (between the two: large errors count linearly), averaged over
+    elements. Pseudo-Huber is that of Song and Dhariwal 2023, 2310.14189, section 3.3."""
+
+    name: Literal["l1", "mse", "pseudo_huber"] = Field(description="which of them")
+
+    def create(self, materials: LossMaterials) -> Distance:
+        from stages.losses import regression
+
+        distance: Distance = getattr(regression, self.name)
+        return distance
+
+
+class _InSpace(LossConfig):
+    SPACE: ClassVar[str] = "latents"
+    perceptual: Annotated[str, Input("perceptual")] = Field(description="the network that it looks through")
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        space = getattr(inputs["perceptual"].stage, "space", self.SPACE)
+        if space != self.SPACE:
+            yield "perceptual", f"{self.perceptual} looks at {space}; {self.name} needs one of `space: {self.SPACE}`"
+
+
+class LatentLPIPS(_InSpace):
+    """LPIPS in the teacher's latent space (Kang et al. 2024, 2405.05967, section 3.1), without an ensemble: the
+    paper's ablation, which leaves artefacts that the metric does not see."""
+
+    name: Literal["latent_lpips"] = "latent_lpips"
+    l1_weight: float = Field(0.0, ge=0, description="of the mean absolute difference, added; the paper has none")
+
+    def create(self, materials: LossMaterials) -> Distance:
+        return self._create(materials, None)
+
+    def _create(self, materials: LossMaterials, augment: str | None) -> Distance:
+        from stages.losses.augmentation import Augmentation
+        from stages.losses.perceptual import PerceptualLoss, warn_of_another_space
+        from stages.networks.perceptual import LPIPS
+
+        network = materials.inputs["perceptual"]
+        warn_of_another_space(network, materials.teacher.folder)
+        metric = LPIPS.load(network.folder)
+        loss = PerceptualLoss(metric, Augmentation(augment) if augment else None, self.l1_weight)
+        return loss.to(materials.teacher.device)
+
+
+class ELatentLPIPS(LatentLPIPS):
+    """LatentLPIPS over an ensemble of random transformations, the same for output and target, fresh at every step
+    (Kang et al. 2024, 2405.05967, section 3.2)."""
+
+    name: Literal["e_latent_lpips"] = "e_latent_lpips"  # type: ignore[assignment]
+    augment: Literal["b", "g", "c", "o", "bg", "co", "bgc", "bgo", "bgco"] = Field(
+        "bg",
+        description="groups of transformations: b mirrors, turns and shifts by whole pixels, g scales, rotates and "
+        "shifts, c changes colours, o cuts a square out; bg is what the authors' package does",
+    )
+
+    def create(self, materials: LossMaterials) -> Distance:
+        return self._create(materials, self.augment)
+
+
+class _Decoded(LossConfig):
+    tiny_vae: Annotated[str | None, Content(revision_field="tiny_vae_revision")] = Field(
+        None, description="an AutoencoderTiny to decode with, a folder or a hub id; default: the teacher's own VAE"
+    )
+    tiny_vae_revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
+
+    @model_validator(mode="after")
+    def _revision_of_something(self) -> Self:
+        if self.tiny_vae_revision and not self.tiny_vae:
+            raise ValueError("tiny_vae_revision belongs to a tiny_vae")
+        return self
+
+    def _decoder(self, materials: LossMaterials) -> Callable[[Tensor], Tensor]:
+        if self.tiny_vae is None:
+            return materials.teacher.decode_with_gradient
+        from stages.networks.tiny import tiny_decoder
+
+        identity = materials.contents["tiny_vae"]
+        commit = identity.removeprefix("hub:") if identity.startswith("hub:") else None
+        return tiny_decoder(self.tiny_vae, commit, materials.teacher.device)
+
+
+class PublishedLPIPS(_Decoded):
+    """LPIPS of the lpips package (Zhang et al. 2018, 1801.03924) between decoded images: the trunk's weights are
+    downloaded by torchvision."""
+
+    name: Literal["lpips"] = "lpips"
+    net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="the trunk; vgg is what distillation uses")
+
+    def create(self, materials: LossMaterials) -> Distance:
+        from stages.losses import decoded
+
+        metric = decoded.PublishedLPIPS(self.net).to(materials.teacher.device)
+        return decoded.Decoded(self._decoder(materials), metric)
+
+
+class PixelLPIPS(_InSpace, _Decoded):
+    """LPIPS between decoded images, through a network that a `perceptual` stage trained on pixels."""
+
+    SPACE: ClassVar[str] = "pixels"
+    name: Literal["pixel_lpips"] = "pixel_lpips"
+
+    def create(self, materials: LossMaterials) -> Distance:
+        from stages.losses.decoded import Decoded
+        from stages.networks.perceptual import LPIPS
+
+        metric = LPIPS.load(materials.inputs["perceptual"].folder).to(materials.teacher.device)
+        return Decoded(self._decoder(materials), metric)
+
+
+LOSSES: Registry[LossConfig] = Registry(
+    "retort.losses",
+    LossConfig,
+    "name",
+    {
+        "l1": Regression,
+        "mse": Regression,
+        "pseudo_huber": Regression,
+        "latent_lpips": LatentLPIPS,
+        "e_latent_lpips": ELatentLPIPS,
+        "lpips": PublishedLPIPS,
+        "pixel_lpips": PixelLPIPS,
+    },
+)

@@ -1,0 +1,187 @@
+"""What `kind: perceptual` does: a trunk that classifies, heads that agree with judgements, and a test of both."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Generator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.base import SCRATCH, Artifact, Progress, StageError
+from stages.data.images.load import load
+from stages.data.latents import count_classes, read_latents
+from stages.data.order import ShuffledOrder
+from stages.data.triplets import triplets as triplet_sets
+from stages.latents import Latents
+from stages.networks import perceptual
+from stages.networks.compute import device_name, device_of, prepare
+from stages.networks.perceptual import LPIPS, About
+from stages.networks.teachers import load_network
+from stages.networks.vgg import VGG, Classifier
+from stages.perception import seen
+from stages.perception.calibration import CalibrationTraining, Heads
+from stages.perception.classification import ClassificationTraining, batches_of, top_1
+from stages.perception.judgement import MSE, judged
+from stages.perception.seen import Encode, Seen, SeenTriplets
+from stages.training import train
+
+if TYPE_CHECKING:
+    from stages.perceptual import Perceptual
+
+log = logging.getLogger(__name__)
+
+FEW = 1024
+"""Samples that the standard deviation of what is trained on is measured on."""
+
+
+def train_perceptual(
+    stage: Perceptual, latents: Artifact, seed: int, output: Path, threads: int
+) -> Generator[Progress, None, dict[str, Any]]:
+    """Fill `output` with a trained network and its test; return its figures. Raises StageError."""
+    assert stage.calibration
+    prepare(threads)
+    torch.manual_seed(seed)
+    scratch, device = output / SCRATCH, torch.device(device_of(stage.execution))
+    training, unseen = (_seen(stage, latents, held_out, scratch) for held_out in (False, True))
+    channels, *size = training.x(slice(0, 1)).shape[1:]
+    trunk, figures = VGG(channels, stage.width, stage.space), {}
+    untrained = copy.deepcopy(trunk).eval()
+    if stage.classification:
+        trunk, figures = yield from _classify(stage, latents, trunk, (size[0], size[1]), training, unseen, seed, scratch)
+    else:
+        log.warning("there is no `classification`: the trunk stays random")
+    about = About(
+        space=stage.space,
+        channels=channels,
+        width=stage.width,
+        trunk=f"trained on {_images(latents).name}" if stage.classification else "random",
+        std=float(training.x(slice(0, FEW)).std()),
+    )
+
+    encode = _encode(stage, latents)
+    judgements = yield from _triplets(stage, latents, encode, False, scratch)
+    heads = Heads(trunk.tap_channels)
+    metric = LPIPS(trunk, [weight for weight in heads.weights], about).to(device)
+    order = ShuffledOrder(len(judgements.votes), stage.calibration.training.batch_size, seed + 1)
+    calibrated = yield from train(
+        CalibrationTraining(metric, heads, stage.calibration.training, stage.calibration.dropout),
+        lambda step: {
+            **judgements.batch(index := order.batch(step)),
+            "votes": torch.from_numpy(judgements.votes[index]),
+        },
+        seed=seed + 1,
+        checkpoints=scratch / "calibration",
+        execution=stage.execution,
+        unit="calibration steps",
+    )
+    fitted = calibrated.averages["heads"].cpu()
+    assert isinstance(fitted, Heads)
+    weights = [weight.detach().flatten() for weight in fitted.weights]
+    perceptual.write(output, trunk.cpu(), weights, about)
+
+    tests = yield from _triplets(stage, latents, encode, True, scratch)
+    candidates = {"lpips": LPIPS(trunk, weights, about), "mse": MSE(), "untrained": LPIPS(untrained, weights, about)}
+    return figures | _judged(output, {n: m.to(device) for n, m in candidates.items()}, tests) | {"device": calibrated.device}
+
+
+def adopt_perceptual(
+    stage: Perceptual, latents: Artifact | None, seed: int, output: Path, threads: int
+) -> Generator[Progress, None, dict[str, Any]]:
+    """Fill `output` with the network of `stage.from_`, tested where there are triplets. Raises StageError."""
+    assert stage.from_
+    prepare(threads)
+    device = torch.device(device_of(stage.execution))
+    trunk, heads, about = perceptual.read(Path(stage.from_))
+    if about.space != stage.space:
+        raise StageError(f"from: the network in {stage.from_} looks at {about.space}, not at {stage.space}")
+    perceptual.write(output, trunk, heads, about)
+    figures: dict[str, Any] = {**asdict(about), "device": device_name(device.type)}
+    if stage.triplets and latents:
+        tests = yield from _triplets(stage, latents, _encode(stage, latents), True, output / SCRATCH)
+        metrics = {"lpips": LPIPS(trunk, heads, about).to(device), "mse": MSE()}
+        figures |= _judged(output, metrics, tests)
+    return figures
+
+
+def _classify(
+    stage: Perceptual,
+    latents: Artifact,
+    trunk: VGG,
+    size: tuple[int, int],
+    training: Seen,
+    unseen: Seen,
+    seed: int,
+    scratch: Path,
+) -> Generator[Progress, None, tuple[VGG, dict[str, Any]]]:
+    assert stage.classification
+    settings = stage.classification.training
+    classifier = Classifier(trunk, count_classes(latents.folder), size)
+    order = ShuffledOrder(training.count, settings.batch_size, seed)
+
+    def batch(step: int) -> dict[str, Any]:
+        x, labels = training.batch(order.batch(step))
+        return {"x": x, "labels": labels}
+
+    trained = yield from train(
+        ClassificationTraining(classifier, settings, stage.classification.mirror),
+        batch,
+        seed=seed,
+        checkpoints=scratch / "classification",
+        execution=stage.execution,
+        unit="classification steps",
+    )
+    best = trained.averages["classifier"]
+    assert isinstance(best, Classifier)
+    found = top_1(best, batches_of(unseen.count, unseen.x, unseen.labels))
+    mean = float(np.mean(list(found.values())))
+    log.info("top-1 accuracy on held-out images: %.4f", mean)
+    return best.trunk.cpu(), {"top_1": mean, "top_1_by_label": found}
+
+
+def _seen(stage: Perceptual, latents: Artifact, held_out: bool, scratch: Path) -> Seen:
+    """The labelled images of a `latents` artifact, as the network sees them."""
+    if stage.space == "latents":
+        encoded = read_latents(latents.folder, held_out)
+        labels = {name: torch.from_numpy(values) for name, values in encoded.labels.items()}
+        return Seen(lambda index: torch.from_numpy(encoded.batch(index)), labels, len(encoded))
+    images = load(_images(latents), held_out=held_out, scratch=scratch)
+    labels = {name: torch.from_numpy(values) for name, values in images.labels.items()}
+    return Seen(lambda index: torch.from_numpy(images.pixels(index)), labels, len(images))
+
+
+def _images(latents: Artifact) -> Any:
+    assert isinstance(latents.stage, Latents)
+    return latents.stage.images
+
+
+def _encode(stage: Perceptual, latents: Artifact) -> Encode:
+    if stage.space == "pixels":
+        return lambda images: images
+    return load_network(latents.inputs["teacher"].folder, stage.execution).encode
+
+
+def _triplets(
+    stage: Perceptual, latents: Artifact, encode: Encode, held_out: bool, scratch: Path
+) -> Generator[Progress, None, SeenTriplets]:
+    assert stage.triplets
+    found = triplet_sets.load(
+        stage.triplets, lambda held: load(_images(latents), held_out=held, scratch=scratch), held_out=held_out
+    )
+    folder = scratch / ("test_triplets" if held_out else "triplets")
+    for done in seen.encoded(found, encode, folder):
+        yield Progress(done, len(found.votes), "triplets encoded")
+    return seen.read(found, folder)
+
+
+def _judged(output: Path, metrics: dict[str, Any], tests: SeenTriplets) -> dict[str, Any]:
+    device = next(metrics["lpips"].parameters()).device
+    found = judged(metrics, tests, device)
+    (output / "two_afc.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return {"two_afc": {category: entry["metrics"]["lpips"]["score"] for category, entry in found.items()}}

@@ -1,0 +1,94 @@
+"""Why E-LatentLPIPS has an ensemble: can a distance pull a random latent to a target?
+
+    python -m tests.benchmarks.recovery PERCEPTUAL [--steps 2000] [--targets 8] [--draw docs/recovery.png]
+
+PERCEPTUAL is the folder of a sealed `perceptual` artifact. Latents ~ N(0, 1) are optimised by Adam at 1e-2, as in the
+overfitting experiment of the authors (2405.05967, section 3.2; 15,000 steps there), to held-out latents of the
+artifact's image set, from the same start under every distance. Prints, in Markdown, the mean squared error that each
+leaves, in latents and in decoded images, with its standard error over the targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from stages.base import Execution
+from stages.data.latents import read_latents
+from stages.losses.augmentation import Augmentation
+from stages.losses.perceptual import PerceptualLoss
+from stages.losses.regression import mse
+from stages.networks.perceptual import LPIPS
+from stages.networks.teachers import load_network
+
+GROUPS = ("b", "g", "c", "o", "bg", "co", "bgc", "bgo", "bgco")
+RATE = 1e-2
+
+
+def distances(folder: Path) -> Iterator[tuple[str, nn.Module | None]]:
+    metric = LPIPS.load(folder)
+    yield "MSE", None
+    yield "LatentLPIPS", PerceptualLoss(metric)
+    for groups in GROUPS:
+        yield f"E-LatentLPIPS, {groups}", PerceptualLoss(metric, Augmentation(groups))
+
+
+def recovered(distance: nn.Module | None, target: Tensor, steps: int) -> Tensor:
+    """(B, C, h, w), from the same start whatever the distance."""
+    torch.manual_seed(0)
+    latent = torch.randn_like(target).requires_grad_()
+    optimizer = torch.optim.Adam([latent], RATE)
+    for _ in range(steps):
+        loss = (mse if distance is None else distance)(latent, target).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return latent.detach()
+
+
+def words(values: Tensor) -> str:
+    return f"{float(values.mean()):.4f} ± {float(values.std() / len(values) ** 0.5):.4f}"
+
+
+def draw(rows: list[Tensor], path: Path) -> None:
+    """A row a distance, the targets on top."""
+    pixels = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(np.ascontiguousarray(levels))
+    picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("perceptual", type=Path)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--targets", type=int, default=8)
+    parser.add_argument("--draw", type=Path)
+    given = parser.parse_args()
+    record = json.loads((given.perceptual / "artifact.json").read_text())
+    latents = given.perceptual.parent.parent / "latents" / record["inputs"]["latents"]
+    source = json.loads((latents / "artifact.json").read_text())["inputs"]["teacher"]
+    teacher = load_network(given.perceptual.parent.parent / "teacher" / source, Execution())
+    target = torch.from_numpy(read_latents(latents, held_out=True).batch(slice(0, given.targets)))
+    images = teacher.decode(target)
+
+    print(f"{given.targets} targets, {given.steps} steps; rows of the figure in this order, below the targets\n")
+    print("| distance | latent MSE | image MSE |\n|---|---|---|")
+    rows = [images]
+    for name, distance in distances(given.perceptual):
+        latent = recovered(distance, target, given.steps)
+        rows.append(teacher.decode(latent))
+        print(f"| {name} | {words(mse(latent, target))} | {words(mse(rows[-1], images))} |", flush=True)
+    if given.draw:
+        draw(rows, given.draw)
+
+
+if __name__ == "__main__":
+    main()

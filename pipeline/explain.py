@@ -22,7 +22,7 @@ from stages.methods import METHODS
 from stages.registry import PluginError, Registry
 
 REGISTRIES: dict[str, Registry[Any]] = {"stage kinds": KINDS, "methods": METHODS, "image sets": IMAGE_SETS}
-USED_AS = {"stage kinds": "kind: {}", "methods": "method: {{name: {}}}", "image sets": "dataset, real or images: {}"}
+USED_AS = {"stage kinds": "kind: {}", "methods": "method: {{name: {}}}", "image sets": "dataset or images: {}"}
 GROUPS = "settings"
 WIDEST = 100
 

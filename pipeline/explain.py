@@ -32,7 +32,7 @@ USED_AS = {
     "stage kinds": "kind: {}",
     "methods": "method: {{name: {}}}",
     "losses": "loss: {{name: {}}}",
-    "image sets": "dataset, real or images: {}",
+    "image sets": "dataset or images: {}",
 }
 GROUPS = "settings"
 WIDEST = 100

@@ -3,8 +3,10 @@
 from stages.base import Stage
 from stages.distill import Distill
 from stages.evaluate import Evaluate
-from stages.perceptual import Perceptual
+from stages.latents import Latents
 from stages.pairs import Pairs
+from stages.perceptual import Perceptual
+from stages.probe import Probe
 from stages.registry import Registry
 from stages.teacher import Teacher
 
@@ -12,6 +14,14 @@ KINDS: Registry[Stage] = Registry(
     "retort.kinds",
     Stage,
     "kind",
-    {"teacher": Teacher, "pairs": Pairs, "perceptual": Perceptual, "distill": Distill, "evaluate": Evaluate},
+    {
+        "teacher": Teacher,
+        "latents": Latents,
+        "pairs": Pairs,
+        "perceptual": Perceptual,
+        "distill": Distill,
+        "probe": Probe,
+        "evaluate": Evaluate,
+    },
     reserved=("locks", "runs", "work"),  # a store's own folders, beside those of the kinds
 )

@@ -7,10 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.base import Artifact, Choice, Input, Stage, StageContext
-from stages.data.images.config import IMAGE_SETS, Digits, ImageSet
+from stages.base import Artifact, Input, Stage, StageContext
+from stages.data.images.config import Digits
 from stages.distill import sources
 from stages.pairs import Pairs
+from stages.probe import Probe
 
 MIN_SAMPLES = 100
 """More than the probe has features, or covariances are singular."""
@@ -26,16 +27,16 @@ class Evaluate(Stage):
     """A student beside its teacher, on the same prompts and noise; or, of `pairs` alone, the teacher that made them,
     in full and in few steps. Writes metrics.json and a page.
 
-    `real`, an image set with classes, measures against real images through a probe trained on them. Without it only
+    `real`, a probe, measures against the real images that it was trained on, through its features. Without it only
     what needs no real images is measured: distance to the teacher's own output, seconds and network calls.
     """
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     kind: Literal["evaluate"]
     student: Annotated[str | None, Input("distill")] = Field(None, description="what is measured")
     pairs: Annotated[str | None, Input("pairs")] = Field(None, description="instead of a student: the teacher alone")
-    real: Annotated[ImageSet, Choice("name", IMAGE_SETS)] | None = Field(
-        None, description="real images with classes to compare with; none: only what needs no real images"
+    real: Annotated[str | None, Input("probe")] = Field(
+        None, description="the probe of the real images to compare with; none: only what needs no real images"
     )
     samples: int = Field(2000, ge=20, description="of each side; held-out pairs first, then fresh noise")
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
@@ -52,11 +53,10 @@ class Evaluate(Stage):
         found, _ = subject(inputs)
         pairs = found.stage
         assert isinstance(pairs, Pairs)
-        if isinstance(self.real, Digits):
-            if pairs.prompts is None or pairs.prompts.images != self.real:
-                yield "real", f"prompt accuracy needs pairs with prompts: {self.real.name}, not {str(pairs.prompts)!r}"
-        elif self.real is not None and not self.real.labelled:
-            yield "real", "needs its label: distances are measured by a probe that is trained on classes"
+        probe = inputs["real"].stage if self.real else None
+        images = probe.images if isinstance(probe, Probe) else None
+        if isinstance(images, Digits) and (pairs.prompts is None or pairs.prompts.images != images):
+            yield "real", f"prompt accuracy needs pairs with prompts: {images.name}, not {str(pairs.prompts)!r}"
         if getattr(found.inputs["teacher"].stage, "gaussian", None):
             yield "pairs" if self.pairs else "student", "the teacher is `gaussian:`, which draws no images"
         steps = self.teacher_steps or []
@@ -80,7 +80,7 @@ class Evaluate(Stage):
             *subject(context.inputs),
             self.samples,
             self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < pairs.sampler.steps],
-            self.real,
+            context.inputs.get("real"),
             self.execution,
             context.output,
             context.threads,

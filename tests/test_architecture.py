@@ -31,7 +31,7 @@ FLOORS = [
     {"stages.evaluation"},
     {"stages.distill"},
     {"stages.distillation"},
-    {"stages.pairs", "stages.teacher"},
+    {"stages.pairs", "stages.probe", "stages.teacher"},
     {"stages.factory"},
     {"stages.teachers"},
     {"stages.training"},

@@ -7,7 +7,8 @@ import pytest
 from pipeline.errors import ManifestError
 from tests.conftest import TINY, execute, plan_of
 
-QUALITY = TINY + "  quality: {kind: evaluate, student: student, real: digits, samples: 120, teacher_steps: [2, 1]}\n"
+PROBE = TINY + "  probe: {kind: probe, images: digits, steps: 150, execution: {threads: 1}}\n"
+QUALITY = PROBE + "  quality: {kind: evaluate, student: student, real: probe, samples: 120, teacher_steps: [2, 1]}\n"
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,11 @@ def test_contradictions_are_found_when_planning(tmp_path):
         plan_of(QUALITY, tmp_path, ["stages.quality.samples=64"])
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat\n")
-    with pytest.raises(ManifestError, match="needs pairs with prompts: digits"):
+    refused = r"stages\.quality\.real: prompt accuracy needs pairs with prompts: "
+    with pytest.raises(ManifestError, match=f"{refused}digits, not .*p.txt"):
         plan_of(QUALITY, tmp_path, [f"stages.pairs.prompts={prompts}"])
+    with pytest.raises(ManifestError, match=f"{refused}digit_scenes, not 'digits'"):
+        plan_of(QUALITY, tmp_path, ["stages.probe.images=digit_scenes"])
 
 
 def test_without_real_images_only_the_teacher_is_compared_with(tiny):
@@ -86,10 +90,12 @@ def test_without_real_images_only_the_teacher_is_compared_with(tiny):
     }  # fmt: skip
 
 
-def test_pairs_alone_show_their_teacher_in_few_steps(tiny):
-    text = TINY + "  quality: {kind: evaluate, pairs: pairs, real: digits, samples: 110, teacher_steps: [1]}\n"
+def test_pairs_alone_show_their_teacher_in_few_steps_through_the_same_probe(quality, tiny):
+    text = PROBE + "  quality: {kind: evaluate, pairs: pairs, real: probe, samples: 120, teacher_steps: [1]}\n"
+    assert plan_of(text, tiny[0])["probe"].state == "reuse"
     artifact = execute(text, tiny[0])["quality"].artifact
     metrics = json.loads((artifact.folder / "metrics.json").read_text())
+    assert metrics["references"]["real"] == quality.record["metrics"]["references"]["real"]
     assert list(metrics["sides"]) == ["teacher_5", "teacher_1"] and metrics["student"] is None
     assert metrics["sides"]["teacher_1"]["latent_mse"] > 0
     assert "student" not in (artifact.folder / "index.html").read_text().partition("</style>")[2].replace(
@@ -101,9 +107,3 @@ def test_either_a_student_or_pairs(tmp_path):
     for line in ("{kind: evaluate}", "{kind: evaluate, pairs: pairs, student: student}"):
         with pytest.raises(ManifestError, match="give either student or pairs"):
             plan_of(TINY + f"  quality: {line}\n", tmp_path)
-
-
-def test_real_images_of_ones_own_need_classes(tmp_path):
-    text = TINY + "  quality: {kind: evaluate, pairs: pairs, real: {name: image_folder, path: x, size: 16}}\n"
-    with pytest.raises(ManifestError, match="needs its label"):
-        plan_of(text, tmp_path)

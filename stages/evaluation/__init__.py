@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from stages.base import SCRATCH, Artifact, Execution, Progress, StageError
-from stages.data.images.config import ImageSet
 
 
 def evaluate(
@@ -16,7 +15,7 @@ def evaluate(
     student: Artifact | None,
     samples: int,
     teacher_steps: list[int],
-    real: ImageSet | None,
+    probe: Artifact | None,
     execution: Execution,
     output: Path,
     threads: int,
@@ -25,8 +24,10 @@ def evaluate(
     from stages.evaluation import measure, page
     from stages.evaluation.sides import sample_sides
     from stages.networks.compute import prepare
+    from stages.probe import learnt_images
 
     prepare(threads)
+    known = learnt_images(probe, output / SCRATCH) if probe else None  # what is wrong with them is said at once
     sides, setting = yield from sample_sides(pairs, student, samples, teacher_steps, execution)
     metrics: dict[str, Any] = {
         "samples": samples,
@@ -35,11 +36,11 @@ def evaluate(
     }
     shown = page.columns(samples, setting.teacher.decode(sides[0].latents[:1]).shape[-1])
     pictures = {side.name: setting.teacher.decode(side.latents[shown]).numpy() for side in sides}
-    if real:
+    if probe and known is not None:
         try:
-            yield from measure.against_real(metrics, sides, setting, real, output / SCRATCH)
+            yield from measure.against_real(metrics, sides, setting, probe, known)
         except ValueError as error:
-            raise StageError(f"evaluation against {real.name}: {error}") from error
+            raise StageError(f"evaluation against real images: {error}") from error
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     same = {
         "pairs": pairs.fingerprint,

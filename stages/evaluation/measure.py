@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from stages.base import Progress
+from stages.base import Artifact, Progress
 from stages.data.images import digits
-from stages.data.images.config import Digits, ImageSet
+from stages.data.images.config import Digits
 from stages.data.images.labelled import LabelledImages
-from stages.data.images.load import load
 from stages.evaluation.sides import BATCH, Setting, Side
 from stages.metrics import distances
-from stages.networks.probe import FEATURES, Probe, train_probe
-
-REAL_LIMIT = 20_000
-"""Real images that a probe is trained on, at most."""
+from stages.networks.probe import Classifier, accuracy, batches
+from stages.probe import Probe
 
 
 def against_teacher(side: Side, teacher: Side) -> dict[str, Any]:
@@ -34,39 +30,34 @@ def against_teacher(side: Side, teacher: Side) -> dict[str, Any]:
 
 
 def against_real(
-    metrics: dict[str, Any], sides: Sequence[Side], setting: Setting, real_set: ImageSet, scratch: Path
+    metrics: dict[str, Any], sides: Sequence[Side], setting: Setting, probe: Artifact, known: LabelledImages
 ) -> Generator[Progress, None, None]:
     """Add distances, precision, recall, diversity and, where prompts say classes, prompt accuracy to each side of
     `metrics`, and the two references: other real images, and those through the VAE alone. All distances are at one
-    number of samples."""
+    number of samples. `known` is what the probe was trained on. Raises ValueError if the teacher's images are of
+    another size."""
+    assert isinstance(probe.stage, Probe)
+    real_set = probe.stage.images
     size = setting.teacher.decode(torch.zeros(1, *setting.teacher.latent_shape)).shape[-2:]
     if size != (real_set.size, real_set.size):
-        raise ValueError(f"its images are {real_set.size} pixels wide, the teacher's {size[1]} x {size[0]}")
-    seen = load(real_set, limit=REAL_LIMIT, scratch=scratch)
-    unseen = load(real_set, held_out=True, limit=REAL_LIMIT, scratch=scratch)
-    probe = train_probe(seen)
-    metrics["features"] = f"{real_set.name}_probe_{FEATURES}"
+        raise ValueError(f"the probe's are {real_set.size} pixels wide, the teacher's {size[1]} x {size[0]}")
+    classifier = Classifier.load(probe.folder, setting.teacher.device)
+    metrics["features"] = f"{real_set.name}_probe_{classifier.features}"
+    metrics["probe_accuracy"] = probe.record["metrics"]["caption_accuracy"]
     asked = digits.prompt_labels(setting.prompts) if isinstance(real_set, Digits) else {}
-    heads = asked or unseen.labels
-    metrics["probe_accuracy"] = _accuracy(probe.look(_batches(unseen))[1], {n: unseen.labels[n] for n in heads})
-    reference, other = _two_real_sets(seen, len(setting.prompts))
-    real, _ = probe.look(_batches(reference))
-    rebuilt = (setting.teacher.decode(setting.teacher.encode(x)) for x in _batches(other))
+    reference, other = _two_real_sets(known, len(setting.prompts))
+    real, _ = classifier.look(batches(reference))
+    rebuilt = (setting.teacher.decode(setting.teacher.encode(x)) for x in batches(other))
     metrics["distance_samples"] = len(real)
     shown = {name: other.labels[name] for name in asked}
     metrics["references"] = {
-        name: _measure(probe, images, shown, other.captions, real)
-        for name, images in (("real", _batches(other)), ("vae_reconstruction", rebuilt))
+        name: _measure(classifier, images, shown, other.captions, real)
+        for name, images in (("real", batches(other)), ("vae_reconstruction", rebuilt))
     }
     for done, side in enumerate(sides, 1):
         images = map(setting.teacher.decode, side.latents.split(BATCH))
-        metrics["sides"][side.name] |= _measure(probe, images, asked, setting.prompts, real)
+        metrics["sides"][side.name] |= _measure(classifier, images, asked, setting.prompts, real)
         yield Progress(done, len(sides), "sides measured")
-
-
-def _batches(images: LabelledImages) -> Iterator[torch.Tensor]:
-    for start in range(0, len(images), BATCH):
-        yield torch.from_numpy(images.pixels(slice(start, start + BATCH)))
 
 
 def _two_real_sets(images: LabelledImages, samples: int) -> tuple[LabelledImages, LabelledImages]:
@@ -82,18 +73,18 @@ def _two_real_sets(images: LabelledImages, samples: int) -> tuple[LabelledImages
 
 
 def _measure(
-    probe: Probe,
+    classifier: Classifier,
     images: Iterable[torch.Tensor],
     wanted: dict[str, np.ndarray],
     captions: list[str],
     real: np.ndarray,
 ) -> dict[str, Any]:
-    features, predicted = probe.look(images)
+    features, predicted = classifier.look(images)
     figures: dict[str, Any] = {}
     if wanted:
-        accuracy = _accuracy(predicted, wanted)
-        spread = (accuracy * (1 - accuracy) / len(features)) ** 0.5
-        figures |= {"prompt_accuracy": accuracy, "prompt_accuracy_se": spread}
+        right = accuracy(predicted, wanted)
+        spread = (right * (1 - right) / len(features)) ** 0.5
+        figures |= {"prompt_accuracy": right, "prompt_accuracy_se": spread}
     features, captions = features[: len(real)], captions[: len(real)]
     precision, recall = distances.precision_recall(real, features)
     figures |= {
@@ -106,8 +97,3 @@ def _measure(
     }
     diversity = distances.diversity(features, captions)
     return figures if diversity is None else {**figures, "diversity": diversity}
-
-
-def _accuracy(predicted: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
-    """Share of images in which every label is as wanted."""
-    return float(np.logical_and.reduce([predicted[name] == wanted[name] for name in wanted]).mean())

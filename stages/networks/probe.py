@@ -1,16 +1,21 @@
-"""A probe classifier, trained on real images: its heads measure prompt accuracy, its features distances."""
+"""The classifier of a probe, trained on real images: its heads measure prompt accuracy, its features distances."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.base import Progress
 from stages.data.images.labelled import LabelledImages
 from stages.data.order import ShuffledOrder
 
@@ -18,19 +23,38 @@ FEATURES = 64
 CHANNELS = (32, 64, 128)
 LEARNING_RATE = 2e-3
 WARM_UP = 0.05
+TRAINED_AT_ONCE, SEEN_AT_ONCE = 128, 64
+"""Images."""
+LOG_EVERY = 20
+"""Steps."""
+WEIGHTS, ABOUT = "classifier.safetensors", "classifier.json"
 
 
-class Probe(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> features (B, 64) and, for each label, logits. Features are normalised: a few
+class Classifier(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> features (B, F) and, for each label, logits. Features are normalised: a few
     images far from all others would otherwise decide every distance."""
 
-    def __init__(self, classes: dict[str, int]) -> None:
+    def __init__(self, classes: dict[str, int], features: int = FEATURES) -> None:
         super().__init__()
+        self.classes, self.features = classes, features
         layers: list[nn.Module] = [*_convolution(3, CHANNELS[0])]
         for before, channels in pairwise(CHANNELS):
             layers += [*_convolution(before, channels, stride=2), *_convolution(channels, channels)]
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(FEATURES), nn.LayerNorm(FEATURES))
-        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, count) for name, count in classes.items()})
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(features), nn.LayerNorm(features))
+        self.heads = nn.ModuleDict({name: nn.Linear(features, count) for name, count in classes.items()})
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str) -> Classifier:
+        """The one that was saved to `folder`."""
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        classifier = cls(about["classes"], about["features"])
+        classifier.load_state_dict(load_file(folder / WEIGHTS))
+        return classifier.to(device).eval().requires_grad_(False)
+
+    def save(self, folder: Path) -> None:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        about = {"classes": self.classes, "features": self.features}
+        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         features = self.trunk(images)
@@ -38,35 +62,53 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def look(self, batches: Iterable[Tensor]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
-        """Features (N, 64) in float64, and the predicted class (N,) of each label, over all batches."""
-        seen = [self(images) for images in batches]
-        features = torch.cat([f for f, _ in seen]).double().numpy()
-        return features, {name: torch.cat([p[name] for _, p in seen]).argmax(1).numpy() for name in self.heads}
+        """Features (N, F) in float64, and the predicted class (N,) of each label, over all batches."""
+        device = next(self.parameters()).device
+        seen = [self(images.to(device)) for images in batches]
+        features = torch.cat([f for f, _ in seen]).cpu().double().numpy()
+        return features, {name: torch.cat([p[name] for _, p in seen]).argmax(1).cpu().numpy() for name in self.heads}
 
 
 def _convolution(inputs: int, channels: int, stride: int = 1) -> tuple[nn.Module, ...]:
     return nn.Conv2d(inputs, channels, 3, stride, padding=1), nn.GroupNorm(8, channels), nn.ReLU()
 
 
-def train_probe(data: LabelledImages, *, steps: int = 1200, batch_size: int = 128, seed: int = 0) -> Probe:
-    """Cross-entropy over all labels, images shifted by up to one pixel, the rate falling to zero. The seed is fixed
-    by default, so that every evaluation on one image set looks through the same eyes."""
+def batches(images: LabelledImages) -> Iterator[Tensor]:
+    """All images, in order, as `look` takes them."""
+    for start in range(0, len(images), SEEN_AT_ONCE):
+        yield torch.from_numpy(images.pixels(slice(start, start + SEEN_AT_ONCE)))
+
+
+def accuracy(predicted: Mapping[str, NDArray[np.int64]], wanted: Mapping[str, NDArray[np.int64]]) -> float:
+    """Share of images in which every label of `wanted` is as wanted."""
+    return float(np.logical_and.reduce([predicted[name] == wanted[name] for name in wanted]).mean())
+
+
+def train_probe(data: LabelledImages, *, steps: int, seed: int, device: str) -> Generator[Progress, None, Classifier]:
+    """Cross-entropy over all labels, images shifted by up to one pixel, the rate falling to zero."""
     torch.manual_seed(seed)
-    probe = Probe({name: int(values.max()) + 1 for name, values in data.labels.items()})
+    classifier = Classifier({name: int(values.max()) + 1 for name, values in data.labels.items()})
+    classifier(torch.from_numpy(data.pixels(slice(0, 2))))  # gives the lazy layer its shape
+    classifier.to(device)
     labels = {name: torch.from_numpy(values) for name, values in data.labels.items()}
-    probe(torch.from_numpy(data.pixels(slice(0, 2))))  # gives the lazy layer its shape
-    optimizer = torch.optim.Adam(probe.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, steps, pct_start=WARM_UP, cycle_momentum=False
     )
-    order = ShuffledOrder(len(data), batch_size, seed)
+    order = ShuffledOrder(len(data), TRAINED_AT_ONCE, seed)
+    started = time.monotonic()
     for step in range(steps):
         index = order.batch(step)
         dx, dy = (int(d) for d in torch.randint(-1, 2, (2,)))
-        _, logits = probe(torch.from_numpy(data.pixels(index)).roll((dy, dx), (2, 3)))
-        loss = torch.stack([functional.cross_entropy(logits[name], labels[name][index]) for name in logits]).sum()
+        _, logits = classifier(torch.from_numpy(data.pixels(index)).roll((dy, dx), (2, 3)).to(device))
+        wanted = {name: values[index].to(device) for name, values in labels.items()}
+        loss = torch.stack([functional.cross_entropy(logits[name], wanted[name]) for name in logits]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return probe.eval().requires_grad_(False)
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == steps:
+            rate = done / (time.monotonic() - started)
+            yield Progress(done, steps, "steps", {"loss": float(loss.detach()), "per_second": rate})
+    return classifier.eval().requires_grad_(False)

@@ -33,7 +33,8 @@ stages:
     prompts: digit_scenes
     count: 1024
     sampler: {{steps: 20, guidance_scale: 3.0}}
-  quality: {{kind: evaluate, pairs: pairs, real: digit_scenes, samples: 1024}}
+  probe: {{kind: probe, images: digit_scenes}}
+  quality: {{kind: evaluate, pairs: pairs, real: probe, samples: 1024}}
 """
 
 

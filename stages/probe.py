@@ -1,0 +1,83 @@
+"""`kind: probe`: a classifier of real images, trained once, through which any number of evaluations look."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from stages.base import SCRATCH, Artifact, Choice, Content, Progress, Stage, StageContext, StageError
+from stages.data.files import sha256_of_all
+from stages.data.images.config import IMAGE_SETS, Digits, FileSet, ImageSet
+
+if TYPE_CHECKING:
+    from stages.data.images.labelled import LabelledImages
+
+
+class Probe(Stage):
+    """A classifier of real images: evaluations measure prompt accuracy by its heads, distances in its features.
+
+    Trained once and sealed, so that all evaluations that name it look through the same eyes.
+    """
+
+    VERSION: ClassVar[int] = 1
+    kind: Literal["probe"]
+    images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
+        description="real images with classes: what it learns, and what evaluations compare with"
+    )
+    limit: int = Field(20_000, ge=200, description="of images, at most: to train on, and as many of those held out")
+    steps: int = Field(1200, ge=100, description="of training, on 128 images each")
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        if not self.images.labelled:
+            yield "images", "needs its label: a probe is trained on classes"
+
+    def run(self, context: StageContext) -> Mapping[str, Any]:
+        return context.run(_train, self, context.seed, context.output, context.threads)
+
+
+def _train(stage: Probe, seed: int, output: Path, threads: int) -> Generator[Progress, None, dict[str, Any]]:
+    """Fill `output`; return how often the classifier is right on images that it never saw."""
+    from stages.data.images import digits
+    from stages.data.images.load import load
+    from stages.networks.compute import device_name, device_of, prepare
+    from stages.networks.probe import accuracy, batches, train_probe
+
+    prepare(threads)
+    device = device_of(stage.execution)
+    seen = load(stage.images, limit=stage.limit, scratch=output / SCRATCH)
+    unseen = load(stage.images, held_out=True, limit=stage.limit, scratch=output / SCRATCH)
+    classifier = yield from train_probe(seen, steps=stage.steps, seed=seed, device=device)
+    classifier.save(output)
+    _, predicted = classifier.look(batches(unseen))
+    told = digits.prompt_labels(unseen.captions) if isinstance(stage.images, Digits) else unseen.labels
+    return {
+        "device": device_name(device),
+        "images": len(seen),
+        "held_out_images": len(unseen),
+        "accuracy": accuracy(predicted, unseen.labels),
+        "caption_accuracy": accuracy(predicted, told),
+        "label_accuracy": {name: accuracy(predicted, {name: unseen.labels[name]}) for name in unseen.labels},
+    }
+
+
+def learnt_images(probe: Artifact, scratch: Path) -> LabelledImages:
+    """The images that a sealed probe was trained on. Raises StageError if they are not there as they were."""
+    from stages.data.images.load import load
+
+    assert isinstance(probe.stage, Probe)
+    images = probe.stage.images
+    if isinstance(images, FileSet):
+        marker = next(m for m in type(images).model_fields["path"].metadata if isinstance(m, Content))
+        try:
+            found = f"sha256:{sha256_of_all(images.path, marker.files)}"
+        except OSError as error:
+            raise StageError(f"the images of the probe {probe.folder}: {error}") from None
+        if found != probe.record["identity"]["contents"]["images.path"]:
+            raise StageError(
+                f"{images.path} changed since the probe {probe.folder} was trained on it; name a stage of "
+                "`kind: probe` in its place, which is trained again"
+            )
+    return load(images, limit=probe.stage.limit, scratch=scratch)

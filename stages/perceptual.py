@@ -14,6 +14,10 @@ from stages.latents import Latents
 from stages.methods.base import TrainingExecution, TrainingSettings, training_progress
 
 
+SMALLEST = 32
+"""Pixels a side that VGG's five poolings leave anything of."""
+
+
 class Classification(Config):
     """The trunk's training: cross-entropy over the classes of the images, summed over labels where they have several.
 
@@ -83,7 +87,9 @@ class Perceptual(Stage):
             if missing:
                 raise ValueError(f"{' and '.join(missing)} missing: what is not taken `from` a folder is trained")
         elif self.classification or self.calibration:
-            raise ValueError("a network is either taken `from` a folder or trained, with classification and calibration")
+            raise ValueError(
+                "a network is either taken `from` a folder or trained, with classification and calibration"
+            )
         elif self.triplets and not self.latents:
             raise ValueError("to be tested on triplets it needs latents: they say with which VAE triplets are encoded")
         return self
@@ -92,15 +98,18 @@ class Perceptual(Stage):
         latents = inputs["latents"].stage if self.latents else None
         if self.classification and isinstance(latents, Latents) and not latents.images.labelled:
             yield "classification", f"the images of {self.latents}, {latents.images.name}, have no classes"
+        if self.space == "pixels" and isinstance(latents, Latents) and latents.images.size < SMALLEST:
+            yield (
+                "space",
+                f"pixels: five poolings leave nothing of images of {latents.images.size}; {SMALLEST} at least",
+            )
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         return training_progress(work / SCRATCH)
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
         function = _adopt if self.from_ else _train
-        return context.run(
-            function, self, context.inputs.get("latents"), context.seed, context.output, context.threads
-        )
+        return context.run(function, self, context.inputs.get("latents"), context.seed, context.output, context.threads)
 
 
 def _train(*arguments: Any) -> Any:

@@ -33,7 +33,9 @@ METRIC = """
     calibration: {training: {steps: 40, learning_rate: 4e-3}}
     execution: {threads: 2, checkpoint_every: 30}
 """
-PIXELS = METRIC.replace("perceptual: &network", "pixels:").replace("latents: latents", "latents: latents\n    space: pixels")
+PIXELS = METRIC.replace("perceptual: &network", "pixels:").replace(
+    "latents: latents", "latents: latents\n    space: pixels"
+)
 PIXELS = "\n" + PIXELS.partition("images: digits}\n")[2]
 
 
@@ -67,5 +69,4 @@ def test_a_network_is_trained_calibrated_tested_and_sealed(made):
         assert metrics["two_afc"]["all"] == found["all"]["metrics"]["lpips"]["score"]
 
 
-def test_training_it_again_or_after_a_kill_comes_to_the_same_bytes(made, tmp_path, monkeypatch):
-    ...
+def test_training_it_again_or_after_a_kill_comes_to_the_same_bytes(made, tmp_path, monkeypatch): ...

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.vgg import make_layers
 
+from stages.base import StageError
+
 Space = Literal["latents", "pixels"]
 
 REMOVED_POOLS = (6, 13, 23)
@@ -82,8 +84,11 @@ class Classifier(nn.Module):
         super().__init__()
         self.trunk, self.classes = trunk, classes
         with torch.no_grad():
-            trunk.eval()
-            _, channels, *side = trunk(torch.zeros(1, trunk.channels, *size)).shape
+            try:
+                _, channels, *side = trunk.eval()(torch.zeros(1, trunk.channels, *size)).shape
+            except RuntimeError:
+                height, width = size
+                raise StageError(f"{trunk.space} of {height} x {width} are too small for the network's pools") from None
         pooled, hidden = [min(7, length) for length in side], 64 * trunk.width
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(tuple(pooled)),

@@ -51,10 +51,13 @@ def train_perceptual(
     scratch, device = output / SCRATCH, torch.device(device_of(stage.execution))
     training, unseen = (_seen(stage, latents, held_out, scratch) for held_out in (False, True))
     channels, *size = training.x(slice(0, 1)).shape[1:]
-    trunk, figures = VGG(channels, stage.width, stage.space), {}
+    trunk = VGG(channels, stage.width, stage.space)
+    figures: dict[str, Any] = {}
     untrained = copy.deepcopy(trunk).eval()
     if stage.classification:
-        trunk, figures = yield from _classify(stage, latents, trunk, (size[0], size[1]), training, unseen, seed, scratch)
+        trunk, figures = yield from _classify(
+            stage, latents, trunk, (size[0], size[1]), training, unseen, seed, scratch
+        )
     else:
         log.warning("there is no `classification`: the trunk stays random")
     about = About(
@@ -88,7 +91,11 @@ def train_perceptual(
 
     tests = yield from _triplets(stage, latents, encode, True, scratch)
     candidates = {"lpips": LPIPS(trunk, weights, about), "mse": MSE(), "untrained": LPIPS(untrained, weights, about)}
-    return figures | _judged(output, {n: m.to(device) for n, m in candidates.items()}, tests) | {"device": calibrated.device}
+    return (
+        figures
+        | _judged(output, {n: m.to(device) for n, m in candidates.items()}, tests)
+        | {"device": calibrated.device}
+    )
 
 
 def adopt_perceptual(

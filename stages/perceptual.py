@@ -8,49 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.base import SCRATCH, Artifact, Choice, Config, Content, Input, Stage, StageContext
+from stages.base import SCRATCH, Artifact, Choice, Content, Input, Stage, StageContext
 from stages.data.triplets.config import TRIPLET_SETS, TripletSet
 from stages.latents import Latents
-from stages.methods.base import TrainingExecution, TrainingSettings, training_progress
-
+from stages.methods.base import TrainingExecution, training_progress
+from stages.perception.config import Calibration, Classification, Recipe
 
 SMALLEST = 32
 """Pixels a side that VGG's five poolings leave anything of."""
-
-
-class Classification(Config):
-    """The trunk's training: cross-entropy over the classes of the images, summed over labels where they have several.
-
-    The paper trains on ImageNet and does not say how (2405.05967); this recipe is our own: AdamW, images shifted by
-    up to 1/16 of their side with reflected borders.
-    """
-
-    training: TrainingSettings = Field(description="how trunk and classifier are optimised")
-    mirror: bool = Field(
-        False, description="mirror half of the images: not where left and right matter, as they do to digits"
-    )
-
-
-class CalibrationTraining(TrainingSettings):
-    """How the heads are optimised: by default as LPIPS's own (Zhang et al. 2018, 1801.03924, appendix), Adam at 1e-4,
-    constant for half of the steps and then falling linearly. Theirs are 30,000 of 50 triplets."""
-
-    batch_size: int = Field(50, ge=1, description="triplets a batch; a step sees `accumulate` times as many")
-    learning_rate: float = Field(1e-4, gt=0, description="its peak: after the warm-up, before the decay")
-    decay: Literal["constant", "cosine", "linear"] = Field(
-        "linear", description="of the learning rate: none, half a cosine, or over the second half linearly to zero"
-    )
-    betas: tuple[float, float] = Field(
-        (0.5, 0.999), strict=False, description="Adam's decay of its averages of gradients and of their squares"
-    )
-
-
-class Calibration(Config):
-    """The heads' training: weights of channels with which distances agree with judgements of which of two distorted
-    images is the closer one."""
-
-    training: CalibrationTraining = Field(description="how the heads are optimised")
-    dropout: float = Field(0.5, ge=0, lt=1, description="of squared differences, before they are weighted")
 
 
 class Perceptual(Stage):
@@ -108,17 +73,20 @@ class Perceptual(Stage):
         return training_progress(work / SCRATCH)
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
-        function = _adopt if self.from_ else _train
-        return context.run(function, self, context.inputs.get("latents"), context.seed, context.output, context.threads)
+        latents = context.inputs.get("latents")
+        recipe = Recipe(self.space, self.width, self.classification, self.triplets, self.calibration, latents)
+        if self.from_:
+            return context.run(_adopt, Path(self.from_), recipe, self.execution, context.output, context.threads)
+        return context.run(_train, recipe, self.execution, context.seed, context.output, context.threads)
 
 
 def _train(*arguments: Any) -> Any:
-    from stages.perception import train_perceptual
+    from stages.perception.train import train_perceptual
 
     return train_perceptual(*arguments)
 
 
 def _adopt(*arguments: Any) -> Any:
-    from stages.perception import adopt_perceptual
+    from stages.perception.train import adopt_perceptual
 
     return adopt_perceptual(*arguments)

@@ -58,7 +58,7 @@ def of(path):
         ("pairs.text_embeddings", "true | false", False),
         ("digits.size", "16 | 32", 16),
         ("manifest.name", "text: letters, digits, - and _", "required"),
-        ("manifest.stages", "teacher | pairs | distill | probe | evaluate, by name", "required"),
+        ("manifest.stages", "teacher | latents | pairs | perceptual | distill | probe | evaluate, by name", "required"),
     ],
 )
 def test_types_and_defaults_in_words(path, allowed, default):
@@ -98,7 +98,7 @@ def test_the_command_explains(tmp_path):
     training = next(s for s in found[0]["settings"] if s["name"] == "training")
     assert training["required"] and {"steps", "learning_rate"} <= {s["name"] for s in training["settings"]}
     assert json.loads(retort("explain", "--json").stdout)["methods"] == ["knowledge_distillation"]
-    assert "stage kinds\n  teacher, pairs, distill, probe, evaluate\n" in retort("explain").stdout
+    assert "stage kinds\n  teacher, latents, pairs, perceptual, distill, probe, evaluate\n" in retort("explain").stdout
 
 
 def test_unknown_names_get_a_suggestion():

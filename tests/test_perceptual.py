@@ -1,26 +1,14 @@
-"""The perceptual stage: a network trained in a teacher's latent space, calibrated, tested, sealed; and its use as a loss."""
+"""The perceptual stage: a network trained in a latent space, calibrated, tested, sealed; and its use as a loss."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 
-from pipeline.errors import ManifestError
-from stages.base import Execution, StageError
 from stages.data.latents import read_latents
-from stages.losses.augmentation import Augmentation
-from stages.losses.config import LOSSES, LossMaterials
-from stages.losses.perceptual import PerceptualLoss
-from stages.losses.regression import mse
-from stages.methods.base import TrainingSettings
-from stages.networks import perceptual
-from stages.networks.latent import LatentTeacher
 from stages.networks.perceptual import LPIPS
-from stages.networks.vgg import VGG
-from tests.conftest import TINY, execute, plan_of
+from tests.conftest import TINY, execute
 
 METRIC = """
   latents: {kind: latents, teacher: teacher, images: digits}

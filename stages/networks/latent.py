@@ -52,11 +52,14 @@ class LatentTeacher(NetworkTeacher):
                 self._conditions[prompt] = encode(self.tokenizer, self.text_encoder, [prompt])[0]
         return torch.stack([self._conditions[prompt] for prompt in prompts])
 
+    @property
+    def down_sampling(self) -> int:
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         factor = self.vae.config["scaling_factor"]
-        side = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-        parts = latents.to(self.device, torch.float32).split(_at_once(latents, side * side))
+        parts = latents.to(self.device, torch.float32).split(_at_once(latents, self.down_sampling**2))
         return torch.cat([self.vae.decode(z / factor).sample.cpu() for z in parts]).clamp(-1, 1)
 
     def decode_with_gradient(self, latents: Tensor) -> Tensor:

@@ -56,6 +56,11 @@ class NetworkTeacher(ABC):
         """The U-Net's condition for each prompt, the first axis theirs; None for a network without any. Raises
         StageError for prompts that the teacher does not know."""
 
+    @property
+    @abstractmethod
+    def down_sampling(self) -> int:
+        """How many pixels wide an image is for one of its latent's."""
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], on the CPU, of latents (B, C, h, w)."""

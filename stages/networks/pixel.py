@@ -54,6 +54,10 @@ class PixelTeacher(NetworkTeacher):
             raise StageError(f"{unknown!r} is no class of the teacher; it has {known}")
         return torch.tensor([self._classes[prompt] for prompt in prompts], device=self.device)
 
+    @property
+    def down_sampling(self) -> int:
+        return 1
+
     def decode(self, latents: Tensor) -> Tensor:
         images = latents.float().cpu().clamp(-1, 1)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

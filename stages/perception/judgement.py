@@ -25,8 +25,8 @@ class MSE(nn.Module):
 
 @torch.no_grad()
 def judged(metrics: Mapping[str, nn.Module], triplets: SeenTriplets, device: torch.device) -> dict[str, Any]:
-    """For each category, and for all: how many triplets, the human ceiling, whether the heads never saw its like, and
-    of each metric its score with the standard error, and how far below the first metric's it is on the same triplets."""
+    """For each category, and for all: how many triplets, the human ceiling, whether the heads never saw its like; of
+    each metric its score with the standard error, and how far below the first metric's it is on the same triplets."""
     scores = {name: _scores(metric, triplets, device) for name, metric in metrics.items()}
     first = next(iter(scores))
     found: dict[str, Any] = {}

@@ -30,5 +30,10 @@ class LabelledImages:
         )
 
     def pixels(self, index: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
-        """The images of `index` as networks want them: float32 in [-1, 1]."""
-        return self.images[index].astype(np.float32) / 127.5 - 1.0
+        """The images of `index` as networks want them."""
+        return scaled(self.images[index])
+
+
+def scaled(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Images as networks want them: float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1.0

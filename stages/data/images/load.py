@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stages.base import StageError
 from stages.data.images.config import FileSet, ImageSet
@@ -38,21 +41,51 @@ def load(
     if not isinstance(config, FileSet):
         images = config.load(held_out)
         return images if limit is None else images.take(_some(len(images), limit))
-
-    def split() -> Iterator[Example]:
-        every = config.hold_out_every
-        return (e for i, e in enumerate(config.examples()) if (i % every == every - 1) == held_out)
-
-    about = [(example.caption, example.label) for example in split()]
-    if not about:
-        raise StageError(f"image set {config.path}: too few images to hold every {config.hold_out_every}th out")
+    about = [(example.caption, example.label) for example in _split(config, held_out)]
     kept = _some(len(about), limit)
     wanted = set(kept.tolist())
-    chosen = (example for i, example in enumerate(split()) if i in wanted)
+    chosen = (example for i, example in enumerate(_split(config, held_out)) if i in wanted)
     about = [about[i] for i in kept]
     pixels = _decoded(chosen, (len(about), 3, config.size, config.size), config, held_out, scratch)
-    labels = {} if config.label is None else {"label": _classes(config, [label for _, label in about])}
+    numbers = _class_numbers(config)
+    labels = {"label": np.array([numbers[str(label)] for _, label in about], dtype=np.int64)} if numbers else {}
     return LabelledImages(pixels, [caption for caption, _ in about], labels, np.arange(len(about)))
+
+
+def rows(config: ImageSet, *, held_out: bool = False) -> Iterator[dict[str, Any]]:
+    """Of each image of `load`, in its order: `caption`, `origin`, and its classes by name. Of a file set none is
+    decoded, and none is kept."""
+    if not isinstance(config, FileSet):
+        images = config.load(held_out)
+        for i, caption in enumerate(images.captions):
+            classes = {name: int(values[i]) for name, values in images.labels.items()}
+            yield {"caption": caption, "origin": int(images.origins[i]), **classes}
+        return
+    numbers = _class_numbers(config)
+    for i, example in enumerate(_split(config, held_out)):
+        yield {"caption": example.caption, "origin": i, **({"label": numbers[str(example.label)]} if numbers else {})}
+
+
+def batches(config: ImageSet, size: int, *, held_out: bool = False, start: int = 0) -> Iterator[NDArray[np.uint8]]:
+    """The images of `load` in its order, from number `start` on: (B, 3, H, W), `size` at a time. Of a file set one
+    batch is in memory, and those before `start` are not decoded."""
+    if not isinstance(config, FileSet):
+        images = config.load(held_out).images
+        yield from (images[i : i + size] for i in range(start, len(images), size))
+        return
+    examples = islice(_split(config, held_out), start, None)
+    while some := list(islice(examples, size)):
+        yield np.stack([example.pixels(config.size) for example in some])
+
+
+def _split(config: FileSet, held_out: bool) -> Iterator[Example]:
+    every, found = config.hold_out_every, False
+    for i, example in enumerate(config.examples()):
+        if (i % every == every - 1) == held_out:
+            found = True
+            yield example
+    if not found:
+        raise StageError(f"image set {config.path}: too few images to hold every {every}th out")
 
 
 def _some(length: int, limit: int | None) -> np.ndarray:
@@ -61,11 +94,11 @@ def _some(length: int, limit: int | None) -> np.ndarray:
     return np.sort(places)
 
 
-def _classes(config: FileSet, found: list[str | int]) -> np.ndarray:
-    """Numbers of classes, the same for what is trained on and what is held out: by order of all names."""
-    names = {str(example.label) for example in config.examples()}
-    number = {name: place for place, name in enumerate(sorted(names, key=lambda name: (len(name), name)))}
-    return np.array([number[str(name)] for name in found], dtype=np.int64)
+def _class_numbers(config: FileSet) -> Mapping[str, int]:
+    """The number of each class, the same for what is trained on and what is held out: by order of all names. None
+    for a set without classes."""
+    names = {str(example.label) for example in config.examples()} if config.label is not None else set()
+    return {name: place for place, name in enumerate(sorted(names, key=lambda name: (len(name), name)))}
 
 
 def _decoded(

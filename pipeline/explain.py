@@ -18,6 +18,7 @@ from pipeline.settings import Setting, about, settings_of
 from stages import KINDS
 from stages.base import Config, Execution
 from stages.data.images.config import IMAGE_SETS
+from stages.data.triplets.config import TRIPLET_SETS
 from stages.losses.config import LOSSES
 from stages.methods import METHODS
 from stages.registry import PluginError, Registry
@@ -26,12 +27,14 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "stage kinds": KINDS,
     "methods": METHODS,
     "losses": LOSSES,
+    "triplet sets": TRIPLET_SETS,
     "image sets": IMAGE_SETS,
 }
 USED_AS = {
     "stage kinds": "kind: {}",
     "methods": "method: {{name: {}}}",
     "losses": "loss: {{name: {}}}",
+    "triplet sets": "triplets: {{name: {}}}",
     "image sets": "dataset or images: {}",
 }
 GROUPS = "settings"

@@ -18,7 +18,6 @@ from stages.data.images.config import ImageSet
 from stages.data.images.load import load
 from stages.data.latents import count_classes, read_latents
 from stages.data.order import ShuffledOrder
-from stages.data.triplets import triplets as triplet_sets
 from stages.latents import Latents
 from stages.methods.base import TrainingExecution
 from stages.networks import perceptual
@@ -176,9 +175,7 @@ def _encode(recipe: Recipe, execution: TrainingExecution) -> Encode:
 
 def _triplets(recipe: Recipe, encode: Encode, held_out: bool, scratch: Path) -> Generator[Progress, None, SeenTriplets]:
     assert recipe.triplets
-    found = triplet_sets.load(
-        recipe.triplets, lambda held: load(_images(recipe), held_out=held, scratch=scratch), held_out=held_out
-    )
+    found = recipe.triplets.load(lambda held: load(_images(recipe), held_out=held, scratch=scratch), held_out)
     folder = scratch / ("test_triplets" if held_out else "triplets")
     for done in seen.encoded(found, encode, folder):
         yield Progress(done, len(found.votes), "triplets encoded")

@@ -1,0 +1,72 @@
+"""Triplets made of real images by distortions of known strength: no person judged them, the weaker is the closer.
+
+A triplet is a function of the settings, the images, the split, its family and its number in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.data.images.labelled import LabelledImages
+from stages.data.triplets.config import FAMILIES, Family, Synthetic
+from stages.data.triplets.distortions import DISTORTIONS, moved
+
+LEAST = 0.25
+"""The stronger distortion's strength is uniform from this to 1."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a triplet is made of: the place of its reference, and the two strengths of one family."""
+
+    key: tuple[int, int, int]
+    """Split, family, number in it: what its random draws are a function of."""
+    source: int
+    family: Family
+    strengths: tuple[float, float]
+
+
+class SyntheticTriplets:
+    """Of all families but the held-out one, in equal shares; or with `held_out` of every family. `votes`, `categories`
+    and `unseen` are those of the interface Triplets."""
+
+    def __init__(self, config: Synthetic, images: LabelledImages, held_out: bool) -> None:
+        self._images, self._misalignment = images.images, config.misalignment
+        families = [family for family in FAMILIES if held_out or family != config.held_out_family]
+        self.categories: dict[str, range] = {}
+        self.recipes: list[Recipe] = []
+        for place, family in enumerate(families):
+            share = config.test_count if held_out else len(range(place, config.count, len(families)))
+            self.categories[family] = range(len(self.recipes), len(self.recipes) + share)
+            keys = ((int(held_out), FAMILIES.index(family), number) for number in range(share))
+            self.recipes += [_recipe(key, config.ratio, len(images)) for key in keys]
+        self.unseen: frozenset[str] = frozenset([config.held_out_family]) if held_out else frozenset()
+        self.votes = np.array([recipe.strengths[1] < recipe.strengths[0] for recipe in self.recipes], dtype=np.float32)
+
+    def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+        """The references, first and second images, each (B, 3, H, W)."""
+        recipes = [self.recipes[i] for i in index]
+        references = np.stack([self._reference(recipe) for recipe in recipes])
+        first, second = (np.stack([self._distorted(recipe, which) for recipe in recipes]) for which in (0, 1))
+        return references, first, second
+
+    def _reference(self, recipe: Recipe) -> NDArray[np.uint8]:
+        return np.asarray(self._images[recipe.source])
+
+    def _distorted(self, recipe: Recipe, which: int) -> NDArray[np.uint8]:
+        image = self._reference(recipe)
+        generator = np.random.default_rng([*recipe.key, 1 + which])
+        if self._misalignment and recipe.family != "shift":
+            image = moved(image, generator.uniform(0.0, self._misalignment), generator)
+        return DISTORTIONS[recipe.family](image, recipe.strengths[which], generator)
+
+
+def _recipe(key: tuple[int, int, int], ratio: tuple[float, float], sources: int) -> Recipe:
+    generator = np.random.default_rng([*key, 0])
+    stronger = generator.uniform(LEAST, 1.0)
+    weaker = stronger * generator.uniform(*ratio)
+    strengths = (weaker, stronger) if generator.integers(2) else (stronger, weaker)
+    return Recipe(key, int(generator.integers(sources)), FAMILIES[key[1]], strengths)

@@ -127,7 +127,8 @@ def _plain(value: Any) -> Any:
     if value is PydanticUndefined:
         return None
     if isinstance(value, Config):
-        return {name: _plain(getattr(value, name)) for name in sorted(value.model_fields_set)}
+        given = {name: _plain(getattr(value, name)) for name in sorted(value.model_fields_set)}
+        return given["name"] if list(given) == ["name"] else given  # a bare word stands for what it names
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return value

@@ -42,7 +42,7 @@ def of(path):
 @pytest.mark.parametrize(
     ("path", "allowed", "default"),
     [
-        ("knowledge_distillation.loss", "l1 | mse | pseudo_huber", "l1"),
+        ("knowledge_distillation.loss", " | ".join(REGISTRIES["losses"]), "l1"),
         ("pairs.sampler.steps", "integer, 1 to 1000", 50),
         ("pairs.count", "integer >= 1", "required"),
         ("training.ema_decay", "number >= 0 and < 1", 0.99),

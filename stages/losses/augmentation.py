@@ -50,7 +50,7 @@ class Draw(NamedTuple):
 
 
 class Augmentation(nn.Module):
-    """Transforms batches (B, C, H, W), H and W at least 4. Differentiable in them; borders are reflected.
+    """Transforms batches (B, C, H, W), H and W at least 3. Differentiable in them; borders are reflected.
 
     `b` alone moves whole pixels. With `g` the image is doubled by a wavelet, sampled bilinearly and halved again, so
     that scaling and turning do not alias. Raises ValueError for groups that are not among `bgco`.
@@ -69,7 +69,6 @@ class Augmentation(nn.Module):
         self.register_buffer("_up", phases[:, None], persistent=False)  # one filter for each pixel a pixel becomes
         self.register_buffer("_down", torch.outer(down, down)[None, None], persistent=False)
 
-    @torch.no_grad()
     def draw(self, x: Tensor) -> Draw:
         """A fresh transformation for each sample of `x`, from torch's generator of its device."""
         n, _, height, width = x.shape
@@ -120,8 +119,8 @@ class Augmentation(nn.Module):
         device, sides = matrix.device, (height, width)
         if "g" in self.groups:
             y, x = (torch.arange(-REACH, 2 * s - 1 + REACH, device=device) / 2 - (s - 1) / 2 for s in sides)
-        else:
-            y, x = (torch.arange(s, device=device) - (s - 1) / 2 for s in sides)
+        else:  # a quarter past the middles: of an odd side turned upon an even one, all round the same way
+            y, x = (torch.arange(s, device=device) - (s - 1) / 2 + 0.25 for s in sides)
         half = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=device)
         columns = (matrix[:, :2] / half[:, None])[:, None, None].unbind(-1)  # three of (B, 1, 1, 2)
         return columns[0] * x[:, None] + (columns[1] * y[:, None, None] + columns[2])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from stages.base import StageError
 from stages.networks.vgg import VGG, Space
@@ -36,6 +38,10 @@ class About:
     std: float = 1.0
     licence: str = "apache-2.0"
 
+    def __post_init__(self) -> None:
+        if self.space not in get_args(Space) or not 0 < self.std < math.inf:
+            raise ValueError(f"space has to be latents or pixels and std above 0, not {self.space!r} and {self.std!r}")
+
 
 class LPIPS(nn.Module):
     """d(x0, x1) = sum_k mean_hw w_k . (f_k(x0) / |f_k(x0)| - f_k(x1) / |f_k(x1)|)^2, over the five taps f_k of a VGG,
@@ -49,7 +55,8 @@ class LPIPS(nn.Module):
         self.about = about
         self.taps = trunk.taps()
         self.heads = nn.ParameterList([nn.Parameter(head.clone().reshape(1, -1, 1, 1), False) for head in heads])
-        self._looked = False
+        self.smallest = 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in self.taps.modules())
+        self._looked = about.space == "pixels"  # whose range every caller knows
 
     @classmethod
     def load(cls, folder: Path) -> LPIPS:
@@ -78,27 +85,29 @@ class LPIPS(nn.Module):
     def check(self, x0: Tensor, x1: Tensor) -> None:
         """Raise StageError for shapes that do not fit; warn, once, of latents that seem not to be scaled."""
         expected = self.about.channels
-        if x0.shape != x1.shape or x0.ndim != 4 or x0.shape[1] != expected:
+        if x0.shape != x1.shape or x0.ndim != 4 or x0.shape[1] != expected or min(x0.shape[2:]) < self.smallest:
             raise StageError(
-                f"this perceptual network compares {self.about.space} of shape (B, {expected}, H, W), "
-                f"not {tuple(x0.shape)} with {tuple(x1.shape)}"
+                f"this perceptual network compares {self.about.space} of shape (B, {expected}, H, W), H and W at "
+                f"least {self.smallest}, not {tuple(x0.shape)} with {tuple(x1.shape)}"
             )
         if self._looked or torch.compiler.is_compiling():
             return
         self._looked = True
         ratio = float(x1.detach().float().std()) / self.about.std
-        if x1.numel() > 1 and not 1 / DEVIATION < ratio < DEVIATION:
+        if not 1 / DEVIATION < ratio < DEVIATION:
             log.warning(
-                "the standard deviation of these %s is %.2f times that of what the perceptual network was trained "
-                "on (%.3f): are they multiplied by the VAE's scaling factor?",
-                *(self.about.space, ratio, self.about.std),
+                "the standard deviation of these latents is %.2f times that of what the perceptual network was "
+                "trained on (%.3f): are they multiplied by the VAE's scaling factor?",
+                *(ratio, self.about.std),
             )
 
 
 def unit_difference(f0: Tensor, f1: Tensor, head: Tensor) -> Tensor:
-    """w . (f0/|f0| - f1/|f1|)^2 over channels, for features (B, C, H, W) and w (1, C, 1, 1) -> (B, H, W), float32."""
+    """w . (f0/|f0| - f1/|f1|)^2 over channels, for features (B, C, H, W) and w (1, C, 1, 1) -> (B, H, W), float32.
+
+    As a product of matrices, which unlike a convolution keeps nothing for the gradient of a frozen w."""
     with torch.autocast(f0.device.type, enabled=False):
-        return functional.conv2d((unit(f0) - unit(f1)).square(), head)[:, 0]
+        return torch.einsum("bchw,c->bhw", (unit(f0) - unit(f1)).square(), head.flatten())
 
 
 def unit(features: Tensor) -> Tensor:
@@ -121,16 +130,21 @@ def read(folder: Path) -> tuple[VGG, list[Tensor], About]:
         about = About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
         tensors = load_file(folder / WEIGHTS)
         trunk = VGG(about.channels, about.width, about.space)
-        heads = [tensors.pop(f"heads.{k}") for k in range(len(trunk.tap_channels))]
+        heads = [tensors.pop(f"heads.{k}").float() for k in range(len(trunk.tap_channels))]
         trunk.load_state_dict(tensors)
     except FileNotFoundError as error:
         raise StageError(
             f"{folder} has no {Path(error.filename or WEIGHTS).name}: it is not a perceptual network; a `perceptual` "
             f"stage or `retort import-weights` writes {ABOUT} and {WEIGHTS}"
         ) from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except KeyError as error:
+        raise StageError(f"{folder / WEIGHTS} has no {error}: it is not what {ABOUT} says") from None
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
         raise StageError(f"{folder} is not a perceptual network that can be read: {error}") from None
-    negative = next((k for k, head in enumerate(heads) if bool((head < 0).any())), None)
-    if negative is not None:
-        raise StageError(f"{folder}: head {negative} has negative weights, with which a distance could be negative")
+    for k, (head, channels) in enumerate(zip(heads, trunk.tap_channels, strict=True)):
+        if head.shape != (channels,) or not 0 <= float(head.min()) <= float(head.max()) < math.inf:  # nor nan
+            raise StageError(
+                f"{folder}: head {k} has to be {channels} weights, none of them negative, with which a distance could "
+                "be negative, and all finite"
+            )
     return trunk.eval(), heads, about

@@ -83,17 +83,17 @@ class Classifier(nn.Module):
     def __init__(self, trunk: VGG, classes: dict[str, int], size: tuple[int, int]) -> None:
         super().__init__()
         self.trunk, self.classes = trunk, classes
-        with torch.no_grad():
-            try:
-                _, channels, *side = trunk.eval()(torch.zeros(1, trunk.channels, *size)).shape
-            except RuntimeError:
-                height, width = size
-                raise StageError(f"{trunk.space} of {height} x {width} are too small for the network's pools") from None
-        pooled, hidden = [min(7, length) for length in side], 64 * trunk.width
+        halvings = sum(isinstance(layer, nn.MaxPool2d) for layer in trunk.features)
+        pooled, hidden = [min(7, side >> halvings) for side in size], 64 * trunk.width
+        if not all(pooled):
+            (height, width), least = size, 2**halvings
+            raise StageError(
+                f"{trunk.space} of {height} x {width} are too small for the network's pools: {least} a side at least"
+            )
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(tuple(pooled)),
             nn.Flatten(),
-            *(nn.Linear(channels * pooled[0] * pooled[1], hidden), nn.ReLU(inplace=True), nn.Dropout()),
+            *(nn.Linear(trunk.tap_channels[-1] * pooled[0] * pooled[1], hidden), nn.ReLU(inplace=True), nn.Dropout()),
             *(nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout()),
             nn.Linear(hidden, sum(classes.values())),
         )

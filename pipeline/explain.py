@@ -198,7 +198,8 @@ def text(topic: Topic) -> str:
 
 
 def _singular(what: str) -> str:
-    return what if what == GROUPS else f"{'an' if what[0] in 'aeiou' else 'a'} {what.removesuffix('s')}"
+    one = what.removesuffix("es" if what.endswith("sses") else "s")
+    return what if what == GROUPS else f"{'an' if what[0] in 'aeiou' else 'a'} {one}"
 
 
 def _lines(settings: Sequence[Setting], indent: str, path: str) -> list[str]:

@@ -63,7 +63,12 @@ class Perceptual(Stage):
         latents = inputs["latents"].stage if self.latents else None
         if self.classification and isinstance(latents, Latents) and not latents.images.labelled:
             yield "classification", f"the images of {self.latents}, {latents.images.name}, have no classes"
-        if self.space == "pixels" and isinstance(latents, Latents) and latents.images.size < SMALLEST:
+        if (
+            self.classification
+            and self.space == "pixels"
+            and isinstance(latents, Latents)
+            and latents.images.size < SMALLEST
+        ):
             yield (
                 "space",
                 f"pixels: five poolings leave nothing of images of {latents.images.size}; {SMALLEST} at least",

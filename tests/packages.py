@@ -25,7 +25,10 @@ GOOD = {
                 return {"count": count}
         """,
     "methods.py": """
-        from typing import ClassVar, Literal
+        from typing import Annotated, ClassVar, Literal
+        from pydantic import Field
+        from stages.base import Choice
+        from stages.losses.config import LOSSES, LossConfig, Regression
         from stages.methods.base import MethodConfig
 
         class Squares(MethodConfig):
@@ -33,11 +36,24 @@ GOOD = {
 
             VERSION: ClassVar[int] = 1
             name: Literal["squares"] = "squares"
+            loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(Regression(name="mse"), description="distance")
 
             def create(self, materials):
                 from stages.methods.knowledge_distillation.method import KnowledgeDistillation
 
-                return KnowledgeDistillation("mse", "v_prediction", materials)
+                return KnowledgeDistillation(materials.distance(self.loss), "v_prediction", materials)
+        """,
+    "losses.py": """
+        from typing import Literal
+        from stages.losses.config import LossConfig
+
+        class FourthPower(LossConfig):
+            \"""The fourth power of the difference.\"""
+
+            name: Literal["fourth_power"] = "fourth_power"
+
+            def create(self, materials):
+                return lambda output, target: (output - target).pow(4).mean((1, 2, 3))
         """,
     "images.py": """
         from typing import Literal
@@ -80,6 +96,7 @@ PACKAGES = {
         {
             "retort.kinds": {"count": "counting:Count"},
             "retort.methods": {"squares": "methods:Squares", "knowledge_distillation": "methods:Squares"},
+            "retort.losses": {"fourth_power": "losses:FourthPower"},
             "retort.image_sets": {"stripes": "images:Stripes"},
         },
     ),

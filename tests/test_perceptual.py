@@ -160,7 +160,9 @@ def test_a_network_from_a_folder_is_sealed_and_tested(made, tmp_path):
     assert "two_afc" not in plan["taken"].artifact.record["metrics"]
     with pytest.raises(StageFailed, match="looks at latents, not at pixels"):
         execute(
-            text.replace("{kind: perceptual, from", "{kind: perceptual, space: pixels, from"), made[0], only=["taken"]
+            text.replace("taken: {kind: perceptual,", "taken: {kind: perceptual, space: pixels,"),
+            made[0],
+            only=["taken"],
         )
 
 
@@ -169,7 +171,8 @@ REFUSED = [
     ("{kind: perceptual, from: ., calibration: {training: {steps: 1}}}", "either taken `from` a folder or trained"),
     ("{kind: perceptual, from: ., triplets: synthetic}", "to be tested on triplets it needs latents"),
     (
-        "{kind: perceptual, latents: latents, space: pixels, triplets: synthetic, calibration: {training: {steps: 1}}}",
+        "{kind: perceptual, latents: latents, space: pixels, classification: {training: {steps: 1}}, "
+        "triplets: synthetic, calibration: {training: {steps: 1}}}",
         "five poolings leave nothing of images of 16; 32 at least",
     ),
     (

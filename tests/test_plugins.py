@@ -65,9 +65,9 @@ def test_a_kind_and_an_image_set_of_a_package_go_all_the_way(good, tmp_path):
     assert without.returncode == 2 and "is of kind 'count', which no installed package offers" in without.stderr
 
 
-def test_a_method_of_a_package_trains_a_student(good, tiny, tmp_path):
+def test_a_method_and_a_loss_of_a_package_train_a_student(good, tiny, tmp_path):
     manifest = tmp_path / "m.yaml"
-    manifest.write_text(DISTILL % (tiny[1]["pairs"].artifact.folder, "squares"))
+    manifest.write_text(DISTILL % (tiny[1]["pairs"].artifact.folder, "{name: squares, loss: fourth_power}"))
     store = tmp_path / "store"
     done = retort("submit", manifest, "--store", store, "--engine", "inline", "--json", PYTHONPATH=good)
     assert done.returncode == 0, done.stderr

@@ -56,11 +56,12 @@ class CalibrationTraining:
     def _distance(self, reference: list[Tensor], x: Tensor) -> Tensor:
         with torch.no_grad():
             squares = [(r - unit(f)).square() for r, f in zip(reference, self.metric.features(x), strict=True)]
-        parts = [
-            functional.conv2d(functional.dropout(square, self.dropout), weight).mean((1, 2, 3))
-            for square, weight in zip(squares, self.heads.weights, strict=True)
-        ]
-        return torch.stack(parts).sum(0)
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [
+                functional.conv2d(functional.dropout(square, self.dropout), weight).mean((1, 2, 3))
+                for square, weight in zip(squares, self.heads.weights, strict=True)
+            ]
+            return torch.stack(parts).sum(0)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

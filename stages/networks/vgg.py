@@ -80,7 +80,7 @@ class Classifier(nn.Module):
     """VGG's own head over the trunk: a 7 x 7 average, or the map itself where it is smaller, and three linear layers
     with dropout, of 64 `width` units. Several labels share them, each with logits of its own."""
 
-    def __init__(self, trunk: VGG, classes: dict[str, int], size: tuple[int, int]) -> None:
+    def __init__(self, trunk: VGG, classes: dict[str, int], size: tuple[int, int], dropout: float = 0.5) -> None:
         super().__init__()
         self.trunk, self.classes = trunk, classes
         halvings = sum(isinstance(layer, nn.MaxPool2d) for layer in trunk.features)
@@ -93,8 +93,8 @@ class Classifier(nn.Module):
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(tuple(pooled)),
             nn.Flatten(),
-            *(nn.Linear(trunk.tap_channels[-1] * pooled[0] * pooled[1], hidden), nn.ReLU(inplace=True), nn.Dropout()),
-            *(nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout()),
+            *(nn.Linear(trunk.tap_channels[-1] * pooled[0] * pooled[1], hidden), nn.ReLU(inplace=True)),
+            *(nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout)),
             nn.Linear(hidden, sum(classes.values())),
         )
 

@@ -10,7 +10,7 @@ from stages.methods.base import Batch, Player, TrainingSettings, Turn
 from stages.networks.vgg import Classifier
 
 SHIFT = 16
-"""Images are moved by up to a SHIFT-th of their side, at least one pixel."""
+"""Images are moved by up to a SHIFT-th of their side."""
 BATCH = 256
 
 
@@ -39,7 +39,7 @@ class ClassificationTraining:
 def _moved(x: Tensor, mirror: bool) -> Tensor:
     """Each sample shifted by whole pixels, borders reflected, and mirrored by a fair coin if `mirror`."""
     n, _, height, width = x.shape
-    by = max(1, max(height, width) // SHIFT)
+    by = min(height, width) // SHIFT
     padded = functional.pad(x, (by,) * 4, "reflect")
     top, left = torch.randint(0, 2 * by + 1, (2, n))
     moved = torch.stack([p[:, t : t + height, k : k + width] for p, t, k in zip(padded, top, left, strict=True)])

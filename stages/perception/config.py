@@ -16,10 +16,13 @@ class Classification(Config):
     """The trunk's training: cross-entropy over the classes of the images, summed over labels where they have several.
 
     The paper trains on ImageNet and does not say how (2405.05967); this recipe is our own: AdamW, images shifted by
-    up to 1/16 of their side with reflected borders.
+    up to 1/16 of their side, in whole pixels, with reflected borders.
     """
 
     training: TrainingSettings = Field(description="how trunk and classifier are optimised")
+    dropout: float = Field(
+        0.5, ge=0, lt=1, description="after each of the head's hidden layers, as in VGG; hinders narrow networks"
+    )
     mirror: bool = Field(
         False, description="mirror half of the images: not where left and right matter, as they do to digits"
     )

@@ -126,7 +126,8 @@ def _classify(
 ) -> Generator[Progress, None, tuple[VGG, dict[str, Any]]]:
     assert recipe.classification and recipe.latents
     settings = recipe.classification.training
-    classifier = Classifier(trunk, count_classes(recipe.latents.folder), size)
+    classes = count_classes(recipe.latents.folder)
+    classifier = Classifier(trunk, classes, size, recipe.classification.dropout)
     order = ShuffledOrder(training.count, settings.batch_size, seed)
 
     def batch(step: int) -> dict[str, Any]:

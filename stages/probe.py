@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.base import SCRATCH, Artifact, Choice, Content, Progress, Stage, StageContext, StageError
-from stages.data.files import sha256_of_all
-from stages.data.images.config import IMAGE_SETS, Digits, FileSet, ImageSet
-
-if TYPE_CHECKING:
-    from stages.data.images.labelled import LabelledImages
+from stages.base import SCRATCH, Artifact, Choice, Progress, Stage, StageContext
+from stages.data.images.config import IMAGE_SETS, Digits, ImageSet
 
 
 class Probe(Stage):
@@ -61,23 +57,3 @@ def _train(stage: Probe, seed: int, output: Path, threads: int) -> Generator[Pro
         "caption_accuracy": accuracy(predicted, told),
         "label_accuracy": {name: accuracy(predicted, {name: unseen.labels[name]}) for name in unseen.labels},
     }
-
-
-def learnt_images(probe: Artifact, scratch: Path) -> LabelledImages:
-    """The images that a sealed probe was trained on. Raises StageError if they are not there as they were."""
-    from stages.data.images.load import load
-
-    assert isinstance(probe.stage, Probe)
-    images = probe.stage.images
-    if isinstance(images, FileSet):
-        marker = next(m for m in type(images).model_fields["path"].metadata if isinstance(m, Content))
-        try:
-            found = f"sha256:{sha256_of_all(images.path, marker.files)}"
-        except OSError as error:
-            raise StageError(f"the images of the probe {probe.folder}: {error}") from None
-        if found != probe.record["identity"]["contents"]["images.path"]:
-            raise StageError(
-                f"{images.path} changed since the probe {probe.folder} was trained on it; name a stage of "
-                "`kind: probe` in its place, which is trained again"
-            )
-    return load(images, limit=probe.stage.limit, scratch=scratch)

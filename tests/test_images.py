@@ -147,6 +147,19 @@ def test_sidecar_captions(tmp_path):
         load(config)
 
 
+def test_a_folder_a_class_as_imagenet_lies_on_disks(tmp_path):
+    for name, image, _, colour in ROWS:
+        (tmp_path / f"n{colour:08d}").mkdir(exist_ok=True)
+        (tmp_path / f"n{colour:08d}" / f"{name}.JPEG").write_bytes(image)
+    config = ImageFolder(path=str(tmp_path), size=16, caption=None, label="folder")
+    images = load(config)
+    assert config.labelled and images.labels["label"].tolist() == sorted(images.labels["label"].tolist())
+    assert set(images.labels["label"].tolist()) == {0, 1, 2, 3, 4}
+    (tmp_path / "astray.png").write_bytes(ROWS[0][1])
+    with pytest.raises(StageError, match=r"astray.png: expected it in a folder named by its class"):
+        load(config)
+
+
 def test_images_are_scaled_and_cut_in_the_middle(tmp_path):
     wide = Image.new("RGB", (64, 32), "black")
     wide.paste((255, 255, 255), (16, 0, 48, 32))

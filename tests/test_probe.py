@@ -103,6 +103,6 @@ def test_images_of_ones_own_are_compared_with_as_long_as_they_are_those_that_it_
     real, teacher = metrics["references"]["real"], metrics["sides"]["teacher_5"]
     assert real["frechet_distance"] < teacher["frechet_distance"]
     Image.new("RGB", (16, 16)).save(walls / "00.png")
-    changed = f"{walls} changed since the probe {made.folder} was trained on it"
+    changed = f"{walls} changed since {made.folder} was made of it"
     with pytest.raises(StageFailed, match=re.escape(changed)):
         execute(text, tiny[0], ["stages.quality.samples=101"], name="walls")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.base import SCRATCH, Artifact, Execution, Progress, StageError
+from stages.probe import Probe
 
 
 def evaluate(
@@ -21,13 +22,17 @@ def evaluate(
     threads: int,
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Write `metrics.json`, and what `page.write` writes, to `output`; return the metrics."""
+    from stages.data.images.load import load
+    from stages.data.images.sealed import images_of
     from stages.evaluation import measure, page
     from stages.evaluation.sides import sample_sides
     from stages.networks.compute import prepare
-    from stages.probe import learnt_images
 
     prepare(threads)
-    known = learnt_images(probe, output / SCRATCH) if probe else None  # what is wrong with them is said at once
+    known = None
+    if probe:  # first of all: what is wrong with its images is said at once
+        assert isinstance(probe.stage, Probe)
+        known = load(images_of(probe), limit=probe.stage.limit, scratch=output / SCRATCH)
     sides, setting = yield from sample_sides(pairs, student, samples, teacher_steps, execution)
     metrics: dict[str, Any] = {
         "samples": samples,

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from stages.base import SCRATCH, Progress, StageError
-from stages.data.images.config import ImageSet
+from stages.data.images.labelled import LabelledImages
 from stages.data.images.load import load
+from stages.data.images.sealed import images_of
 from stages.data.latents import count_classes, read_latents
 from stages.data.order import ShuffledOrder
 from stages.latents import Latents
@@ -43,7 +44,7 @@ def train_perceptual(
     recipe: Recipe, execution: TrainingExecution, seed: int, output: Path, threads: int
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Fill `output` with a trained network and its test; return its figures. Raises StageError."""
-    assert recipe.calibration and recipe.latents
+    assert recipe.calibration and recipe.latents and isinstance(recipe.latents.stage, Latents)
     prepare(threads)
     torch.manual_seed(seed)
     scratch, device = output / SCRATCH, torch.device(device_of(execution))
@@ -62,7 +63,7 @@ def train_perceptual(
         space=recipe.space,
         channels=channels,
         width=recipe.width,
-        trunk=f"trained on {_images(recipe).name}" if recipe.classification else "random",
+        trunk=f"trained on {recipe.latents.stage.images.name}" if recipe.classification else "random",
         std=float(training.x(slice(0, FEW)).std()),
     )
 
@@ -157,14 +158,14 @@ def _seen(recipe: Recipe, held_out: bool, scratch: Path) -> Seen:
         encoded = read_latents(recipe.latents.folder, held_out)
         labels = {name: torch.from_numpy(values) for name, values in encoded.labels.items()}
         return Seen(lambda index: torch.from_numpy(encoded.batch(index)), labels, len(encoded))
-    images = load(_images(recipe), held_out=held_out, scratch=scratch)
+    images = _images(recipe, held_out, scratch)
     labels = {name: torch.from_numpy(values) for name, values in images.labels.items()}
     return Seen(lambda index: torch.from_numpy(images.pixels(index)), labels, len(images))
 
 
-def _images(recipe: Recipe) -> ImageSet:
-    assert recipe.latents and isinstance(recipe.latents.stage, Latents)
-    return recipe.latents.stage.images
+def _images(recipe: Recipe, held_out: bool, scratch: Path) -> LabelledImages:
+    assert recipe.latents
+    return load(images_of(recipe.latents), held_out=held_out, scratch=scratch)
 
 
 def _encode(recipe: Recipe, execution: TrainingExecution) -> Encode:
@@ -176,7 +177,7 @@ def _encode(recipe: Recipe, execution: TrainingExecution) -> Encode:
 
 def _triplets(recipe: Recipe, encode: Encode, held_out: bool, scratch: Path) -> Generator[Progress, None, SeenTriplets]:
     assert recipe.triplets
-    found = recipe.triplets.load(lambda held: load(_images(recipe), held_out=held, scratch=scratch), held_out)
+    found = recipe.triplets.load(lambda held: _images(recipe, held, scratch), held_out)
     folder = scratch / ("test_triplets" if held_out else "triplets")
     for done in seen.encoded(found, encode, folder):
         yield Progress(done, len(found.votes), "triplets encoded")

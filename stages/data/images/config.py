@@ -95,14 +95,19 @@ class FileSet(ImageSet):
 
 class ImageFolder(FileSet):
     """A folder as Hugging Face's imagefolder: images, and `metadata.csv` or `metadata.jsonl` with a row an image
-    (`file_name` and further columns); without either, `caption` null or "txt", a text file beside each image."""
+    (`file_name` and further columns); without either, `caption` null or "txt", a text file beside each image, and
+    `label` null or "folder", as ImageNet lies on disks: CLASS/NAME.JPEG."""
 
     name: Literal["image_folder"] = "image_folder"
     path: Annotated[str, Content()] = Field(description="the folder")
     caption: str | None = Field(
         "text", description="column of the metadata; txt: a text file beside each image; null: there are none"
     )
-    label: str | None = Field(None, description="column of the metadata with the class; null: there are none")
+    label: str | None = Field(
+        None,
+        description="column of the metadata with the class; folder: the folder that an image lies in; null: there are "
+        "none",
+    )
 
 
 class WebDataset(FileSet):

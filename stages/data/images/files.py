@@ -23,6 +23,7 @@ from stages.data.images.config import FileSet, ImageFolder, ParquetImages, WebDa
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 METADATA = ("metadata.csv", "metadata.jsonl")
+BY_FOLDER = "folder"
 FORMATS = ("JPEG", "PNG", "WEBP")
 """What Pillow may take a file for: some of its other readers run programs."""
 ROWS = 64
@@ -82,17 +83,21 @@ def _folder(config: ImageFolder) -> Iterator[Example]:
                 raise StageError(f"{where}: file_name {row['file_name']!r:.80} is no file below {folder}")
             yield Example(str(file), file, _caption(row, config, where), _label(row, config, where))
         return
-    if config.label is not None or config.caption not in (None, "txt"):
-        wanted = f"column {config.label or config.caption!r}"
+    if config.label not in (None, BY_FOLDER) or config.caption not in (None, "txt"):
+        wanted = config.label if config.label not in (None, BY_FOLDER) else config.caption
         raise StageError(
-            f"image set {folder}: {wanted} needs {' or '.join(METADATA)}; for text files beside the images give "
-            "caption: txt, for no captions caption: null"
+            f"image set {folder}: column {wanted!r} needs {' or '.join(METADATA)}; for text files beside the images "
+            "give caption: txt, for no captions caption: null, for a folder a class label: folder"
         )
     for name, file in files_of(config.path, tuple(f"**/*.{kind}" for kind in IMAGES)).items():
-        text = file.with_suffix(".txt")
+        text, label = file.with_suffix(".txt"), None
+        if config.label:
+            if file.parent == folder:
+                raise StageError(f"{file}: expected it in a folder named by its class, as label: folder says")
+            label = file.parent.name
         if config.caption and not text.is_file():
             raise StageError(f"{file}: expected its caption in {text.name} beside it")
-        yield Example(name, file, _decoded(text.read_bytes(), str(text)).strip() if config.caption else "", None)
+        yield Example(name, file, _decoded(text.read_bytes(), str(text)).strip() if config.caption else "", label)
 
 
 def _rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

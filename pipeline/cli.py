@@ -14,6 +14,7 @@ from pipeline.commands.runs import gc, logs, runs, status
 from pipeline.commands.sample import sample
 from pipeline.commands.shards import shards, stats
 from pipeline.commands.submit import plan, resume, submit
+from pipeline.commands.weights import import_weights
 from pipeline.errors import INTERRUPTED
 
 
@@ -38,7 +39,7 @@ def cli() -> None:
 
 for _command in (
     *(submit, resume, plan, stop, status, logs, runs, gc),
-    *(stats, shards, compare, sample, init, explain, completion),
+    *(stats, shards, compare, sample, import_weights, init, explain, completion),
 ):
     cli.add_command(_command)
 

@@ -47,6 +47,13 @@ def complete_explained(context: Context, parameter: Parameter, incomplete: str) 
     return _fitting(incomplete, (name for group in names().values() for name in group))
 
 
+def complete_published(context: Context, parameter: Parameter, incomplete: str) -> list[CompletionItem]:
+    """Published perceptual networks, and the shell's own files."""
+    from stages.importing import PUBLISHED
+
+    return [*map(CompletionItem, _fitting(incomplete, PUBLISHED)), CompletionItem(incomplete, type="file")]
+
+
 def complete_methods(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
     """Distillation methods, also those of other packages."""
     from stages.methods import METHODS

@@ -30,6 +30,7 @@ def test_commands_and_names_are_offered():
     assert offered("retort explain know") == ["knowledge_distillation"]
     assert {"teacher", "digits", "sampler"} <= set(offered("retort explain "))
     assert offered("retort init --method k") == ["knowledge_distillation"]
+    assert offered("retort import-weights sd") == ["sd15", "sd21", "sdxl", "sd3", "sd"]
     assert offered("retort completion ") == ["bash", "zsh", "fish"]
 
 

@@ -1,0 +1,187 @@
+"""Perceptual networks that others published, brought into Retort's own form: E-LatentLPIPS of Kang et al. 2024
+(2405.05967), for the latents of five models (https://github.com/mingukkang/elatentlpips, CC BY-NC 4.0).
+
+The one place that reads a pickle, and only with torch's loader of tensors alone, which runs nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stages.base import StageError
+from stages.data.files import fsync_folder, publish, sha256_of, temporary_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.networks.perceptual import About
+
+
+class Latents(NamedTuple):
+    """What a published network compares: (z - shift) * scale, for a latent z as the model's VAE gives it."""
+
+    model: str
+    channels: int
+    scale: float
+    shift: float = 0.0
+
+
+PUBLISHED = {
+    "sd15": Latents("Stable Diffusion 1.5", 4, 0.18215),
+    "sd21": Latents("Stable Diffusion 2.1", 4, 0.18215),
+    "sdxl": Latents("Stable Diffusion XL", 4, 0.13025),
+    "sd3": Latents("Stable Diffusion 3", 16, 1.5305, 0.0609),
+    "flux": Latents("FLUX.1", 16, 0.3611, 0.1159),
+}
+SITE, LICENCE = "https://github.com/mingukkang/elatentlpips", "cc-by-nc-4.0"
+REPOSITORY, FOLDER, ENDING = "Mingguksky/elatentlpips", "elatentlpips_ckpt", "_latest_vgg16_tuned.pth"
+FIRST = "net.slice1.0.weight"
+
+
+def download(name: str) -> Path:
+    """The published checkpoint of that name, a key of PUBLISHED, in the hub client's cache. Raises StageError."""
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # it warns at every retry, of what is said below once
+    file = f"{FOLDER}/{name}{ENDING}"
+    try:
+        return Path(hf_hub_download(REPOSITORY, file))
+    except Exception as error:  # the hub's client raises many kinds, all meaning: not reached or not there
+        raise StageError(
+            f"the weights of {name} cannot be downloaded ({type(error).__name__}); where there is a network, fetch "
+            f"{hf_hub_url(REPOSITORY, file)}, and give the file's path instead of its name"
+        ) from error
+
+
+def import_weights(source: Path, out: Path) -> None:
+    """Write the checkpoint `source`, a trunk with its calibrated heads in the published layout, as the folder `out`
+    that `networks.perceptual.read` reads: whole or not at all. Raises StageError for anything else."""
+    from stages.networks import perceptual
+    from stages.networks.vgg import VGG
+
+    loaded = _load(source)
+    channels, width = _first_convolution(source, loaded)
+    layout = _layout(channels, width)
+    _compare(source, loaded, {published: shape for published, (_, shape) in layout.items()})
+    tensors = {own: loaded[published] for published, (own, _) in layout.items()}
+    trunk = VGG(channels, width)
+    heads = [tensors.pop(f"heads.{k}") for k in range(len(trunk.tap_channels))]
+    for k, head in enumerate(heads):
+        if not bool((head >= 0).all()):
+            raise StageError(f"{source}: lins.{k} has weights that are not at least 0: a distance could be negative")
+    trunk.load_state_dict(tensors)
+    origin = f"elatentlpips, {source.name}, sha256 {sha256_of(source)}"
+    about = perceptual.About("latents", channels, width, origin, licence=LICENCE)
+    temporary = temporary_of(out)
+    try:
+        temporary.mkdir(parents=True)
+        perceptual.write(temporary, trunk, heads, about)
+        (temporary / "README.md").write_text(_card(source, about), encoding="utf-8")
+        fsync_folder(temporary)
+        publish(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _load(source: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        loaded: Any = torch.load(source, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the loader raises many kinds, UnpicklingError for what it refuses
+        raise StageError(
+            f"{source} cannot be read ({type(error).__name__}): it is damaged, or no file of torch.save, or it holds "
+            "more than tensors, and loading that could run whatever code its maker put there, so that it is refused"
+        ) from None
+    if isinstance(loaded, dict) and "state_dict" in loaded:
+        raise StageError(
+            f"{source} holds a `state_dict` beside other things, as the published classifiers do (NAME_latent_vgg16"
+            f".pth.tar): these have no calibrated heads; expected NAME{ENDING}, which has trunk and heads"
+        )
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise StageError(f"{source} holds no mapping of names to tensors; expected one, as in NAME{ENDING}")
+    return loaded
+
+
+def _first_convolution(source: Path, loaded: dict[str, Tensor]) -> tuple[int, int]:
+    """Its channels in and out."""
+    if FIRST not in loaded:
+        raise StageError(
+            f"{source} is no published E-LatentLPIPS checkpoint: expected {FIRST} and others of net.* and lins.*, "
+            f"found {_some(loaded)}"
+        )
+    shape, allowed = tuple(loaded[FIRST].shape), sorted({latents.channels for latents in PUBLISHED.values()})
+    if len(shape) != 4 or shape[1] not in allowed:
+        raise StageError(
+            f"{source}: {FIRST} has shape {shape}; expected (64, C, 3, 3), with the channels of latents, "
+            f"{' or '.join(map(str, allowed))}, for C; a network for images has 3 there"
+        )
+    return shape[1], shape[0]
+
+
+def _layout(channels: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Published name -> (name in Retort's file, shape). The heads are published twice, as lin0 and as lins.0."""
+    import torch
+
+    from stages.networks.vgg import TAP_ENDS, VGG
+
+    with torch.device("meta"):
+        trunk = VGG(channels, width)
+    layout = {}
+    for name, value in trunk.features.state_dict().items():
+        place = int(name.partition(".")[0])
+        block = 1 + sum(place >= end for end in TAP_ENDS["latents"])
+        layout[f"net.slice{block}.{name}"] = (f"features.{name}", tuple(value.shape))
+    for k, size in enumerate(trunk.tap_channels):
+        for published in (f"lin{k}", f"lins.{k}"):
+            layout[f"{published}.model.1.weight"] = (f"heads.{k}", (1, size, 1, 1))
+    return layout
+
+
+def _compare(source: Path, loaded: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    missing, unexpected = expected.keys() - loaded.keys(), loaded.keys() - expected.keys()
+    both = sorted(expected.keys() & loaded.keys())
+    shapes = {name: tuple(loaded[name].shape) for name in both if tuple(loaded[name].shape) != expected[name]}
+    problems = [
+        *([f"it lacks {_some(missing)}"] if missing else []),
+        *([f"it has {_some(unexpected)}, which were not expected"] if unexpected else []),
+        *([f"{name} has shape {found}, expected {expected[name]}" for name, found in list(shapes.items())[:1]]),
+        *([f"so have {len(shapes) - 1} more a wrong one"] if len(shapes) > 1 else []),
+    ]
+    if problems:
+        raise StageError(f"{source} is no published E-LatentLPIPS checkpoint: {'; '.join(problems)}")
+
+
+def _some(names: Collection[Any], shown: int = 2) -> str:
+    listed = sorted(map(str, names))
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return (", ".join(listed[:shown]) or "nothing") + more
+
+
+def _card(source: Path, about: About) -> str:
+    latents = PUBLISHED.get(source.name.removesuffix(ENDING))
+    inputs = f"latents of {about.channels} channels, scaled as their VAE's config says"
+    if latents and latents.channels == about.channels:
+        z = f"(z - {latents.shift})" if latents.shift else "z"
+        inputs = f"latents of {latents.model}: {z} * {latents.scale}, for z as its VAE gives it"
+    return f"""---
+license: {about.licence}
+---
+# E-LatentLPIPS
+
+A perceptual distance for {inputs}.
+
+Weights by Minguk Kang, published at {SITE} under the licence CC BY-NC 4.0
+(https://creativecommons.org/licenses/by-nc/4.0/): not for commercial use, and with this notice. They belong to
+"Distilling Diffusion Models into Conditional GANs" (Kang et al. 2024, https://arxiv.org/abs/2405.05967), made again by
+their author for that repository.
+
+Changed by `retort import-weights`: tensors renamed, heads flattened and written once. The numbers are as published.
+From {about.trunk.removeprefix("elatentlpips, ")}.
+"""

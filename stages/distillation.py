@@ -16,9 +16,11 @@ from stages.data.order import ShuffledOrder
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.diffusion.samplers import timesteps
+from stages.losses.config import LossConfig
 from stages.methods.base import Batch, Materials, MethodConfig, TrainingExecution, TrainingSettings
 from stages.networks.compute import prepare
 from stages.networks.network import NetworkTeacher
+from stages.networks.perceptual import about_of
 from stages.networks.student import OneStepStudent, export
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs
@@ -84,7 +86,7 @@ def distill(
         student,
         teacher,
         output,
-        _card(method_config.name, training, held_out, sources, held_out_mse, fingerprint, teacher.usage()),
+        _card(method_config, training, held_out, sources, inputs, held_out_mse, fingerprint, teacher.usage()),
     )
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
     (output / "history.jsonl").write_text(lines, encoding="utf-8")
@@ -103,10 +105,11 @@ def _error(student: OneStepStudent, teacher: NetworkTeacher, reader: PairReader,
 
 
 def _card(
-    method: str,
+    method: MethodConfig,
     training: TrainingSettings,
     held_out: int,
     sources: list[Artifact],
+    inputs: Mapping[str, Artifact],
     held_out_mse: float,
     fingerprint: str,
     usage: str,
@@ -127,14 +130,29 @@ license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained")
 ---
 # One-step student
 
-Distilled by Retort (distill/{fingerprint}) with `{method}`, {training.steps} steps of
+Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(method)}`, {training.steps} steps of
 {training.batch_size}, from {count - held_out} pairs ({names}) of a teacher
 ({origin}{at}; teacher/{teacher.fingerprint}; licence: {source.get("licence") or "not stated"}) solved by
 {sampler.name.upper()} in {sampler.steps} steps at guidance {sampler.guidance_scale}, which is built in.
 
-Mean squared error to the teacher's latents on {held_out} held-out pairs: {held_out_mse:.4f}.
+{_looked_through(inputs)}Mean squared error to the teacher's latents on {held_out} held-out pairs: {held_out_mse:.4f}.
 
 ```python
 {usage}
 ```
 """
+
+
+def _method_and_loss(method: MethodConfig) -> str:
+    loss = getattr(method, "loss", None)
+    return f"{method.name}, loss {loss.name}" if isinstance(loss, LossConfig) else method.name
+
+
+def _looked_through(inputs: Mapping[str, Artifact]) -> str:
+    """A sentence for each network of others' making that the loss looked through, and its licence."""
+    lines = ""
+    for network in (artifact for artifact in inputs.values() if artifact.kind == "perceptual"):
+        about = about_of(network.folder)
+        through = f"perceptual/{network.fingerprint} ({about.trunk}; licence: {about.licence})"
+        lines += f"The loss looked through {through}.\n\n"
+    return lines

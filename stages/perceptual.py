@@ -51,10 +51,10 @@ class Perceptual(Stage):
             missing = [name for name in ("latents", "triplets", "calibration") if getattr(self, name) is None]
             if missing:
                 raise ValueError(f"{' and '.join(missing)} missing: what is not taken `from` a folder is trained")
-        elif self.classification or self.calibration:
-            raise ValueError(
-                "a network is either taken `from` a folder or trained, with classification and calibration"
-            )
+        elif given := {"classification", "calibration", "width"} & self.model_fields_set:
+            raise ValueError(f"a network taken `from` a folder is what it is: leave {' and '.join(sorted(given))} out")
+        elif self.latents and not self.triplets:
+            raise ValueError("latents are for testing a network `from` a folder: give triplets, too, or leave them out")
         elif self.triplets and not self.latents:
             raise ValueError("to be tested on triplets it needs latents: they say with which VAE triplets are encoded")
         return self

@@ -64,8 +64,8 @@ def train(
         figures: dict[str, Tensor] = {}
         for place, turn in enumerate(method.turns(step)):
             figures |= run.take(turn, batches, step, step_seed(seed, step, place))
-        run.average(step)
         method.after_step(step)
+        run.average(step)  # what is averaged is what the method leaves
         done = step + 1
         if done % LOG_EVERY == 0 or done == total:
             run.history.append({"step": done, **_finite(figures, step)})
@@ -136,7 +136,10 @@ class _Run:
             for mean, value in zip(self.averages[name].parameters(), player.module.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
             for kept, now in zip(self.averages[name].buffers(), player.module.buffers(), strict=True):
-                kept.copy_(now)
+                if kept.is_floating_point():  # statistics of batch norms belong to the weights of their time
+                    kept.lerp_(now, 1 - decay)
+                else:
+                    kept.copy_(now)
 
     def save(self, folder: Path, step: int) -> None:
         tensors: dict[str, Tensor] = {}

@@ -351,7 +351,7 @@ def test_grey_and_jpeg_images_come_out_in_rgb(bapps, tmp_path):
         (lambda c: (c / "ref" / "000001.png").unlink(), r"traditional/ref/000001.png is missing"),
         (lambda c: (c / "judge" / "000002.npy").unlink(), r"traditional/judge/000002.npy is missing"),
         (lambda c: np.save(c / "judge" / "7.npy", np.zeros(1)), r"traditional/ref/7.png is missing"),
-        (lambda c: [f.unlink() for f in c.glob("*/*")], r"train/traditional holds no triplet; expected"),
+        (lambda c: [f.unlink() for f in c.glob("*/*")], r"train/traditional holds 0 triplets; expected"),
         (
             lambda c: np.save(c / "judge" / "000001.npy", np.ones(1) * 2),
             r"000001.npy: it says 2; expected an array",

@@ -57,8 +57,8 @@ def read_latents(folder: Path, held_out: bool) -> LabelledLatents:
         raise StageError(f"{path}.npy and .parquet cannot be read as latents ({error})") from None
     if len(latents) != table.num_rows:
         raise StageError(f"{path}.npy has {len(latents)} latents, but {table.num_rows} rows stand beside them")
-    labels = {name: table[name].to_numpy() for name in _labels(table.schema)}
-    return LabelledLatents(latents, table["caption"].to_pylist(), labels, table["origin"].to_numpy())
+    labels = {name: np.array(table[name]) for name in _labels(table.schema)}
+    return LabelledLatents(latents, table["caption"].to_pylist(), labels, np.array(table["origin"]))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from stages.base import Artifact, Config, Content, Input
 from stages.registry import Registry
@@ -95,7 +95,7 @@ class ELatentLPIPS(LatentLPIPS):
     (Kang et al. 2024, 2405.05967, section 3.2)."""
 
     name: Literal["e_latent_lpips"] = "e_latent_lpips"  # type: ignore[assignment]
-    augment: Literal["b", "g", "c", "o", "bg", "co", "bgc", "bgo", "bgco"] = Field(
+    augment: Annotated[str, StringConstraints(pattern="^b?g?c?o?$", min_length=1)] = Field(
         "bg",
         description="groups of transformations: b mirrors, turns and shifts by whole pixels, g scales, rotates and "
         "shifts, c changes colours, o cuts a square out; bg is what the authors' package does",
@@ -106,7 +106,9 @@ class ELatentLPIPS(LatentLPIPS):
 
 
 class _Decoded(LossConfig):
-    tiny_vae: Annotated[str | None, Content(revision_field="tiny_vae_revision")] = Field(
+    tiny_vae: Annotated[
+        str | None, Content(revision_field="tiny_vae_revision", files=("config.json", "*.safetensors"))
+    ] = Field(
         None, description="an AutoencoderTiny to decode with, a folder or a hub id; default: the teacher's own VAE"
     )
     tiny_vae_revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
@@ -124,7 +126,7 @@ class _Decoded(LossConfig):
 
         identity = materials.contents["tiny_vae"]
         commit = identity.removeprefix("hub:") if identity.startswith("hub:") else None
-        return tiny_decoder(self.tiny_vae, commit, materials.teacher.device)
+        return tiny_decoder(self.tiny_vae, commit, materials.teacher.latent_shape[0], materials.teacher.device)
 
 
 class PublishedLPIPS(_Decoded):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ class PublishedLPIPS(nn.Module):
 
         try:
             self.metric: Any = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
-        except (URLError, OSError) as error:
+        except (OSError, RuntimeError) as error:  # not reached; not what it should be
             raise StageError(
                 f"the {net} weights of the lpips package's trunk cannot be downloaded ({error}); put them into "
                 "torch.hub's folder where there is a network, or use `pixel_lpips` with a `perceptual` stage of "

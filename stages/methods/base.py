@@ -22,7 +22,7 @@ Batch = Mapping[str, Any]
 
 
 class TrainingSettings(Config):
-    """How the networks of a stage are optimised: AdamW, linear warm-up, then constant or cosine to zero."""
+    """How the networks of a stage are optimised: AdamW, linear warm-up, then constant or falling to zero."""
 
     steps: int = Field(ge=1, description="optimizer steps, each of `accumulate` batches")
     batch_size: int = Field(64, ge=1, description="samples a batch; a step sees `accumulate` times as many")
@@ -63,7 +63,10 @@ class TrainingExecution(Execution):
 def training_progress(checkpoints: Path) -> str | None:
     """The newest checkpoint below a folder, in words."""
     newest = max(checkpoints.rglob("step-*"), key=lambda path: path.stat().st_mtime, default=None)
-    return f"checkpoint of step {int(newest.name.removeprefix('step-'))}" if newest else None
+    if newest is None:
+        return None
+    phase = "" if newest.parent == checkpoints else f"{newest.parent.name}: "
+    return f"{phase}checkpoint of step {int(newest.name.removeprefix('step-'))}"
 
 
 @dataclass(frozen=True)

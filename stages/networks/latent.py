@@ -63,8 +63,9 @@ class LatentTeacher(NetworkTeacher):
         return torch.cat([self.vae.decode(z / factor).sample.cpu() for z in parts]).clamp(-1, 1)
 
     def decode_with_gradient(self, latents: Tensor) -> Tensor:
-        images: Tensor = self.vae.decode(latents / self.vae.config["scaling_factor"]).sample
-        return images
+        with torch.autocast(self.device.type, enabled=False):
+            images: Tensor = self.vae.decode(latents.float() / self.vae.config["scaling_factor"]).sample
+            return images
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

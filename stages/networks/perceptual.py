@@ -29,7 +29,7 @@ Diffusion's are 5.5 times too large without their scaling factor, SDXL's 7.7 tim
 @dataclass(frozen=True)
 class About:
     """What a perceptual network is. `std`: of what it was trained on; `trunk`: trained, or random, or where it is
-    from; `licence`: of the weights."""
+    from; `images`: the set that it was trained on; `licence`: of the weights."""
 
     space: Space
     channels: int
@@ -37,6 +37,12 @@ class About:
     trunk: str
     std: float = 1.0
     licence: str = "apache-2.0"
+    images: str = ""
+
+    @property
+    def name(self) -> str:
+        """As it stands in reports: `latent_lpips_digit_scenes`. A network of one's own is never called LPIPS alone."""
+        return "_".join(filter(None, [self.space.removesuffix("s"), "lpips", self.images]))
 
     def __post_init__(self) -> None:
         if self.space not in get_args(Space) or not 0 < self.std < math.inf:
@@ -62,6 +68,8 @@ class LPIPS(nn.Module):
     def load(cls, folder: Path) -> LPIPS:
         """The network sealed in a `perceptual` artifact, or imported. Raises StageError for any other folder."""
         trunk, heads, about = read(folder)
+        if about.trunk == "random":
+            log.warning("the trunk of %s is random: nothing in it was learnt but the heads", folder)
         return cls(trunk, heads, about)
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
@@ -124,10 +132,15 @@ def write(folder: Path, trunk: VGG, heads: list[Tensor], about: About) -> None:
     (folder / ABOUT).write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
 
 
+def about_of(folder: Path) -> About:
+    """What is written beside the weights."""
+    return About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
+
+
 def read(folder: Path) -> tuple[VGG, list[Tensor], About]:
     """What `write` wrote: the trunk in evaluation mode, the heads. Raises StageError, with what was expected."""
     try:
-        about = About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
+        about = about_of(folder)
         tensors = load_file(folder / WEIGHTS)
         trunk = VGG(about.channels, about.width, about.space)
         heads = [tensors.pop(f"heads.{k}").float() for k in range(len(trunk.tap_channels))]

@@ -11,13 +11,16 @@ from torch import Tensor
 from stages.base import StageError
 
 
-def tiny_decoder(source: str, revision: str | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+def tiny_decoder(source: str, revision: str | None, channels: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The decoder of an AutoencoderTiny (TAESD), frozen: a folder or a hub id. Scaled latents to images in [-1, 1]."""
     try:
         vae = AutoencoderTiny.from_pretrained(source, revision=revision, use_safetensors=True)
     except (OSError, ValueError) as error:
         first = (str(error).strip() or "no reason given").splitlines()[0]
         raise StageError(f"{source} cannot be loaded as an AutoencoderTiny: {first}") from error
+    if vae.config["latent_channels"] != channels:
+        expected = f"{vae.config['latent_channels']} channels, the teacher's have {channels}"
+        raise StageError(f"tiny_vae: {source} decodes latents of {expected}")
     vae = vae.to(device).eval().requires_grad_(False)
     factor = vae.config["scaling_factor"]
     return lambda latents: vae.decode(latents / factor).sample

@@ -46,6 +46,7 @@ class CalibrationTraining:
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: reference, first, second (B, C, H, W); votes (B,), the share of people for the second."""
+        self.metric.check(batch["reference"], batch["first"])
         with torch.no_grad():
             reference = [unit(f) for f in self.metric.features(batch["reference"])]
         d0, d1 = (self._distance(reference, batch[name]) for name in ("first", "second"))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from stages.networks.vgg import Classifier
 
 SHIFT = 16
 """Images are moved by up to a SHIFT-th of their side."""
-BATCH = 256
 
 
 class ClassificationTraining:
@@ -58,10 +57,3 @@ def top_1(classifier: Classifier, batches: Iterator[tuple[Tensor, dict[str, Tens
         for name, logits in classifier(x.to(device)).items():
             right.setdefault(name, []).append(logits.argmax(1).cpu() == labels[name])
     return {name: float(torch.cat(values).double().mean()) for name, values in right.items()}
-
-
-def batches_of(count: int, x: Callable[[slice], Tensor], labels: dict[str, Tensor]) -> Iterator[tuple[Tensor, dict]]:
-    """All of a set, in order."""
-    for start in range(0, count, BATCH):
-        index = slice(start, min(start + BATCH, count))
-        yield x(index), {name: values[index] for name, values in labels.items()}

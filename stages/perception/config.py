@@ -16,7 +16,7 @@ class Classification(Config):
     """The trunk's training: cross-entropy over the classes of the images, summed over labels where they have several.
 
     The paper trains on ImageNet and does not say how (2405.05967); this recipe is our own: AdamW, images shifted by
-    up to 1/16 of their side, in whole pixels, with reflected borders.
+    up to 1/16 of their side, in whole pixels, with reflected borders (latents of fewer than 16 a side: not at all).
     """
 
     training: TrainingSettings = Field(description="how trunk and classifier are optimised")
@@ -29,8 +29,9 @@ class Classification(Config):
 
 
 class CalibrationTraining(TrainingSettings):
-    """How the heads are optimised: by default as LPIPS's own (Zhang et al. 2018, 1801.03924, appendix), Adam at 1e-4,
-    constant for half of the steps and then falling linearly. Theirs are 30,000 of 50 triplets."""
+    """How the heads are optimised: by default as LPIPS's own script does it (Zhang et al. 2018, 1801.03924), with Adam
+    at 1e-4, constant for half of the steps and then falling linearly; theirs are some 30,000 steps of 50 triplets.
+    Unlike there the gradient is clipped and weights are averaged, as everywhere here."""
 
     batch_size: int = Field(50, ge=1, description="triplets a batch; a step sees `accumulate` times as many")
     learning_rate: float = Field(1e-4, gt=0, description="its peak: after the warm-up, before the decay")

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.metrics import two_afc
 from stages.perception.seen import SeenTriplets
 
 BATCH = 64
 
-
-class MSE(nn.Module):
-    """The mean squared difference: what a perceptual metric has to beat."""
-
-    def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
-        """Two (B, C, H, W) -> (B,)."""
-        return (x0 - x1).square().mean((1, 2, 3))
+Metrics = dict[str, Callable[[Tensor, Tensor], Tensor]]
+"""Name -> a distance of each of two batches' samples: (B,). The first is the one that is judged, beside the others."""
 
 
 @torch.no_grad()
-def judged(metrics: Mapping[str, nn.Module], triplets: SeenTriplets, device: torch.device) -> dict[str, Any]:
-    """For each category, and for all: how many triplets, the human ceiling, whether the heads never saw its like; of
-    each metric its score with the standard error, and how far below the first metric's it is on the same triplets."""
+def judged(metrics: Metrics, triplets: SeenTriplets, device: torch.device) -> dict[str, Any]:
+    """For each category, and for all: how many triplets, whether the heads never saw its like, and where people
+    voted their ceiling; of each metric its score with the standard error, and how far below the first metric's it is on
+    the same triplets."""
     scores = {name: _scores(metric, triplets, device) for name, metric in metrics.items()}
     first = next(iter(scores))
     found: dict[str, Any] = {}
     for category, places in {**triplets.categories, "all": range(len(triplets.votes))}.items():
         index = slice(places.start, places.stop)
-        found[category] = {
-            "count": len(places),
-            "ceiling": two_afc.human_ceiling(triplets.votes[index]),
-            "unseen": category in triplets.unseen,
-            "metrics": {},
-        }
+        votes = triplets.votes[index]
+        found[category] = {"count": len(places), "unseen": category in triplets.unseen, "metrics": {}}
+        if ((votes > 0) & (votes < 1)).any():  # people disagree; a rule never does
+            found[category]["human_ceiling"] = two_afc.human_ceiling(votes)
         for name, values in scores.items():
             score, error = two_afc.score_with_error(values[index])
             entry = {"score": score, "score_se": error}
@@ -48,7 +42,7 @@ def judged(metrics: Mapping[str, nn.Module], triplets: SeenTriplets, device: tor
     return found
 
 
-def _scores(metric: nn.Module, triplets: SeenTriplets, device: torch.device) -> np.ndarray:
+def _scores(metric: Callable[[Tensor, Tensor], Tensor], triplets: SeenTriplets, device: torch.device) -> np.ndarray:
     parts = []
     for start in range(0, len(triplets.votes), BATCH):
         batch = {name: x.to(device) for name, x in triplets.batch(slice(start, start + BATCH)).items()}

@@ -11,7 +11,6 @@ leaves, in latents and in decoded images, with its standard error over the targe
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.store import load_artifact
 from stages.base import Execution
 from stages.data.latents import read_latents
 from stages.losses.augmentation import Augmentation
@@ -72,11 +72,9 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=8)
     parser.add_argument("--draw", type=Path)
     given = parser.parse_args()
-    record = json.loads((given.perceptual / "artifact.json").read_text())
-    latents = given.perceptual.parent.parent / "latents" / record["inputs"]["latents"]
-    source = json.loads((latents / "artifact.json").read_text())["inputs"]["teacher"]
-    teacher = load_network(given.perceptual.parent.parent / "teacher" / source, Execution())
-    target = torch.from_numpy(read_latents(latents, held_out=True).batch(slice(0, given.targets)))
+    latents = load_artifact(given.perceptual).inputs["latents"]
+    teacher = load_network(latents.inputs["teacher"].folder, Execution())
+    target = torch.from_numpy(read_latents(latents.folder, held_out=True).batch(slice(0, given.targets)))
     images = teacher.decode(target)
 
     print(f"{given.targets} targets, {given.steps} steps; rows of the figure in this order, below the targets\n")

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Generator
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,26 @@ import numpy as np
 import torch
 
 from stages.base import SCRATCH, Progress, StageError
-from stages.data.images.config import ImageSet
-from stages.data.images.labelled import LabelledImages
-from stages.data.images.load import load
-from stages.data.images.sealed import images_of
-from stages.data.latents import count_classes, read_latents
+from stages.data.latents import count_classes
 from stages.data.order import ShuffledOrder
-from stages.data.triplets.triplets import Triplets
-from stages.latents import Latents
 from stages.losses.regression import mse
 from stages.methods.base import TrainingExecution
 from stages.networks import perceptual
 from stages.networks.compute import device_name, device_of, prepare
 from stages.networks.perceptual import LPIPS, About
-from stages.networks.teachers import load_network
 from stages.networks.vgg import VGG, Classifier
-from stages.perception import seen
 from stages.perception.calibration import CalibrationTraining, Heads
 from stages.perception.classification import ClassificationTraining, top_1
 from stages.perception.config import Recipe
 from stages.perception.judgement import Metrics, judged
-from stages.perception.seen import Encode, Seen, SeenTriplets
+from stages.perception.seen import Seen, SeenTriplets
+from stages.perception.source import Source
 from stages.training import Trained, train
 
 log = logging.getLogger(__name__)
 
 FEW = 1024
 """Samples that the standard deviation of what is trained on is measured on."""
-SOURCES = 20_000
-"""Images, at most, that synthetic triplets are made of."""
 
 
 def train_perceptual(
@@ -53,7 +43,7 @@ def train_perceptual(
     assert recipe.latents
     prepare(threads)
     scratch, device = output / SCRATCH, torch.device(device_of(execution))
-    source = _Source(recipe, execution, scratch)
+    source = Source(recipe, execution, scratch)
     judgements, tests = source.triplets(False), source.triplets(True)  # what is wrong with them is said at once
     training = source.seen(False)
     channels, *size = training.x(slice(0, 1)).shape[1:]
@@ -81,7 +71,7 @@ def train_perceptual(
         std=float(training.x(some).std()),
     )
     known = yield from source.encoded(judgements, "triplets")
-    heads, calibrated = yield from _calibrate(trunk, about, known, recipe, execution, seed + 1, scratch)
+    heads, calibrated = yield from calibrate(trunk, about, known, recipe, execution, seed + 1, scratch)
     perceptual.write(output, trunk, heads, about)
     histories = {"classification": trained, "calibration": calibrated}
     lines = [{"phase": name, **line} for name, phase in histories.items() if phase for line in phase.history]
@@ -106,7 +96,7 @@ def adopt_perceptual(
     perceptual.write(output, trunk, heads, about)
     figures: dict[str, Any] = {**asdict(about), "device": device_name(device.type)}
     if recipe.triplets:
-        source = _Source(recipe, execution, output / SCRATCH)
+        source = Source(recipe, execution, output / SCRATCH)
         tests = yield from source.encoded(source.triplets(True), "test triplets")
         figures |= _judged(output, {about.name: LPIPS(trunk, heads, about).to(device), "mse": mse}, tests, device)
     return figures
@@ -135,7 +125,7 @@ def _classify(
     )
 
 
-def _calibrate(
+def calibrate(
     trunk: VGG,
     about: About,
     known: SeenTriplets,
@@ -144,7 +134,7 @@ def _calibrate(
     seed: int,
     scratch: Path,
 ) -> Generator[Progress, None, tuple[list[torch.Tensor], Trained]]:
-    """The weights of the heads."""
+    """The heads, each (C_k,), and how they came about."""
     assert recipe.calibration
     settings = recipe.calibration.training
     torch.manual_seed(seed)
@@ -167,43 +157,6 @@ def _calibrate(
     fitted = trained.averages["heads"].cpu()
     assert isinstance(fitted, Heads)
     return [weight.detach().flatten() for weight in fitted.weights], trained
-
-
-class _Source:
-    """What a recipe's network sees: the images of its latents, or those, and triplets."""
-
-    def __init__(self, recipe: Recipe, execution: TrainingExecution, scratch: Path) -> None:
-        assert recipe.latents and isinstance(recipe.latents.stage, Latents)
-        self.recipe, self.latents, self.scratch = recipe, recipe.latents, scratch
-        self.images: ImageSet = recipe.latents.stage.images
-        self.dtype = np.dtype(recipe.latents.stage.storage_dtype)
-        self._verified = cache(lambda: images_of(self.latents))  # which reads all files
-        self._teacher = cache(lambda: load_network(self.latents.inputs["teacher"].folder, execution))
-        self._encode: Encode = lambda images: images if recipe.space == "pixels" else self._teacher().encode(images)
-
-    def seen(self, held_out: bool) -> Seen:
-        """The labelled images, as the network sees them."""
-        if self.recipe.space == "latents":
-            encoded = read_latents(self.latents.folder, held_out)
-            labels = {name: torch.from_numpy(values) for name, values in encoded.labels.items()}
-            return Seen(lambda index: torch.from_numpy(encoded.batch(index)), labels, len(encoded))
-        images = load(self._verified(), held_out=held_out, scratch=self.scratch / "images")
-        labels = {name: torch.from_numpy(values) for name, values in images.labels.items()}
-        return Seen(lambda index: torch.from_numpy(images.pixels(index)), labels, len(images))
-
-    def triplets(self, held_out: bool) -> Triplets:
-        """Those to calibrate on, or to test on."""
-        assert self.recipe.triplets
-        return self.recipe.triplets.load(self._sources, held_out)
-
-    def _sources(self, held_out: bool) -> LabelledImages:
-        return load(self._verified(), held_out=held_out, limit=SOURCES, scratch=self.scratch / "sources")
-
-    def encoded(self, triplets: Triplets, name: str) -> Generator[Progress, None, SeenTriplets]:
-        folder = self.scratch / name.replace(" ", "_")
-        for done in seen.encoded(triplets, self._encode, folder, self.dtype):
-            yield Progress(done, len(triplets.votes), f"{name} encoded")
-        return seen.read(triplets, folder)
 
 
 def _judged(output: Path, metrics: Metrics, tests: SeenTriplets, device: torch.device) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _method(name: str) -> str:
 
 
 def _setting(setting: Setting) -> str:
-    comment = f" # {setting.allowed}" if len(setting.allowed) <= LONGEST else ""
+    comment = f" # {setting.allowed if len(setting.allowed) <= LONGEST else f'retort explain {setting.name}'}"
     if setting.required:
         return f"      # {setting.name}: required, and without a default{comment}"
     if setting.config or setting.default is None:

@@ -87,7 +87,14 @@ def test_the_command_writes_a_folder_that_says_what_it_is(checkpoint, tmp_path):
     about = json.loads((out / "perceptual.json").read_text())
     trunk = about.pop("trunk")
     assert re.fullmatch(r"elatentlpips, sd15_latest_vgg16_tuned.pth, sha256 [0-9a-f]{64}", trunk)
-    assert about == {"space": "latents", "channels": 4, "width": WIDTH, "std": 1.0, "licence": "cc-by-nc-4.0"}
+    assert about == {
+        "space": "latents",
+        "channels": 4,
+        "width": WIDTH,
+        "std": 1.0,
+        "licence": "cc-by-nc-4.0",
+        "images": "",
+    }
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
     assert "https://github.com/mingukkang/elatentlpips" in card and trunk.split()[-1] in card

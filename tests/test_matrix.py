@@ -30,7 +30,7 @@ def test_a_stage_is_made_once_for_every_combination_and_so_are_those_that_read_i
     places = [f"[loss={loss},seed={seed}]" for loss in ("l1", "mse") for seed in (0, 1)]
     assert loaded.order == ["teacher", "pairs", *(f"{kind}{at}" for at in places for kind in ("student", "quality"))]
     stages = loaded.manifest.stages
-    assert stages["student[loss=mse,seed=1]"].method.loss == "mse"
+    assert stages["student[loss=mse,seed=1]"].method.loss.name == "mse"
     assert loaded.manifest.seed_of("student[loss=mse,seed=1]") == 1
     assert stages["quality[loss=mse,seed=1]"].student == "student[loss=mse,seed=1]"
 
@@ -80,7 +80,7 @@ def test_nested_axes_and_whole_settings():
         manifest("{training: {steps: [3, 4]}, method: [{name: knowledge_distillation, loss: mse}]}"), "m.yaml"
     )
     stage = loaded.manifest.stages["student[steps=3,method=knowledge_distillation]"]
-    assert (stage.training.steps, stage.training.batch_size, stage.method.loss) == (3, 16, "mse")
+    assert (stage.training.steps, stage.training.batch_size, stage.method.loss.name) == (3, 16, "mse")
 
 
 def test_the_resolved_manifest_holds_the_members():
@@ -103,7 +103,7 @@ def test_resources_of_a_matrix_are_shared():
 @pytest.mark.parametrize(
     ("matrix", "words"),
     [
-        ("{method.loss: [l1, l3]}", "m.yaml:21:32: stages.student.matrix.method.loss.1: unknown value 'l3'"),
+        ("{method.loss: [l1, l3]}", "m.yaml:21:32: stages.student.matrix.method.loss.1.name: unknown name 'l3'"),
         ("{training.stepz: [1]}", "stages.student.matrix.training.stepz.0: unknown key; did you mean 'steps'?"),
         ("{seed: 3}", "stages.student.matrix.seed: a list of values is needed"),
         ("{seed: []}", "a list of values is needed"),

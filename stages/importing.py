@@ -71,11 +71,11 @@ def import_weights(source: Path, out: Path) -> None:
     trunk = VGG(channels, width)
     heads = [tensors.pop(f"heads.{k}") for k in range(len(trunk.tap_channels))]
     for k, head in enumerate(heads):
-        if not bool((head >= 0).all()):
-            raise StageError(f"{source}: lins.{k} has weights that are not at least 0: a distance could be negative")
+        if not bool(((head >= 0) & head.isfinite()).all()):
+            raise StageError(f"{source}: lins.{k} has weights that are not finite and at least 0, as a distance needs")
     trunk.load_state_dict(tensors)
     origin = f"elatentlpips, {source.name}, sha256 {sha256_of(source)}"
-    about = perceptual.About("latents", channels, width, origin, licence=LICENCE)
+    about = perceptual.About("latents", channels, width, origin, licence=LICENCE, images="imagenet")
     temporary = temporary_of(out)
     try:
         temporary.mkdir(parents=True)

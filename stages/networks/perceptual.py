@@ -115,7 +115,7 @@ def unit_difference(f0: Tensor, f1: Tensor, head: Tensor) -> Tensor:
 
     As a product of matrices, which unlike a convolution keeps nothing for the gradient of a frozen w."""
     with torch.autocast(f0.device.type, enabled=False):
-        return torch.einsum("bchw,c->bhw", (unit(f0) - unit(f1)).square(), head.flatten())
+        return (unit(f0) - unit(f1)).square().movedim(1, -1) @ head.flatten()
 
 
 def unit(features: Tensor) -> Tensor:

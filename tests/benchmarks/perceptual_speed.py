@@ -233,7 +233,10 @@ class Side:
         self.seconds.setdefault(what, []).append(answer["seconds"])
         return answer["result"]
 
-    def close(self) -> None:
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
 
@@ -241,6 +244,7 @@ class Side:
 
 
 def row(what: str, side: Side, batch: int, asked: str = "loss") -> dict[str, Any]:
+    """Figures of what was timed; of a whole loss also its memory, and then its operations."""
     wall, cpu = zip(*side.seconds[asked], strict=True)
     found = {"what": what, "batch": batch, "seconds": statistics.median(wall), "least": min(wall)}
     found["cpu_seconds"] = statistics.median(cpu)
@@ -255,25 +259,26 @@ def ratio(what: str, above: dict[str, Any], below: dict[str, Any]) -> dict[str, 
 
 
 def size(settings: argparse.Namespace) -> list[dict[str, Any]]:
-    decoded, latent = Side("pixels", settings.batch, settings), Side("latents", settings.batch, settings)
-    for _ in range(max(1, settings.repeats // 5)):
-        for side, turns in ((latent, settings.repeats), (decoded, 1), (latent, settings.repeats)):
-            for _ in range(turns):
-                side.ask("loss")
-    rows = [row("decode + LPIPS", decoded, settings.batch), row("E-LatentLPIPS, bg", latent, settings.batch)]
-    decoded.close(), latent.close()
+    batch, turns = settings.batch, max(1, settings.repeats // 5)
+    with Side("pixels", batch, settings) as decoded, Side("latents", batch, settings) as latent:
+        for turn in range(turns + 1):
+            for _ in range(settings.repeats):
+                latent.ask("loss")
+            if turn < turns:
+                decoded.ask("loss")
+        rows = [row("decode + LPIPS", decoded, batch), row("E-LatentLPIPS, bg", latent, batch)]
     return [*rows, ratio("  times", *rows)]
 
 
 def augmentation(settings: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+    rows, batch = [], settings.batch
     for groups in ("bg", "bgco"):
-        side = Side("latents", settings.batch, settings, groups)
-        for _ in range(settings.repeats):
-            side.ask("loss"), side.ask("augmentation")
-        whole = row(f"E-LatentLPIPS, {groups}", side, settings.batch)
-        alone = row(f"  its augmentation, {groups}", side, settings.batch, "augmentation")
-        side.close()
+        with Side("latents", batch, settings, groups) as side:
+            for _ in range(settings.repeats):
+                side.ask("loss")
+                side.ask("augmentation")
+            whole = row(f"E-LatentLPIPS, {groups}", side, batch)
+            alone = row(f"  its augmentation, {groups}", side, batch, "augmentation")
         rows += [whole, alone, ratio("  share", alone, whole)]
     return rows
 
@@ -281,13 +286,13 @@ def augmentation(settings: argparse.Namespace) -> list[dict[str, Any]]:
 def against_package(settings: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for batch in (1, 8):
-        theirs, ours = Side("package", batch, settings), Side("latents", batch, settings)
-        for _ in range(settings.repeats):
-            theirs.ask("loss"), ours.ask("loss")
-        pair = [row("elatentlpips, bg", theirs, batch), row("E-LatentLPIPS, bg", ours, batch)]
-        for found, side in zip(pair, (theirs, ours), strict=True):
-            found["distance"] = side.ask("distance")[0]
-            side.close()
+        with Side("package", batch, settings) as theirs, Side("latents", batch, settings) as ours:
+            for _ in range(settings.repeats):
+                theirs.ask("loss")
+                ours.ask("loss")
+            pair = [row("elatentlpips, bg", theirs, batch), row("E-LatentLPIPS, bg", ours, batch)]
+            for found, side in zip(pair, (theirs, ours), strict=True):
+                found["distance"] = side.ask("distance")[0]
         rows += [*pair, ratio("  times", *pair)]
     return rows
 

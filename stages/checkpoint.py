@@ -36,11 +36,16 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
 
 def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest checkpoint's (tensors, state), or None."""
-    found = sorted(folder.glob("step-*"))
-    if not found:
+    found = newest(folder)
+    if found is None:
         return None
-    state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    return load_file(found[-1] / "tensors.safetensors"), state
+    state: dict[str, Any] = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    return load_file(found / "tensors.safetensors"), state
+
+
+def newest(folder: Path) -> Path | None:
+    """Its folder, or None."""
+    return max(folder.glob("step-*"), default=None)
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

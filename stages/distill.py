@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stages.base import SCRATCH, Artifact, Choice, Config, Input, Stage, StageContext, below
+from stages.base import SCRATCH, Artifact, Choice, Config, Input, Neutral, Stage, StageContext, below
 from stages.data.shares import BLOCK
 from stages.methods import METHODS
-from stages.methods.base import MethodConfig, TrainingExecution, TrainingSettings, training_progress
+from stages.methods.base import MethodConfig, OneStepConfig, TrainingExecution, TrainingSettings, training_progress
 from stages.pairs import Pairs
 
 
@@ -47,6 +47,9 @@ class Distill(Stage):
         min_length=1, description="what it is trained on: a stage, or a list of several and their weights"
     )
     method: Annotated[MethodConfig, Choice("name", METHODS)] = Field(description="how the student is taught")
+    start_from: Annotated[str | None, Input("distill"), Neutral()] = Field(
+        None, description="a student of the same teacher to go on from; default: the teacher's own weights"
+    )
     training: TrainingSettings = Field(description="how the student is optimised")
     held_out: int = Field(
         256, ge=1, description="the first source's last pairs, never trained on: for held-out loss and evaluation"
@@ -76,8 +79,19 @@ class Distill(Stage):
         if light is not None:
             yield "pairs", f"{light} has less than 1/{BLOCK} of the weight and would never be drawn"
         yield from ((f"method.{path}", problem) for path, problem in self.method.check(below(inputs, "method")))
-        if getattr(found[0].inputs["teacher"].stage, "gaussian", None):
+        teacher = found[0].inputs["teacher"]
+        if getattr(teacher.stage, "gaussian", None):
             yield "pairs", "their teacher is `gaussian:`, which has no network that a student could start from"
+        if "start_from" in inputs:
+            yield from self._check_start(inputs["start_from"], teacher)
+
+    def _check_start(self, start: Artifact, teacher: Artifact) -> Iterator[tuple[str, str]]:
+        assert isinstance(start.stage, Distill)
+        if sources(start.inputs)[0].inputs["teacher"].fingerprint != teacher.fingerprint:
+            yield "start_from", f"{self.start_from} is the student of another teacher than that of `pairs`"
+        of, own = start.stage.method, self.method
+        if isinstance(of, OneStepConfig) and isinstance(own, OneStepConfig) and of.prediction != own.prediction:
+            yield "start_from", f"{self.start_from} puts out {of.prediction}; set method.prediction: {of.prediction}"
 
     @model_validator(mode="after")
     def _all_weights_or_none(self) -> Self:
@@ -99,6 +113,7 @@ class Distill(Stage):
             [source.weight for source in self.pairs],
             below(context.inputs, "method"),
             below(context.contents, "method"),
+            context.inputs.get("start_from"),
             context.seed,
             context.output,
             context.threads,

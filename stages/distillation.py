@@ -38,6 +38,7 @@ def distill(
     weights: list[float | None],
     inputs: Mapping[str, Artifact],
     contents: Mapping[str, str],
+    start: Artifact | None,
     seed: int,
     output: Path,
     threads: int,
@@ -51,7 +52,7 @@ def distill(
     teacher = load_network(pairs.inputs["teacher"].folder, execution)
     sampler = pairs.stage.sampler
     grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
-    method = method_config.create(Materials(teacher, grid, training, inputs, contents))
+    method = method_config.create(Materials(teacher, grid, training, start, inputs, contents))
     lists = [read_list(source.folder) for source in sources]
     reader = PairReader([shard for shards in lists for shard in shards])
     ends = list(accumulate(sum(shard.count for shard in shards) for shards in lists))
@@ -86,7 +87,7 @@ def distill(
         student,
         teacher,
         output,
-        _card(method_config, training, held_out, sources, inputs, held_out_mse, fingerprint, teacher.usage()),
+        _card(method_config, training, held_out, sources, inputs, start, held_out_mse, fingerprint, teacher.usage()),
     )
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
     (output / "history.jsonl").write_text(lines, encoding="utf-8")
@@ -110,6 +111,7 @@ def _card(
     held_out: int,
     sources: list[Artifact],
     inputs: Mapping[str, Artifact],
+    start: Artifact | None,
     held_out_mse: float,
     fingerprint: str,
     usage: str,
@@ -124,6 +126,7 @@ def _card(
     sampler = pairs.stage.sampler
     count = sum(source.stage.count for source in sources if isinstance(source.stage, Pairs))
     names = ", ".join(f"pairs/{source.fingerprint}" for source in sources)
+    begun = f"It went on from distill/{start.fingerprint}." if start else "It began with the teacher's weights."
     return f"""---
 library_name: diffusers
 license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained") else "unknown")}
@@ -133,7 +136,7 @@ license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained")
 Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(method)}`, {training.steps} steps of
 {training.batch_size}, from {count - held_out} pairs ({names}) of a teacher
 ({origin}{at}; teacher/{teacher.fingerprint}; licence: {source.get("licence") or "not stated"}) solved by
-{sampler.name.upper()} in {sampler.steps} steps at guidance {sampler.guidance_scale}, which is built in.
+{sampler.name.upper()} in {sampler.steps} steps at guidance {sampler.guidance_scale}, which is built in. {begun}
 
 {_looked_through(inputs)}Mean squared error to the teacher's latents on {held_out} held-out pairs: {held_out_mse:.4f}.
 

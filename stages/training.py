@@ -20,17 +20,19 @@ from torch import Tensor, nn, optim
 from stages import checkpoint
 from stages.base import Progress, StageError
 from stages.methods.base import Batch, Method, Player, TrainingExecution, Turn
-from stages.networks.compute import device_name, device_of
+from stages.networks.compute import checkpoint_activations, device_name, device_of
 
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 10
 """Steps between two lines of the history."""
+EXPLODED = 1e6
+"""A loss above this is no use any more: all of Retort's are averages, of order one."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Averaged (EMA) weights of each player, the figures logged on the way, and the device's name."""
+    """Averaged (EMA) weights of each player that keeps them, the figures logged on the way, and the device's name."""
 
     averages: dict[str, nn.Module]
     history: list[dict[str, float]]
@@ -61,32 +63,18 @@ def train(
     start = run.restore(checkpoints)
     started = time.monotonic()
     for step in range(start, total):
-        figures: dict[str, Tensor] = {}
         for place, turn in enumerate(method.turns(step)):
-            figures |= run.take(turn, batches, step, step_seed(seed, step, place))
+            run.figures |= run.take(turn, batches, step, step_seed(seed, step, place))
         method.after_step(step)
         run.average(step)  # what is averaged is what the method leaves
         done = step + 1
         if done % LOG_EVERY == 0 or done == total:
-            run.history.append({"step": done, **_finite(figures, step)})
+            run.history.append({"step": done, **run.checked(step, checkpoints)})
             rate = (done - start) / (time.monotonic() - started)
             yield Progress(done, total, unit, {**run.history[-1], "per_second": rate})
         if done % execution.checkpoint_every == 0 or done == total:
-            _finite(figures, step)
-            run.save(checkpoints, done)
+            run.save(checkpoints, done, run.checked(step, checkpoints))
     return Trained(run.averages, run.history, device_name(run.accelerator.device.type))
-
-
-def _finite(figures: dict[str, Tensor], step: int) -> dict[str, float]:
-    """The figures as numbers: read now and then only, since reading waits for the GPU."""
-    numbers = {name: float(value) for name, value in figures.items()}
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise StageError(
-                f"the {name.replace('_', ' ')} is {number} at step {step}; lower learning_rate, or see what is in the "
-                "training data (`retort stats` for pairs)"
-            )
-    return numbers
 
 
 class _Run:
@@ -100,10 +88,30 @@ class _Run:
         self.optimizers = {name: _optimizer(player) for name, player in self.players.items()}
         for player in self.players.values():
             player.module.to(self.accelerator.device)
+            if execution.gradient_checkpointing:
+                checkpoint_activations(player.module)
         self.averages = {
-            name: copy.deepcopy(player.module).eval().requires_grad_(False) for name, player in self.players.items()
+            name: copy.deepcopy(player.module).eval().requires_grad_(False)
+            for name, player in self.players.items()
+            if player.averaged
         }
+        self.figures: dict[str, Tensor] = {}
+        """As last computed: a turn need not give each of its figures at every step."""
         self.history: list[dict[str, float]] = []
+
+    def checked(self, step: int, checkpoints: Path) -> dict[str, float]:
+        """The figures as numbers: read now and then only, since reading waits for the GPU. Raises StageError if one
+        is not finite, or a loss is out of all proportion."""
+        numbers = {name: float(value) for name, value in self.figures.items()}
+        for name, number in numbers.items():
+            if not math.isfinite(number) or (name.endswith("loss") and abs(number) > EXPLODED):
+                kept = checkpoint.newest(checkpoints)
+                raise StageError(
+                    f"the {name.replace('_', ' ')} is {number:.4g} at step {step}"
+                    f"{f' ({kept} is the last good checkpoint)' if kept else ', before the first checkpoint'}; lower "
+                    "learning_rate, or see what is in the training data (`retort stats` for pairs)"
+                )
+        return numbers
 
     def take(self, turn: Turn, batches: Callable[[int], Batch], step: int, seed: int) -> dict[str, Tensor]:
         """One optimizer step of `turn.player`, all others frozen."""
@@ -131,23 +139,25 @@ class _Run:
     @torch.no_grad()
     def average(self, step: int) -> None:
         """EMA with a warm-up: the decay is at most (1 + n) / (10 + n) after n steps, as in TensorFlow's."""
-        for name, player in self.players.items():
+        for name, average in self.averages.items():
+            player = self.players[name]
             decay = min(player.training.ema_decay, (2 + step) / (11 + step))
-            for mean, value in zip(self.averages[name].parameters(), player.module.parameters(), strict=True):
+            for mean, value in zip(average.parameters(), player.module.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
-            for kept, now in zip(self.averages[name].buffers(), player.module.buffers(), strict=True):
+            for kept, now in zip(average.buffers(), player.module.buffers(), strict=True):
                 if kept.is_floating_point():  # statistics of batch norms belong to the weights of their time
                     kept.lerp_(now, 1 - decay)
                 else:
                     kept.copy_(now)
 
-    def save(self, folder: Path, step: int) -> None:
+    def save(self, folder: Path, step: int, figures: dict[str, float]) -> None:
         tensors: dict[str, Tensor] = {}
         for name, player in self.players.items():
             tensors |= checkpoint.module_tensors(f"{name}/module", player.module)
-            tensors |= checkpoint.module_tensors(f"{name}/average", self.averages[name])
             tensors |= checkpoint.optimizer_tensors(f"{name}/optimizer", self.optimizers[name])
-        checkpoint.save(folder, step, tensors, {"history": self.history, **self._machine()})
+        for name, average in self.averages.items():
+            tensors |= checkpoint.module_tensors(f"{name}/average", average)
+        checkpoint.save(folder, step, tensors, {"figures": figures, "history": self.history, **self._machine()})
 
     def restore(self, folder: Path) -> int:
         """Load the newest checkpoint; return the step to go on from."""
@@ -164,8 +174,10 @@ class _Run:
                 )
         for name, player in self.players.items():
             checkpoint.load_module(f"{name}/module", player.module, tensors)
-            checkpoint.load_module(f"{name}/average", self.averages[name], tensors)
             checkpoint.load_optimizer(f"{name}/optimizer", self.optimizers[name], tensors)
+        for name, average in self.averages.items():
+            checkpoint.load_module(f"{name}/average", average, tensors)
+        self.figures = {name: torch.tensor(number) for name, number in state["figures"].items()}
         self.history = state["history"]
         return int(state["step"])
 

@@ -194,6 +194,43 @@ def test_a_killed_driver_resumes_training_to_the_same_bytes(tiny, tmp_path, line
         assert sha256_of(student / file) == sha256_of(tiny[1]["student"].artifact.folder / file)
 
 
+def test_a_student_that_goes_on_from_another(tiny, teacher):
+    """With a learning rate of nothing it stays what the other was; its export runs as any other."""
+    text = TINY.replace("    held_out: 32\n", "    held_out: 32\n    start_from: first\n").replace(
+        "  student:\n", "  first:\n" + TINY.split("  student:\n")[1] + "  student:\n"
+    )
+    still = ["stages.student.training={steps: 1, batch_size: 16, learning_rate: 1e-30}"]
+    plan = execute(text, tiny[0], still, name="goes_on")
+    first, second = (plan[name].artifact for name in ("first", "student"))
+    assert first.fingerprint == tiny[1]["student"].artifact.fingerprint != second.fingerprint
+    assert second.inputs["start_from"].fingerprint == first.fingerprint
+    assert f"went on from distill/{first.fingerprint}" in (second.folder / "README.md").read_text()
+    ours, theirs = (OneStepStudent.load(a.folder, teacher).state_dict() for a in (second, first))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+    with pytest.raises(ManifestError, match="first puts out v_prediction; set"):
+        plan_of(text, tiny[0], ["stages.student.method.prediction=epsilon"])
+    other = text.replace("stages:\n", "stages:\n  other: {kind: teacher, from: digit_scenes}\n")
+    first_pairs = "  first:\n    kind: distill\n    pairs: more"
+    other = other.replace("  first:\n    kind: distill\n    pairs: pairs", first_pairs)
+    other = other.replace(
+        "  first:\n",
+        "  more: {kind: pairs, teacher: other, prompts: digits, count: 64, sampler: {steps: 2}}\n  first:\n",
+        1,
+    )
+    with pytest.raises(ManifestError, match="first is the student of another teacher than that of `pairs`"):
+        plan_of(other, tiny[0])
+
+
+def test_gradient_checkpointing_changes_no_byte(tiny, tmp_path):
+    text = TINY.replace("checkpoint_every: 7}", "checkpoint_every: 7, gradient_checkpointing: true}")
+    text = text.replace("pairs: pairs", f"pairs: {tiny[1]['pairs'].artifact.folder}")
+    start, end = text.index("  teacher:"), text.index("  student:")
+    student = execute(text[:start] + text[end:], tmp_path)["student"].artifact
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert sha256_of(student.folder / weights) == sha256_of(tiny[1]["student"].artifact.folder / weights)
+
+
 MIXED = TINY.replace(
     "  student:\n    kind: distill\n    pairs: pairs\n",
     """  more:

@@ -113,9 +113,25 @@ def test_another_number_of_threads_is_warned_about(tmp_path, caplog):
 def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
     method = Linear(learning_rate=1e-3)
     method.loss = lambda batch: (method.players["student"].module(batch["z"]).sum() * float("nan"), {})
-    with pytest.raises(StageError, match="the loss is nan at step 6; lower learning_rate"):
+    with pytest.raises(StageError, match="the loss is nan at step 6, before the first checkpoint; lower learning_r"):
         finish(run(method, tmp_path))
     assert not list(tmp_path.glob("step-*"))
+
+
+class Occasional(Linear):
+    """Gives a figure at every eighth step only."""
+
+    def turns(self, step):
+        return [
+            Turn("student", lambda batch: (self.loss(batch)[0], {"seen": torch.tensor(step)} if step % 8 == 0 else {}))
+        ]
+
+
+def test_a_figure_given_now_and_then_is_logged_as_last_given(tmp_path):
+    whole = finish(run(Occasional(), tmp_path / "whole")).history
+    assert [line["seen"] for line in whole] == [8, 16, 24, 32]
+    list(itertools.islice(run(Occasional(), tmp_path / "killed"), 2))
+    assert finish(run(Occasional(), tmp_path / "killed")).history == whole
 
 
 def test_a_gradient_that_is_not_finite_is_not_checkpointed(tmp_path):
@@ -130,9 +146,9 @@ def test_a_gradient_that_is_not_finite_is_not_checkpointed(tmp_path):
 class TwoPlayers:
     """Each player's loss also touches the other: only the one whose turn it is may move."""
 
-    def __init__(self):
-        settings = TrainingSettings(steps=1, batch_size=8, learning_rate=0.1)
-        self.players = {name: Player(nn.Linear(1, 1), settings) for name in ("student", "critic")}
+    def __init__(self, steps=1, averaged=("student", "critic")):
+        settings = TrainingSettings(steps=steps, batch_size=8, learning_rate=0.1)
+        self.players = {name: Player(nn.Linear(1, 1), settings, name in averaged) for name in ("student", "critic")}
         self.seen = []
 
     def turns(self, step):
@@ -177,3 +193,32 @@ def test_learning_rates():
     assert settings.learning_rate_at(99) < 1e-3
     constant = TrainingSettings(steps=100, learning_rate=1.0, decay="constant")
     assert constant.learning_rate_at(99) == 1.0
+
+
+class Exploding(TwoPlayers):
+    """The critic's loss is multiplied by `factor` from step 9 on."""
+
+    def __init__(self, factor):
+        super().__init__(steps=30)
+        self.factor = factor
+
+    def turns(self, step):
+        factor = self.factor if step >= 9 else 1
+        return [
+            Turn(player, lambda batch, player=player: (self.loss(player, batch)[0] * factor, {}))
+            for player in self.players
+        ]
+
+
+@pytest.mark.parametrize("factor", [float("inf"), 1e7])
+def test_the_player_that_explodes_and_the_last_good_checkpoint_are_named(tmp_path, factor):
+    good = tmp_path / "step-00000008"
+    words = rf"the (student|critic) loss is .* at step 9 \({good} is the last good checkpoint\)"
+    with pytest.raises(StageError, match=words):
+        finish(run(Exploding(factor), tmp_path, every=4))
+    assert list(tmp_path.iterdir()) == [good]
+
+
+def test_only_players_that_want_one_keep_an_average(tmp_path):
+    method = TwoPlayers(averaged=("student",))
+    assert set(finish(run(method, tmp_path)).averages) == {"student"}

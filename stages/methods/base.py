@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from stages.base import Artifact, Config, Execution, below
-from stages.losses.config import LossConfig, LossMaterials
+from stages.base import Artifact, Choice, Config, Execution, below
+from stages.losses.config import LOSSES, LossConfig, LossMaterials
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stages.losses.config import Distance
     from stages.networks.network import NetworkTeacher
+    from stages.networks.student import OneStepStudent
 
 Batch = Mapping[str, Any]
+OneStepPrediction = Literal["v_prediction", "epsilon"]
 
 
 class TrainingSettings(Config):
@@ -58,6 +60,11 @@ class TrainingExecution(Execution):
     """How a stage that trains is carried out. Recorded in what it makes, and never a reason to make it again."""
 
     checkpoint_every: int = Field(250, ge=1, description="training steps between two checkpoints")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute activations again in the backward pass instead of keeping them: far less memory for about "
+        "a third more time",
+    )
 
 
 def training_progress(checkpoints: Path) -> str | None:
@@ -75,6 +82,8 @@ class Player:
 
     module: nn.Module
     training: TrainingSettings
+    averaged: bool = True
+    """Whether an average (EMA) of its weights is kept: not of one that only serves another's training."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,8 @@ class Materials:
     timesteps: Sequence[int]
     """The grid on which the pairs were solved, descending: a one-step student is called at the first."""
     training: TrainingSettings
+    start: Artifact | None = None
+    """The student to go on from; None: the teacher."""
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
     """What the method's fields name, by their dotted path in its settings."""
     contents: Mapping[str, str] = field(default_factory=dict)
@@ -116,6 +127,15 @@ class Materials:
     def distance(self, loss: LossConfig, field: str = "loss") -> Distance:
         """The loss that stands in the method's `field`."""
         return loss.create(LossMaterials(self.teacher, below(self.inputs, field), below(self.contents, field)))
+
+    def one_step_student(self, prediction: OneStepPrediction) -> OneStepStudent:
+        """With the teacher's weights, or those of the student to go on from."""
+        from stages.networks.student import OneStepStudent
+
+        student = OneStepStudent.from_teacher(self.teacher, self.timesteps[0], prediction)
+        if self.start is not None:
+            student.copy_weights(self.start.folder)
+        return student
 
 
 class MethodConfig(Config):
@@ -130,3 +150,17 @@ class MethodConfig(Config):
     def create(self, materials: Materials) -> Method:
         """The method itself; this is where torch is imported."""
         raise TypeError(f"{type(self).__name__} does not say how it is made")
+
+
+class OneStepConfig(MethodConfig):
+    """What all methods have in common whose student maps a stored noise to its stored image in one call."""
+
+    loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
+        description="the distance of the student's output to the teacher's"
+    )
+    prediction: OneStepPrediction = Field(
+        "v_prediction", description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep"
+    )
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from stages.base import Execution
 
@@ -13,6 +14,15 @@ def prepare(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Let each of diffusers' models in `module` compute its activations again in the backward pass."""
+    from diffusers import ModelMixin  # a second to import, for those who ask for it
+
+    for model in module.modules():
+        if isinstance(model, ModelMixin):
+            model.enable_gradient_checkpointing()
 
 
 def device_of(execution: Execution) -> str:

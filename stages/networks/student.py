@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stages.diffusion.prediction import Prediction, to_x0
@@ -41,6 +43,11 @@ class OneStepStudent(nn.Module):
         unet = teacher.UNET.from_pretrained(folder, subfolder="unet", use_safetensors=True)
         student = cls(unet, teacher.schedule, about["timesteps"][0], about["prediction"])
         return student.to(teacher.device).eval().requires_grad_(False)
+
+    def copy_weights(self, folder: Path) -> None:
+        """Take those of the student exported to `folder`, but for the guidance embedding that its export added."""
+        weights = load_file(folder / "unet" / SAFETENSORS_WEIGHTS_NAME)
+        self.unet.load_state_dict({name: weights[name] for name in self.unet.state_dict()})
 
     def forward(self, noise: Tensor, condition: Tensor | None) -> Tensor:
         """noise (B, C, H, W), condition as the teacher's `encode_prompts` gives it -> x0 (B, C, H, W)."""

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.base import Artifact, Choice, below
+from stages.base import Choice
 from stages.losses.config import LOSSES, LossConfig, Regression
-from stages.methods.base import Materials, Method, MethodConfig
+from stages.methods.base import Materials, Method, OneStepConfig
 
 
-class KnowledgeDistillationConfig(MethodConfig):
+class KnowledgeDistillationConfig(OneStepConfig):
     """One-step knowledge distillation (Luhman and Luhman 2021, 2101.02388): regress the teacher's ODE map.
 
     The paper sums the loss over pixels, L1 for CIFAR-10 and L2 elsewhere; here it is averaged, so that a
@@ -22,12 +21,6 @@ class KnowledgeDistillationConfig(MethodConfig):
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
         Regression(name="l1"), description="the distance of the student's output to the teacher's"
     )
-    prediction: Literal["v_prediction", "epsilon"] = Field(
-        "v_prediction", description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep"
-    )
-
-    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))
 
     def create(self, materials: Materials) -> Method:
         from stages.methods.knowledge_distillation.method import KnowledgeDistillation

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stages.diffusion.prediction import Prediction
-from stages.methods.base import Batch, Materials, Player, Turn
-from stages.networks.student import OneStepStudent
+from stages.methods.base import Batch, Materials, OneStepPrediction, Player, Turn
 
 if TYPE_CHECKING:
     from stages.losses.config import Distance
@@ -16,9 +14,9 @@ if TYPE_CHECKING:
 class KnowledgeDistillation:
     """Luhman and Luhman 2021, 2101.02388, section 3: minimise d(F(x_T), T(x_T)) over stored pairs."""
 
-    def __init__(self, distance: Distance, prediction: Prediction, materials: Materials) -> None:
+    def __init__(self, distance: Distance, prediction: OneStepPrediction, materials: Materials) -> None:
         self.distance, self.teacher = distance, materials.teacher
-        self.student = OneStepStudent.from_teacher(materials.teacher, materials.timesteps[0], prediction)
+        self.student = materials.one_step_student(prediction)
         self.players = {"student": Player(self.student, materials.training)}
 
     def turns(self, step: int) -> Sequence[Turn]:

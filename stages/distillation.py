@@ -80,7 +80,7 @@ def distill(
         raise StageError(f"the student's error on held-out pairs is {held_out_mse}; lower training.learning_rate")
     figures = {
         "held_out_mse": held_out_mse,
-        "training_loss": trained.history[-1]["loss"],
+        "training_loss": trained.losses["student"],
         "device": trained.device,
     }
     export(

@@ -35,6 +35,8 @@ class Trained:
     """Averaged (EMA) weights of each player that keeps them, the figures logged on the way, and the device's name."""
 
     averages: dict[str, nn.Module]
+    losses: dict[str, float]
+    """The last of each player."""
     history: list[dict[str, float]]
     device: str
 
@@ -74,7 +76,8 @@ def train(
             yield Progress(done, total, unit, {**run.history[-1], "per_second": rate})
         if done % execution.checkpoint_every == 0 or done == total:
             run.save(checkpoints, done, run.checked(step, checkpoints))
-    return Trained(run.averages, run.history, device_name(run.accelerator.device.type))
+    losses = {name: run.history[-1][f"{run.prefix(name)}loss"] for name in run.players}
+    return Trained(run.averages, losses, run.history, device_name(run.accelerator.device.type))
 
 
 class _Run:
@@ -133,8 +136,11 @@ class _Run:
         optimizer.step()
         optimizer.zero_grad()
         sums["gradient_norm"] = torch.as_tensor(norm)
-        prefix = "" if len(self.players) == 1 else f"{turn.player}_"
-        return {prefix + name: value for name, value in sums.items()}
+        return {self.prefix(turn.player) + name: value for name, value in sums.items()}
+
+    def prefix(self, player: str) -> str:
+        """Of its figures' names: none if there is no other."""
+        return "" if len(self.players) == 1 else f"{player}_"
 
     @torch.no_grad()
     def average(self, step: int) -> None:

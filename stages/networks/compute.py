@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from stages.base import Execution
+
+ATTENTION_KERNELS = {
+    SDPBackend.MATH: cuda.math_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled,
+}
+"""And whether the running thread may use it, on a CPU as well."""
 
 
 def prepare(threads: int) -> None:
@@ -22,7 +36,19 @@ def checkpoint_activations(module: nn.Module) -> None:
 
     for model in module.modules():
         if isinstance(model, ModelMixin):
-            model.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing(_checkpoint)
+
+
+def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
+    """PyTorch's, which remembers autocast and random numbers, but not the choice of attention kernels: of what was
+    computed with those that have a second derivative, other activations would come back than went."""
+    kernels = [kernel for kernel, chosen in ATTENTION_KERNELS.items() if chosen()]
+
+    def computed(*arguments: Any) -> Any:
+        with sdpa_kernel(kernels):
+            return function(*arguments)
+
+    return checkpoint(computed, *arguments, use_reentrant=False)
 
 
 def device_of(execution: Execution) -> str:

@@ -108,6 +108,10 @@ class NetworkTeacher(ABC):
         output: Tensor = self._network(z.to(self.dtype), self._timesteps[t], condition).sample
         return output.float()
 
+    def retire(self) -> None:
+        """Give the U-Net's place on the device back: for those who have copied it and ask it for nothing more."""
+        self.unet.to("cpu")
+
     def to_device(self, array: NDArray[np.floating]) -> Tensor:
         """float32, whatever the network computes in: what is solved from is what is stored."""
         return torch.from_numpy(array).to(self.device, torch.float32)

@@ -17,6 +17,7 @@ class KnowledgeDistillation:
     def __init__(self, distance: Distance, prediction: OneStepPrediction, materials: Materials) -> None:
         self.distance, self.teacher = distance, materials.teacher
         self.student = materials.one_step_student(prediction)
+        self.teacher.retire()
         self.players = {"student": Player(self.student, materials.training)}
 
     def turns(self, step: int) -> Sequence[Turn]:

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from stages.base import Config
+from stages.methods.base import Materials, Method, OneStepConfig, TrainingSettings
+
+
+class DiscriminatorSettings(Config):
+    """The conditional diffusion discriminator, and how it is optimised: where nothing is said, as the student is."""
+
+    weights: Literal["teacher", "random"] = Field("teacher", description="what its U-Net begins with")
+    noise: bool = Field(True, description="whether it sees the noise that the student started from")
+    multi_scale: bool = Field(
+        True,
+        description="whether resized latents enter at every scale and features are judged at every scale; otherwise "
+        "the U-Net's last features alone",
+    )
+    learning_rate: float | None = Field(None, gt=0, description="its peak; default: the student's")
+    betas: tuple[float, float] = Field(
+        (0.0, 0.99), strict=False, description="AdamW's; without momentum, as discriminators are usually trained"
+    )
+    r1_weight: float = Field(1.0, ge=0, description="of the R1 gradient penalty; 0: none")
+    r1_every: int = Field(16, ge=1, description="steps from one penalty to the next, each counted as often")
+    mix_and_match: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="share of the generated latents that is replaced by a target of the batch with the noise, the "
+        "text, or both of another, to be recognised as false",
+    )
+
+    def training(self, student: TrainingSettings) -> TrainingSettings:
+        """The student's settings with its own in place of them."""
+        rate = self.learning_rate or student.learning_rate
+        return student.model_copy(update={"learning_rate": rate, "betas": self.betas})
+
+
+class Diffusion2GANConfig(OneStepConfig):
+    """Diffusion2GAN (Kang et al. 2024, 2405.05967): regression on ODE pairs, in the paper with E-LatentLPIPS, plus a
+    conditional GAN whose multi-scale discriminator starts from the teacher's U-Net.
+
+    `gan_weight: 0` leaves the regression alone; each other ingredient has its switch under `discriminator`. A student
+    that regression has brought near its targets is the place to begin: see `start_from` of the stage.
+
+    Not published, and so Retort's choice: the weights of the GAN term and of R1, the share of mixed and matched rows,
+    learning rates and betas.
+    """
+
+    name: Literal["diffusion2gan"] = "diffusion2gan"
+    gan_weight: float = Field(0.1, ge=0, description="of the GAN term beside the distance; 0: no discriminator at all")
+    discriminator: DiscriminatorSettings = Field(
+        DiscriminatorSettings(), description="what judges the student's latents"
+    )
+
+    def create(self, materials: Materials) -> Method:
+        from stages.methods.diffusion2gan.method import Diffusion2GAN
+
+        return Diffusion2GAN(self, materials)

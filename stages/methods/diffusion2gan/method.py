@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stages.losses.adversarial import discriminator_loss, generator_loss, mean_over_maps, r1_penalty
+from stages.methods.base import Batch, Materials, Player, Turn
+from stages.methods.diffusion2gan.config import Diffusion2GANConfig
+from stages.methods.diffusion2gan.mix_and_match import mix_and_match
+from stages.networks.discriminator import DiffusionDiscriminator
+
+
+class Diffusion2GAN:
+    """Kang et al. 2024, 2405.05967, section 3:
+
+    L_G = d(G(z, c), x) + gan_weight * E[-log D(c, z, G(z, c))]
+    L_D = E[-log D(c, z, x)] + E[-log(1 - D(c, z, G(z, c)))] + R1 / 2 |grad_x D(c, z, x)|^2
+
+    The discriminator judges the very latents that the student was taught on in the same step: they are made once.
+    """
+
+    def __init__(self, config: Diffusion2GANConfig, materials: Materials) -> None:
+        self.gan_weight, self.settings = config.gan_weight, config.discriminator
+        self.distance, self.teacher = materials.distance(config.loss), materials.teacher
+        self.student = materials.one_step_student(config.prediction)
+        self.players = {"student": Player(self.student, materials.training)}
+        self._made: deque[Tensor] = deque()
+        if self.gan_weight:
+            of, ours = self.settings, materials.training
+            self.discriminator = DiffusionDiscriminator.from_teacher(self.teacher, of.weights, of.noise, of.multi_scale)
+            self.players["discriminator"] = Player(self.discriminator, of.training(ours), averaged=False)
+        self.teacher.retire()
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        turns = [Turn("student", self.student_loss)]
+        if self.gan_weight:
+            penalised = step % self.settings.r1_every == 0 and self.settings.r1_weight > 0
+            turns.append(Turn("discriminator", partial(self.discriminator_loss, penalised=penalised)))
+        return turns
+
+    def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`batch`: noise and latent (B, C, H, W), prompts (B strings)."""
+        z, c = batch["noise"], self.teacher.encode_prompts(batch["prompts"])
+        x = self.student(z, c)
+        distance = self.distance(x, batch["latent"]).mean()
+        if not self.gan_weight:
+            return distance, {}
+        self._made.append(x.detach())
+        gan = generator_loss(self.discriminator(x, z, c))
+        return distance + self.gan_weight * gan, {"distance": distance, "gan": gan}
+
+    def discriminator_loss(self, batch: Batch, penalised: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same batch as the student's turn had; `penalised`: whether R1 falls due."""
+        z, c, x = batch["noise"], self.teacher.encode_prompts(batch["prompts"]), batch["latent"]
+        false_x, false_z, false_c = mix_and_match(
+            self._made.popleft(), x, z, c, batch["prompts"], self.settings.mix_and_match, self.settings.noise
+        )
+        conditions = None if c is None or false_c is None else torch.cat([c, false_c])
+        both = self.discriminator(torch.cat([x, false_x]), torch.cat([z, false_z]), conditions)
+        real, false = zip(*(logits.chunk(2) for logits in both), strict=True)
+        loss = discriminator_loss(real, false)
+        figures = {"real": mean_over_maps(real).mean(), "false": mean_over_maps(false).mean()}
+        if penalised:
+            # one sample of the batch, and rarely (section 3.3): a second derivative costs more than all the rest
+            one = torch.randint(len(x), (1,)).item()
+            at = slice(one, one + 1)
+            r1 = r1_penalty(
+                lambda one: self.discriminator(one, z[at], None if c is None else c[at]), x[at], self.settings.r1_weight
+            )
+            loss = loss + self.settings.r1_every * r1
+            figures["r1"] = r1
+        return loss, figures
+
+    def after_step(self, step: int) -> None:
+        pass

@@ -1,0 +1,413 @@
+"""Diffusion2GAN: what its discriminator sees, its losses in closed form, its false triples, its resume."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pipeline.errors import ManifestError
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+from stages.losses.adversarial import discriminator_loss, generator_loss, r1_penalty
+from stages.losses.config import Regression
+from stages.methods.base import Materials, TrainingExecution, TrainingSettings
+from stages.methods.diffusion2gan.config import Diffusion2GANConfig
+from stages.methods.diffusion2gan.mix_and_match import mix_and_match
+from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
+from stages.networks import build
+from stages.networks.compute import checkpoint_activations
+from stages.networks.discriminator import DiffusionDiscriminator
+from stages.networks.latent import LatentTeacher
+from stages.training import train
+from tests.conftest import TINY, execute, plan_of
+
+MSE = Regression(name="mse")
+
+
+def sd15(**changes):
+    """Stable Diffusion 1.5's layout with a hundredth of its width."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16, 24, 24),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        **changes,
+    )
+
+
+def by_class(classes=10):
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+        num_class_embeds=classes,
+    )
+
+
+LAYOUTS = {
+    "digits": (lambda: build.unet(8, 12, (8, 16)), torch.randn(2, 5, 12), [4, 8]),
+    "sd15": (sd15, torch.randn(2, 5, 12), [2, 4, 8, 16]),
+    "one scale": (lambda: build.unet(4, 12, (8,)), torch.randn(2, 5, 12), [4]),
+    "classes": (by_class, torch.tensor([3, 7]), [4, 8]),
+    "unconditional": (lambda: by_class(None), None, [4, 8]),
+}
+
+
+def discriminator(layout="sd15", seed=0, **switches):
+    torch.manual_seed(seed)
+    unet = LAYOUTS[layout][0]()
+    return DiffusionDiscriminator(unet, **switches)
+
+
+def inputs(d, layout="sd15", seed=1):
+    torch.manual_seed(seed)
+    shape = (2, d.unet.config["in_channels"], d.unet.config["sample_size"], d.unet.config["sample_size"])
+    return torch.randn(shape), torch.randn(shape), LAYOUTS[layout][1]
+
+
+def awake(d):
+    """With its new ways in no longer at zero, as after some steps."""
+    for parameter in [*d.resized.parameters(), *(d.noise.parameters() if d.noise else [])]:
+        nn.init.normal_(parameter, std=0.1)
+    return d
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_maps_at_every_scale_of_the_decoder(layout):
+    d = discriminator(layout)
+    maps = d(*inputs(d, layout))
+    assert [tuple(m.shape) for m in maps] == [(2, n, n) for n in LAYOUTS[layout][2] for _ in range(3)]
+    (only,) = (e := discriminator(layout, multi_scale=False))(*inputs(e, layout))
+    finest = LAYOUTS[layout][2][-1]
+    assert only.shape == (2, finest, finest) and not len(e.resized)
+
+
+def test_what_is_judged_is_what_flows_through_the_unet():
+    """Seen by hooks of the test's own: the middle's output, the encoder's skips, what the output layer reads."""
+    d = awake(discriminator())
+    seen = {}
+    unet = d.unet
+    unet.mid_block.register_forward_hook(lambda m, a, out: seen.update({"below 0": out}))
+    skips = []
+    for block in unet.down_blocks:
+        block.register_forward_hook(lambda m, a, out: skips.extend(out[1]))
+    unet.conv_norm_out.register_forward_pre_hook(lambda m, a: seen.update({"last": a[0]}))
+    judged = []
+    for head in d.heads:
+        head.register_forward_pre_hook(lambda m, a: judged.append(a[0]))
+    d(*inputs(d))
+    assert len(judged) == 12
+    assert judged[1] is seen["below 0"] and judged[-1] is seen["last"]
+    for k in range(4):  # the first skip that a scale's decoder meets is the last that the encoder made there
+        assert judged[3 * k] is [out for out in skips if out.shape[-1] == 2 << k][-1]
+        if k:
+            assert judged[3 * k + 1].shape[-1] == 2 * judged[3 * k - 1].shape[-1]  # made larger in between
+
+
+def test_a_map_changes_if_and_only_if_its_branch_does():
+    d = awake(discriminator())
+    before = d(*inputs(d))
+
+    def changed():
+        return [not torch.equal(a, b) for a, b in zip(before, d(*inputs(d)), strict=True)]
+
+    for k, head in enumerate(d.heads):
+        kept = head[2].bias.data.clone()
+        head[2].bias.data += 1
+        assert changed() == [i == k for i in range(12)]
+        head[2].bias.data.copy_(kept)
+    for k, layer in enumerate(d.resized):  # skips finer than where it enters come before it; all else comes after
+        kept = layer.bias.data.clone()
+        layer.bias.data += 1
+        finer = {3 * scale for scale in range(3 - k, 4)}
+        assert changed() == [i not in finer for i in range(12)]
+        layer.bias.data.copy_(kept)
+    assert not any(changed())
+
+
+def test_a_new_discriminator_is_the_teachers_unet_and_blind_to_the_noise():
+    d = discriminator()
+    x, z, c = inputs(d)
+    assert all(torch.equal(a, b) for a, b in zip(d(x, z, c), d(x, z + 1, c), strict=True))
+    features = []
+    d.heads[-1].register_forward_pre_hook(lambda m, a: features.append(a[0]))
+    torch.manual_seed(0)
+    plain = sd15()
+    plain.conv_norm_out.register_forward_pre_hook(lambda m, a: features.append(a[0]))
+    plain(x, 0, c)
+    d(x, z, c)
+    assert torch.equal(*features)
+    generator_loss(d(x, z, c)).backward()
+    assert all(layer.weight.grad.abs().max() > 0 for layer in (d.noise, *d.resized))
+    awake(d)
+    assert not torch.equal(d(x, z, c)[-1], d(x, z + 1, c)[-1])
+    blind = discriminator(noise=False)
+    assert blind.noise is None and torch.equal(blind(x, z, c)[0], blind(x, z + 1, c)[0])
+
+
+def test_a_copied_discriminator_listens_to_its_own_unet():
+    d = awake(discriminator())
+    twin = copy.deepcopy(d)
+    for parameter in d.parameters():
+        nn.init.zeros_(parameter)
+    assert all(float(m.detach().abs().max()) > 0 for m in twin(*inputs(d)))
+    assert all(float(m.detach().abs().max()) == 0 for m in d(*inputs(d)))
+
+
+def test_losses_of_a_discriminator_that_cannot_tell():
+    nothing = [torch.zeros(3, 4, 4), torch.zeros(3, 8, 8)]
+    assert float(generator_loss(nothing)) == pytest.approx(math.log(2), abs=1e-6)
+    assert float(discriminator_loss(nothing, nothing)) == pytest.approx(2 * math.log(2), abs=1e-6)
+
+
+def test_every_map_counts_alike_whatever_its_size():
+    small, large = torch.full((1, 1, 1), 3.0), torch.full((1, 50, 50), -3.0)
+    expected = (math.log1p(math.exp(-3)) + math.log1p(math.exp(3))) / 2
+    assert float(generator_loss([small, large])) == pytest.approx(expected, rel=1e-6)
+
+
+def test_r1_of_a_linear_discriminator_in_closed_form():
+    """D(x) = w . x: weight / 2 |w|^2, whatever x; its gradient in w is weight times w."""
+    w = torch.randn(3, 4, 4, requires_grad=True)
+    penalty = r1_penalty(lambda x: [(x * w).sum(1) * 16], torch.randn(5, 3, 4, 4), 7.0)  # 16 positions, averaged
+    assert float(penalty.detach()) == pytest.approx(3.5 * float(w.detach().square().sum()), rel=1e-5)
+    penalty.backward()
+    torch.testing.assert_close(w.grad, 7.0 * w.detach())
+
+
+def test_r1_of_single_samples_is_on_average_that_of_the_batch():
+    d = awake(discriminator("digits"))
+    x, z, c = inputs(d, "digits")
+    whole = r1_penalty(lambda real: d(real, z, c), x, 1.0)
+    singles = [
+        r1_penalty(lambda real, at=slice(i, i + 1): d(real, z[at], c[at]), x[i : i + 1], 1.0) for i in range(len(x))
+    ]
+    assert float(torch.stack(singles).mean()) == pytest.approx(float(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_checkpointing_gives_the_same_gradients_second_order_too(layout):
+    def gradients(checkpointed):
+        d = awake(discriminator(layout))
+        if checkpointed:
+            checkpoint_activations(d)
+            calls = []
+            d.unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda m, a: calls.append(a))
+        x, z, c = inputs(d, layout)
+        with torch.enable_grad():
+            loss = discriminator_loss(d(x, z, c), d(z, x, c)) + r1_penalty(lambda real: d(real, z, c), x, 1.0)
+        loss.backward()
+        assert not checkpointed or len(calls) > 3  # computed again
+        return [p.grad for p in d.parameters() if p.grad is not None]
+
+    for plain, again in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def false(rows=64, share=0.5, sees_noise=True, texts=None, seed=0):
+    """Rows are told apart by their numbers: made ones are negative."""
+    torch.manual_seed(seed)
+    numbers = torch.arange(1.0, rows + 1)
+    prompts = texts or [str(i) for i in range(rows)]
+    real, noise, made = (t.view(-1, 1, 1, 1).expand(-1, 2, 2, 2) for t in (numbers, 100 * numbers, -numbers))
+    x, z, c = mix_and_match(made, real, noise, numbers[:, None, None], prompts, share, sees_noise)
+    return numbers, x[:, 0, 0, 0], z[:, 0, 0, 0] / 100, c[:, 0, 0], prompts
+
+
+@given(st.integers(0, 2**32), st.integers(1, 40), st.floats(0, 1), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_what_is_mixed_is_real_and_belongs_to_another(seed, rows, share, sees_noise):
+    texts = [str(i % 3) for i in range(rows)]
+    own, x, z, c, prompts = false(rows, share, sees_noise, texts, seed)
+    for i in range(rows):
+        n = own[i].item()
+        if x[i] < 0:
+            assert (x[i], z[i], c[i]) == (-n, n, n)  # generated, with all that it was made from
+            continue
+        wrong = [v.item() for v in (x[i], z[i], c[i]) if v != n]
+        assert len(wrong) == 1  # a real one, of which one thing is another's
+        if z[i] != n:
+            assert sees_noise
+        if c[i] != n or not sees_noise:
+            other = int(wrong[0]) - 1
+            assert prompts[other] != prompts[i]
+
+
+def test_the_share_that_is_mixed_is_the_one_asked_for_in_equal_parts():
+    parts = torch.zeros(4)
+    for seed in range(40):
+        own, x, z, c, _ = false(seed=seed)
+        parts += torch.tensor([(x < 0).sum(), ((x > 0) & (x != own)).sum(), (z != own).sum(), (c != own).sum()])
+    torch.testing.assert_close(parts / parts.sum(), torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]), atol=0.03, rtol=0)
+
+
+def test_nothing_is_mixed_of_a_share_of_none():
+    own, x, z, c, _ = false(share=0.0)
+    assert torch.equal(x, -own) and torch.equal(z, own) and torch.equal(c, own)
+
+
+# --- The method on the digits teacher ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    reader = PairReader(read_list(tiny[1]["pairs"].artifact.folder))
+
+    def rows(numbers):
+        drawn = reader.batch(list(numbers))
+        noise, latent = (torch.from_numpy(array).float() for array in (drawn.noise, drawn.latent))
+        return {"noise": noise, "latent": latent, "prompts": drawn.prompts}
+
+    return rows
+
+
+def made(teacher, steps=8, gan_weight=0.5, accumulate=1, mixed_precision="no", **of_discriminator):
+    torch.manual_seed(0)
+    training = TrainingSettings(
+        steps=steps, batch_size=8, learning_rate=1e-3, accumulate=accumulate, mixed_precision=mixed_precision
+    )
+    config = Diffusion2GANConfig(loss=MSE, gan_weight=gan_weight, discriminator={"r1_every": 3, **of_discriminator})
+    return config.create(Materials(teacher, [999], training))
+
+
+def trained(method, batches, folder, stop=None, every=2, checkpointing=False):
+    execution = TrainingExecution(checkpoint_every=every, device="cpu", gradient_checkpointing=checkpointing)
+    steps = train(method, batches, seed=1, checkpoints=folder, execution=execution)
+    if stop:
+        list(itertools.islice(steps, stop))
+        return None
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value
+
+
+def weights(result):
+    return result.averages["student"].state_dict()
+
+
+def test_without_its_gan_it_is_knowledge_distillation(teacher, batch, tmp_path):
+    settings = TrainingSettings(steps=4, batch_size=8, learning_rate=1e-3)
+    plain = KnowledgeDistillationConfig(loss=MSE).create(Materials(teacher, [999], settings))
+    batches = [batch(range(8 * i, 8 * i + 8)) for i in range(4)]
+    expected = weights(trained(plain, batches.__getitem__, tmp_path / "plain"))
+    alone = made(teacher, steps=4, gan_weight=0)
+    assert set(alone.players) == {"student"}
+    ours = weights(trained(alone, batches.__getitem__, tmp_path / "ours"))
+    assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+def test_every_third_step_is_penalised_beginning_with_the_first(teacher, batch):
+    method = made(teacher)
+    due = []
+    for step in range(7):
+        (student, critic) = method.turns(step)
+        student.loss(batch(range(8)))
+        _, figures = critic.loss(batch(range(8)))
+        due.append("r1" in figures)
+        if due[-1]:
+            torch.manual_seed(0)
+            student.loss(batch(range(8)))
+            torch.manual_seed(0)
+            unpenalised, _ = method.discriminator_loss(batch(range(8)), penalised=False)
+            student.loss(batch(range(8)))
+            torch.manual_seed(0)
+            again, figures = method.discriminator_loss(batch(range(8)), penalised=True)
+            assert float(again - unpenalised) == pytest.approx(3 * float(figures["r1"]), rel=1e-2, abs=1e-6)
+    assert due == [True, False, False, True, False, False, True]
+    method = made(teacher, r1_weight=0)
+    student, critic = method.turns(0)
+    student.loss(batch(range(8)))
+    assert "r1" not in critic.loss(batch(range(8)))[1]
+
+
+def test_killed_between_any_two_steps_it_goes_on_bit_for_bit(teacher, batch, tmp_path):
+    """Two optimizers, an average, the count of steps to the next penalty, and figures logged as last given."""
+
+    def batches(step):
+        return batch(range(8 * (step % 8), 8 * (step % 8) + 8))
+
+    whole = trained(made(teacher, steps=21), batches, tmp_path / "whole", every=4)
+    assert {"discriminator_r1", "student_gan", "discriminator_real"} <= set(whole.history[0])
+    for stop in (1, 2):
+        trained(made(teacher, steps=21), batches, tmp_path / f"{stop}", stop=stop, every=4)
+        again = trained(made(teacher, steps=21), batches, tmp_path / f"{stop}", every=4)
+        assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(again).items())
+        assert again.history == whole.history
+
+
+def test_two_halves_accumulated_are_one_whole_batch(teacher, batch, tmp_path):
+    """Each half of the discriminator's turn meets the latents that the student made of that half."""
+    switches = {"r1_weight": 0, "mix_and_match": 0}
+    whole = trained(made(teacher, 3, **switches), lambda step: batch(range(16)), tmp_path / "whole")
+    halves = made(teacher, 3, accumulate=2, **switches)
+    parts = trained(halves, lambda i: batch(range(8) if i % 2 == 0 else range(8, 16)), tmp_path / "halves")
+    assert not halves._made
+    for name, value in weights(parts).items():
+        torch.testing.assert_close(value, weights(whole)[name], atol=2e-5, rtol=1e-3)
+
+
+def test_in_bf16_with_checkpointing_all_of_it_runs(teacher, batch, tmp_path):
+    result = trained(
+        made(teacher, 4, mixed_precision="bf16"), lambda step: batch(range(8)), tmp_path, checkpointing=True
+    )
+    assert all(math.isfinite(value) for line in result.history for value in line.values())
+
+
+def test_only_whose_turn_it_is_learns_and_the_student_learns_from_both_terms(teacher, batch):
+    method = made(teacher)
+    student, critic = method.turns(1)
+    critic_module = method.discriminator.requires_grad_(False)
+    student.loss(batch(range(8)))[0].backward()
+    assert all(p.grad is None for p in critic_module.parameters())
+    total = torch.cat([p.grad.flatten() for p in method.student.parameters() if p.grad is not None])
+    method.student.zero_grad()
+    method.distance(
+        method.student(batch(range(8))["noise"], teacher.encode_prompts(batch(range(8))["prompts"])),
+        batch(range(8))["latent"],
+    ).mean().backward()
+    alone = torch.cat([p.grad.flatten() for p in method.student.parameters() if p.grad is not None])
+    assert not torch.allclose(total, alone)
+    method.student.zero_grad()
+    method.discriminator.requires_grad_(True)
+    critic.loss(batch(range(8)))[0].backward()
+    assert all(p.grad is None for p in method.student.parameters())
+
+
+GAN = TINY.replace(
+    "method: {name: knowledge_distillation}",
+    "method: {name: diffusion2gan, loss: mse, discriminator: {r1_every: 5}}",
+)
+
+
+def test_the_whole_stage_and_its_export(tiny):
+    student = execute(GAN, tiny[0], name="gan")["student"].artifact
+    assert student.record["metrics"]["held_out_mse"] > 0
+    assert "diffusion2gan" in (student.folder / "README.md").read_text()
+    lines = (student.folder / "history.jsonl").read_text()
+    assert "discriminator_r1" in lines and "student_distance" in lines
+
+
+def test_a_loss_is_needed_and_checked(tiny):
+    with pytest.raises(ManifestError, match=r"method\.loss: .*missing|missing"):
+        plan_of(GAN.replace("loss: mse, ", ""), tiny[0])
+    with pytest.raises(ManifestError, match="did you mean 'mix_and_match'"):
+        plan_of(GAN.replace("r1_every: 5", "mix_and_math: 0.5"), tiny[0])

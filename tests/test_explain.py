@@ -10,6 +10,7 @@ from pipeline.errors import UsageError
 from pipeline.explain import REGISTRIES, names, text, topics
 from pipeline.manifest import Manifest
 from pipeline.settings import about, settings_of, words
+from stages.methods import METHODS
 from tests.conftest import ROOT, retort
 from tests.test_plan import BLOCKER
 
@@ -50,7 +51,7 @@ def of(path):
         ("pairs.teacher", "a stage of kind teacher, or the path of such an artifact", "required"),
         ("teacher.from", "path or hub id", None),
         ("webdataset.path", "path", "required"),
-        ("distill.method", "knowledge_distillation", "required"),
+        ("distill.method", " | ".join(METHODS.built_in), "required"),
         ("evaluate.teacher_steps", "list: integer >= 1", None),
         ("gaussian.shape", "list of 3: integer", [4, 8, 8]),
         ("vae.channels", "list: integer; at least 2", [32, 64]),
@@ -97,7 +98,7 @@ def test_the_command_explains(tmp_path):
     assert [topic["name"] for topic in found] == ["distill"]
     training = next(s for s in found[0]["settings"] if s["name"] == "training")
     assert training["required"] and {"steps", "learning_rate"} <= {s["name"] for s in training["settings"]}
-    assert json.loads(retort("explain", "--json").stdout)["methods"] == ["knowledge_distillation"]
+    assert json.loads(retort("explain", "--json").stdout)["methods"] == list(METHODS.built_in)
     assert "stage kinds\n  teacher, latents, pairs, perceptual, distill, probe, evaluate\n" in retort("explain").stdout
 
 

@@ -47,6 +47,8 @@ class Matrix(Config):
     `matrix: {method.loss: [l1, mse], seed: [0, 1, 2]}` of a stage `student` makes student[loss=l1,seed=0] to
     student[loss=mse,seed=2].
 
+    A value with many settings may be named: `method: [{as: plain, value: {name: ..., loss: ...}}, ...]`.
+
     A stage that reads `student` is made once for each of them, and of two that it reads those that stand at the same
     place go together. A single one is read by its whole name, in quotes. Commands take either.
     """
@@ -129,11 +131,12 @@ def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> di
             text = f"is varied by the matrix; set stages.{base}.matrix.{'.'.join(path)} to a list instead"
             problems.append(document.problem(("stages", base, *path), text))
         else:
-            counts = Counter(map(repr, values))
+            named = [_named(item, (*place, i), document, problems) for i, item in enumerate(values)]
+            counts = Counter(map(repr, values)) + Counter(name for name, _, _ in named if name)
             problems += [document.problem(place, f"{word} is given twice") for word in counts if counts[word] > 1]
+            labels = _labels([value if name is None else name for name, value, _ in named])
             axes[Axis(base, path)] = [
-                Value(label, value, (*place, i))
-                for i, (label, value) in enumerate(zip(_labels(values), values, strict=True))
+                Value(label, value, at) for label, (_, value, at) in zip(labels, named, strict=True)
             ]
     if not isinstance(matrix, dict) or not matrix:
         problems.append(document.problem(where, "names no setting; give some, such as `seed: [0, 1, 2]`"))
@@ -147,6 +150,18 @@ def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tup
             yield from _lists(inner, (*path, *str(key).split(".")), (*place, key))
     elif path:
         yield path, value, place
+
+
+def _named(item: Any, place: Path, document: Document, problems: list[str]) -> tuple[str | None, Any, Path]:
+    """The name that an item `{as: NAME, value: ...}` gives to its value, or None; the value, and its place."""
+    if not isinstance(item, dict) or "as" not in item:
+        return None, item, place
+    name = item["as"]
+    if set(item) != {"as", "value"}:
+        problems.append(document.problem(place, "a named value is `{as: NAME, value: ...}` and nothing more"))
+    elif not isinstance(name, str) or _label(name, 0) != name:
+        problems.append(document.problem((*place, "as"), "a name is at most 40 letters, digits, _ . + and -"))
+    return str(name), item.get("value"), (*place, "value")
 
 
 def _labels(values: Sequence[Any]) -> list[str]:

@@ -83,6 +83,32 @@ def test_nested_axes_and_whole_settings():
     assert (stage.training.steps, stage.training.batch_size, stage.method.loss.name) == (3, 16, "mse")
 
 
+def test_values_with_many_settings_can_be_named():
+    axis = "{method: [{as: plain, value: knowledge_distillation}, {as: large, value: {name: knowledge_distillation, "
+    axis += "loss: mse}}, knowledge_distillation]}"
+    text = manifest(axis).replace("    method: {name: knowledge_distillation}\n", "")
+    stages = loads(text, "m.yaml").manifest.stages
+    assert [name for name in stages if "student" in name] == [
+        f"student[method={name}]" for name in ("plain", "large", "knowledge_distillation")
+    ]
+    assert stages["student[method=large]"].method.loss.name == "mse"
+    found = problems(text.replace("loss: mse", "loss: msee"))
+    assert "did you mean 'mse'" in found and "loss: msee" in found  # at its place in the text
+
+
+@pytest.mark.parametrize(
+    ("axis", "words"),
+    [
+        ("{seed: [{as: a, value: 1}, {as: a, value: 2}]}", "a is given twice"),
+        ("{seed: [{as: a, valeu: 1}]}", "a named value is `{as: NAME, value: ...}`"),
+        ("{seed: [{as: 'a b', value: 1}]}", "a name is at most 40 letters"),
+        ("{seed: [{as: 7, value: 1}]}", "a name is at most 40 letters"),
+    ],
+)
+def test_problems_of_named_values(axis, words):
+    assert words in problems(manifest(axis))
+
+
 def test_the_resolved_manifest_holds_the_members():
     manifest_ = loads(manifest("{training.learning_rate: [1e-3, 2.5e-4]}"), "m.yaml").manifest
     assert "student[learning_rate=0.00025]" in manifest_.stages

@@ -2,13 +2,16 @@
 
 import copy
 import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from pipeline.errors import ManifestError
@@ -25,20 +28,20 @@ from stages.networks.compute import checkpoint_activations
 from stages.networks.discriminator import DiffusionDiscriminator
 from stages.networks.latent import LatentTeacher
 from stages.training import train
-from tests.conftest import TINY, execute, plan_of
+from tests.conftest import ROOT, TINY, execute, plan_of
+from tests.test_distill import stable_diffusion_layout
 
 MSE = Regression(name="mse")
 
 
-def sd15(**changes):
-    """Stable Diffusion 1.5's layout with a hundredth of its width."""
+def sd15(size=16, text=12):
+    """Stable Diffusion 1.5's layout with a fortieth of its width."""
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=size,
         block_out_channels=(8, 16, 24, 24),
-        cross_attention_dim=12,
+        cross_attention_dim=text,
         attention_head_dim=4,
         norm_num_groups=4,
-        **changes,
     )
 
 
@@ -411,3 +414,46 @@ def test_a_loss_is_needed_and_checked(tiny):
         plan_of(GAN.replace("loss: mse, ", ""), tiny[0])
     with pytest.raises(ManifestError, match="did you mean 'mix_and_match'"):
         plan_of(GAN.replace("r1_every: 5", "mix_and_math: 0.5"), tiny[0])
+
+
+SMALL = """
+teacher.revision=null
+imagenet.images.size=16
+latent_vgg.width=4
+latent_vgg.classification.training={steps: 2, batch_size: 8, mixed_precision: bf16}
+latent_vgg.triplets={name: synthetic, count: 60, test_count: 60}
+latent_vgg.calibration.training={steps: 2, batch_size: 8}
+cfg3.count=24
+cfg3.shard_size=8
+cfg3.sampler.steps=2
+cfg3.execution.compile=false
+cfg8.count=32
+cfg8.shard_size=8
+cfg8.sampler.steps=2
+cfg8.execution.compile=false
+student.training.steps=2
+student.training.batch_size=4
+student.training.accumulate=2
+student.held_out=8
+quality.samples=20
+"""
+
+
+def test_the_manifest_for_stable_diffusion_as_it_is_but_small(tmp_path):
+    """Only sizes and outside files differ: bf16, checkpointing, accumulation, E-LatentLPIPS and R1 are as published."""
+    torch.manual_seed(0)
+    folder = stable_diffusion_layout(tmp_path / "sd", sd15(8, 32))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 16, 16, 3), dtype=np.uint8)
+    for name, of_class in zip("ab", pixels, strict=True):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i, image in enumerate(of_class):
+            Image.fromarray(image).save(tmp_path / "train" / name / f"{i}.png")
+    outside = [f"teacher.from={folder}", f"imagenet.images.path={tmp_path / 'train'}"]
+    sets = [f"stages.{line}" for line in [*outside, *SMALL.split("\n")[1:-1]]]
+    text = (ROOT / "manifests" / "sd15_diffusion2gan.yaml").read_text()
+    plan = execute(text.replace("manifests/prompts", f"{ROOT}/manifests/prompts"), tmp_path / "store", sets)
+    students = [plan[f"student[pairs={pairs}]"].artifact for pairs in ("cfg3", "cfg8")]
+    for student in students:
+        (line,) = (json.loads(line) for line in (student.folder / "history.jsonl").read_text().splitlines())
+        assert {"student_distance", "student_gan", "discriminator_r1"} <= set(line)
+    assert students[0].record["metrics"]["held_out_mse"] != students[1].record["metrics"]["held_out_mse"]

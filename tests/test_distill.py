@@ -122,8 +122,8 @@ stages:
     np.testing.assert_allclose(images, ((ours + 1) / 2).permute(0, 2, 3, 1).numpy(), atol=1e-4)
 
 
-def stable_diffusion_layout(folder):
-    """A random-weight pipeline as the published ones are laid out."""
+def stable_diffusion_layout(folder, unet=None):
+    """A random-weight pipeline as the published ones are laid out, of latents (4, 8, 8) and texts (77, 32)."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
@@ -136,7 +136,7 @@ def stable_diffusion_layout(folder):
         vae=build.autoencoder(16, (8, 16)),
         text_encoder=build.text_encoder(tokenizer, width=32, layers=1),
         tokenizer=tokenizer,
-        unet=build.unet(8, 32, (16, 32)),
+        unet=unet or build.unet(8, 32, (16, 32)),
         scheduler=PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),

@@ -54,7 +54,7 @@ class DiffusionDiscriminator(nn.Module):
     ) -> DiffusionDiscriminator:
         """With a copy of the teacher's weights, or with the same U-Net's before any training."""
         copied = copy.deepcopy(teacher.unet) if weights == "teacher" else teacher.UNET.from_config(teacher.unet.config)
-        return cls(copied.requires_grad_(True), noise, multi_scale).to(teacher.device)
+        return cls(copied.requires_grad_(True), noise, multi_scale)
 
     def forward(self, x: Tensor, noise: Tensor, condition: Tensor | None) -> list[Tensor]:
         """x, noise (B, C, H, W), condition as the teacher's `encode_prompts` gives it -> logits: of each scale of the

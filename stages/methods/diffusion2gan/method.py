@@ -66,11 +66,9 @@ class Diffusion2GAN:
         figures = {"real": mean_over_maps(real).mean(), "false": mean_over_maps(false).mean()}
         if penalised:
             # one sample of the batch, and rarely (section 3.3): a second derivative costs more than all the rest
-            one = torch.randint(len(x), (1,)).item()
-            at = slice(one, one + 1)
-            r1 = r1_penalty(
-                lambda one: self.discriminator(one, z[at], None if c is None else c[at]), x[at], self.settings.r1_weight
-            )
+            one = torch.randint(len(x), (1,), device=x.device)
+            z, c = z[one], None if c is None else c[one]
+            r1 = r1_penalty(lambda real: self.discriminator(real, z, c), x[one], self.settings.r1_weight)
             loss = loss + self.settings.r1_every * r1
             figures["r1"] = r1
         return loss, figures

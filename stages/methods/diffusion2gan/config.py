@@ -50,7 +50,7 @@ class Diffusion2GANConfig(OneStepConfig):
     """
 
     name: Literal["diffusion2gan"] = "diffusion2gan"
-    gan_weight: float = Field(0.1, ge=0, description="of the GAN term beside the distance; 0: no discriminator at all")
+    gan_weight: float = Field(0.3, ge=0, description="of the GAN term beside the distance; 0: no discriminator at all")
     discriminator: DiscriminatorSettings = Field(
         DiscriminatorSettings(), description="what judges the student's latents"
     )

@@ -23,7 +23,7 @@ def mix_and_match(
     In equal parts: an unrelated target for this noise and text; this target with another's text; with another's
     noise. The paper publishes neither share nor parts. What the discriminator cannot tell from the truth is left
     out: another's noise if it sees none, another's text if that is the same, an unrelated target if only the text
-    could tell and is the same. All tensors (B, ...), none changed.
+    could tell and is the same; a batch of one has no other. All tensors (B, ...), none changed.
     """
     rows, device = len(real), real.device
     if not share or rows == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -9,6 +10,9 @@ from typing import Any, TypeVar, get_args
 from stages.base import Choice, Config, Input, Stage
 
 C = TypeVar("C", bound=Config)
+
+LINK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[0-9]{1,6})+(\[[^/]*\])?")
+"""A link's name. A fingerprint, which ends the path of an artifact, is longer."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ def inputs_of(stage: Stage) -> Mapping[str, str]:
 
 
 def is_artifact_path(reference: str) -> bool:
-    """References to sealed artifacts are told from stage names by their slash."""
-    return "/" in reference
+    """References to sealed artifacts are told from stage names by their slash, but for the short number that ends the
+    name of a chain's link: student/16."""
+    return "/" in reference and not LINK.fullmatch(reference)
 
 
 def parts_of(path: str) -> list[str | int]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, ValidationError
 
-from pipeline import DEFAULT_STORE, matrix, references
+from pipeline import DEFAULT_STORE, chain, matrix, references
 from pipeline import document as yaml_document
 from pipeline.document import Document
 from pipeline.errors import ManifestError, UsageError
@@ -21,8 +21,8 @@ from stages import KINDS
 from stages.base import LARGEST_SEED, Choice, Config, Content, Input, Stage
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
-MEMBER = NAME.removesuffix("$") + r"(\[[A-Za-z0-9_.=,+-]+\])?$"
-"""A stage's name, or that of one member of its matrix: `student[loss=l1,seed=2]`."""
+MEMBER = NAME.removesuffix("$") + r"(/[0-9]{1,6})*(\[[A-Za-z0-9_.=,+-]+\])?$"
+"""A stage's name, or that of one link of its chain, or member of its matrix: `student/16[loss=l1,seed=2]`."""
 
 StageName = Annotated[str, StringConstraints(pattern=MEMBER)]
 
@@ -118,7 +118,7 @@ def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
         document.set(override)
     problems: list[str] = []
     asked = document.value.get("stages")
-    coordinates = matrix.expand(document, problems)
+    coordinates = chain.expand(document, matrix.expand(document, problems), problems)
     manifest = _validated(document, problems)
     problems += references.cycles(manifest.stages, document)
     stages = matrix.follow(manifest.stages, coordinates, document, problems)

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -29,7 +30,8 @@ LONGEST = 120
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting that a matrix varies: the stage, as the manifest calls it, and the path below it."""
+    """A setting that a matrix varies: the stage, as the manifest calls it, and the path below it. Of a chain, whose
+    links stand along it, the path is empty."""
 
     stage: str
     path: tuple[str, ...]
@@ -68,13 +70,13 @@ class Value:
 
 
 def base_of(name: str) -> str:
-    """`student` of `student[loss=l1,seed=2]`."""
-    return name.partition("[")[0]
+    """`student` of `student/16[loss=l1,seed=2]`."""
+    return name.partition("[")[0].partition("/")[0]
 
 
 def chosen(names: Sequence[str], asked: str) -> list[str]:
-    """The stages that a user means by `asked`: the one of that name, or all that its matrix came to."""
-    return [name for name in names if asked in (name, base_of(name))]
+    """The stages that a user means by `asked`: the one of that name, or all that its matrix or its chain came to."""
+    return [name for name in names if asked in (name, name.partition("[")[0], base_of(name))]
 
 
 # --- A stage's own matrix, before anything is validated -----------------------------------------------
@@ -102,7 +104,7 @@ def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
         plain = {key: value for key, value in stage.items() if key != "matrix"}
         for values in product(*axes.values()):
             at = {axis: value.label for axis, value in zip(axes, values, strict=True)}
-            name = _name(base, at)
+            name = name_of(base, at)
             if name in stages:
                 problems.append(document.problem(("stages", name), f"the matrix of {base} makes a stage of that name"))
             expanded[name] = copy.deepcopy(plain)
@@ -180,7 +182,12 @@ def _label(value: Any, place: int) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", word)[:40] or str(place)
 
 
-def _name(base: str, at: Coordinates) -> str:
+def name_of(base: str, at: Coordinates) -> str:
+    """Of the stage that stands there: `student/16[seed=2]`."""
+    base += "".join(f"/{value}" for axis, value in at.items() if not axis.path)
+    at = {axis: value for axis, value in at.items() if axis.path}
+    if not at:
+        return base
     for spelling in range(3):
         labels = [axis.spellings[spelling] for axis in at]
         if len(set(labels)) == len(labels):
@@ -214,34 +221,48 @@ def follow(
     """
     at: dict[str, Coordinates] = {}
     done: dict[str, dict[str, Stage]] = {}
+    of_base: dict[str, list[str]] = {}
+    for name in stages:
+        of_base.setdefault(base_of(name), []).append(name)
 
-    def members(base: str) -> dict[str, Stage]:
-        if base not in done:
-            done[base] = {}
-            for name in (name for name in stages if base_of(name) == base):
-                for new, stage, place in once(name, stages[name]):
-                    done[base][new], at[new] = stage, place
-                    if new != name:
-                        document.origins["stages", new] = ("stages", name)
-        return done[base]
+    def made(name: str) -> dict[str, Stage]:
+        if name not in done:
+            done[name] = {}
+            for new, stage, place in once(name, stages[name]):
+                done[name][new], at[new] = stage, place
+                if new != name:
+                    document.origins["stages", new] = ("stages", name)
+        return done[name]
+
+    @cache
+    def members(reference: str) -> list[str]:
+        """What a reference stands for: one stage, all of a matrix or a chain, or what one of these came to."""
+        return [
+            new for name in ([reference] if reference in stages else of_base.get(reference, [])) for new in made(name)
+        ]
 
     def once(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
         own = coordinates.get(name, {})
-        read = {f: list(members(r)) for f, r in inputs_of(stage).items() if r == base_of(r)}
-        read = {f: names for f, names in read.items() if names and names != [inputs_of(stage)[f]]}
-        made = 0
+        read = {field: members(reference) for field, reference in inputs_of(stage).items()}
+        read = {field: names for field, names in read.items() if names and names != [inputs_of(stage)[field]]}
+        count = 0
         for names in product(*read.values()):
-            if made == MOST:
+            if count == MOST:
                 text = f"would be made more than {MOST} times, for all combinations of what it reads"
                 problems.append(document.problem(("stages", name), text, at_key=True))
                 return
-            found = _together([*(at[n] for n in names), own])
+            found = _together([*(_without_links(at[n], own) for n in names), own])
             if found is not None:
-                made += 1
-                new = name if found == own else _name(base_of(name), found)
+                count += 1
+                new = name if found == own else name_of(base_of(name), found)
                 yield new, replaced(stage, dict(zip(read, names, strict=True))), found
 
-    return {name: stage for base in dict.fromkeys(map(base_of, stages)) for name, stage in members(base).items()}
+    return {new: stage for name in stages for new, stage in made(name).items()}
+
+
+def _without_links(at: Coordinates, own: Coordinates) -> Coordinates:
+    """A link that reads the one before it does not stand there."""
+    return {axis: value for axis, value in at.items() if axis.path or axis not in own}
 
 
 def _together(several: Sequence[Coordinates]) -> Coordinates | None:

@@ -17,8 +17,9 @@ def cycles(stages: Mapping[str, Stage], document: Document) -> list[str]:
     """A problem for each cycle."""
     after: dict[str, set[str]] = {}
     for name, stage in stages.items():
-        bases = {base_of(r) for r in inputs_of(stage).values() if not is_artifact_path(r)}
-        after.setdefault(base_of(name), set()).update(bases)
+        after.setdefault(name, set()).update(r for r in inputs_of(stage).values() if not is_artifact_path(r))
+        if base_of(name) != name:  # who reads the whole matrix, or chain, reads each of it
+            after.setdefault(base_of(name), set()).add(name)
     problems: list[str] = []
     while True:
         try:
@@ -47,7 +48,7 @@ def _wrong(
         reference, wanted = field.value, field.marker.kind
         path = ("stages", name, *parts_of(field.path))
         there = stages.get(reference)
-        if is_artifact_path(reference) or reference in lost or reference in map(base_of, lost):
+        if is_artifact_path(reference) or {reference, base_of(reference)} & {*lost, *map(base_of, lost)}:
             continue
         if there is None:
             fitting = list(dict.fromkeys(n for n, s in stages.items() if s.kind == wanted))

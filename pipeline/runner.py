@@ -194,6 +194,7 @@ class _StageLog(logging.FileHandler):
 @contextmanager
 def _log_to(file: Path) -> Iterator[None]:
     """Everything that is logged or warned in this process goes to the stage's log, and not to the terminal."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     handler = _StageLog(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

@@ -171,7 +171,7 @@ def done(planned: Plan) -> str:
 def evaluation(metrics: Mapping[str, Any]) -> str:
     """A row a side, then the references."""
     sides = {**metrics["sides"], **metrics.get("references", {})}
-    return figures_table([(figures.title(name), values) for name, values in sides.items()])
+    return figures_table([(figures.title(name, values), values) for name, values in sides.items()])
 
 
 def figures_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

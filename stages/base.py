@@ -8,7 +8,7 @@ This module, and every module that defines a stage, imports no torch: planning m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -84,6 +84,19 @@ class Execution(Config):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
 
 
+@dataclass(frozen=True)
+class Link:
+    """A stage of a chain, as it would be written by hand; `label` is a number: student/16."""
+
+    label: str
+    settings: dict[str, Any]
+    """Not validated."""
+    previous: str
+    """The field that names the link before it; of the first link it is left as it is."""
+    origins: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    """Of settings that stand elsewhere in the chain's: path here -> path there."""
+
+
 class Stage(Config):
     """Base of all stage kinds. VERSION is raised when the same settings come to give other results."""
 
@@ -93,6 +106,12 @@ class Stage(Config):
     kind: str
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="default: the manifest's seed")
     execution: Execution = Field(Execution(), description="how it is carried out; makes nothing stale")
+
+    @classmethod
+    def chain(cls, settings: Mapping[str, Any]) -> Sequence[Link]:
+        """The stages that one with these settings, not validated yet, stands for, in order; none: it is one stage, or
+        makes no sense, which validation will say."""
+        return []
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that contradicts the stages it reads."""

@@ -24,6 +24,7 @@ FLOORS = [
     {"pipeline.content", "pipeline.fingerprint"},
     {"pipeline.manifest"},
     {"pipeline.references"},
+    {"pipeline.chain"},
     {"pipeline.matrix", "pipeline.problems"},
     {"pipeline.store", "pipeline.document", "pipeline.locks", "pipeline.fields"},
     {"pipeline.errors"},

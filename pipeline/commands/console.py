@@ -101,9 +101,10 @@ def find_run(target: str | None, store: str | None) -> Run:
 def find_artifact(target: str, store: str | None) -> Path:
     """The folder of a sealed artifact, given by its path or as RUN/STAGE. Raises UsageError."""
     from pipeline.errors import UsageError, suggest
+    from pipeline.fields import is_artifact_path
 
     run_name, _, stage = target.partition("/")
-    if Path(target).exists() or not stage or "/" in stage:
+    if Path(target).exists() or not stage or is_artifact_path(stage):
         return Path(target)
     run = find_run(run_name, store)
     plan = run.plan()

@@ -1,18 +1,19 @@
-"""`kind: distill`: train a student on sealed pairs with one of the methods, and export it for plain diffusers."""
+"""`kind: distill`: train a student with one of the methods, and export it for plain diffusers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stages.base import SCRATCH, Artifact, Choice, Config, Input, Neutral, Stage, StageContext, below
+from stages.base import SCRATCH, Artifact, Choice, Config, Input, Link, Neutral, Stage, StageContext, below
 from stages.data.shares import BLOCK
 from stages.methods import METHODS
-from stages.methods.base import MethodConfig, OneStepConfig, TrainingExecution, TrainingSettings, training_progress
+from stages.methods.base import MethodConfig, TrainingExecution, TrainingSettings, training_progress
 from stages.pairs import Pairs
+from stages.teacher import Teacher
 
 
 class Source(Config):
@@ -31,20 +32,29 @@ def _sources(value: Any) -> Any:
 
 
 def sources(student: Mapping[str, Artifact]) -> list[Artifact]:
-    """The `pairs` artifacts among a student's inputs, in the manifest's order."""
+    """The `pairs` artifacts among a student's inputs, in the manifest's order; none if it is trained on latents."""
     return [artifact for field, artifact in student.items() if field.startswith("pairs.")]
 
 
-class Distill(Stage):
-    """Train a student on sealed pairs with one of the methods, and export it as a stock diffusers folder.
+def teacher_of(student: Mapping[str, Artifact]) -> Artifact:
+    """The teacher, given a student's inputs: that of what it is trained on."""
+    return (sources(student) or [student["latents"]])[0].inputs["teacher"]
 
-    `pairs` is one stage, or a list of `{pairs: STAGE, weight: 2.0}` to be mixed.
-    """
+
+class Distill(Stage):
+    """Train a student with one of the methods, and export it as a stock diffusers folder.
+
+    It is trained on `pairs`, one stage or a list of `{pairs: STAGE, weight: 2.0}` to be mixed, or on `latents`, as its
+    method takes it. A method that takes rounds makes a chain of it: student/16, student/8, ...; whoever reads `student`
+    is made once for each of them, as of a matrix, and a single one is read by its whole name."""
 
     VERSION: ClassVar[int] = 2
     kind: Literal["distill"]
-    pairs: Annotated[list[Source], BeforeValidator(_sources)] = Field(
-        min_length=1, description="what it is trained on: a stage, or a list of several and their weights"
+    pairs: Annotated[list[Source] | None, BeforeValidator(_sources)] = Field(
+        None, min_length=1, description="what it is trained on: a stage, or a list of several and their weights"
+    )
+    latents: Annotated[str | None, Input("latents"), Neutral()] = Field(
+        None, description="instead of pairs, for methods that noise images themselves: those of an image set"
     )
     method: Annotated[MethodConfig, Choice("name", METHODS)] = Field(description="how the student is taught")
     start_from: Annotated[str | None, Input("distill"), Neutral()] = Field(
@@ -56,12 +66,49 @@ class Distill(Stage):
     )
     execution: TrainingExecution = Field(TrainingExecution(), description="how it is carried out; makes nothing stale")
 
+    @classmethod
+    def chain(cls, settings: Mapping[str, Any]) -> list[Link]:
+        method, training = settings.get("method"), settings.get("training")
+        kind = METHODS.get(method["name"]) if isinstance(method, dict) and isinstance(method.get("name"), str) else None
+        if kind is None or not isinstance(method, dict) or not isinstance(training, dict):
+            return []
+        found = []
+        for one in kind.rounds(method, settings.get("start_from") is not None):
+            own: dict[str, Any] = {**settings, "method": one.method}
+            origins: dict[tuple[str, ...], tuple[str, ...]] = {}
+            if one.training_steps is not None:
+                own["training"] = {**training, "steps": one.training_steps}
+                origins["training", "steps"] = ("method", "training_steps", str(one.steps))
+            found.append(Link(str(one.steps), own, "start_from", origins))
+        return found
+
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        found = sources(inputs)
+        given = "pairs" if self.pairs else "latents"
+        if given not in self.method.DATA:
+            yield given, f"{self.method.name} is trained on {' or '.join(self.method.DATA)}, not on {given}"
+        if self.pairs:
+            yield from self._check_pairs(sources(inputs))
+        yield from ((f"method.{path}", problem) for path, problem in self.method.check(below(inputs, "method")))
+        teacher = teacher_of(inputs)
+        assert isinstance(teacher.stage, Teacher)
+        if teacher.stage.gaussian:
+            yield given, "their teacher is `gaussian:`, which has no network that a student could start from"
+        unguided = teacher.stage.why_unguided(self.method.form.guidance is not None) if self.method.guided else None
+        if unguided:
+            yield "method", f"it needs guidance, but {unguided}"
+        start = inputs.get("start_from")
+        assert start is None or isinstance(start.stage, Distill)
+        if start and teacher_of(start.inputs).fingerprint != teacher.fingerprint:
+            yield "start_from", f"{self.start_from} is the student of another teacher than that of `{given}`"
+        of = self.method.check_start(start.stage.method if start and isinstance(start.stage, Distill) else None)
+        yield from ((f"method.{path}", problem) for path, problem in of)
+
+    def _check_pairs(self, found: Sequence[Artifact]) -> Iterator[tuple[str, str]]:
         stages = [artifact.stage for artifact in found if isinstance(artifact.stage, Pairs)]
+        assert self.pairs
         if self.held_out >= stages[0].count:
             yield "held_out", f"{self.held_out} pairs held out of {stages[0].count} leave none to train on"
-        if any(stage.sampler.timestep_spacing != "trailing" for stage in stages):
+        if "latents" not in self.method.DATA and any(s.sampler.timestep_spacing != "trailing" for s in stages):
             yield (
                 "pairs",
                 "a one-step student needs pairs solved with timestep_spacing: trailing, from the last timestep",
@@ -78,24 +125,16 @@ class Distill(Stage):
         light = next((s.pairs for s, w in zip(self.pairs, weights, strict=True) if w < sum(weights) / BLOCK), None)
         if light is not None:
             yield "pairs", f"{light} has less than 1/{BLOCK} of the weight and would never be drawn"
-        yield from ((f"method.{path}", problem) for path, problem in self.method.check(below(inputs, "method")))
-        teacher = found[0].inputs["teacher"]
-        if getattr(teacher.stage, "gaussian", None):
-            yield "pairs", "their teacher is `gaussian:`, which has no network that a student could start from"
-        if "start_from" in inputs:
-            yield from self._check_start(inputs["start_from"], teacher)
 
-    def _check_start(self, start: Artifact, teacher: Artifact) -> Iterator[tuple[str, str]]:
-        assert isinstance(start.stage, Distill)
-        if sources(start.inputs)[0].inputs["teacher"].fingerprint != teacher.fingerprint:
-            yield "start_from", f"{self.start_from} is the student of another teacher than that of `pairs`"
-        of, own = start.stage.method, self.method
-        if isinstance(of, OneStepConfig) and isinstance(own, OneStepConfig) and of.prediction != own.prediction:
-            yield "start_from", f"{self.start_from} puts out {of.prediction}; set method.prediction: {of.prediction}"
+    @model_validator(mode="after")
+    def _one_kind_of_data(self) -> Self:
+        if (self.pairs is None) == (self.latents is None):
+            raise ValueError("give either pairs or latents")
+        return self
 
     @model_validator(mode="after")
     def _all_weights_or_none(self) -> Self:
-        if len({source.weight is None for source in self.pairs}) > 1:
+        if self.pairs and len({source.weight is None for source in self.pairs}) > 1:
             raise ValueError("give each of the pairs a weight, or none of them")
         return self
 
@@ -110,7 +149,8 @@ class Distill(Stage):
             self.held_out,
             self.execution,
             sources(context.inputs),
-            [source.weight for source in self.pairs],
+            [source.weight for source in self.pairs or []],
+            context.inputs.get("latents"),
             below(context.inputs, "method"),
             below(context.contents, "method"),
             context.inputs.get("start_from"),

@@ -1,27 +1,25 @@
-"""What `kind: distill` does: train a method's student on pairs, try it on those held out, export it."""
+"""What `kind: distill` does: train a method's student, try it on the pairs held out, export it."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Generator, Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.base import SCRATCH, Artifact, Progress, StageError
-from stages.data.order import ShuffledOrder
-from stages.data.pool import read_list
-from stages.data.reader import PairReader
-from stages.diffusion.samplers import timesteps
+from stages.data.supply import LatentSupply, PairSupply, Supply
 from stages.losses.config import LossConfig
 from stages.methods.base import Batch, Materials, MethodConfig, TrainingExecution, TrainingSettings
 from stages.networks.compute import prepare
+from stages.networks.exporting import why_not_plain
 from stages.networks.network import NetworkTeacher
 from stages.networks.perceptual import about_of
-from stages.networks.student import OneStepStudent, export
+from stages.networks.student import Student, export
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs
 from stages.training import train
@@ -36,6 +34,7 @@ def distill(
     execution: TrainingExecution,
     sources: list[Artifact],
     weights: list[float | None],
+    latents: Artifact | None,
     inputs: Mapping[str, Artifact],
     contents: Mapping[str, str],
     start: Artifact | None,
@@ -45,62 +44,62 @@ def distill(
     fingerprint: str,
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Fill `output` with the student's folder; return its figures. Raises StageError if it cannot be trained."""
-    pairs = sources[0]
-    assert isinstance(pairs.stage, Pairs)
     prepare(threads)
     torch.manual_seed(seed)
-    teacher = load_network(pairs.inputs["teacher"].folder, execution)
-    sampler = pairs.stage.sampler
-    grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
-    method = method_config.create(Materials(teacher, grid, training, start, inputs, contents))
-    lists = [read_list(source.folder) for source in sources]
-    reader = PairReader([shard for shards in lists for shard in shards])
-    ends = list(accumulate(sum(shard.count for shard in shards) for shards in lists))
-    held = range(ends[0] - held_out, ends[0])
-    ranges = [range(held.start), *(range(*ends[i : i + 2]) for i in range(len(ends) - 1))]
-    shares = [len(drawn) if weight is None else weight for drawn, weight in zip(ranges, weights, strict=True)]
-    try:
-        order = ShuffledOrder(ranges, training.batch_size, seed, weights=shares)
-    except ValueError as error:
-        raise StageError(f"pairs: {error}") from None
+    origin = latents or sources[0]
+    teacher = load_network(origin.inputs["teacher"].folder, execution)
+    method = method_config.create(Materials(teacher, training, start, inputs, contents))
+    supply: Supply
+    if latents:
+        supply = LatentSupply(latents.folder, teacher.prompts_of, training.batch_size, seed)
+    else:
+        folders = [source.folder for source in sources]
+        supply = PairSupply(folders, weights, held_out, training.batch_size, seed)
 
     def batch(step: int) -> Batch:
-        drawn = reader.batch(order.batch(step))
-        return {
-            "noise": torch.from_numpy(drawn.noise).float(),
-            "latent": torch.from_numpy(drawn.latent).float(),
-            "prompts": drawn.prompts,
-        }
+        stored = supply.batch(step)
+        return {name: v if name == "prompts" else torch.from_numpy(v).float() for name, v in stored.items()}
 
     trained = yield from train(method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution)
     student = trained.averages["student"]
-    assert isinstance(student, OneStepStudent)
-    held_out_mse = _error(student, teacher, reader, held)
-    if not math.isfinite(held_out_mse):
-        raise StageError(f"the student's error on held-out pairs is {held_out_mse}; lower training.learning_rate")
-    figures = {
-        "held_out_mse": held_out_mse,
-        "training_loss": trained.losses["student"],
-        "device": trained.device,
-    }
-    export(
-        student,
-        teacher,
-        output,
-        _card(method_config, training, held_out, sources, inputs, start, held_out_mse, fingerprint, teacher.usage()),
+    assert isinstance(student, Student)
+    figures = {"training_loss": trained.losses["student"], "device": trained.device}
+    if isinstance(supply, PairSupply) and isinstance(origin.stage, Pairs):
+        w = _comparable(method_config, origin.stage)
+        if w is not None:
+            error = _error(student, teacher, supply, w)
+            if not math.isfinite(error):
+                raise StageError(f"the student's error on held-out pairs is {error}; lower training.learning_rate")
+            figures["held_out_mse"] = error
+    card = _card(
+        method_config, training, supply, [latents] if latents else sources, inputs, start, figures, fingerprint, teacher
     )
+    export(student, teacher, output, card)
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
     (output / "history.jsonl").write_text(lines, encoding="utf-8")
     return figures
 
 
+def _comparable(method: MethodConfig, pairs: Pairs) -> float | None:
+    """The w at which the student is to make what the pairs hold; None if it is not, or adds noise of its own."""
+    if method.form.steps > 1 and method.form.sampler != "ddim":
+        return None
+    w = pairs.sampler.guidance_scale - 1
+    if method.form.guidance:
+        least, most = method.form.guidance
+        return w if least <= w <= most else None
+    return w if method.form.guidance_scale in (None, pairs.sampler.guidance_scale) else None
+
+
 @torch.no_grad()
-def _error(student: OneStepStudent, teacher: NetworkTeacher, reader: PairReader, indices: range) -> float:
-    """Mean squared error to the stored latents, over all elements."""
-    errors = []
-    for start in range(0, len(indices), BATCH):
-        held = reader.batch(indices[start : start + BATCH])
-        x0 = student(teacher.to_device(held.noise), teacher.encode_prompts(held.prompts))
+def _error(student: Student, teacher: NetworkTeacher, pairs: PairSupply, w: float) -> float:
+    """Mean squared error to the stored latents of the pairs held out, over all elements."""
+    errors: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(pairs.held), BATCH):
+        held = pairs.reader.batch(pairs.held[start : start + BATCH])
+        noise = teacher.to_device(held.noise)
+        x0 = student(noise, teacher.encode_prompts(held.prompts), noise.new_full((len(noise),), w), generator)
         errors.append((x0 - teacher.to_device(held.latent)).square().mean((1, 2, 3)))
     return float(torch.cat(errors).mean())
 
@@ -108,42 +107,67 @@ def _error(student: OneStepStudent, teacher: NetworkTeacher, reader: PairReader,
 def _card(
     method: MethodConfig,
     training: TrainingSettings,
-    held_out: int,
-    sources: list[Artifact],
+    supply: Supply,
+    data: list[Artifact],
     inputs: Mapping[str, Artifact],
     start: Artifact | None,
-    held_out_mse: float,
+    figures: Mapping[str, Any],
     fingerprint: str,
-    usage: str,
+    teacher: NetworkTeacher,
 ) -> str:
     """The model card: how it was made, from what, how good, and the exact call."""
-    pairs = sources[0]
-    assert isinstance(pairs.stage, Pairs)
-    teacher = pairs.inputs["teacher"]
-    source = teacher.record.get("metrics", {})
+    artifact = data[0].inputs["teacher"]
+    source = artifact.record.get("metrics", {})
     origin = source.get("source") or "trained by Retort"
     at = f" at {source['revision']}" if source.get("revision") else ""
-    sampler = pairs.stage.sampler
-    count = sum(source.stage.count for source in sources if isinstance(source.stage, Pairs))
-    names = ", ".join(f"pairs/{source.fingerprint}" for source in sources)
+    names = ", ".join(f"{one.kind}/{one.fingerprint}" for one in data)
     begun = f"It went on from distill/{start.fingerprint}." if start else "It began with the teacher's weights."
+    form, count = (
+        method.form,
+        {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(method.form.steps, str(method.form.steps)),
+    )
+    alone = why_not_plain(form)
+    call = (
+        f"Not for plain diffusers: {alone}. `retort sample` draws with it."
+        if alone
+        else f"""```python
+{teacher.usage(form.steps, form.guidance is not None)}
+```"""
+    )
+    error = figures.get("held_out_mse")
+    quality = (
+        ""
+        if error is None or not isinstance(supply, PairSupply)
+        else (f"Mean squared error to the teacher's latents on {len(supply.held)} held-out pairs: {error:.4f}.\n\n")
+    )
     return f"""---
 library_name: diffusers
 license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained") else "unknown")}
 ---
-# One-step student
+# {count}-step student
 
 Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(method)}`, {training.steps} steps of
-{training.batch_size}, from {count - held_out} pairs ({names}) of a teacher
-({origin}{at}; teacher/{teacher.fingerprint}; licence: {source.get("licence") or "not stated"}) solved by
-{sampler.name.upper()} in {sampler.steps} steps at guidance {sampler.guidance_scale}, which is built in. {begun}
+{training.batch_size}, from {supply.count} {data[0].kind} ({names}) of a teacher
+({origin}{at}; teacher/{artifact.fingerprint}; licence: {source.get("licence") or "not stated"}){_solved(data[0])}.
+{begun} {_guidance(method)}
 
-{_looked_through(inputs)}Mean squared error to the teacher's latents on {held_out} held-out pairs: {held_out_mse:.4f}.
-
-```python
-{usage}
-```
+{_looked_through(inputs)}{quality}{call}
 """
+
+
+def _solved(data: Artifact) -> str:
+    if not isinstance(data.stage, Pairs):
+        return ""
+    sampler = data.stage.sampler
+    return f" solved by\n{sampler.name.upper()} in {sampler.steps} steps at guidance {sampler.guidance_scale}"
+
+
+def _guidance(method: MethodConfig) -> str:
+    if method.form.guidance:
+        least, most = (1 + w for w in method.form.guidance)
+        return f"It takes any guidance_scale from {least:g} to {most:g}, without calling its network twice."
+    scale = method.form.guidance_scale
+    return "The guidance of its pairs is built in." if scale is None else f"Guidance {scale:g} is built in."
 
 
 def _method_and_loss(method: MethodConfig) -> str:

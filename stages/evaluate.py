@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from stages.base import Artifact, Input, Stage, StageContext
 from stages.data.images.config import Digits
-from stages.distill import sources
+from stages.distill import Distill, sources, teacher_of
 from stages.pairs import Pairs
 from stages.probe import Probe
 
@@ -20,12 +20,15 @@ MIN_SAMPLES = 100
 def subject(inputs: Mapping[str, Artifact]) -> tuple[Artifact, Artifact | None]:
     """The pairs that set the noises, prompts and teacher of a comparison, and the student if there is one."""
     student = inputs.get("student")
-    return (inputs["pairs"], None) if student is None else (sources(student.inputs)[0], student)
+    return inputs.get("pairs") or sources(student.inputs if student else {})[0], student
 
 
 class Evaluate(Stage):
     """A student beside its teacher, on the same prompts and noise; or, of `pairs` alone, the teacher that made them,
     in full and in few steps. Writes metrics.json and a page.
+
+    A student is measured on the pairs that it was trained on, those held out first, or on `pairs`. One that takes the
+    strength of guidance as an input is given that of the pairs.
 
     `real`, a probe, measures against the real images that it was trained on, through its features. Without it only
     what needs no real images is measured: distance to the teacher's own output, seconds and network calls.
@@ -34,7 +37,11 @@ class Evaluate(Stage):
     VERSION: ClassVar[int] = 4
     kind: Literal["evaluate"]
     student: Annotated[str | None, Input("distill")] = Field(None, description="what is measured")
-    pairs: Annotated[str | None, Input("pairs")] = Field(None, description="instead of a student: the teacher alone")
+    pairs: Annotated[str | None, Input("pairs")] = Field(
+        None,
+        description="whose noises, prompts, guidance and full-step images to compare on; default: the student's own; "
+        "without a student: the teacher alone",
+    )
     real: Annotated[str | None, Input("probe")] = Field(
         None, description="the probe of the real images to compare with; none: only what needs no real images"
     )
@@ -44,14 +51,19 @@ class Evaluate(Stage):
     )
 
     @model_validator(mode="after")
-    def _one_subject(self) -> Self:
-        if (self.student is None) == (self.pairs is None):
-            raise ValueError("give either student or pairs")
+    def _a_subject(self) -> Self:
+        if self.student is None and self.pairs is None:
+            raise ValueError("give student, pairs or both")
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        found, _ = subject(inputs)
+        if self.student and not self.pairs and not sources(inputs["student"].inputs):
+            yield "student", "it was trained on latents; give `pairs`, whose noises and prompts are to be compared on"
+            return
+        found, student = subject(inputs)
         pairs = found.stage
+        if student and isinstance(student.stage, Distill) and isinstance(pairs, Pairs):
+            yield from self._check_student(student, student.stage, found, pairs)
         assert isinstance(pairs, Pairs)
         probe = inputs["real"].stage if self.real else None
         images = probe.images if isinstance(probe, Probe) else None
@@ -69,6 +81,24 @@ class Evaluate(Stage):
             )
         if self.real and self.samples < MIN_SAMPLES:
             yield "samples", f"distances to real images need at least {MIN_SAMPLES} samples"
+
+    def _check_student(
+        self, student: Artifact, stage: Distill, found: Artifact, pairs: Pairs
+    ) -> Iterator[tuple[str, str]]:
+        if teacher_of(student.inputs).fingerprint != found.inputs["teacher"].fingerprint:
+            yield "pairs", f"they are of another teacher than {self.student}'s"
+        scale, own, trained = pairs.sampler.guidance_scale, stage.method.form.guidance_scale, stage.method.form.guidance
+        if trained and not trained[0] <= scale - 1 <= trained[1]:
+            yield (
+                "pairs" if self.pairs else "student",
+                f"the pairs have guidance_scale: {scale:g}, w = {scale - 1:g}; the student was trained for w from "
+                f"{trained[0]:g} to {trained[1]:g}",
+            )
+        if own not in (None, scale):
+            yield (
+                "pairs" if self.pairs else "student",
+                f"the student has guidance_scale: {own:g} built in; the pairs have {scale:g}",
+            )
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
         from stages.evaluation import evaluate

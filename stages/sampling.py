@@ -7,23 +7,24 @@ from pathlib import Path
 import numpy as np
 
 from stages.base import Artifact, Execution, StageError
-from stages.distill import sources
+from stages.distill import teacher_of
 
 
 def draw(
     artifact: Artifact, prompts: list[str], count: int, seed: int, steps: int, guidance_scale: float, out: Path
 ) -> None:
-    """Write one image: a row a prompt, a column a noise, the same noises in every row. Raises StageError."""
+    """Write one image: a row a prompt, a column a noise, the same noises in every row. `steps` are a teacher's, and
+    `guidance_scale` its own or that of a student that takes it as an input. Raises StageError."""
     import torch
     from PIL import Image
 
     from stages.data.noise import noise_for
     from stages.data.pictures import strip
     from stages.diffusion.config import Sampler
-    from stages.networks.student import OneStepStudent
+    from stages.networks.student import Student
     from stages.networks.teachers import load_network, solve
 
-    kinds = {"teacher": lambda a: a, "distill": lambda a: sources(a.inputs)[0].inputs["teacher"]}
+    kinds = {"teacher": lambda a: a, "distill": lambda a: teacher_of(a.inputs)}
     if artifact.kind not in kinds:
         raise StageError(f"{artifact.folder} is of kind {artifact.kind}; images are drawn with a teacher or a student")
     folder = kinds[artifact.kind](artifact).folder
@@ -31,12 +32,14 @@ def draw(
         raise StageError(f"{folder} is an analytic teacher: it has no images to draw")
     teacher = load_network(folder, Execution())
     noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
-    student = OneStepStudent.load(artifact.folder, teacher) if artifact.kind == "distill" else None
+    student = Student.load(artifact.folder, teacher) if artifact.kind == "distill" else None
     rows = []
     with torch.inference_mode():
         for prompt in prompts:
             if student:
-                latents = student(teacher.to_device(noise), teacher.encode_prompts([prompt] * count))
+                w = torch.full((count,), guidance_scale - 1, device=teacher.device)
+                further = torch.Generator().manual_seed(seed)
+                latents = student(teacher.to_device(noise), teacher.encode_prompts([prompt] * count), w, further)
             else:
                 sampler = Sampler(steps=steps, guidance_scale=guidance_scale)
                 latents = solve(teacher, noise, [prompt] * count, sampler)

@@ -53,6 +53,14 @@ class Teacher(Stage):
             raise ValueError("revision belongs to a teacher with `from`")
         return self
 
+    def why_unguided(self, as_input: bool) -> str | None:
+        """Why it has no output without a prompt, which guidance needs, or no student that takes guidance as an input,
+        as far as can be known before it is made; None if there is one, or if nobody knows."""
+        if self.train and self.train.drop_text == 0:
+            return "the teacher was trained with drop_text: 0, never without a prompt"
+        folder = Path(self.from_ or "")
+        return layout.why_unguided(folder, as_input) if (folder / "model_index.json").is_file() else None
+
     def progress_in(self, work: Path, pool: Path) -> str | None:
         return training_progress(work / SCRATCH)
 

@@ -36,7 +36,7 @@ class Trained:
 
     averages: dict[str, nn.Module]
     losses: dict[str, float]
-    """The last of each player."""
+    """The last of each player that had turns."""
     history: list[dict[str, float]]
     device: str
 
@@ -76,7 +76,8 @@ def train(
             yield Progress(done, total, unit, {**run.history[-1], "per_second": rate})
         if done % execution.checkpoint_every == 0 or done == total:
             run.save(checkpoints, done, run.checked(step, checkpoints))
-    losses = {name: run.history[-1][f"{run.prefix(name)}loss"] for name in run.players}
+    last = run.history[-1]
+    losses = {name: last[key] for name in run.players if (key := f"{run.prefix(name)}loss") in last}
     return Trained(run.averages, losses, run.history, device_name(run.accelerator.device.type))
 
 

@@ -287,7 +287,7 @@ def made(teacher, steps=8, gan_weight=0.5, accumulate=1, mixed_precision="no", *
         steps=steps, batch_size=8, learning_rate=1e-3, accumulate=accumulate, mixed_precision=mixed_precision
     )
     config = Diffusion2GANConfig(loss=MSE, gan_weight=gan_weight, discriminator={"r1_every": 3, **of_discriminator})
-    return config.create(Materials(teacher, [999], training))
+    return config.create(Materials(teacher, training))
 
 
 def trained(method, batches, folder, stop=None, every=2, checkpointing=False):
@@ -309,7 +309,7 @@ def weights(result):
 
 def test_without_its_gan_it_is_knowledge_distillation(teacher, batch, tmp_path):
     settings = TrainingSettings(steps=4, batch_size=8, learning_rate=1e-3)
-    plain = KnowledgeDistillationConfig(loss=MSE).create(Materials(teacher, [999], settings))
+    plain = KnowledgeDistillationConfig(loss=MSE).create(Materials(teacher, settings))
     batches = [batch(range(8 * i, 8 * i + 8)) for i in range(4)]
     expected = weights(trained(plain, batches.__getitem__, tmp_path / "plain"))
     alone = made(teacher, steps=4, gan_weight=0)

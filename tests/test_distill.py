@@ -14,9 +14,10 @@ from pipeline.errors import ManifestError
 from stages.data.files import sha256_of
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
+from stages.diffusion.form import Form
 from stages.losses.regression import l1, mse, pseudo_huber
 from stages.networks.latent import LatentTeacher
-from stages.networks.student import OneStepStudent
+from stages.networks.student import Student
 from tests.conftest import ROOT, TINY, command, execute, plan_of
 
 
@@ -40,7 +41,7 @@ def test_losses_in_closed_form():
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
 def test_a_new_student_is_its_formula_on_the_teachers_weights(teacher, prediction):
-    student = OneStepStudent.from_teacher(teacher, 999, prediction)
+    student = Student.from_teacher(teacher, Form(prediction=prediction))
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     condition = teacher.encode_prompts(["a red handwritten seven", ""])
     output = teacher.unet(noise, 999, condition).sample
@@ -58,8 +59,8 @@ def test_the_student_learns_what_it_never_saw(tiny, teacher):
         return float((x0 - target).square().mean())
 
     with torch.no_grad():
-        before = error(OneStepStudent.from_teacher(teacher, 999, "v_prediction"))
-        after = error(OneStepStudent.load(tiny[1]["student"].artifact.folder, teacher))
+        before = error(Student.from_teacher(teacher, Form()))
+        after = error(Student.load(tiny[1]["student"].artifact.folder, teacher))
     assert after < before
     assert after == pytest.approx(tiny[1]["student"].artifact.record["metrics"]["held_out_mse"], rel=1e-4)
 
@@ -77,7 +78,7 @@ def test_plain_diffusers_runs_the_export_in_one_step_at_any_guidance(tiny, teach
         prompts, latents=noise, num_inference_steps=1, guidance_scale=guidance_scale, output_type="np"
     ).images
     with torch.no_grad():
-        x0 = OneStepStudent.load(folder, teacher)(noise, teacher.encode_prompts(prompts))
+        x0 = Student.load(folder, teacher)(noise, teacher.encode_prompts(prompts))
     ours = ((teacher.decode(x0) + 1) / 2).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(images, ours, atol=1e-5)
 
@@ -117,7 +118,7 @@ stages:
     noise = torch.randn(2, *teacher.latent_shape)
     images = pipeline(["a b", "b"], latents=noise, num_inference_steps=1, output_type="np").images
     with torch.no_grad():
-        student = OneStepStudent.load(plan["student"].artifact.folder, teacher)
+        student = Student.load(plan["student"].artifact.folder, teacher)
         ours = teacher.decode(student(noise, teacher.encode_prompts(["a b", "b"])))
     np.testing.assert_allclose(images, ((ours + 1) / 2).permute(0, 2, 3, 1).numpy(), atol=1e-4)
 
@@ -205,10 +206,10 @@ def test_a_student_that_goes_on_from_another(tiny, teacher):
     assert first.fingerprint == tiny[1]["student"].artifact.fingerprint != second.fingerprint
     assert second.inputs["start_from"].fingerprint == first.fingerprint
     assert f"went on from distill/{first.fingerprint}" in (second.folder / "README.md").read_text()
-    ours, theirs = (OneStepStudent.load(a.folder, teacher).state_dict() for a in (second, first))
+    ours, theirs = (Student.load(a.folder, teacher).state_dict() for a in (second, first))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
-    with pytest.raises(ManifestError, match="first puts out v_prediction; set"):
+    with pytest.raises(ManifestError, match="to go on from has prediction: v_prediction, this one prediction: eps"):
         plan_of(text, tiny[0], ["stages.student.method.prediction=epsilon"])
     other = text.replace("stages:\n", "stages:\n  other: {kind: teacher, from: digit_scenes}\n")
     first_pairs = "  first:\n    kind: distill\n    pairs: more"

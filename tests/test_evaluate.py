@@ -103,7 +103,13 @@ def test_pairs_alone_show_their_teacher_in_few_steps_through_the_same_probe(qual
     )
 
 
-def test_either_a_student_or_pairs(tmp_path):
-    for line in ("{kind: evaluate}", "{kind: evaluate, pairs: pairs, student: student}"):
-        with pytest.raises(ManifestError, match="give either student or pairs"):
-            plan_of(TINY + f"  quality: {line}\n", tmp_path)
+def test_a_student_or_pairs_or_both(tiny):
+    with pytest.raises(ManifestError, match="give student, pairs or both"):
+        plan_of(TINY + "  quality: {kind: evaluate}\n", tiny[0])
+    text = TINY + "  quality: {kind: evaluate, student: student, pairs: others, samples: 20, teacher_steps: []}\n"
+    others = "  others: {kind: pairs, teacher: teacher, prompts: digits, count: 20, seed: 9, sampler: {steps: 2}}\n"
+    metrics = execute(text + others, tiny[0], name="others")["quality"].artifact.record["metrics"]
+    assert list(metrics["sides"]) == ["teacher_2", "student"]  # all of them are held out: it never saw any
+    with pytest.raises(ManifestError, match="they are of another teacher than student's"):
+        scenes = "  scenes: {kind: teacher, from: digit_scenes}\n"
+        plan_of(text + scenes + others.replace("teacher: teacher", "teacher: scenes"), tiny[0])

@@ -12,7 +12,7 @@ from stages.base import StageError
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.networks.pixel import PixelTeacher
-from stages.networks.student import OneStepStudent
+from stages.networks.student import Student
 from tests.conftest import execute
 
 PIPELINE = """
@@ -80,7 +80,7 @@ def test_an_unconditional_teacher_goes_all_the_way(unconditional, tmp_path):
     assert type(pipeline) is DDIMPipeline
     pipeline.set_progress_bar_config(disable=True)
     teacher = PixelTeacher(plan["teacher"].artifact.folder)
-    student = OneStepStudent.load(folder, teacher)
+    student = Student.load(folder, teacher)
     generator = torch.Generator().manual_seed(3)
     image = pipeline(num_inference_steps=1, generator=generator, output_type="np").images[0]
     noise = torch.randn((1, 3, 8, 8), generator=torch.Generator().manual_seed(3))
@@ -103,7 +103,7 @@ def test_a_teacher_by_class_goes_all_the_way_and_keeps_its_names(by_class, tmp_p
     exec(example, namespace)  # the card's own lines
     teacher = PixelTeacher(plan["teacher"].artifact.folder)
     with torch.no_grad():
-        x0 = OneStepStudent.load(folder, teacher)(namespace["noise"], teacher.encode_prompts(["cat"]))
+        x0 = Student.load(folder, teacher)(namespace["noise"], teacher.encode_prompts(["cat"]))
     torch.testing.assert_close(namespace["image"], x0, atol=1e-5, rtol=0)
 
 

@@ -193,6 +193,9 @@ def test_learning_rates():
     assert settings.learning_rate_at(99) < 1e-3
     constant = TrainingSettings(steps=100, learning_rate=1.0, decay="constant")
     assert constant.learning_rate_at(99) == 1.0
+    linear, ramp = (TrainingSettings(steps=100, learning_rate=1.0, decay=decay) for decay in ("linear", "ramp"))
+    assert [linear.learning_rate_at(step) for step in (0, 50, 75)] == pytest.approx([1.0, 1.0, 0.5])
+    assert [ramp.learning_rate_at(step) for step in (0, 50, 75)] == pytest.approx([1.0, 0.5, 0.25])
 
 
 class Exploding(TwoPlayers):

@@ -11,6 +11,9 @@ from typing import Any, Literal
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 """What a network's output means, in diffusers' words: the noise, v, or x0."""
 
+StudentPrediction = Literal["v_prediction", "epsilon", "sample", "both"]
+"""`both`: x0 and the noise, one after the other along the channels. diffusers has no word and no use for it."""
+
 Array = Any
 """A torch.Tensor or a numpy.ndarray; alpha and sigma are floats or broadcast against it."""
 
@@ -22,6 +25,11 @@ def to_x0(prediction: Prediction, output: Array, z: Array, alpha: Any, sigma: An
     if prediction == "v_prediction":
         return alpha * z - sigma * output
     return output
+
+
+def both_to_x0(x0: Array, noise: Array, z: Array, alpha: Any, sigma: Any) -> Array:
+    """x0 of a network that estimates both: each where it is good (2202.00512, section 4)."""
+    return sigma**2 * x0 + alpha * (z - sigma * noise)
 
 
 def to_noise(prediction: Prediction, output: Array, z: Array, alpha: Any, sigma: Any) -> Array:

@@ -30,6 +30,12 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.alpha)
 
+    @property
+    def log_snr(self) -> NDArray[np.float64]:
+        """(T,), falling with t."""
+        with np.errstate(divide="ignore"):
+            return 2 * (np.log(self.alpha) - np.log(self.sigma))
+
     def at(self, t: int) -> tuple[float, float]:
         """(alpha, sigma) at timestep t as floats; t = -1 is clean data, (1, 0)."""
         if t == -1:

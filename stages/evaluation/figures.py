@@ -46,12 +46,13 @@ def words(row: Mapping[str, Any], key: str) -> tuple[str, str]:
     return form.format(row[key]), "" if spread is None else f"± {form.format(spread)}"
 
 
-def title(side: str) -> str:
+def title(side: str, values: Mapping[str, Any]) -> str:
     """What a side or a reference of `metrics.json` is called."""
     kind, _, steps = side.partition("_")
-    if kind == "teacher":
-        return f"teacher, {steps} step{'s' if steps != '1' else ''}"
-    return {"student": "student, 1 step", "vae_reconstruction": "VAE reconstruction"}.get(side, side)
+    steps = steps if kind == "teacher" else str(values.get("network_calls"))
+    if kind in ("teacher", "student"):
+        return f"{kind}, {steps} step{'s' if steps != '1' else ''}"
+    return {"vae_reconstruction": "VAE reconstruction"}.get(side, side)
 
 
 def legend(metrics: Mapping[str, Any]) -> list[str]:

@@ -52,7 +52,8 @@ def write(
     (output / "shown.json").write_text(text + "\n", encoding="utf-8")
     captions = " · ".join(map(html.escape, shown["prompts"]))
     rows = "".join(
-        f'<div class="row"><span>{figures.title(name)}</span><img alt="{name}" src="{data_url(png(row))}"></div>'
+        f'<div class="row"><span>{figures.title(name, metrics["sides"][name])}</span>'
+        f'<img alt="{name}" src="{data_url(png(row))}"></div>'
         for name, row in strips.items()
     )
     (output / "index.html").write_text(
@@ -70,7 +71,8 @@ def _table(metrics: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{figures.FIGURES[key].title}</th>" for key in shown)
     groups = [("reference", metrics.get("references", {})), ("", metrics["sides"])]
     body = "".join(
-        f'<tr class="{kind or name}"><td>{figures.title(name)}</td>{"".join(_cell(values, key) for key in shown)}</tr>'
+        f'<tr class="{kind or name}"><td>{figures.title(name, values)}</td>'
+        f"{''.join(_cell(values, key) for key in shown)}</tr>"
         for kind, rows in groups
         for name, values in rows.items()
     )

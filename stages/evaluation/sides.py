@@ -16,9 +16,9 @@ from stages.data.pool import pool_of, read_list
 from stages.data.prompts.table import PromptTable
 from stages.data.reader import PairReader
 from stages.diffusion.config import Sampler
-from stages.distill import Distill
+from stages.distill import Distill, sources
 from stages.networks.network import NetworkTeacher
-from stages.networks.student import OneStepStudent
+from stages.networks.student import Student
 from stages.networks.teachers import load_network, solve
 from stages.pairs import Pairs
 
@@ -53,7 +53,7 @@ def sample_sides(
 ) -> Generator[Progress, None, tuple[list[Side], Setting]]:
     """The teacher at full steps first, then in few, the student, if there is one, last."""
     assert isinstance(pairs.stage, Pairs)
-    held_out = student.stage.held_out if student and isinstance(student.stage, Distill) else pairs.stage.count
+    held_out = _held_out(pairs, student)
     setting = _setting(pairs, held_out, samples, execution)
     full = pairs.stage.sampler
 
@@ -63,14 +63,8 @@ def sample_sides(
     samplers = [full.model_copy(update={"steps": steps}) for steps in (full.steps, *teacher_steps)]
     plans = [(f"teacher_{sampler.steps}", ode(sampler), sampler.network_calls) for sampler in samplers]
     if student:
-        network = OneStepStudent.load(student.folder, setting.teacher)
-        plans.append(
-            (
-                "student",
-                lambda noise, texts: network(setting.teacher.to_device(noise), setting.teacher.encode_prompts(texts)),
-                1,
-            )
-        )
+        network = Student.load(student.folder, setting.teacher)
+        plans.append(("student", _few_steps(network, setting.teacher, full.guidance_scale), network.form.steps))
     sides: list[Side] = []
     total = len(plans) * samples
     for name, sampler, n_calls in plans:
@@ -79,6 +73,28 @@ def sample_sides(
         sides.append(Side(name, latents, n_calls, seconds))
         yield Progress(len(sides) * samples, total, UNIT, {"seconds_per_image": seconds})
     return sides, setting
+
+
+def _few_steps(
+    student: Student, teacher: NetworkTeacher, guidance_scale: float
+) -> Callable[[np.ndarray, list[str]], Tensor]:
+    further = torch.Generator().manual_seed(0)  # of samplers that draw more noise on the way
+
+    def sampled(noise: np.ndarray, texts: list[str]) -> Tensor:
+        w = torch.full((len(noise),), guidance_scale - 1, device=teacher.device)
+        return student(teacher.to_device(noise), teacher.encode_prompts(texts), w, further)
+
+    return sampled
+
+
+def _held_out(pairs: Artifact, student: Artifact | None) -> int:
+    """How many of the pairs, its last, the student was not trained on."""
+    assert isinstance(pairs.stage, Pairs)
+    trained_on = [source.fingerprint for source in sources(student.inputs)] if student else []
+    if pairs.fingerprint not in trained_on:
+        return pairs.stage.count
+    assert student and isinstance(student.stage, Distill)
+    return student.stage.held_out if pairs.fingerprint == trained_on[0] else 0
 
 
 def _setting(pairs: Artifact, held_out: int, samples: int, execution: Execution) -> Setting:

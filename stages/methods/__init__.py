@@ -1,13 +1,22 @@
 """Distillation methods, by the name that a manifest calls them."""
 
 from stages.methods.base import MethodConfig
+from stages.methods.consistency.config import ConsistencyConfig
 from stages.methods.diffusion2gan.config import Diffusion2GANConfig
+from stages.methods.guided.config import GuidedConfig
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
+from stages.methods.progressive.config import ProgressiveConfig
 from stages.registry import Registry
 
 METHODS: Registry[MethodConfig] = Registry(
     "retort.methods",
     MethodConfig,
     "name",
-    {"knowledge_distillation": KnowledgeDistillationConfig, "diffusion2gan": Diffusion2GANConfig},
+    {
+        "knowledge_distillation": KnowledgeDistillationConfig,
+        "diffusion2gan": Diffusion2GANConfig,
+        "progressive": ProgressiveConfig,
+        "guided": GuidedConfig,
+        "consistency": ConsistencyConfig,
+    },
 )

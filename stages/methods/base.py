@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
-from stages.base import Artifact, Choice, Config, Execution, below
+from stages.base import Artifact, Choice, Config, Execution, StageError, below
+from stages.diffusion.form import Form
 from stages.losses.config import LOSSES, LossConfig, LossMaterials
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stages.losses.config import Distance
+    from stages.networks.denoiser import Denoiser
     from stages.networks.network import NetworkTeacher
-    from stages.networks.student import OneStepStudent
+    from stages.networks.student import Student
 
 Batch = Mapping[str, Any]
 OneStepPrediction = Literal["v_prediction", "epsilon"]
@@ -30,10 +32,10 @@ class TrainingSettings(Config):
     batch_size: int = Field(64, ge=1, description="samples a batch; a step sees `accumulate` times as many")
     learning_rate: float = Field(1e-3, gt=0, description="its peak: after the warm-up, before the decay")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly to its peak")
-    decay: Literal["constant", "cosine", "linear"] = Field(
+    decay: Literal["constant", "cosine", "linear", "ramp"] = Field(
         "cosine",
-        description="of the learning rate after the warm-up: none, half a cosine to zero at the last step, or over "
-        "the second half of the steps linearly to zero",
+        description="of the learning rate after the warm-up: none, half a cosine to zero at the last step, linearly to "
+        "zero over the second half of the steps, or (ramp) over all of them",
     )
     betas: tuple[float, float] = Field(
         (0.9, 0.99), strict=False, description="AdamW's decay of its averages of gradients and of their squares"
@@ -52,7 +54,12 @@ class TrainingSettings(Config):
 
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
         part = step / self.steps
-        falls = {"constant": 1.0, "cosine": 0.5 * (1 + cos(pi * part)), "linear": min(1.0, 2 - 2 * part)}
+        falls = {
+            "constant": 1.0,
+            "cosine": 0.5 * (1 + cos(pi * part)),
+            "linear": min(1.0, 2 - 2 * part),
+            "ramp": 1 - part,
+        }
         return self.learning_rate * warm * falls[self.decay]
 
 
@@ -114,8 +121,6 @@ class Materials:
 
     teacher: NetworkTeacher
     """Frozen; `teacher.unet` may be copied, not changed."""
-    timesteps: Sequence[int]
-    """The grid on which the pairs were solved, descending: a one-step student is called at the first."""
     training: TrainingSettings
     start: Artifact | None = None
     """The student to go on from; None: the teacher."""
@@ -128,28 +133,100 @@ class Materials:
         """The loss that stands in the method's `field`."""
         return loss.create(LossMaterials(self.teacher, below(self.inputs, field), below(self.contents, field)))
 
-    def one_step_student(self, prediction: OneStepPrediction) -> OneStepStudent:
+    def one_step_student(self, prediction: OneStepPrediction) -> Student:
         """With the teacher's weights, or those of the student to go on from."""
-        from stages.networks.student import OneStepStudent
+        return self.student(Form(prediction=prediction))
 
-        student = OneStepStudent.from_teacher(self.teacher, self.timesteps[0], prediction)
+    def student(self, form: Form, grid_steps: int | None = None) -> Student:
+        """The same, of any form; `grid_steps`: a multiple of its steps, where it is trained at more points. Raises
+        StageError if the teacher's schedule has fewer."""
+        from stages.networks.student import Student
+
+        try:
+            student = Student.from_teacher(self.teacher, form, grid_steps)
+        except ValueError as error:
+            raise StageError(str(error)) from None
         if self.start is not None:
             student.copy_weights(self.start.folder)
         return student
+
+    def many_step(self, form: Form) -> Denoiser:
+        """The teacher at the points of the grid of such a student, guided as it is to be. Raises StageError as
+        `student`."""
+        from stages.diffusion.grid import Grid
+        from stages.networks.denoiser import ManyStep
+
+        try:
+            grid = Grid.of(form.schedule, self.teacher.schedule, form.steps)
+        except ValueError as error:
+            raise StageError(str(error)) from None
+        return ManyStep(self.teacher, grid, form.guidance_scale or 1.0)
+
+    def before(self) -> Student | None:
+        """The student to go on from, as it was left, which then teaches in the teacher's place; None: there is none."""
+        from stages.networks.student import Student
+
+        if self.start is None:
+            return None
+        self.teacher.retire()
+        return Student.load(self.start.folder, self.teacher)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A part of a method that takes rounds: a stage of its own."""
+
+    steps: int
+    """Of its student: what it is called by."""
+    method: dict[str, Any]
+    """The method's settings in it, as in a manifest."""
+    training_steps: Any = None
+    """Instead of the stage's; None: the stage's."""
 
 
 class MethodConfig(Config):
     """A method's part of the manifest."""
 
+    DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("pairs",)
+    """What it can be trained on."""
     name: str
+
+    @classmethod
+    def rounds(cls, settings: Mapping[str, Any], goes_on: bool) -> list[Round]:
+        """What these settings, not validated yet, come to, in order, each going on from the student before; none: it
+        takes no rounds, or they make no sense, which validation will say. `goes_on`: the stage has a `start_from`."""
+        return []
+
+    @property
+    def form(self) -> Form:
+        """Of its student."""
+        return Form()
+
+    @property
+    def guided(self) -> bool:
+        """Whether it asks the teacher with and without a prompt."""
+        return self.form.guidance is not None or (self.form.guidance_scale or 1.0) > 1.0
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that contradicts the stages that its fields name."""
         yield from ()
 
+    def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
+        """The same for the method of the student to go on from; None: it begins with the teacher."""
+        if start is not None:
+            yield from differences(start.form, self.form)
+
     def create(self, materials: Materials) -> Method:
         """The method itself; this is where torch is imported."""
         raise TypeError(f"{type(self).__name__} does not say how it is made")
+
+
+def differences(start: Form, own: Form, but: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """A problem for each way, but for some, in which the student to go on from is of another form."""
+    for name in Form.model_fields:
+        there, here = getattr(start, name), getattr(own, name)
+        if name not in but and there != here and (name != "guidance_scale" or None not in (there, here)):
+            yield name, f"the student to go on from has {name}: {there}, this one {name}: {here}"
 
 
 class OneStepConfig(MethodConfig):
@@ -161,6 +238,10 @@ class OneStepConfig(MethodConfig):
     prediction: OneStepPrediction = Field(
         "v_prediction", description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep"
     )
+
+    @property
+    def form(self) -> Form:
+        return Form(prediction=self.prediction)
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))

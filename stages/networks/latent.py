@@ -75,13 +75,14 @@ class LatentTeacher(NetworkTeacher):
         return torch.cat([self.vae.encode(x).latent_dist.mode() * factor for x in parts])
 
     def save_pipeline(self, unet: Any, scheduler: Any, folder: Path) -> None:
-        """The U-Net gets a guidance embedding of weight zero: diffusers then switches classifier-free guidance off
-        at any scale, which would spoil a student that has its guidance built in."""
+        """A U-Net that has no guidance embedding gets one of weight zero: diffusers then switches classifier-free
+        guidance off at any scale, which would spoil a student that has its guidance built in."""
+        embedded = unet.config["time_cond_proj_dim"] is not None
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
-            unet=_with_guidance_embedding(unet),
+            unet=unet if embedded else self.with_guidance_embedding(unet),
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
@@ -89,20 +90,22 @@ class LatentTeacher(NetworkTeacher):
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
 
-    def usage(self) -> str:
-        return """from diffusers import DiffusionPipeline
+    def with_guidance_embedding(self, unet: Any) -> UNet2DConditionModel:
+        config = {**unet.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING}
+        like = next(unet.parameters())
+        embedded = UNet2DConditionModel.from_config(config).to(like.dtype).to(like.device)
+        missing, unexpected = embedded.load_state_dict(unet.state_dict(), strict=False)
+        assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+        torch.nn.init.zeros_(embedded.time_embedding.cond_proj.weight)
+        return embedded
+
+    def usage(self, steps: int, guided: bool) -> str:
+        scale = "guidance_scale=3.0, " if guided else ""
+        remark = "" if guided else "  # any guidance_scale gives the same"
+        return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
-image = pipeline("a prompt", num_inference_steps=1).images[0]  # any guidance_scale gives the same"""
-
-
-def _with_guidance_embedding(unet: Any) -> UNet2DConditionModel:
-    config = {**unet.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING}
-    embedded = UNet2DConditionModel.from_config(config).to(next(unet.parameters()).dtype)
-    missing, unexpected = embedded.load_state_dict(unet.state_dict(), strict=False)
-    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
-    torch.nn.init.zeros_(embedded.time_embedding.cond_proj.weight)
-    return embedded
+image = pipeline("a prompt", {scale}num_inference_steps={steps}).images[0]{remark}"""
 
 
 def _at_once(batch: Tensor, pixels_per_element: int) -> int:

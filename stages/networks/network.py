@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from stages.base import StageError
+from stages.data.latents import LabelledLatents
 from stages.diffusion.guidance import guide
 from stages.diffusion.prediction import Prediction
 from stages.diffusion.schedule import NoiseSchedule
@@ -56,6 +57,10 @@ class NetworkTeacher(ABC):
         """The U-Net's condition for each prompt, the first axis theirs; None for a network without any. Raises
         StageError for prompts that the teacher does not know."""
 
+    def prompts_of(self, images: LabelledLatents) -> list[str]:
+        """What it calls images of a set. Raises StageError where it has no word for them."""
+        return images.captions
+
     @property
     @abstractmethod
     def down_sampling(self) -> int:
@@ -75,11 +80,16 @@ class NetworkTeacher(ABC):
 
     @abstractmethod
     def save_pipeline(self, unet: Any, scheduler: Any, folder: Path) -> None:
-        """Write this teacher's pipeline with another, one-step U-Net and scheduler in it, as stock as it can be."""
+        """Write this teacher's pipeline with another U-Net and scheduler in it, as stock as it can be."""
 
     @abstractmethod
-    def usage(self) -> str:
-        """The Python lines that draw an image with a pipeline saved by `save_pipeline`."""
+    def with_guidance_embedding(self, unet: Any) -> Any:
+        """The same network with one more input, the strength of guidance, that it does not heed yet. Raises StageError
+        where diffusers has no such network."""
+
+    @abstractmethod
+    def usage(self, steps: int, guided: bool) -> str:
+        """The Python lines that draw an image, in so many steps, with a pipeline saved by `save_pipeline`."""
 
     def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Tensor, int], Tensor]:
         """`denoise(z, t)`: the U-Net's output for these prompts, guided in one batched call unless the scale is 1.

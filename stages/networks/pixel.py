@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import Tensor
 
 from stages.base import StageError
+from stages.data.latents import LabelledLatents
 from stages.networks.network import NetworkTeacher
 
 LABELS = "id2label"
@@ -54,6 +55,14 @@ class PixelTeacher(NetworkTeacher):
             raise StageError(f"{unknown!r} is no class of the teacher; it has {known}")
         return torch.tensor([self._classes[prompt] for prompt in prompts], device=self.device)
 
+    def prompts_of(self, images: LabelledLatents) -> list[str]:
+        if self._classes is None:
+            return [""] * len(images)
+        if len(images.labels) != 1:
+            found = ", ".join(images.labels) or "none"
+            raise StageError(f"the teacher knows images by their class, of which the image set has {found}; give one")
+        return [str(number) for number in next(iter(images.labels.values()))]
+
     @property
     def down_sampling(self) -> int:
         return 1
@@ -70,26 +79,32 @@ class PixelTeacher(NetworkTeacher):
         return images.mean(1, keepdim=True) if self.latent_shape[0] == 1 else images
 
     def save_pipeline(self, unet: Any, scheduler: Any, folder: Path) -> None:
-        DDIMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+        kind = DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline  # which keeps any other scheduler
+        kind(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
         if LABELS in self.index:
             path = folder / "model_index.json"
             index = {**json.loads(path.read_text(encoding="utf-8")), LABELS: self.index[LABELS]}
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def usage(self) -> str:
+    def with_guidance_embedding(self, unet: Any) -> Any:
+        raise StageError("diffusers' UNet2DModel takes no strength of guidance as an input; give a latent teacher")
+
+    def usage(self, steps: int, guided: bool) -> str:
         if self._classes is None:
-            return """from diffusers import DiffusionPipeline
+            return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
-image = pipeline(num_inference_steps=1).images[0]"""
+image = pipeline(num_inference_steps={steps}).images[0]"""
         return f"""import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 # diffusers has no pipeline that passes a class to this network
 unet = UNet2DModel.from_pretrained("THIS FOLDER", subfolder="unet")
 scheduler = DDIMScheduler.from_pretrained("THIS FOLDER", subfolder="scheduler")
-scheduler.set_timesteps(1)
-noise, t = torch.randn(1, {", ".join(map(str, self.latent_shape))}), scheduler.timesteps[0]
+scheduler.set_timesteps({steps})
+z = noise = torch.randn(1, {", ".join(map(str, self.latent_shape))})
 with torch.no_grad():
-    output = unet(noise, t, class_labels=torch.tensor([0])).sample
-image = scheduler.step(output, t, noise).prev_sample  # in [-1, 1]"""
+    for t in scheduler.timesteps:
+        output = unet(z, t, class_labels=torch.tensor([0])).sample
+        z = scheduler.step(output, t, z).prev_sample
+image = z  # in [-1, 1]"""

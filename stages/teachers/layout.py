@@ -101,6 +101,22 @@ def classes(folder: Path) -> int | None:
     return found
 
 
+def why_unguided(folder: Path, as_input: bool) -> str | None:
+    """Why a folder's network has no output without a condition, or cannot take the strength of guidance as an input;
+    None if there is no reason, or it cannot be read."""
+    try:
+        if check_index(folder) is not PIXELS:
+            return None
+        known, names = classes(folder), _read(folder / "model_index.json").get("id2label", {})
+    except StageError:  # said when it is adopted
+        return None
+    if known is None:
+        return "the teacher is unconditional"
+    if len(names) != known - 1:
+        return "the teacher has no class that stands for none"
+    return "diffusers' UNet2DModel takes no strength of guidance as an input" if as_input else None
+
+
 def check_index(folder: Path) -> Layout:
     """The part of `check` that needs `model_index.json` alone, before gigabytes are downloaded."""
     index = _read(folder / "model_index.json")

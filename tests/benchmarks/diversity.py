@@ -24,7 +24,7 @@ from stages.data.reader import PairReader
 from stages.distill import sources
 from stages.metrics.distances import diversity
 from stages.networks.probe import Classifier
-from stages.networks.student import OneStepStudent
+from stages.networks.student import Student
 from stages.networks.teachers import load_network, solve
 
 SEED = 12345
@@ -57,7 +57,7 @@ def main() -> None:
         of_teacher = per_prompt(solve(teacher, noise, prompts, pairs.stage.sampler).float())
         print(f"| teacher | {of_teacher.mean():.3f} | |", flush=True)
         for artifact in students:
-            student = OneStepStudent.load(artifact.folder, teacher)
+            student = Student.load(artifact.folder, teacher)
             own = per_prompt(student(teacher.to_device(noise), teacher.encode_prompts(prompts)))
             ratio = own.mean() / of_teacher.mean()
             spread = (own - ratio * of_teacher).std(ddof=1) / of_teacher.mean() / len(own) ** 0.5

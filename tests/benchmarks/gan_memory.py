@@ -80,6 +80,7 @@ class Teacher:
     def __init__(self) -> None:
         self.unet = UNet2DConditionModel(sample_size=SIZE, cross_attention_dim=WIDTH, attention_head_dim=8)
         self.schedule, self.device = NoiseSchedule.stable_diffusion(), torch.device("cpu")
+        self.prediction = "epsilon"
 
     def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
         return torch.zeros(len(prompts), TOKENS, WIDTH)
@@ -111,7 +112,7 @@ def gigabytes(
         patch.object(torch.Tensor, "__deepcopy__", copied),  # nor copied with their storage
         Held() as held,
     ):
-        method = config.create(Materials(Teacher(), [999], training))
+        method = config.create(Materials(Teacher(), training))
         vgg = VGG(CHANNELS, 64, "latents")
         heads = [torch.ones(n) for n in vgg.tap_channels]
         metric = LPIPS(vgg, heads, About("latents", CHANNELS, 64, "random", std=1.0)).requires_grad_(False)

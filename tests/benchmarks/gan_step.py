@@ -65,7 +65,7 @@ def main() -> None:
     teacher = LatentTeacher(SHIPPED)
     settings = TrainingSettings(steps=STEPS * (given.rounds + 1), batch_size=given.batch)
     config = Diffusion2GANConfig(loss=Regression(name="mse"), discriminator={"r1_every": STEPS})
-    method = config.create(Materials(teacher, [999], settings))
+    method = config.create(Materials(teacher, settings))
     assert isinstance(method, Diffusion2GAN)
     channels = teacher.latent_shape[0]
     vgg = VGG(channels, 16, "latents")

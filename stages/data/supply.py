@@ -1,0 +1,64 @@
+"""What a student is trained on, batch by batch: stored pairs, or the latents of an image set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from stages.base import StageError
+from stages.data.latents import LabelledLatents, read_latents
+from stages.data.order import ShuffledOrder
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+
+
+class Supply(Protocol):
+    """Batches of `latent` (B, C, H, W), `prompts` (B strings), and what else there is, as stored."""
+
+    count: int
+    """Of what is trained on."""
+
+    def batch(self, step: int) -> Mapping[str, Any]:
+        """A function of the 0-based step."""
+
+
+class PairSupply:
+    """Pairs of several artifacts, mixed by weight; also their `noise` (B, C, H, W). The first one's last `held_out` are
+    left out: they are `reader`'s numbers `held`. Raises StageError."""
+
+    def __init__(
+        self, folders: Sequence[Path], weights: Sequence[float | None], held_out: int, batch_size: int, seed: int
+    ) -> None:
+        lists = [read_list(folder) for folder in folders]
+        self.reader = PairReader([shard for shards in lists for shard in shards])
+        ends = list(accumulate(sum(shard.count for shard in shards) for shards in lists))
+        self.held = range(ends[0] - held_out, ends[0])
+        ranges = [range(self.held.start), *(range(*ends[i : i + 2]) for i in range(len(ends) - 1))]
+        shares = [len(drawn) if weight is None else weight for drawn, weight in zip(ranges, weights, strict=True)]
+        self.count = sum(map(len, ranges))
+        try:
+            self._order = ShuffledOrder(ranges, batch_size, seed, weights=shares)
+        except ValueError as error:
+            raise StageError(f"pairs: {error}") from None
+
+    def batch(self, step: int) -> Mapping[str, Any]:
+        drawn = self.reader.batch(self._order.batch(step))
+        return {"noise": drawn.noise, "latent": drawn.latent, "prompts": drawn.prompts}
+
+
+class LatentSupply:
+    """Latents of an image set that are not held out; `prompts_of` says what the teacher calls such images."""
+
+    def __init__(
+        self, folder: Path, prompts_of: Callable[[LabelledLatents], list[str]], batch_size: int, seed: int
+    ) -> None:
+        self._latents = read_latents(folder, held_out=False)
+        self._prompts = prompts_of(self._latents)
+        self.count = len(self._latents)
+        self._order = ShuffledOrder(self.count, batch_size, seed)
+
+    def batch(self, step: int) -> Mapping[str, Any]:
+        index = self._order.batch(step)
+        return {"latent": self._latents.batch(index), "prompts": [self._prompts[i] for i in index]}

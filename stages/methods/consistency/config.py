@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages.base import Artifact, Choice, below
+from stages.diffusion.form import Form
+from stages.losses.config import LOSSES, LossConfig, Regression
+from stages.methods.base import Materials, Method, MethodConfig
+
+
+class ConsistencyConfig(MethodConfig):
+    """Consistency distillation (Song et al. 2023, 2303.01469), and its latent, guided form, LCM (Luo et al. 2023,
+    2310.04378): wherever on the teacher's ODE it is called, the student is to name the same end.
+
+    Neighbouring points are one step of `solver_steps` apart: at 40 of 1,000 timesteps, 25 are skipped. `w_range` makes
+    the student take the strength of guidance as an input, as LCM does; otherwise `guidance_scale` is built in.
+    """
+
+    DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
+    name: Literal["consistency"] = "consistency"
+    steps: int = Field(4, ge=1, description="in which the student is sampled; it divides the teacher's timesteps")
+    solver_steps: int = Field(40, ge=2, description="of the teacher's DDIM, which skips timesteps; a multiple of steps")
+    guidance_scale: float | None = Field(
+        None, ge=1, description="of the teacher, built into the student, as diffusers counts it; default: none"
+    )
+    w_range: tuple[float, float] | None = Field(
+        None, strict=False, description="instead: the least and the greatest w = guidance_scale - 1 as an input"
+    )
+    target_decay: float = Field(
+        0.95, ge=0, lt=1, description="of the averaged weights whose output is the target; 0: the student's own"
+    )
+    loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
+        Regression(name="pseudo_huber"), description="the distance of the two outputs"
+    )
+    prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
+        "v_prediction", description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep"
+    )
+
+    @property
+    def form(self) -> Form:
+        return Form(
+            steps=self.steps,
+            prediction=self.prediction,
+            sampler="consistency",
+            guidance_scale=None if self.w_range else self.guidance_scale or 1.0,
+            guidance=self.w_range,
+        )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.solver_steps % self.steps:
+            raise ValueError(f"solver_steps: {self.solver_steps} is no multiple of steps: {self.steps}")
+        if self.w_range and not 0 <= self.w_range[0] < self.w_range[1]:
+            raise ValueError("w_range is to be two numbers, the first at least 0 and less than the second")
+        if self.w_range and self.guidance_scale:
+            raise ValueError("give either guidance_scale or w_range")
+        return self
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))
+
+    def create(self, materials: Materials) -> Method:
+        from stages.methods.consistency.method import Consistency
+
+        return Consistency(self, materials)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stages.base import StageError
+from stages.diffusion.few_step import ddim_step
+from stages.diffusion.guidance import draw
+from stages.methods.base import Batch, Materials, Player, Turn
+from stages.methods.consistency.config import ConsistencyConfig
+from stages.networks.student import column
+
+
+class Consistency:
+    """Song et al. 2023, 2303.01469, algorithm 2, with LCM's guided solver and skipped steps (2310.04378, algorithm 1):
+
+    minimise d(f(z_{n+k}, w), f-(z_n, w)), z_n being where one step of the teacher leads from z_{n+k}; f- are the
+    averaged weights, and f is the identity on clean data."""
+
+    def __init__(self, config: ConsistencyConfig, materials: Materials) -> None:
+        count = len(materials.teacher.schedule)
+        if count % config.steps:
+            raise StageError(f"steps: {config.steps} does not divide the teacher's {count} timesteps")
+        self.config, self.encode = config, materials.teacher.encode_prompts
+        self.student = materials.student(config.form, config.solver_steps)
+        self.teacher = materials.many_step(config.form.model_copy(update={"steps": config.solver_steps}))
+        self.distance = materials.distance(config.loss)
+        self.target = copy.deepcopy(self.student).requires_grad_(False)
+        training = materials.training
+        self.players = {
+            "student": Player(self.student, training),
+            "target": Player(self.target, training, averaged=False),  # never its turn; checkpoints keep it
+        }
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("student", self.loss)]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`batch`: latent (B, C, H, W), prompts (B strings)."""
+        x, condition = batch["latent"], self.encode(batch["prompts"])
+        i = torch.randint(1, self.student.grid.steps + 1, (len(x),)).to(x.device)
+        w = draw(self.config.w_range, len(x)).to(x.device) if self.config.w_range else None
+        z = self.student.noised(x, torch.randn_like(x), i)
+        with torch.no_grad():
+            end = self.teacher.x0(z, i, condition, w)
+            nearer = ddim_step(z, end, self.student.level(i, z), self.student.level(i - 1, z))
+            target = torch.where(column(i, i) == 1, end, self.target.x0(nearer, (i - 1).clip(1), condition, w))
+        return self.distance(self.student.x0(z, i, condition, w), target).mean(), {}
+
+    def after_step(self, step: int) -> None:
+        with torch.no_grad():
+            for mean, value in zip(self.target.parameters(), self.student.parameters(), strict=True):
+                mean.lerp_(value, 1 - self.config.target_decay)

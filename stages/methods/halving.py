@@ -1,0 +1,98 @@
+"""What methods have in common that halve a student's steps round by round: a chain of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from stages.diffusion.form import Form, Schedule
+from stages.diffusion.weighting import Weighting
+from stages.methods.base import MethodConfig, Round, differences
+
+
+class HalvingConfig(MethodConfig):
+    """From `start_steps` to `end_steps`, halved in each round, whose student goes on from the one before."""
+
+    DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
+    start_steps: int = Field(ge=1, description="of the teacher's sampler: what the first round halves")
+    end_steps: int = Field(1, ge=1, validate_default=True, description="of the last round's student")
+    training_steps: dict[str, int] = Field(
+        {}, description="of single rounds, by their student's steps: {2: 4000, 1: 4000}; others: training.steps"
+    )
+    prediction: Literal["v_prediction", "sample", "both"] = Field(
+        "v_prediction",
+        description="what the student puts out: v, x0 (sample), or both x0 and the noise, which plain diffusers cannot "
+        "sample",
+    )
+    schedule: Schedule = Field(
+        "teacher",
+        description="levels of noise: the teacher's own timesteps; or cosine, which ends in pure noise and has room "
+        "for any number of steps",
+    )
+    weighting: Weighting = Field(
+        "truncated_snr", description="of errors in x0 by the ratio of data to noise: itself, at least 1, or plus 1"
+    )
+
+    @classmethod
+    def halvings(cls, start: int, end: int, goes_on: bool) -> list[tuple[int, int]]:
+        """The steps of teacher and student in each round; none if they do not come to `end`."""
+        stations = [start]
+        while stations[-1] > end and stations[-1] % 2 == 0:
+            stations.append(stations[-1] // 2)
+        return list(pairwise(stations)) if stations[-1] == end else []
+
+    @classmethod
+    def rounds(cls, settings: Mapping[str, Any], goes_on: bool) -> list[Round]:
+        start, end = settings.get("start_steps"), settings.get("end_steps", 1)
+        budgets = settings.get("training_steps", {})
+        if type(start) is not int or type(end) is not int or not 1 <= end <= start or not isinstance(budgets, dict):
+            return []
+        found = cls.halvings(start, end, goes_on)
+        if set(budgets) - {str(to) for _, to in found} or (len(found) == 1 and not budgets):
+            return []
+        rest = {key: value for key, value in settings.items() if key != "training_steps"}
+        return [Round(to, {**rest, "start_steps": from_, "end_steps": to}, budgets.get(str(to))) for from_, to in found]
+
+    @property
+    def form(self) -> Form:
+        return Form(steps=self.end_steps, prediction=self.prediction, schedule=self.schedule)
+
+    @field_validator("end_steps")
+    @classmethod
+    def _halves(cls, end: int, info: ValidationInfo) -> int:
+        start = info.data.get("start_steps")
+        if start is not None and not cls.halvings(start, end, goes_on=False):
+            raise ValueError(f"should be what start_steps: {start} comes to by halving")
+        return end
+
+    @field_validator("training_steps")
+    @classmethod
+    def _of_rounds(cls, budgets: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        """Whoever has rounds to give them to was made several stages of before, each without."""
+        start, end = (info.data.get(name) for name in ("start_steps", "end_steps"))
+        if start is None or end is None:
+            return budgets
+        known = [str(to) for _, to in cls.halvings(start, end, goes_on=False)]
+        for steps in budgets:
+            if steps not in known:
+                wrong = PydanticCustomError("no_round", "there is no round to so many steps")
+                error: InitErrorDetails = {"type": wrong, "loc": (steps,), "input": steps}
+                raise ValidationError.from_exception_data("training_steps", [error])
+        return budgets
+
+    @model_validator(mode="after")
+    def _counts_noise(self) -> Self:
+        if self.weighting == "snr" and self.schedule == "cosine" and self.end_steps == 1:
+            raise ValueError("weighting: snr counts nothing in pure noise, where a one-step student is called")
+        return self
+
+    def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
+        if start is None:
+            return
+        if start.form.steps != self.start_steps:
+            yield "start_steps", f"the student to go on from takes {start.form.steps}"
+        yield from differences(start.form, self.form, but=("steps",))

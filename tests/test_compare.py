@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.store import RECORD
 from stages.data.pictures import png
+from stages.evaluation.chart import chart, family
 from stages.evaluation.comparison import page
 from stages.evaluation.sections import Evaluated, Row, sections, seedless, with_means
 from tests.conftest import GAUSSIAN, ROOT, TINY, execute, plan_of, retort
@@ -265,3 +266,20 @@ def test_a_sweep_over_seeds_has_a_mean(store, tmp_path):
     *_, one, two, mean = section["rows"]
     assert mean["note"] == "mean of 2 seeds"
     assert mean["figures"]["latent_mse"] == pytest.approx(fmean(row["figures"]["latent_mse"] for row in (one, two)))
+
+
+def test_quality_is_drawn_against_steps(tmp_path):
+    """A line for the teacher and one for each chain, its seeds as their mean; a single student is a point."""
+    figures = {"kernel_distance": 0.02, "kernel_distance_se": 0.01, "latent_mse": 0.5}
+    rows = [Row(f"teacher, {n} steps", "teacher", {**figures, "latent_mse": 0.0}, steps=n) for n in (32, 4)]
+    chain = [Row(f"run/few/{n}[seed={s}]", "student", figures, steps=n) for n in (4, 1) for s in (0, 1)]
+    rows += [*with_means(chain), Row("one & only", "student", figures, steps=1)]
+    drawn = chart(rows)
+    seen = Checked(drawn)
+    assert drawn.count("<svg") == 2  # of the four figures, those that are there
+    assert drawn.count("<polyline") == 2 + 1 and drawn.count("<circle") == (2 + 2 + 1) + (2 + 1)
+    assert [words for words in seen.words if words in (" teacher", " run/few", " one & only")] == [
+        " teacher", " run/few", " one & only"
+    ]  # fmt: skip
+    assert chart(rows[:2]) == "" and chart([replace(row, steps=1) for row in rows]) == ""
+    assert family("few/16[w=2]") == "few[w=2]" and family("run/few") == "run/few"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from stages.data.pictures import data_url
 from stages.evaluation import figures
+from stages.evaluation.chart import STYLE as CHART_STYLE
+from stages.evaluation.chart import chart
 from stages.evaluation.sections import Row, Section
 
 ZOOM = 64
@@ -46,7 +48,7 @@ def page(sections: Sequence[Section], remarks: Sequence[str]) -> str:
     notes = "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Retort: students compared</title><style>{STYLE}</style></head>
+<title>Retort: students compared</title><style>{STYLE}{CHART_STYLE}</style></head>
 <body><h1>Students compared</h1>
 <p>Every column is one noise and one prompt, the same in all rows of a section.</p>{notes}
 {"".join(map(_section, sections))}
@@ -57,7 +59,7 @@ def page(sections: Sequence[Section], remarks: Sequence[str]) -> str:
 def _section(section: Section) -> str:
     legend = "".join(f"<p>{html.escape(line)}</p>" for line in section.legend)
     return (
-        f"<section><h2>{html.escape(section.title)}</h2>\n{_images(section)}\n{_figures(section.rows)}\n"
+        f"<section><h2>{html.escape(section.title)}</h2>\n{_images(section)}\n{chart(section.rows)}{_figures(section.rows)}\n"
         f'<div class="legend">{legend}</div></section>\n'
     )
 

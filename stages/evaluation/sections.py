@@ -33,13 +33,14 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Row:
-    """`note` is what its name does not say, `picture` its strip of images, where it has one."""
+    """`note` is what its name does not say, `picture` its strip of images, where it has one, `steps` its sampler's."""
 
     name: str
     kind: Literal["teacher", "reference", "student", "mean"]
     figures: Mapping[str, Any]
     picture: Path | None = None
     note: str = ""
+    steps: int | None = None
 
     @property
     def label(self) -> str:
@@ -113,9 +114,10 @@ class _Group:
 def _common(one: Evaluated) -> Iterator[tuple[str, Row]]:
     for side, values in one.metrics["sides"].items():
         if side != "student":
-            yield side, Row(figures.title(side), "teacher", values, one.picture(side))
+            steps = int(side.removeprefix("teacher_"))
+            yield side, Row(figures.title(side, values), "teacher", values, one.picture(side), steps=steps)
     for name, values in one.metrics.get("references", {}).items():
-        yield name, Row(figures.title(name), "reference", values)
+        yield name, Row(figures.title(name, values), "reference", values)
 
 
 def _place(row: Row) -> tuple[bool, int]:
@@ -135,7 +137,8 @@ def _student(evaluations: Sequence[Evaluated]) -> Row:
     first, *others = evaluations
     also = ", ".join(dict.fromkeys(one.student for one in others if one.student != first.student))
     values = {**first.training, **first.metrics["sides"]["student"]}
-    return Row(first.student, "student", values, first.picture("student"), f"also {also}" if also else "")
+    note = f"also {also}" if also else ""
+    return Row(first.student, "student", values, first.picture("student"), note, values["network_calls"])
 
 
 # --- Means over seeds ---
@@ -150,7 +153,8 @@ def with_means(students: Iterable[Row]) -> Iterator[Row]:
     for (name, _), rows in groups.items():
         yield from rows
         if name and len(rows) > 1:
-            yield Row(name, "mean", _mean([row.figures for row in rows]), note=f"mean of {len(rows)} seeds")
+            found = _mean([row.figures for row in rows])
+            yield Row(name, "mean", found, note=f"mean of {len(rows)} seeds", steps=rows[0].steps)
 
 
 def seedless(name: str) -> str | None:

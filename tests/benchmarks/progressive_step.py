@@ -1,0 +1,82 @@
+"""What a step of progressive distillation costs beyond the passes of its networks.
+
+    python -m tests.benchmarks.progressive_step [--batch 32] [--threads 1] [--rounds 5] [--guidance-scale 1.0]
+
+The shipped digit_scenes teacher, random latents, a round from 8 steps to 4. In turn: ten steps of the training loop
+(noising, the target, the weighted loss, clipping, AdamW, logging); and ten times the bare passes that these steps need:
+two calls of the teacher, of twice the batch where it is guided, and one of the student, forward and backward. Prints
+the seconds a step of both and their ratio, medians over the rounds."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from stages.methods.base import Materials, TrainingExecution, TrainingSettings
+from stages.methods.progressive.config import ProgressiveConfig
+from stages.methods.progressive.method import Progressive
+from stages.networks.latent import LatentTeacher
+from stages.training import train
+
+SHIPPED = Path(__file__).parents[2] / "stages" / "teachers" / "shipped" / "digit_scenes"
+STEPS = 10
+"""As many as the loop makes between two lines of its history."""
+
+
+def bare(method: Progressive, teacher: LatentTeacher, batch: dict, guided: bool) -> None:
+    z, c = batch["latent"], teacher.encode_prompts(batch["prompts"])
+    t = torch.full((len(z),), 999.0)
+    with torch.no_grad():
+        for _ in range(2):
+            teacher.unet(*(torch.cat([v, v]) if guided else v for v in (z, t, c)))
+    unet = method.student.unet.requires_grad_(True)
+    unet(z, t, c).sample.sum().backward()
+    unet.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    teacher = LatentTeacher(SHIPPED)
+    settings = TrainingSettings(steps=STEPS * (given.rounds + 1), batch_size=given.batch, ema_decay=0.0)
+    config = ProgressiveConfig(start_steps=8, end_steps=4, guidance_scale=given.guidance_scale)
+    method = config.create(Materials(teacher, settings))
+    assert isinstance(method, Progressive)
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    batch = {
+        "latent": torch.randn(given.batch, *teacher.latent_shape),
+        "prompts": [f"a red {words[i % 10]} above a blue {words[i // 10 % 10]}" for i in range(given.batch)],
+    }
+    guided = given.guidance_scale > 1
+    execution = TrainingExecution(device="cpu", checkpoint_every=10**6)
+    with tempfile.TemporaryDirectory() as folder:
+        loop = train(method, lambda _: batch, seed=0, checkpoints=Path(folder), execution=execution)
+        next(loop)
+        bare(method, teacher, batch, guided)
+        times: dict[str, list[float]] = {"full": [], "bare": []}
+        for _ in range(given.rounds):
+            started = time.perf_counter()
+            next(loop)
+            times["full"].append((time.perf_counter() - started) / STEPS)
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                bare(method, teacher, batch, guided)
+            times["bare"].append((time.perf_counter() - started) / STEPS)
+    full, passes = (statistics.median(times[name]) for name in ("full", "bare"))
+    ratio = statistics.median(a / b for a, b in zip(times["full"], times["bare"], strict=True))
+    print(f"full step {full:.3f} s, bare passes {passes:.3f} s, ratio {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -282,4 +282,6 @@ def test_quality_is_drawn_against_steps(tmp_path):
         " teacher", " run/few", " one & only"
     ]  # fmt: skip
     assert chart(rows[:2]) == "" and chart([replace(row, steps=1) for row in rows]) == ""
-    assert family("few/16[w=2]") == "few[w=2]" and family("run/few") == "run/few"
+    names = ("r/few/16[w=2]", "few/16", "few[w=2,steps=16]", "few[steps=16]", "few[steps=9]")
+    families = ["r/few[w=2]", "few", "few[w=2]", "few", "few[steps=9]"]
+    assert [family(Row(name, "student", {}, steps=16)) for name in names] == families

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -30,9 +29,13 @@ class Point(NamedTuple):
     spread: float
 
 
-def family(name: str) -> str:
-    """What a chain is called, of the name of one of its links: student[w=2] of student/4[w=2]."""
-    return re.sub(r"/\d+(?=\[|$)", "", name)
+def family(row: Row) -> str:
+    """What a student is called whatever its steps: student[w=2] of student/4[w=2], or of student[w=2,steps=4]."""
+    if row.kind == "teacher":
+        return "teacher"
+    head, _, inside = row.name.partition("[")
+    kept = [part for part in inside.removesuffix("]").split(",") if part not in ("", f"steps={row.steps}")]
+    return head.removesuffix(f"/{row.steps}") + (f"[{','.join(kept)}]" if kept else "")
 
 
 def chart(rows: Sequence[Row]) -> str:
@@ -43,7 +46,7 @@ def chart(rows: Sequence[Row]) -> str:
         return ""
     lines: dict[str, list[Row]] = {}
     for row in drawn:
-        lines.setdefault("teacher" if row.kind == "teacher" else family(row.name), []).append(row)
+        lines.setdefault(family(row), []).append(row)
     colours = {name: "currentColor" if name == "teacher" else COLOURS[i % len(COLOURS)] for i, name in enumerate(lines)}
     panels = "".join(_panel(figure, lines, colours) for figure in PANELS)
     key = "".join(
@@ -60,8 +63,8 @@ def _panel(figure: str, lines: dict[str, list[Row]], colours: dict[str, str]) ->
         return ""
     steps = sorted({point.steps for point in points})
     logarithmic = figure in LOGARITHMIC
-    bounds = [value for p in points for value in (p.value - p.spread, p.value, p.value + p.spread)]
-    ticks = _decades(bounds) if logarithmic else _round_numbers(min(0.0, *bounds), max(bounds))
+    values = [point.value for point in points]
+    ticks = _decades(values) if logarithmic else _round_numbers(min(0.0, *values), max(values))
     x = _scale(math.log2(steps[0]), math.log2(steps[-1]), LEFT, WIDTH - 8)
     of = math.log10 if logarithmic else float
     y = _scale(of(ticks[0]), of(ticks[-1]), HEIGHT - BELOW, ABOVE)
@@ -116,14 +119,13 @@ def _scale(low: float, high: float, start: float, stop: float) -> Callable[[floa
 
 
 def _decades(values: Sequence[float]) -> list[float]:
-    above = [value for value in values if value > 0]
-    low, high = math.floor(math.log10(min(above))), math.ceil(math.log10(max(above)))
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     return [10.0**n for n in range(low, max(high, low + 1) + 1)]
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
     """About five, evenly, from one at most `low` to one at least `high`."""
-    rough = (high - low) / 4 or 1.0
+    rough = (high - low) / 5 or 1.0
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(n * unit for n in (1, 2, 5, 10) if n * unit >= rough)
     first, last = math.floor(low / step), math.ceil(high / step)

@@ -93,7 +93,7 @@ class Distill(Stage):
         assert isinstance(teacher.stage, Teacher)
         if teacher.stage.gaussian:
             yield given, "their teacher is `gaussian:`, which has no network that a student could start from"
-        unguided = teacher.stage.why_unguided(self.method.form.guidance is not None) if self.method.guided else None
+        unguided = teacher.stage.why_unguided(self.method.form.w_range is not None) if self.method.guided else None
         if unguided:
             yield "method", f"it needs guidance, but {unguided}"
         start = inputs.get("start_from")

@@ -85,8 +85,8 @@ def _comparable(method: MethodConfig, pairs: Pairs) -> float | None:
     if method.form.steps > 1 and method.form.sampler != "ddim":
         return None
     w = pairs.sampler.guidance_scale - 1
-    if method.form.guidance:
-        least, most = method.form.guidance
+    if method.form.w_range:
+        least, most = method.form.w_range
         return w if least <= w <= most else None
     return w if method.form.guidance_scale in (None, pairs.sampler.guidance_scale) else None
 
@@ -131,7 +131,7 @@ def _card(
         f"Not for plain diffusers: {alone}. `retort sample` draws with it."
         if alone
         else f"""```python
-{teacher.usage(form.steps, form.guidance is not None)}
+{teacher.usage(form.steps, form.w_range is not None)}
 ```"""
     )
     error = figures.get("held_out_mse")
@@ -163,8 +163,8 @@ def _solved(data: Artifact) -> str:
 
 
 def _guidance(method: MethodConfig) -> str:
-    if method.form.guidance:
-        least, most = (1 + w for w in method.form.guidance)
+    if method.form.w_range:
+        least, most = (1 + w for w in method.form.w_range)
         return f"It takes any guidance_scale from {least:g} to {most:g}, without calling its network twice."
     scale = method.form.guidance_scale
     return "The guidance of its pairs is built in." if scale is None else f"Guidance {scale:g} is built in."

@@ -87,7 +87,7 @@ class Evaluate(Stage):
     ) -> Iterator[tuple[str, str]]:
         if teacher_of(student.inputs).fingerprint != found.inputs["teacher"].fingerprint:
             yield "pairs", f"they are of another teacher than {self.student}'s"
-        scale, own, trained = pairs.sampler.guidance_scale, stage.method.form.guidance_scale, stage.method.form.guidance
+        scale, own, trained = pairs.sampler.guidance_scale, stage.method.form.guidance_scale, stage.method.form.w_range
         if trained and not trained[0] <= scale - 1 <= trained[1]:
             yield (
                 "pairs" if self.pairs else "student",

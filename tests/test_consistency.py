@@ -144,7 +144,7 @@ def test_it_runs_and_is_measured(plan):
     metrics = plan["quality"].artifact.record["metrics"]
     assert metrics["sides"]["student"]["network_calls"] == 4 and metrics["sides"]["student"]["latent_mse"] > 0
     about = json.loads((plan["student"].artifact.folder / "student.json").read_text())
-    assert about["timesteps"] == [999, 749, 499, 249] and about["guidance"] == [0.0, 4.0]
+    assert about["timesteps"] == [999, 749, 499, 249] and about["w_range"] == [0.0, 4.0]
     assert "held_out_mse" not in plan["student"].artifact.record["metrics"]  # its sampler draws noise of its own
 
 
@@ -155,7 +155,7 @@ def test_plain_diffusers_samples_as_retort_does(teacher, tmp_path, steps, predic
     """The same call, with the same generator: LCMScheduler on 999, 749, 499, 249."""
     from diffusers import LCMScheduler
 
-    form = Form(steps=steps, sampler="consistency", prediction=prediction, guidance=None if w is None else (0.0, 4.0))
+    form = Form(steps=steps, sampler="consistency", prediction=prediction, w_range=None if w is None else (0.0, 4.0))
     student = shaken(Student.from_teacher(teacher, form))
     export(student, teacher, tmp_path, "a card")
     scheduler = LCMScheduler.from_pretrained(tmp_path / "scheduler")

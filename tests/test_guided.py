@@ -175,7 +175,7 @@ def test_without_guidance_the_target_is_the_conditional_output_bit_for_bit(teach
 def test_w_changes_nothing_before_training_and_something_after(chain, teacher):
     noise = torch.randn(2, *teacher.latent_shape)
     condition = teacher.encode_prompts(["a red handwritten seven", "a blue handwritten two"])
-    new = Student.from_teacher(teacher, Form(steps=2, guidance=(0.0, 4.0)))
+    new = Student.from_teacher(teacher, Form(steps=2, w_range=(0.0, 4.0)))
     trained = Student.load(chain["guided/2"].artifact.folder, teacher)
     with torch.no_grad():
         plain = Student.from_teacher(teacher, Form(steps=2))(noise, condition)
@@ -215,10 +215,10 @@ def test_the_first_link_learns_the_guided_teacher(tiny, teacher):
 
 @pytest.mark.parametrize("w", [0.0, 2.0])
 def test_plain_diffusers_feeds_guidance_scale_less_one(teacher, tmp_path, w):
-    form = Form(steps=4, schedule="cosine", guidance=(0.0, 4.0))
+    form = Form(steps=4, schedule="cosine", w_range=(0.0, 4.0))
     student = shaken(Student.from_teacher(teacher, form))
     export(student, teacher, tmp_path, "a card")
-    assert json.loads((tmp_path / "student.json").read_text())["guidance"] == [0.0, 4.0]
+    assert json.loads((tmp_path / "student.json").read_text())["w_range"] == [0.0, 4.0]
     prompts = ["a red handwritten seven", "a blue handwritten two"]
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

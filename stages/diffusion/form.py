@@ -23,6 +23,8 @@ class Form(Config):
     guidance_scale: float | None = Field(
         None, description="of the teacher, built into the student, as diffusers counts it; null: that of its pairs"
     )
-    guidance: tuple[float, float] | None = Field(
-        None, strict=False, description="the least and the greatest w that it takes as an input; null: none"
+    w_range: tuple[float, float] | None = Field(
+        None,
+        strict=False,
+        description="the least and the greatest w = guidance_scale - 1 that it takes as an input; null: it takes none",
     )

@@ -205,7 +205,7 @@ class MethodConfig(Config):
     @property
     def guided(self) -> bool:
         """Whether it asks the teacher with and without a prompt."""
-        return self.form.guidance is not None or (self.form.guidance_scale or 1.0) > 1.0
+        return self.form.w_range is not None or (self.form.guidance_scale or 1.0) > 1.0
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that contradicts the stages that its fields name."""

@@ -94,5 +94,5 @@ class HalvingConfig(MethodConfig):
         if start is None:
             return
         if start.form.steps != self.start_steps:
-            yield "start_steps", f"the student to go on from takes {start.form.steps}"
+            yield "start_steps", f"the student to go on from takes {start.form.steps} steps"
         yield from differences(start.form, self.form, but=("steps",))

@@ -58,7 +58,7 @@ class Student(nn.Module):
         factors = HEAD.get((teacher.prediction, form.prediction), (1.0,))
         if factors != (1.0,):
             unet = _with_head(unet, factors)
-        if form.guidance:
+        if form.w_range:
             unet = teacher.with_guidance_embedding(unet)
         return cls(unet, Grid.of(form.schedule, teacher.schedule, steps or form.steps), form)
 
@@ -131,7 +131,7 @@ class Student(nn.Module):
     def _output(self, z: Tensor, i: int | Tensor, condition: Tensor | None, w: Tensor | None) -> Tensor:
         if condition is not None and condition.is_floating_point():
             condition = condition.to(z.dtype)
-        if self.form.guidance is None:
+        if self.form.w_range is None:
             output: Tensor = self.unet(z, self.timesteps[i], condition).sample
             return output
         if w is None:

@@ -46,7 +46,7 @@ class ConsistencyConfig(MethodConfig):
             prediction=self.prediction,
             sampler="consistency",
             guidance_scale=None if self.w_range else self.guidance_scale or 1.0,
-            guidance=self.w_range,
+            w_range=self.w_range,
         )
 
     @model_validator(mode="after")

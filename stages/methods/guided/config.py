@@ -38,7 +38,7 @@ class GuidedConfig(HalvingConfig):
 
     @property
     def form(self) -> Form:
-        return super().form.model_copy(update={"sampler": self.sampler, "guidance": self.w_range})
+        return super().form.model_copy(update={"sampler": self.sampler, "w_range": self.w_range})
 
     @property
     def learns_guidance(self) -> bool:
@@ -59,6 +59,6 @@ class GuidedConfig(HalvingConfig):
             yield "start_steps", "guidance is learned from the teacher itself; leave start_from out"
 
     def create(self, materials: Materials) -> Method:
-        from stages.methods.guided.method import GuidedHalving, LearnGuidance
+        from stages.methods.guided.method import Guided
 
-        return LearnGuidance(self, materials) if self.learns_guidance else GuidedHalving(self, materials)
+        return Guided(self, materials)

@@ -5,28 +5,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.base import StageError
 from stages.diffusion.guidance import draw
 from stages.diffusion.halving import two_step_target
 from stages.diffusion.weighting import weights
 from stages.methods.base import Batch, Materials, Player, Turn
 from stages.methods.guided.config import GuidedConfig
-from stages.networks.denoiser import Denoiser
 
 
 class Guided:
-    """What both stages of Meng et al. 2023, 2210.03142, share: w(lambda_t) |x~ - x^(z_t, w)|^2 with w drawn evenly from
-    the range for each sample."""
+    """A link of Meng et al. 2023, 2210.03142: minimise w(lambda_t) |x~ - x^(z_t, w)|^2, w drawn evenly from the range
+    for each sample.
 
-    def __init__(self, config: GuidedConfig, materials: Materials, teacher: Denoiser) -> None:
-        self.encode = materials.teacher.encode_prompts
-        self.student, self.teacher = materials.student(config.form), teacher
-        self.config = config
+    Stage one (section 3.1): x~ = (1 + w) x_c(z_t) - w x_0(z_t), what the teacher makes of z_t with and without its
+    prompt. Stage two (section 3.2): one step with x~ leads where two of the student before do, at the same w."""
+
+    def __init__(self, config: GuidedConfig, materials: Materials) -> None:
+        self.config, self.encode = config, materials.teacher.encode_prompts
+        self.student = materials.student(config.form)
+        self.teacher = materials.before() or materials.many_step(config.form)
         self.players = {"student": Player(self.student, materials.training)}
-
-    def target(self, z: Tensor, i: Tensor, condition: Tensor | None, w: Tensor) -> Tensor:
-        """x~ (B, C, H, W) for z (B, C, H, W) at points i (B,) of the student's."""
-        raise NotImplementedError
 
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("student", self.loss)]
@@ -43,31 +40,12 @@ class Guided:
         weight = weights(self.config.weighting, self.student.alpha[i], self.student.sigma[i])
         return (weight.to(error.dtype) * error).mean(), {"x0_error": error.mean()}
 
+    def target(self, z: Tensor, i: Tensor, condition: Tensor | None, w: Tensor) -> Tensor:
+        """x~ (B, C, H, W), float64, for z (B, C, H, W) at points i (B,) of the student's."""
+        if self.config.learns_guidance:
+            return self.teacher.x0(z, i, condition, w).double()
+        stochastic = self.config.sampler == "stochastic"
+        return two_step_target(lambda z, j: self.teacher.x0(z, j, condition, w), z, i, self.teacher.grid, stochastic)
+
     def after_step(self, step: int) -> None:
         pass
-
-
-class LearnGuidance(Guided):
-    """Stage one (2210.03142, section 3.1, eq. 2): the target is the teacher's guided output, (1 + w) x_c - w x_0."""
-
-    def __init__(self, config: GuidedConfig, materials: Materials) -> None:
-        super().__init__(config, materials, materials.many_step(config.form))
-
-    def target(self, z: Tensor, i: Tensor, condition: Tensor | None, w: Tensor) -> Tensor:
-        return self.teacher.x0(z, i, condition, w).double()
-
-
-class GuidedHalving(Guided):
-    """Stage two (2210.03142, section 3.2): progressive distillation, teacher and student at the same w."""
-
-    def __init__(self, config: GuidedConfig, materials: Materials) -> None:
-        before = materials.before()
-        if before is None:
-            raise StageError("there is no student to go on from")
-        super().__init__(config, materials, before)
-
-    def target(self, z: Tensor, i: Tensor, condition: Tensor | None, w: Tensor) -> Tensor:
-        stochastic = self.config.sampler == "stochastic"
-        return two_step_target(
-            lambda z, j: self.teacher.x0(z, j, condition, w), z, i, self.teacher.grid, stochastic=stochastic
-        )

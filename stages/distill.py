@@ -69,7 +69,9 @@ class Distill(Stage):
     @classmethod
     def chain(cls, settings: Mapping[str, Any]) -> list[Link]:
         method, training = settings.get("method"), settings.get("training")
-        kind = METHODS.get(method["name"]) if isinstance(method, dict) and isinstance(method.get("name"), str) else None
+        method = {"name": method} if isinstance(method, str) else method
+        name = method.get("name") if isinstance(method, dict) else None
+        kind = METHODS.get(name) if isinstance(name, str) else None
         if kind is None or not isinstance(method, dict) or not isinstance(training, dict):
             return []
         found = []
@@ -88,6 +90,8 @@ class Distill(Stage):
             yield given, f"{self.method.name} is trained on {' or '.join(self.method.DATA)}, not on {given}"
         if self.pairs:
             yield from self._check_pairs(sources(inputs))
+        elif self.method.form.guidance_scale is None and self.method.form.w_range is None:
+            yield "method", "latents say nothing of guidance_scale: give it, 1 for none"
         yield from ((f"method.{path}", problem) for path, problem in self.method.check(below(inputs, "method")))
         teacher = teacher_of(inputs)
         assert isinstance(teacher.stage, Teacher)

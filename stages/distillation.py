@@ -48,7 +48,8 @@ def distill(
     torch.manual_seed(seed)
     origin = latents or sources[0]
     teacher = load_network(origin.inputs["teacher"].folder, execution)
-    method = method_config.create(Materials(teacher, training, start, inputs, contents))
+    scale = origin.stage.sampler.guidance_scale if isinstance(origin.stage, Pairs) else 1.0
+    method = method_config.create(Materials(teacher, training, start, scale, inputs, contents))
     supply: Supply
     if latents:
         supply = LatentSupply(latents.folder, teacher.prompts_of, training.batch_size, seed)

@@ -116,7 +116,7 @@ def test_what_init_refuses(tiny, tmp_path):
         (("none/m.yaml",), "none/m.yaml cannot be written: No such file or directory"),
         (("--teacher", "digit"), "--teacher digit: give digits, digit_scenes, a diffusers folder, or a hub id"),
         (("--teacher", "empty"), "empty has no model_index.json: it is no diffusers pipeline"),
-        (("--method", "knowledge"), "--method knowledge: there is no such method (allowed: knowledge_distillation)"),
+        (("--method", "knowledge"), "--method knowledge: there is no such method (allowed: knowledge_distillation, "),
         (("--teacher", folder, "--prompts", "none.txt"), "--prompts: none.txt does not exist"),
         (("--teacher", folder, "--prompts", "a.pdf"), "--prompts a.pdf: prompts are digits, digit_scenes, or .txt"),
     ):

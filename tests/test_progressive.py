@@ -24,6 +24,7 @@ from stages.diffusion.halving import two_step_target
 from stages.diffusion.prediction import both_to_x0
 from stages.diffusion.schedule import NoiseSchedule
 from stages.diffusion.weighting import weights
+from stages.methods.base import Materials, TrainingSettings
 from stages.networks.denoiser import ManyStep
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
@@ -455,6 +456,7 @@ def test_a_student_of_both_is_read_as_both(teacher, tmp_path):
     ("training_steps: {1: 6}", "schedule: cosine, weighting: snr", "snr counts nothing in pure noise"),
     ("    latents: latents\n", "    latents: latents\n    pairs: pairs\n", "give either pairs or latents"),
     ("{name: progressive, ", "{name: knowledge_distillation, ", "unknown key"),
+    (" guidance_scale: 2.0,", "", "latents say nothing of guidance_scale: give it, 1 for none"),
     ("student: fewer\n    pairs: pairs", "student: fewer", "it was trained on latents; give `pairs`"),
     ("guidance_scale: 2.0", "guidance_scale: 3.0", "has guidance_scale: 3 built in; the pairs have 2"),
     ("student: fewer", "student: fewer/16", "there is no stage 'fewer/16'; did you mean 'fewer/1'"),
@@ -469,6 +471,18 @@ def test_guidance_needs_a_teacher_that_knows_no_prompt(tmp_path):
     text = (TINY + CHAIN).replace("      dataset: digits\n", "      dataset: digits\n      drop_text: 0.0\n")
     with pytest.raises(ManifestError, match="needs guidance, but the teacher was trained with drop_text: 0"):
         plan_of(text, tmp_path)
+
+
+def test_guidance_is_that_of_the_pairs_where_nothing_else_is_said(tiny, teacher):
+    """And the method's bare name is a chain of its own: from 32 steps."""
+    text = TINY.replace("{name: knowledge_distillation}", "progressive")
+    assert list(plan_of(text, tiny[0]))[2:] == [f"student/{steps}" for steps in (16, 8, 4, 2, 1)]
+    text = TINY.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")
+    student = execute(text.replace("steps: 24", "steps: 1"), tiny[0], name="of_pairs")["student"].artifact
+    assert "held_out_mse" in student.record["metrics"]
+    materials = Materials(teacher, TrainingSettings(steps=1), guidance_scale=2.0)
+    assert materials.many_step(Form(steps=2)).default_w == 1.0
+    assert materials.many_step(Form(steps=2, guidance_scale=4.0)).default_w == 3.0
 
 
 def test_one_step_methods_take_pairs_only(tmp_path):

@@ -124,6 +124,8 @@ class Materials:
     training: TrainingSettings
     start: Artifact | None = None
     """The student to go on from; None: the teacher."""
+    guidance_scale: float = 1.0
+    """At which the pairs were solved."""
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
     """What the method's fields name, by their dotted path in its settings."""
     contents: Mapping[str, str] = field(default_factory=dict)
@@ -160,7 +162,7 @@ class Materials:
             grid = Grid.of(form.schedule, self.teacher.schedule, form.steps)
         except ValueError as error:
             raise StageError(str(error)) from None
-        return ManyStep(self.teacher, grid, form.guidance_scale or 1.0)
+        return ManyStep(self.teacher, grid, form.guidance_scale or self.guidance_scale)
 
     def before(self) -> Student | None:
         """The student to go on from, as it was left, which then teaches in the teacher's place; None: there is none."""

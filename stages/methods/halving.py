@@ -18,7 +18,7 @@ class HalvingConfig(MethodConfig):
     """From `start_steps` to `end_steps`, halved in each round, whose student goes on from the one before."""
 
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
-    start_steps: int = Field(ge=1, description="of the teacher's sampler: what the first round halves")
+    start_steps: int = Field(32, ge=1, description="of the teacher's sampler: what the first round halves")
     end_steps: int = Field(1, ge=1, validate_default=True, description="of the last round's student")
     training_steps: dict[str, int] = Field(
         {}, description="of single rounds, by their student's steps: {2: 4000, 1: 4000}; others: training.steps"
@@ -47,8 +47,8 @@ class HalvingConfig(MethodConfig):
 
     @classmethod
     def rounds(cls, settings: Mapping[str, Any], goes_on: bool) -> list[Round]:
-        start, end = settings.get("start_steps"), settings.get("end_steps", 1)
-        budgets = settings.get("training_steps", {})
+        defaults = {name: info.default for name, info in cls.model_fields.items()}
+        start, end, budgets = ({**defaults, **settings}[n] for n in ("start_steps", "end_steps", "training_steps"))
         if type(start) is not int or type(end) is not int or not 1 <= end <= start or not isinstance(budgets, dict):
             return []
         found = cls.halvings(start, end, goes_on)

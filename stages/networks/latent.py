@@ -92,8 +92,7 @@ class LatentTeacher(NetworkTeacher):
 
     def with_guidance_embedding(self, unet: Any) -> UNet2DConditionModel:
         config = {**unet.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING}
-        like = next(unet.parameters())
-        embedded = UNet2DConditionModel.from_config(config).to(like.dtype).to(like.device)
+        embedded = UNet2DConditionModel.from_config(config).to(unet.device)
         missing, unexpected = embedded.load_state_dict(unet.state_dict(), strict=False)
         assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
         torch.nn.init.zeros_(embedded.time_embedding.cond_proj.weight)

@@ -24,7 +24,10 @@ class ConsistencyConfig(MethodConfig):
     steps: int = Field(4, ge=1, description="in which the student is sampled; it divides the teacher's timesteps")
     solver_steps: int = Field(40, ge=2, description="of the teacher's DDIM, which skips timesteps; a multiple of steps")
     guidance_scale: float | None = Field(
-        None, ge=1, description="of the teacher, built into the student, as diffusers counts it; default: none"
+        None,
+        ge=1,
+        description="of the teacher, built into the student, as diffusers counts it: 1 is none; default: that of the "
+        "pairs",
     )
     w_range: tuple[float, float] | None = Field(
         None, strict=False, description="instead: the least and the greatest w = guidance_scale - 1 as an input"
@@ -45,7 +48,7 @@ class ConsistencyConfig(MethodConfig):
             steps=self.steps,
             prediction=self.prediction,
             sampler="consistency",
-            guidance_scale=None if self.w_range else self.guidance_scale or 1.0,
+            guidance_scale=self.guidance_scale,
             w_range=self.w_range,
         )
 

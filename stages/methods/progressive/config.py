@@ -19,8 +19,11 @@ class ProgressiveConfig(HalvingConfig):
     """
 
     name: Literal["progressive"] = "progressive"
-    guidance_scale: float = Field(
-        1.0, ge=1, description="of the teacher, built into the student, as diffusers counts it: 1 is none"
+    guidance_scale: float | None = Field(
+        None,
+        ge=1,
+        description="of the teacher, built into the student, as diffusers counts it: 1 is none; default: that of the "
+        "pairs",
     )
 
     @property

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from PIL import Image
 
 from pipeline.errors import ManifestError, StageFailed
 from stages.base import StageError
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
+from stages.diffusion.form import Form
 from stages.networks.pixel import PixelTeacher
-from stages.networks.student import Student
+from stages.networks.student import Student, export
 from tests.conftest import execute
 
 PIPELINE = """
@@ -181,3 +183,54 @@ def test_classes_of_one_name_are_asked_for_by_number(by_class, tmp_path):
     assert teacher.encode_prompts(["0", "1", ""]).tolist() == [0, 1, 2]
     with pytest.raises(StageError, match="'crane' is no class"):
         teacher.encode_prompts(["crane"])
+
+
+@pytest.mark.parametrize(("steps", "schedule", "pipeline_class"), [
+    (4, "teacher", DDIMPipeline), (3, "teacher", DDPMPipeline), (4, "cosine", DDIMPipeline)
+])  # fmt: skip
+def test_students_of_several_steps_in_plain_diffusers(unconditional, tmp_path, steps, schedule, pipeline_class):
+    """A pipeline that steps on the student's own grid, for an epsilon teacher whose student puts out v."""
+    teacher = PixelTeacher(unconditional)
+    student = Student.from_teacher(teacher, Form(steps=steps, schedule=schedule))
+    export(student, teacher, tmp_path, "a card")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipeline) is pipeline_class
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": steps, "output_type": "np"}
+    image = pipeline(generator=torch.Generator().manual_seed(3), **settings).images[0]
+    noise = torch.randn((1, 3, 8, 8), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        x0 = student(noise, None).clamp(-1, 1)
+    np.testing.assert_allclose(image, (x0[0] / 2 + 0.5).permute(1, 2, 0), atol=1e-4)
+
+
+def test_a_teacher_by_class_is_halved_on_the_classes_of_an_image_set(by_class, tmp_path):
+    images = tmp_path / "images"
+    for name in ("a", "b"):
+        (images / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(np.full((8, 8, 3), 10 * i, np.uint8)).save(images / name / f"{i}.png")
+    image_set = f"{{name: image_folder, path: {images}, size: 8, caption: null, label: folder}}"
+    text = f"""
+name: halved
+stages:
+  teacher: {{kind: teacher, from: {by_class}}}
+  latents: {{kind: latents, teacher: teacher, images: {image_set}, execution: {{threads: 1}}}}
+  student:
+    kind: distill
+    latents: latents
+    method: {{name: progressive, start_steps: 4, end_steps: 1, guidance_scale: 2.0, schedule: cosine}}
+    training: {{steps: 2, batch_size: 4}}
+    execution: {{threads: 1}}
+"""
+    plan = execute(text, tmp_path / "store")
+    card = (plan["student/2"].artifact.folder / "README.md").read_text()
+    example = card.partition("```python\n")[2].partition("```")[0]
+    namespace: dict = {}
+    exec(example.replace("THIS FOLDER", str(plan["student/2"].artifact.folder)), namespace)  # the card's own lines
+    teacher = PixelTeacher(plan["teacher"].artifact.folder)
+    with torch.no_grad():
+        x0 = Student.load(plan["student/2"].artifact.folder, teacher)(
+            namespace["noise"], teacher.encode_prompts(["cat"])
+        )
+    torch.testing.assert_close(namespace["image"], x0, atol=1e-4, rtol=1e-4)

@@ -134,8 +134,10 @@ def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> di
             problems.append(document.problem(("stages", base, *path), text))
         else:
             named = [_named(item, (*place, i), document, problems) for i, item in enumerate(values)]
-            counts = Counter(map(repr, values)) + Counter(name for name, _, _ in named if name)
-            problems += [document.problem(place, f"{word} is given twice") for word in counts if counts[word] > 1]
+            counts = Counter(map(repr, values))
+            shown = Counter(name or _label(value, i) for i, (name, value, _) in enumerate(named))
+            twice = [*(word for word in counts if counts[word] > 1), *(n for n, _, _ in named if n and shown[n] > 1)]
+            problems += [document.problem(place, f"{word} is given twice") for word in dict.fromkeys(twice)]
             labels = _labels([value if name is None else name for name, value, _ in named])
             axes[Axis(base, path)] = [
                 Value(label, value, at) for label, (_, value, at) in zip(labels, named, strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn, optim
 
 from stages import checkpoint
 from stages.base import Progress, StageError
+from stages.figures import Figures
 from stages.methods.base import Batch, Method, Player, TrainingExecution, Turn
 from stages.networks.compute import checkpoint_activations, device_name, device_of
 
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY = 10
 """Steps between two lines of the history."""
-EXPLODED = 1e6
-"""A loss above this is no use any more: all of Retort's are averages, of order one."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +64,16 @@ def train(
     started = time.monotonic()
     for step in range(start, total):
         for place, turn in enumerate(method.turns(step)):
-            run.figures |= run.take(turn, batches, step, step_seed(seed, step, place))
+            run.figures.add(run.take(turn, batches, step, step_seed(seed, step, place)), step)
         method.after_step(step)
         run.average(step)  # what is averaged is what the method leaves
         done = step + 1
         if done % LOG_EVERY == 0 or done == total:
-            run.history.append({"step": done, **run.checked(step, checkpoints)})
+            run.history.append({"step": done, **run.checked(checkpoints)})
             rate = (done - start) / (time.monotonic() - started)
             yield Progress(done, total, unit, {**run.history[-1], "per_second": rate})
         if done % execution.checkpoint_every == 0 or done == total:
-            run.save(checkpoints, done, run.checked(step, checkpoints))
+            run.save(checkpoints, done, run.checked(checkpoints))
     last = run.history[-1]
     losses = {name: last[key] for name in run.players if (key := f"{run.prefix(name)}loss") in last}
     return Trained(run.averages, losses, run.history, device_name(run.accelerator.device.type))
@@ -99,23 +97,22 @@ class _Run:
             for name, player in self.players.items()
             if player.averaged
         }
-        self.figures: dict[str, Tensor] = {}
-        """As last computed: a turn need not give each of its figures at every step."""
+        self.figures = Figures()
         self.history: list[dict[str, float]] = []
 
-    def checked(self, step: int, checkpoints: Path) -> dict[str, float]:
+    def checked(self, checkpoints: Path) -> dict[str, float]:
         """The figures as numbers: read now and then only, since reading waits for the GPU. Raises StageError if one
-        is not finite, or a loss is out of all proportion."""
-        numbers = {name: float(value) for name, value in self.figures.items()}
-        for name, number in numbers.items():
-            if not math.isfinite(number) or (name.endswith("loss") and abs(number) > EXPLODED):
-                kept = checkpoint.newest(checkpoints)
-                raise StageError(
-                    f"the {name.replace('_', ' ')} is {number:.4g} at step {step}"
-                    f"{f' ({kept} is the last good checkpoint)' if kept else ', before the first checkpoint'}; lower "
-                    "learning_rate, or see what is in the training data (`retort stats` for pairs)"
-                )
-        return numbers
+        has not been finite, or a loss was out of all proportion, at any step since."""
+        wrong = self.figures.first_wrong()
+        if wrong is None:
+            return self.figures.numbers()
+        name, step, value = wrong
+        kept = checkpoint.newest(checkpoints)
+        raise StageError(
+            f"the {name.replace('_', ' ')} is {value:.4g} at step {step}"
+            f"{f' ({kept} is the last good checkpoint)' if kept else ', before the first checkpoint'}; lower "
+            "learning_rate, or see what is in the training data (`retort stats` for pairs)"
+        )
 
     def take(self, turn: Turn, batches: Callable[[int], Batch], step: int, seed: int) -> dict[str, Tensor]:
         """One optimizer step of `turn.player`, all others frozen."""
@@ -184,7 +181,7 @@ class _Run:
             checkpoint.load_optimizer(f"{name}/optimizer", self.optimizers[name], tensors)
         for name, average in self.averages.items():
             checkpoint.load_module(f"{name}/average", average, tensors)
-        self.figures = {name: torch.tensor(number) for name, number in state["figures"].items()}
+        self.figures.restore(state["figures"])
         self.history = state["history"]
         return int(state["step"])
 

@@ -40,7 +40,7 @@ FLOORS = [
     {"stages.factory", "stages.encoding"},
     {"stages.teachers"},
     {"stages.training"},
-    {"stages.methods", "stages.checkpoint"},
+    {"stages.methods", "stages.checkpoint", "stages.figures"},
     {"stages.losses"},
     {"stages.networks"},
     {"stages.data", "stages.metrics"},

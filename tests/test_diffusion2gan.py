@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.errors import ManifestError
+from stages.base import StageError
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.losses.adversarial import discriminator_loss, generator_loss, r1_penalty
@@ -169,6 +170,15 @@ def test_a_copied_discriminator_listens_to_its_own_unet():
     assert all(float(m.detach().abs().max()) == 0 for m in d(*inputs(d)))
 
 
+def test_losses_are_small_for_whom_the_logits_favour():
+    """Positive is what a discriminator takes for real."""
+    yes, no = [torch.full((2, 4, 4), 3.0)], [torch.full((2, 4, 4), -3.0)]
+    small, large = math.log1p(math.exp(-3)), math.log1p(math.exp(3))
+    assert float(generator_loss(yes)) == pytest.approx(small) and float(generator_loss(no)) == pytest.approx(large)
+    assert float(discriminator_loss(yes, no)) == pytest.approx(2 * small)
+    assert float(discriminator_loss(no, yes)) == pytest.approx(2 * large)
+
+
 def test_losses_of_a_discriminator_that_cannot_tell():
     nothing = [torch.zeros(3, 4, 4), torch.zeros(3, 8, 8)]
     assert float(generator_loss(nothing)) == pytest.approx(math.log(2), abs=1e-6)
@@ -219,46 +229,55 @@ def test_gradient_checkpointing_gives_the_same_gradients_second_order_too(layout
         torch.testing.assert_close(plain, again)
 
 
-def false(rows=64, share=0.5, sees_noise=True, texts=None, seed=0):
-    """Rows are told apart by their numbers: made ones are negative."""
+def false(rows=64, share=0.5, sees_noise=True, texts=True, seed=0):
+    """Rows are told apart by their numbers: made ones are negative. `texts`: all different, or a list, or None."""
     torch.manual_seed(seed)
-    numbers = torch.arange(1.0, rows + 1)
-    prompts = texts or [str(i) for i in range(rows)]
-    real, noise, made = (t.view(-1, 1, 1, 1).expand(-1, 2, 2, 2) for t in (numbers, 100 * numbers, -numbers))
-    x, z, c = mix_and_match(made, real, noise, numbers[:, None, None], prompts, share, sees_noise)
-    return numbers, x[:, 0, 0, 0], z[:, 0, 0, 0] / 100, c[:, 0, 0], prompts
+    own = torch.arange(1.0, rows + 1)
+    real, noise, made = (t.view(-1, 1, 1, 1).expand(-1, 2, 2, 2) for t in (own, 100 * own, -own))
+    c = None if texts is None else own if texts is True else torch.tensor(texts)
+    x, z, false_c = mix_and_match(made, real, noise, c, share, sees_noise)
+    return own, x[:, 0, 0, 0], z[:, 0, 0, 0] / 100, c, false_c
 
 
-@given(st.integers(0, 2**32), st.integers(1, 40), st.floats(0, 1), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_what_is_mixed_is_real_and_belongs_to_another(seed, rows, share, sees_noise):
-    texts = [str(i % 3) for i in range(rows)]
-    own, x, z, c, prompts = false(rows, share, sees_noise, texts, seed)
+@given(st.integers(0, 2**32), st.integers(1, 40), st.floats(0, 1), st.booleans(), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_what_is_mixed_is_real_and_of_it_one_thing_is_anothers(seed, rows, share, sees_noise, few_texts):
+    texts = [i % 3 for i in range(rows)] if few_texts else True
+    own, x, z, c, false_c = false(rows, share, sees_noise, texts, seed)
     for i in range(rows):
         n = own[i].item()
+        another_noise, another_text = z[i].item() != n, false_c[i] != c[i]
         if x[i] < 0:
-            assert (x[i], z[i], c[i]) == (-n, n, n)  # generated, with all that it was made from
-            continue
-        wrong = [v.item() for v in (x[i], z[i], c[i]) if v != n]
-        assert len(wrong) == 1  # a real one, of which one thing is another's
-        if z[i] != n:
-            assert sees_noise
-        if c[i] != n or not sees_noise:
-            other = int(wrong[0]) - 1
-            assert prompts[other] != prompts[i]
+            assert x[i] == -n and not another_noise and not another_text  # generated, with all that it was made from
+        elif x[i] != n:
+            assert not another_noise and not another_text
+            assert sees_noise or c[int(x[i]) - 1] != c[i]  # or nobody could tell
+        else:
+            assert another_noise != another_text and (sees_noise or not another_noise)
 
 
-def test_the_share_that_is_mixed_is_the_one_asked_for_in_equal_parts():
-    parts = torch.zeros(4)
+@pytest.mark.parametrize(
+    ("sees_noise", "texts", "parts"),
+    [
+        (True, True, (1 / 2, 1 / 6, 1 / 6, 1 / 6)),
+        (False, True, (1 / 2, 1 / 4, 0, 1 / 4)),
+        (True, None, (1 / 2, 1 / 6, 1 / 3, 0)),
+        (False, None, (1, 0, 0, 0)),
+    ],
+)
+def test_the_share_that_is_mixed_is_the_one_asked_for(sees_noise, texts, parts):
+    counts = torch.zeros(4)
     for seed in range(40):
-        own, x, z, c, _ = false(seed=seed)
-        parts += torch.tensor([(x < 0).sum(), ((x > 0) & (x != own)).sum(), (z != own).sum(), (c != own).sum()])
-    torch.testing.assert_close(parts / parts.sum(), torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]), atol=0.03, rtol=0)
+        own, x, z, c, false_c = false(sees_noise=sees_noise, texts=texts, seed=seed)
+        another_text = torch.zeros(64) if c is None else c != false_c
+        counts += torch.tensor([(x < 0).sum(), ((x > 0) & (x != own)).sum(), (z != own).sum(), another_text.sum()])
+    torch.testing.assert_close(counts / counts.sum(), torch.tensor(parts, dtype=torch.float), atol=0.03, rtol=0)
 
 
-def test_nothing_is_mixed_of_a_share_of_none():
-    own, x, z, c, _ = false(share=0.0)
-    assert torch.equal(x, -own) and torch.equal(z, own) and torch.equal(c, own)
+def test_nothing_is_mixed_of_a_share_of_none_or_of_a_batch_of_one():
+    for rows, share in ((64, 0.0), (1, 1.0)):
+        own, x, z, c, false_c = false(rows, share)
+        assert torch.equal(x, -own) and torch.equal(z, own) and torch.equal(c, false_c)
 
 
 # --- The method on the digits teacher ---------------------------------------------------------------------------------
@@ -316,6 +335,67 @@ def test_without_its_gan_it_is_knowledge_distillation(teacher, batch, tmp_path):
     assert set(alone.players) == {"student"}
     ours = weights(trained(alone, batches.__getitem__, tmp_path / "ours"))
     assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+class Recorder(nn.Module):
+    """Passes on what it is asked, and keeps it."""
+
+    def __init__(self, discriminator):
+        super().__init__()
+        self.discriminator, self.asked = discriminator, []
+
+    def forward(self, x, z, c):
+        self.asked.append((x.detach(), z, c))
+        return self.discriminator(x, z, c)
+
+
+def test_what_the_discriminator_is_shown_as_real_and_as_false_and_where_it_is_penalised(teacher, batch):
+    method = made(teacher, mix_and_match=1.0)
+    recorder = method.discriminator = Recorder(method.discriminator)
+    rows = batch(range(8))
+    student, critic = method.turns(0)
+    student.loss(rows)
+    shown_to_student = recorder.asked.pop()
+    critic.loss(rows)
+    (x, z, c), (one_x, one_z, one_c) = recorder.asked
+    truth = rows["latent"], rows["noise"], teacher.encode_prompts(rows["prompts"])
+    assert all(torch.equal(half[:8], true) for half, true in zip((x, z, c), truth, strict=True))
+    assert torch.equal(shown_to_student[1], truth[1]) and torch.equal(shown_to_student[2], truth[2])
+    for i in range(8, 16):  # all mixed: real latents, of which one thing is another's
+        assert any(torch.equal(x[i], real) for real in truth[0])
+        assert not (
+            torch.equal(x[i], truth[0][i - 8])
+            and torch.equal(z[i], truth[1][i - 8])
+            and torch.equal(c[i], truth[2][i - 8])
+        )
+    assert len(one_x) == 1
+    (at,) = [i for i in range(8) if torch.equal(truth[0][i], one_x[0])]
+    assert torch.equal(one_z[0], truth[1][at]) and torch.equal(one_c[0], truth[2][at])
+
+
+def test_a_discriminator_learns_to_tell_and_the_student_to_please_it(teacher, batch):
+    method = made(teacher, r1_weight=0, mix_and_match=0)
+    rows = batch(range(8))
+    critic = torch.optim.Adam(method.discriminator.parameters(), 1e-3)
+    seen = []
+    for _ in range(12):
+        method.student_loss(rows)
+        loss, figures = method.discriminator_loss(rows, penalised=False)
+        critic.zero_grad()
+        loss.backward()
+        critic.step()
+        seen.append({"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in figures.items()}})
+    first, last = seen[0], seen[-1]
+    assert last["loss"] < first["loss"] and last["real"] - last["false"] > first["real"] - first["false"] + 0.1
+    student = torch.optim.Adam(method.student.parameters(), 1e-4)
+    pleased = []
+    for _ in range(5):
+        figures = method.student_loss(rows)[1]
+        student.zero_grad()
+        figures["gan"].backward()
+        student.step()
+        pleased.append(float(figures["gan"].detach()))
+    assert pleased[-1] < pleased[0]
 
 
 def test_every_third_step_is_penalised_beginning_with_the_first(teacher, batch):
@@ -457,3 +537,20 @@ def test_the_manifest_for_stable_diffusion_as_it_is_but_small(tmp_path):
         (line,) = (json.loads(line) for line in (student.folder / "history.jsonl").read_text().splitlines())
         assert {"student_distance", "student_gan", "discriminator_r1"} <= set(line)
     assert students[0].record["metrics"]["held_out_mse"] != students[1].record["metrics"]["held_out_mse"]
+
+
+def test_discriminator_settings_without_a_discriminator_are_refused(tiny):
+    with pytest.raises(ManifestError, match="gan_weight: 0 trains no discriminator"):
+        plan_of(GAN.replace("loss: mse,", "loss: mse, gan_weight: 0,"), tiny[0])
+
+
+def test_blocks_that_pass_images_are_refused_by_name():
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        norm_num_groups=4,
+    )
+    with pytest.raises(StageError, match="its SkipDownBlock2D passes an image"):
+        DiffusionDiscriminator(unet)

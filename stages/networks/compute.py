@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from stages.base import Execution
 
+log = logging.getLogger(__name__)
+
 ATTENTION_KERNELS = {
     SDPBackend.MATH: cuda.math_sdp_enabled,
     SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled,
     SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled,
     SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled,
 }
-"""And whether the running thread may use it, on a CPU as well."""
+"""And whether this process may use it now, on a CPU as well."""
 
 
 def prepare(threads: int) -> None:
@@ -34,9 +37,11 @@ def checkpoint_activations(module: nn.Module) -> None:
     """Let each of diffusers' models in `module` compute its activations again in the backward pass."""
     from diffusers import ModelMixin  # a second to import, for those who ask for it
 
-    for model in module.modules():
-        if isinstance(model, ModelMixin):
-            model.enable_gradient_checkpointing(_checkpoint)
+    models = [model for model in module.modules() if isinstance(model, ModelMixin)]
+    if not models:
+        log.warning("gradient_checkpointing: nothing here can compute its activations again; it makes no difference")
+    for model in models:
+        model.enable_gradient_checkpointing(_checkpoint)
 
 
 def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from stages.base import StageError
 from stages.networks.network import NetworkTeacher
 
 T_OF_CLEAN = 0
@@ -33,6 +34,11 @@ class DiffusionDiscriminator(nn.Module):
 
     def __init__(self, unet: Any, noise: bool = True, multi_scale: bool = True) -> None:
         super().__init__()
+        strange = [type(block).__name__ for block in (*unet.down_blocks, *unet.up_blocks) if not _is_plain(block)]
+        if strange:
+            raise StageError(
+                f"no discriminator can be made of the teacher's U-Net: its {strange[0]} passes an image beside features"
+            )
         unet.conv_norm_out = unet.conv_act = unet.conv_out = nn.Identity()  # what they would put out nobody reads
         self.unet: Any = unet
         self.t: Tensor
@@ -94,6 +100,11 @@ class DiffusionDiscriminator(nn.Module):
                     else block.register_forward_hook(lambda _module, _args, output: features.append(output))
                 )
             yield features
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether it takes features and skips alone, as all of Stable Diffusion's do."""
+    return not hasattr(block, "skip_conv") and not hasattr(block, "skip_norm")
 
 
 def _way_in(unet: Any, width: int) -> nn.Conv2d:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.base import Config
 from stages.methods.base import Materials, Method, OneStepConfig, TrainingSettings
@@ -22,14 +22,18 @@ class DiscriminatorSettings(Config):
     betas: tuple[float, float] = Field(
         (0.0, 0.99), strict=False, description="AdamW's; without momentum, as discriminators are usually trained"
     )
-    r1_weight: float = Field(1.0, ge=0, description="of the R1 gradient penalty; 0: none")
+    r1_weight: float = Field(
+        1.0,
+        ge=0,
+        description="of the R1 penalty, of the gradient of the mean logit: of more positions it needs more; 0: none",
+    )
     r1_every: int = Field(16, ge=1, description="steps from one penalty to the next, each counted as often")
     mix_and_match: float = Field(
         0.25,
         ge=0,
         le=1,
         description="share of the generated latents that is replaced by a target of the batch with the noise, the "
-        "text, or both of another, to be recognised as false",
+        "text, or both of another, to be recognised as false; needs batches of two and more",
     )
 
     def training(self, student: TrainingSettings) -> TrainingSettings:
@@ -42,11 +46,13 @@ class Diffusion2GANConfig(OneStepConfig):
     """Diffusion2GAN (Kang et al. 2024, 2405.05967): regression on ODE pairs, in the paper with E-LatentLPIPS, plus a
     conditional GAN whose multi-scale discriminator starts from the teacher's U-Net.
 
-    `gan_weight: 0` leaves the regression alone; each other ingredient has its switch under `discriminator`. A student
-    that regression has brought near its targets is the place to begin: see `start_from` of the stage.
+    `gan_weight: 0` leaves the regression alone; each other ingredient has its switch under `discriminator`. Beside a
+    student that regression has already brought to its targets, the discriminator finds nothing to tell apart for long.
 
-    Not published, and so Retort's choice: the weights of the GAN term and of R1, the share of mixed and matched rows,
-    learning rates and betas.
+    Not published, and so Retort's choice: the weight of the GAN term, by the sweep of
+    manifests/digit_scenes_gan_sweep.yaml (0.3 of 0.1, 0.3 and 1); that of R1 and the share of mix-and-match, which made
+    no difference or a worse one when larger there; learning rates, betas, clipping; every map of logits counting alike;
+    and what is judged without `multi_scale`.
     """
 
     name: Literal["diffusion2gan"] = "diffusion2gan"
@@ -54,6 +60,12 @@ class Diffusion2GANConfig(OneStepConfig):
     discriminator: DiscriminatorSettings = Field(
         DiscriminatorSettings(), description="what judges the student's latents"
     )
+
+    @model_validator(mode="after")
+    def _has_a_discriminator(self) -> Self:
+        if self.gan_weight == 0 and "discriminator" in self.model_fields_set:
+            raise ValueError("gan_weight: 0 trains no discriminator: leave its settings out")
+        return self
 
     def create(self, materials: Materials) -> Method:
         from stages.methods.diffusion2gan.method import Diffusion2GAN

@@ -18,7 +18,7 @@ class Diffusion2GAN:
     """Kang et al. 2024, 2405.05967, section 3:
 
     L_G = d(G(z, c), x) + gan_weight * E[-log D(c, z, G(z, c))]
-    L_D = E[-log D(c, z, x)] + E[-log(1 - D(c, z, G(z, c)))] + R1 / 2 |grad_x D(c, z, x)|^2
+    L_D = E[-log D(c, z, x)] + E[-log(1 - D(c, z, G(z, c)))] + r1_weight / 2 |grad_x D(c, z, x)|^2
 
     The discriminator judges the very latents that the student was taught on in the same step: they are made once.
     """
@@ -30,9 +30,11 @@ class Diffusion2GAN:
         self.players = {"student": Player(self.student, materials.training)}
         self._made: deque[Tensor] = deque()
         if self.gan_weight:
-            of, ours = self.settings, materials.training
-            self.discriminator = DiffusionDiscriminator.from_teacher(self.teacher, of.weights, of.noise, of.multi_scale)
-            self.players["discriminator"] = Player(self.discriminator, of.training(ours), averaged=False)
+            its = self.settings
+            self.discriminator = DiffusionDiscriminator.from_teacher(
+                self.teacher, its.weights, its.noise, its.multi_scale
+            )
+            self.players["discriminator"] = Player(self.discriminator, its.training(materials.training), averaged=False)
         self.teacher.retire()
 
     def turns(self, step: int) -> Sequence[Turn]:
@@ -57,7 +59,7 @@ class Diffusion2GAN:
         """The same batch as the student's turn had; `penalised`: whether R1 falls due."""
         z, c, x = batch["noise"], self.teacher.encode_prompts(batch["prompts"]), batch["latent"]
         false_x, false_z, false_c = mix_and_match(
-            self._made.popleft(), x, z, c, batch["prompts"], self.settings.mix_and_match, self.settings.noise
+            self._made.popleft(), x, z, c, self.settings.mix_and_match, self.settings.noise
         )
         conditions = None if c is None or false_c is None else torch.cat([c, false_c])
         both = self.discriminator(torch.cat([x, false_x]), torch.cat([z, false_z]), conditions)
@@ -65,7 +67,7 @@ class Diffusion2GAN:
         loss = discriminator_loss(real, false)
         figures = {"real": mean_over_maps(real).mean(), "false": mean_over_maps(false).mean()}
         if penalised:
-            # one sample of the batch, and rarely (section 3.3): a second derivative costs more than all the rest
+            # one sample of each (micro-)batch, and rarely (section 3.3): a second derivative costs more than the rest
             one = torch.randint(len(x), (1,), device=x.device)
             z, c = z[one], None if c is None else c[one]
             r1 = r1_penalty(lambda real: self.discriminator(real, z, c), x[one], self.settings.r1_weight)

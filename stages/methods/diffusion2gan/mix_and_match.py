@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+TARGET, TEXT, NOISE = range(3)
+
 
 def mix_and_match(
-    made: Tensor,
-    real: Tensor,
-    noise: Tensor,
-    condition: Tensor | None,
-    prompts: Sequence[str],
-    share: float,
-    sees_noise: bool,
+    made: Tensor, real: Tensor, noise: Tensor, condition: Tensor | None, share: float, sees_noise: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The false half of the discriminator's batch: generated latents with their noise and condition, of which each
     with probability `share` is replaced by real ones that do not belong to theirs (2405.05967, section 3.3).
 
     In equal parts: an unrelated target for this noise and text; this target with another's text; with another's
-    noise. The paper publishes neither share nor parts. What the discriminator cannot tell from the truth is left
-    out: another's noise if it sees none, another's text if that is the same, an unrelated target if only the text
-    could tell and is the same; a batch of one has no other. All tensors (B, ...), none changed.
+    noise. The paper publishes neither share nor parts. Never is the truth called false: another's noise only for a
+    discriminator that sees it, another's text only if it differs; a row for which nothing is left, and a batch of
+    one, stays as it is. All tensors (B, ...), none changed.
     """
     rows, device = len(real), real.device
-    if not share or rows == 1:
+    if rows == 1:
         return made, noise, condition
-    other = (torch.arange(rows) + torch.randint(1, rows, (rows,))) % rows  # never its own index
-    kind = torch.randint(3, (rows,))
-    same_text = torch.tensor([prompts[i] == prompts[int(j)] for i, j in enumerate(other)])
-    chosen = torch.rand(rows) < share
-    target = chosen & (kind == 0) & (~same_text | sees_noise)
-    text = chosen & (kind == 1) & ~same_text
-    swapped = chosen & (kind == 2) & sees_noise
-    other, target, text, swapped = (t.to(device) for t in (other, target, text, swapped))
+    other = (torch.arange(rows, device=device) + torch.randint(1, rows, (rows,), device=device)) % rows  # never itself
+    kind = torch.randint(3 if sees_noise else 2, (rows,), device=device)
+    same_text = torch.ones(rows, dtype=torch.bool, device=device)
+    if condition is not None:
+        same_text = (condition == condition[other]).view(rows, -1).all(1)
+    if sees_noise:
+        kind = torch.where((kind == TEXT) & same_text, NOISE, kind)
+    mixed = (torch.rand(rows, device=device) < share) & (~same_text | sees_noise)
 
-    def where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-        return torch.where(mask.view(-1, *[1] * (no.ndim - 1)), yes, no)
+    def swapped(which: int, values: Tensor) -> Tensor:
+        rows_of_kind = (mixed & (kind == which)).view(-1, *[1] * (values.ndim - 1))
+        return torch.where(rows_of_kind, values[other], values)
 
-    return (
-        where(target, real[other], where(text | swapped, real, made)),
-        where(swapped, noise[other], noise),
-        condition if condition is None else where(text, condition[other], condition),
-    )
+    x = torch.where(mixed.view(-1, 1, 1, 1), swapped(TARGET, real), made)
+    return x, swapped(NOISE, noise), None if condition is None else swapped(TEXT, condition)

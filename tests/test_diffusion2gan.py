@@ -305,7 +305,8 @@ def made(teacher, steps=8, gan_weight=0.5, accumulate=1, mixed_precision="no", *
     training = TrainingSettings(
         steps=steps, batch_size=8, learning_rate=1e-3, accumulate=accumulate, mixed_precision=mixed_precision
     )
-    config = Diffusion2GANConfig(loss=MSE, gan_weight=gan_weight, discriminator={"r1_every": 3, **of_discriminator})
+    given = {"discriminator": {"r1_every": 3, **of_discriminator}} if gan_weight else {}
+    config = Diffusion2GANConfig(loss=MSE, gan_weight=gan_weight, **given)
     return config.create(Materials(teacher, training))
 
 
@@ -363,11 +364,7 @@ def test_what_the_discriminator_is_shown_as_real_and_as_false_and_where_it_is_pe
     assert torch.equal(shown_to_student[1], truth[1]) and torch.equal(shown_to_student[2], truth[2])
     for i in range(8, 16):  # all mixed: real latents, of which one thing is another's
         assert any(torch.equal(x[i], real) for real in truth[0])
-        assert not (
-            torch.equal(x[i], truth[0][i - 8])
-            and torch.equal(z[i], truth[1][i - 8])
-            and torch.equal(c[i], truth[2][i - 8])
-        )
+        assert not all(torch.equal(part[i], true[i - 8]) for part, true in zip((x, z, c), truth, strict=True))
     assert len(one_x) == 1
     (at,) = [i for i in range(8) if torch.equal(truth[0][i], one_x[0])]
     assert torch.equal(one_z[0], truth[1][at]) and torch.equal(one_c[0], truth[2][at])

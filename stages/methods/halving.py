@@ -91,6 +91,11 @@ class HalvingConfig(MethodConfig):
         return self
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
+        """What is planned is a single round: of several, each was made a stage of its own."""
+        for steps in self.training_steps:
+            yield f"training_steps.{steps}", "no round comes to so many steps, going on from `start_from`; leave it out"
+        if not self.training_steps and self.start_steps not in (self.end_steps, 2 * self.end_steps):
+            yield "end_steps", f"a round halves start_steps: {self.start_steps}; {self.end_steps} is not half of it"
         if start is None:
             return
         if start.form.steps != self.start_steps:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from stages.base import SCRATCH, Artifact, Progress, StageError
 from stages.data.supply import LatentSupply, PairSupply, Supply
+from stages.diffusion.form import Form
+from stages.diffusion.grid import Grid
 from stages.losses.config import LossConfig
 from stages.methods.base import Batch, Materials, MethodConfig, TrainingExecution, TrainingSettings
 from stages.networks.compute import prepare
-from stages.networks.exporting import why_not_plain
+from stages.networks.exporting import scheduler_of, why_not_plain
 from stages.networks.network import NetworkTeacher
 from stages.networks.perceptual import about_of
 from stages.networks.student import Student, export
@@ -123,18 +125,8 @@ def _card(
     at = f" at {source['revision']}" if source.get("revision") else ""
     names = ", ".join(f"{one.kind}/{one.fingerprint}" for one in data)
     begun = f"It went on from distill/{start.fingerprint}." if start else "It began with the teacher's weights."
-    form, count = (
-        method.form,
-        {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(method.form.steps, str(method.form.steps)),
-    )
-    alone = why_not_plain(form)
-    call = (
-        f"Not for plain diffusers: {alone}. `retort sample` draws with it."
-        if alone
-        else f"""```python
-{teacher.usage(form.steps, form.w_range is not None)}
-```"""
-    )
+    form = method.form
+    count = {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(form.steps, str(form.steps))
     error = figures.get("held_out_mse")
     quality = (
         ""
@@ -152,8 +144,18 @@ Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(method)}`, {
 ({origin}{at}; teacher/{artifact.fingerprint}; licence: {source.get("licence") or "not stated"}){_solved(data[0])}.
 {begun} {_guidance(method)}
 
-{_looked_through(inputs)}{quality}{call}
+{_looked_through(inputs)}{quality}{_call(form, teacher)}
 """
+
+
+def _call(form: Form, teacher: NetworkTeacher) -> str:
+    """How plain diffusers draws with it, or why it does not."""
+    grid = Grid.of(form.schedule, teacher.schedule, form.steps)
+    scheduler = scheduler_of(form, grid, teacher.folder)
+    alone = why_not_plain(form, grid, scheduler)
+    if alone:
+        return f"Not for plain diffusers: {alone}. `retort sample` draws with it."
+    return f"```python\n{teacher.usage(form, type(scheduler).__name__)}\n```"
 
 
 def _solved(data: Artifact) -> str:

@@ -197,7 +197,7 @@ def test_every_strength_is_measured_with_one_student(chain):
             assert metrics["sides"]["student"]["network_calls"] == steps
             assert metrics["sides"]["teacher_4"]["network_calls"] == (4 if scale == 1 else 8)
     card = (chain["guided/2"].artifact.folder / "README.md").read_text()
-    assert "any guidance_scale from 1 to 5" in card and "guidance_scale=3.0, num_inference_steps=2" in card
+    assert "any guidance_scale from 1 to 5" in card and "guidance_scale=3, num_inference_steps=2" in card
 
 
 def test_the_first_link_learns_the_guided_teacher(tiny, teacher):

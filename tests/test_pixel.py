@@ -204,6 +204,25 @@ def test_students_of_several_steps_in_plain_diffusers(unconditional, tmp_path, s
     np.testing.assert_allclose(image, (x0[0] / 2 + 0.5).permute(1, 2, 0), atol=1e-4)
 
 
+@pytest.mark.parametrize(("form", "scheduler"), [
+    (Form(steps=4, sampler="consistency"), "LCMScheduler"), (Form(steps=16), "DPMSolverMultistepScheduler")
+])  # fmt: skip
+def test_the_card_of_a_student_by_class_names_the_scheduler_that_it_has(by_class, tmp_path, form, scheduler):
+    teacher = PixelTeacher(by_class)
+    student = Student.from_teacher(teacher, form).eval()
+    export(student, teacher, tmp_path, "a card")
+    lines = teacher.usage(form, scheduler).replace("THIS FOLDER", str(tmp_path))
+    namespace: dict = {}
+    torch.manual_seed(3)
+    exec(lines, namespace)
+    assert type(namespace["scheduler"]).__name__ == scheduler == namespace["scheduler"].config["_class_name"]
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(namespace["noise"].shape, generator=generator)
+    with torch.no_grad():
+        x0 = student(noise, teacher.encode_prompts(["cat"]), None, generator)
+    torch.testing.assert_close(namespace["image"], x0, atol=1e-4, rtol=1e-4)
+
+
 def test_a_teacher_by_class_is_halved_on_the_classes_of_an_image_set(by_class, tmp_path):
     images = tmp_path / "images"
     for name in ("a", "b"):

@@ -26,6 +26,7 @@ from stages.diffusion.schedule import NoiseSchedule
 from stages.diffusion.weighting import weights
 from stages.methods.base import Materials, TrainingSettings
 from stages.networks.denoiser import ManyStep
+from stages.networks.exporting import scheduler_of, why_not_plain
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
 from tests.conftest import ROOT, TINY, command, execute, plan_of
@@ -430,8 +431,6 @@ def test_plain_diffusers_steps_as_retort_does(teacher, tmp_path, steps, schedule
 
 def test_a_student_of_both_is_read_as_both(teacher, tmp_path):
     """And says that plain diffusers cannot."""
-    from stages.networks.exporting import why_not_plain
-
     student = shaken(Student.from_teacher(teacher, Form(steps=2, prediction="both")))
     export(student, teacher, tmp_path, "a card")
     loaded = Student.load(tmp_path, teacher)
@@ -442,8 +441,28 @@ def test_a_student_of_both_is_read_as_both(teacher, tmp_path):
         alpha, sigma = loaded.grid.level(2)
         x0 = sigma**2 * output[:, :4] + alpha * (noise - sigma * output[:, 4:])
         torch.testing.assert_close(loaded.x0(noise, 2, condition), x0)
-    assert "knows nothing" in why_not_plain(student.form)
-    assert why_not_plain(Form(steps=4096, schedule="cosine")) and not why_not_plain(Form(steps=512, schedule="cosine"))
+    assert "knows nothing" in reason(teacher, student.form)
+
+
+def reason(teacher, form):
+    grid = Grid.of(form.schedule, teacher.schedule, form.steps)
+    return why_not_plain(form, grid, scheduler_of(form, grid, teacher.folder))
+
+
+@pytest.mark.parametrize(("form", "words"), [
+    (Form(steps=4096, schedule="cosine"), "no whole numbers"),
+    (Form(steps=512, schedule="cosine"), None),
+    (Form(steps=48), "rounds the timesteps of 48 steps otherwise"),
+    (Form(steps=61), "rounds the timesteps of 61 steps otherwise"),
+    (Form(steps=3), None),
+    (Form(steps=16), None),
+    (Form(steps=2, sampler="stochastic"), "Retort's own"),
+    (Form(steps=1, sampler="stochastic"), None),  # a last step adds no noise
+    (Form(steps=4, sampler="consistency"), None),
+])  # fmt: skip
+def test_what_plain_diffusers_cannot_do_is_said(teacher, form, words):
+    found = reason(teacher, form)
+    assert found is None if words is None else words in found
 
 
 # --- What is refused --------------------------------------------------------------------------------------

@@ -499,15 +499,43 @@ def test_guidance_is_that_of_the_pairs_where_nothing_else_is_said(tiny, teacher)
     text = TINY.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")
     student = execute(text.replace("steps: 24", "steps: 1"), tiny[0], name="of_pairs")["student"].artifact
     assert "held_out_mse" in student.record["metrics"]
+    assert json.loads((student.folder / "student.json").read_text())["guidance_scale"] == 2.0
+    assert "Guidance 2 is built in." in (student.folder / "README.md").read_text()
     materials = Materials(teacher, TrainingSettings(steps=1), guidance_scale=2.0)
     assert materials.many_step(Form(steps=2)).default_w == 1.0
     assert materials.many_step(Form(steps=2, guidance_scale=4.0)).default_w == 3.0
 
 
+def test_guidance_that_is_that_of_the_pairs_is_checked_as_any_other(tmp_path):
+    first, rest = TINY.partition("  pairs:")[::2]
+    pairs, student = rest.partition("  student:")[::2]
+    student = student.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")
+    other = pairs.replace("guidance_scale: 2.0", "guidance_scale: 5.0") + "    seed: 7\n"
+    text = f"{first}  pairs:{pairs}  other:{other}  student:{student}"
+    assert plan_of(text, tmp_path)["student"]
+
+    def refused(text, words):
+        with pytest.raises(ManifestError, match=words):
+            plan_of(text, tmp_path)
+
+    second = "  second:" + student.replace("pairs: pairs", "pairs: other\n    start_from: student")
+    second = second.replace("start_steps: 4, end_steps: 2", "start_steps: 2, end_steps: 1")
+    refused(text + second, "the student to go on from has guidance_scale: 2, this one 5")
+    assert plan_of(text + second.replace("pairs: other", "pairs: pairs"), tmp_path)["second"]
+    refused(
+        text + "  quality: {kind: evaluate, student: student, pairs: other, samples: 20, teacher_steps: []}",
+        "the student has guidance_scale: 2 built in; the pairs have 5",
+    )
+    mixed = text.replace("pairs: pairs\n", "pairs: [pairs, other]\n")
+    refused(mixed, "the pairs have guidance_scale: 2 and 5; give the student's")
+    assert plan_of(mixed.replace("end_steps: 2", "end_steps: 2, guidance_scale: 2.0"), tmp_path)["student"]
+
+
 def test_one_step_methods_take_pairs_only(tmp_path):
     text = TINY.replace("    pairs: pairs\n", "    latents: latents\n") + CHAIN.split("  fewer")[0]
-    with pytest.raises(ManifestError, match="knowledge_distillation is trained on pairs, not on latents"):
+    with pytest.raises(ManifestError, match="knowledge_distillation is trained on pairs, not on latents") as refusal:
         plan_of(text, tmp_path)
+    assert "guidance_scale" not in str(refusal.value)
 
 
 def test_a_chain_that_goes_on_from_another(tmp_path):

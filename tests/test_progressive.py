@@ -257,7 +257,7 @@ def test_a_teacher_is_asked_where_its_ratio_of_data_to_noise_is_the_grids(teache
     asked = ManyStep(teacher, Grid.cosine(64))
     log_snr = 2 * (asked.alpha / asked.sigma).log()
     grid, known = Grid.cosine(64), teacher.schedule.log_snr
-    wanted = (2 * np.log(grid.alpha[1:-1] / grid.sigma[1:-1])).clip(known[-1], known[0])
+    wanted = (2 * np.log(grid.alpha[1:-1] / grid.sigma[1:-1])).clip(known[-1])
     torch.testing.assert_close(log_snr[1:-1], torch.from_numpy(wanted), atol=1e-9, rtol=0)
     own = ManyStep(teacher, Grid.on(teacher.schedule, 50))
     assert own.timesteps[1:].tolist() == Grid.on(teacher.schedule, 50).timesteps[1:].tolist()
@@ -274,17 +274,46 @@ def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
         alpha, sigma = grid.level(int(i[k]))
         output = of_noise.unet(z[k : k + 1], int(grid.timesteps[i[k]]), condition[k : k + 1]).sample
         torch.testing.assert_close(x0[k : k + 1], (z[k : k + 1] - sigma * output) / alpha, atol=1e-4, rtol=1e-4)
-    student = Student.from_teacher(of_noise, Form(steps=2))
-    assert student.form.prediction == "v_prediction" and of_noise.prediction == "epsilon"
 
-    noise, condition = torch.randn(1, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"])
+
+@pytest.mark.parametrize("of", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("to", ["v_prediction", "sample", "both"])
+def test_a_students_last_layer_is_turned_to_what_it_is_to_put_out(teacher, monkeypatch, of, to):
+    """In pure noise v is -x0; where there is none it is the noise. Of x0 a teacher of the noise says nothing: 0."""
+    monkeypatch.setattr(teacher, "prediction", of)
+    student = Student.from_teacher(teacher, Form(steps=4, schedule="cosine", prediction=to))
+    z, condition, i = torch.randn(1, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"]), 4
     with torch.no_grad():
-        ends = [
-            Student.from_teacher(teacher, Form(schedule="cosine", prediction=prediction))(noise, condition)
-            for prediction in ("v_prediction", "sample", "both")
-        ]
-    torch.testing.assert_close(ends[0], ends[1])
-    torch.testing.assert_close(ends[0], ends[2])
+        output = teacher.unet(z, student.timesteps[i], condition).sample
+        x0, own = student.x0(z, i, condition), student.unet(z, student.timesteps[i], condition).sample
+    if of != "epsilon":
+        torch.testing.assert_close(x0, -output if of == "v_prediction" else output)
+    elif to == "sample":
+        assert not own.any()
+    else:  # v as where it is the noise, or both, whose second half is
+        torch.testing.assert_close(own[:, -len(output[0]) :], output)
+        assert to == "v_prediction" or not x0.any()
+
+
+def test_beyond_its_cleanest_level_a_teacher_is_read_at_the_grids(teacher, monkeypatch):
+    """Of 8,192 steps the first lie nearer to data than its timestep 0: there an estimate of x0 is nearly z."""
+    grid = Grid.cosine(8192)
+    z, condition = torch.randn(1, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"])
+    alpha, sigma = grid.level(1)
+    assert sigma < 0.1 * teacher.schedule.at(0)[1]
+    with torch.no_grad():
+        output = teacher.unet(z, torch.zeros(1), condition).sample
+    for prediction, wanted in (("epsilon", (z - sigma * output) / alpha), ("v_prediction", alpha * z - sigma * output)):
+        monkeypatch.setattr(teacher, "prediction", prediction)
+        torch.testing.assert_close(ManyStep(teacher, grid).x0(z, torch.tensor([1]), condition), wanted)
+
+
+def test_a_teacher_computes_in_its_own_precision_whatever_the_student_trains_in(teacher):
+    z, condition = torch.randn(2, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 2)
+    many, i = ManyStep(teacher, Grid.on(teacher.schedule, 4), 5.0), torch.tensor([4, 2])
+    wanted = many.x0(z, i, condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(many.x0(z, i, condition), wanted)
 
 
 # --- The chain ------------------------------------------------------------------------------------------

@@ -83,17 +83,6 @@ def test_guidance_of_equal_normals_shifts_the_mean_alone():
         assert float((found[-1] - found[0]) / (z[-1] - z[0])) == pytest.approx(3 * gains[0] - 2 * gains[1])
 
 
-def test_a_linear_student_recovers_guidance_as_an_affine_function_of_w():
-    """Least squares over x = a + b z + (c + d z) w, at each level."""
-    alpha, sigma, generator = 0.6, 0.8, torch.Generator().manual_seed(0)
-    z, w = (torch.rand(200, generator=generator, dtype=torch.float64) * 4 for _ in "zw")
-    target = guide_by(denoised(z, alpha, sigma, OTHER_MEAN, 1.2), denoised(z, alpha, sigma, MEAN), w)
-    inputs = torch.stack([torch.ones_like(z), z, w, z * w], 1)
-    *_, b, _, d = torch.linalg.lstsq(inputs, target).solution.tolist()
-    conditional, plain = (alpha * s**2 / (alpha**2 * s**2 + sigma**2) for s in (STD, 1.2))
-    assert (b, d) == pytest.approx((conditional, conditional - plain), abs=1e-10)
-
-
 def test_noising_keeps_the_variance():
     grid = Grid.cosine(16)
     for from_, to in ((0, 1), (3, 4), (13, 15)):

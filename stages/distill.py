@@ -97,9 +97,13 @@ class Distill(Stage):
         assert isinstance(teacher.stage, Teacher)
         if teacher.stage.gaussian:
             yield given, "their teacher is `gaussian:`, which has no network that a student could start from"
-        unguided = teacher.stage.why_unguided(self.method.form.w_range is not None) if self.method.guided else None
+        as_input = self.method.form.w_range is not None
+        unguided = teacher.stage.why_unguided(as_input, teacher.folder) if self.method.guided else None
         if unguided:
             yield "method", f"it needs guidance, but {unguided}"
+        timesteps = teacher.stage.timesteps(teacher.folder)
+        if timesteps is not None:
+            yield from ((f"method.{path}", problem) for path, problem in self.method.check_timesteps(timesteps))
         start = inputs.get("start_from")
         assert start is None or isinstance(start.stage, Distill)
         if start and teacher_of(start.inputs).fingerprint != teacher.fingerprint:

@@ -15,6 +15,7 @@ from stages.data.reader import PairReader
 from stages.diffusion.form import Form
 from stages.networks.pixel import PixelTeacher
 from stages.networks.student import Student, export
+from stages.teacher import Teacher
 from tests.conftest import execute
 
 PIPELINE = """
@@ -135,6 +136,17 @@ def test_without_a_class_for_none_there_is_no_guidance(tmp_path):
     with pytest.raises(StageFailed, match=r"guidance_scale: 1.0"):
         execute(text, tmp_path / "store")
     execute(text.replace("guidance_scale: 3.0", "guidance_scale: 1.0"), tmp_path / "store", only=["teacher"])
+
+
+def test_what_a_sealed_teacher_says_counts_when_planning(unconditional, by_class, tmp_path, monkeypatch):
+    """Of a hub's, nothing else can be known; and never of what lies in the current folder."""
+    stage = Teacher.model_validate({"kind": "teacher", "from": "owner/name"})
+    assert "unconditional" in stage.why_unguided(False, unconditional)
+    assert stage.why_unguided(False, by_class) is None and stage.timesteps(by_class) == 1000
+    monkeypatch.chdir(unconditional)
+    trained = Teacher.model_validate({"kind": "teacher", "gaussian": {"mean": 0.0, "std": 1.0, "shape": [1, 2, 2]}})
+    for one in (stage, trained):
+        assert one.why_unguided(False, tmp_path) is None and one.timesteps(tmp_path) is None
 
 
 def test_networks_that_want_more_are_refused(unconditional, tmp_path):

@@ -101,3 +101,10 @@ class HalvingConfig(MethodConfig):
         if start.form.steps != self.start_steps:
             yield "start_steps", f"the student to go on from takes {start.form.steps} steps"
         yield from differences(start.form, self.form, but=("steps",))
+
+    def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
+        if self.schedule == "teacher" and self.start_steps > count:
+            yield (
+                "start_steps",
+                f"{self.start_steps} are more than the teacher's {count} timesteps; try cosine",
+            )

@@ -65,6 +65,12 @@ class ConsistencyConfig(MethodConfig):
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))
 
+    def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
+        if count % self.steps:
+            yield "steps", f"{self.steps} does not divide the teacher's {count} timesteps"
+        if self.solver_steps > count:
+            yield "solver_steps", f"{self.solver_steps} are more than the teacher's {count} timesteps"
+
     def create(self, materials: Materials) -> Method:
         from stages.methods.consistency.method import Consistency
 

@@ -89,7 +89,7 @@ class Evaluate(Stage):
             yield "pairs", f"they are of another teacher than {self.student}'s"
         scale, trained = pairs.sampler.guidance_scale, stage.method.form.w_range
         own = guidance_scales(stage.method.form, sources(student.inputs))
-        if trained and not trained[0] <= scale - 1 <= trained[1]:
+        if trained and not 1 + trained[0] <= scale <= 1 + trained[1]:
             yield (
                 "pairs" if self.pairs else "student",
                 f"the pairs have guidance_scale: {scale:g}, w = {scale - 1:g}; the student was trained for w from "

@@ -10,6 +10,7 @@ from pipeline.commands.console import find_artifact
 from pipeline.errors import ManifestError
 from pipeline.manifest import dump, loads
 from pipeline.store import load_artifact
+from stages.base import StageError
 from stages.diffusion.few_step import noising, sample
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
@@ -237,6 +238,8 @@ def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
         draw(load_artifact(folder), ["a red handwritten seven"], 2, 0, 20, scale, tmp_path / "i.png")
         drawn.append(Image.open(tmp_path / "i.png").tobytes())
     assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(StageError, match=r"from 1 to 5, not 7\.5"):
+        draw(load_artifact(folder), ["a red handwritten seven"], 2, 0, 20, 7.5, tmp_path / "i.png")
 
 
 # --- What is refused --------------------------------------------------------------------------------------

@@ -343,6 +343,27 @@ def test_a_chain_of_every_member_of_a_matrix_and_of_what_it_reads():
     assert loads(alone, "m.yaml").manifest.stages["quality"].student == "fewer/2"
 
 
+@pytest.mark.parametrize("varied", ["fewer", "teacher"])
+def test_a_link_of_every_member_and_the_chain_of_one_can_be_read(varied):
+    matrix = "    matrix: {seed: [0, 1]}\n"
+    line = {"fewer": "    latents: latents\n", "teacher": "    kind: teacher\n"}[varied]
+    text = (TINY + CHAIN).replace(line, line + matrix)
+    text = text.replace("pairs: pairs\n    samples", "samples").replace("latents: latents\n", "pairs: pairs\n")
+
+    def read(reference):
+        stages = loads(text.replace("student: fewer", f"student: '{reference}'"), "m.yaml").manifest.stages
+        return {n: s.student for n, s in stages.items() if n.startswith("quality")}
+
+    assert read("fewer[seed=1]") == {f"quality/{n}": f"fewer/{n}[seed=1]" for n in (4, 2, 1)}
+    link = "" if varied == "fewer" else "/2"  # which is then a stage, that comes to several
+    assert read("fewer/2") == {f"quality{link}[seed={seed}]": f"fewer/2[seed={seed}]" for seed in (0, 1)}
+    assert read("fewer/2[seed=1]") == {"quality": "fewer/2[seed=1]"}
+    assert len(read("fewer")) == 6
+    for wrong in ("fewer/3", "fewer[seed=2]"):
+        with pytest.raises(ManifestError, match="there is no stage"):
+            read(wrong)
+
+
 def test_a_link_is_the_stage_that_would_be_written_by_hand(tmp_path):
     """And does not depend on where its chain ends."""
     longer = plan_of(TINY + CHAIN, tmp_path)

@@ -138,12 +138,6 @@ def _card(
     names = ", ".join(f"{one.kind}/{one.fingerprint}" for one in data)
     begun = f"It went on from distill/{start.fingerprint}." if start else "It began with the teacher's weights."
     count = {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(form.steps, str(form.steps))
-    error = figures.get("held_out_mse")
-    quality = (
-        ""
-        if error is None or not isinstance(supply, PairSupply)
-        else (f"Mean squared error to the teacher's latents on {len(supply.held)} held-out pairs: {error:.4f}.\n\n")
-    )
     return f"""---
 library_name: diffusers
 license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained") else "unknown")}
@@ -155,8 +149,15 @@ Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(method)}`, {
 ({origin}{at}; teacher/{artifact.fingerprint}; licence: {source.get("licence") or "not stated"}){_solved(data[0])}.
 {begun} {_guidance(form)}
 
-{_looked_through(inputs)}{quality}{_call(form, teacher)}
+{_looked_through(inputs)}{_quality(supply, figures)}{_call(form, teacher)}
 """
+
+
+def _quality(supply: Supply, figures: Mapping[str, Any]) -> str:
+    if not isinstance(supply, PairSupply) or "held_out_mse" not in figures:
+        return ""
+    error = figures["held_out_mse"]
+    return f"Mean squared error to the teacher's latents on {len(supply.held)} held-out pairs: {error:.4f}.\n\n"
 
 
 def _call(form: Form, teacher: NetworkTeacher) -> str:

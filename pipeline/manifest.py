@@ -14,7 +14,7 @@ from pipeline import document as yaml_document
 from pipeline.document import Document
 from pipeline.errors import ManifestError, UsageError
 from pipeline.fields import is_artifact_path, marked, parts_of, plain, replaced
-from pipeline.matrix import base_of
+from pipeline.matrix import base_of, groups_of
 from pipeline.problems import in_order, in_words
 from pipeline.store import is_url
 from stages import KINDS
@@ -123,8 +123,8 @@ def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
     problems += references.cycles(manifest.stages, document)
     stages = matrix.follow(manifest.stages, coordinates, document, problems)
     manifest = manifest.model_copy(update={"stages": stages})
-    bases = set(map(base_of, manifest.stages))
-    lost = {name for name in (*asked, *document.value["stages"]) if name not in manifest.stages and name not in bases}
+    there = {*manifest.stages, *(group for name in manifest.stages for group in groups_of(name))}
+    lost = {name for name in (*asked, *document.value["stages"]) if name not in there}
     found = references.wrong(manifest.stages, lost, document)
     problems += [problem for several in found.values() for problem in several]
     problems += references.wrong_resources(manifest.stages, lost, manifest.resources, document)

@@ -52,7 +52,8 @@ class Matrix(Config):
     A value with many settings may be named: `method: [{as: plain, value: {name: ..., loss: ...}}, ...]`.
 
     A stage that reads `student` is made once for each of them, and of two that it reads those that stand at the same
-    place go together. A single one is read by its whole name, in quotes. Commands take either.
+    place go together. A single one is read by its whole name, in quotes; of a chain that has a matrix `student/4` is
+    that link of every member, and `student[seed=0]` all links of one. Commands take either.
     """
 
 
@@ -74,9 +75,16 @@ def base_of(name: str) -> str:
     return name.partition("[")[0].partition("/")[0]
 
 
+def groups_of(name: str) -> set[str]:
+    """What is said for it and others at once: of `student/16[seed=2]` its base `student`, the link of all members
+    `student/16`, and the chain of one member `student[seed=2]`."""
+    base, (link, *rest) = base_of(name), name.partition("[")
+    return {base, link, base + "".join(rest)} - {name}
+
+
 def chosen(names: Sequence[str], asked: str) -> list[str]:
     """The stages that a user means by `asked`: the one of that name, or all that its matrix or its chain came to."""
-    return [name for name in names if asked in (name, name.partition("[")[0], base_of(name))]
+    return [name for name in names if asked in {name, *groups_of(name)}]
 
 
 # --- A stage's own matrix, before anything is validated -----------------------------------------------
@@ -238,22 +246,34 @@ def follow(
 
     @cache
     def members(reference: str) -> list[str]:
-        """What a reference stands for: one stage, all of a matrix or a chain, or what one of these came to."""
-        return [
-            new for name in ([reference] if reference in stages else of_base.get(reference, [])) for new in made(name)
-        ]
+        """What a reference stands for: a stage, all or a part of a matrix or a chain, or what one of these came to."""
+        if reference in stages:
+            return list(made(reference))
+        everything = (new for name in of_base.get(base_of(reference), []) for new in made(name))
+        return [new for new in everything if reference in groups_of(new)]
+
+    def places(reference: str) -> dict[str, Coordinates]:
+        """Where its members stand, but for what the reference itself settles: the link, or the member."""
+        names = members(reference)
+        if reference in (*stages, base_of(reference)):
+            return {name: at[name] for name in names}
+        settled = {
+            axis for name in names for axis, value in at[name].items() if all(at[n].get(axis) == value for n in names)
+        }
+        return {name: {axis: value for axis, value in at[name].items() if axis not in settled} for name in names}
 
     def once(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
         own = coordinates.get(name, {})
-        read = {field: members(reference) for field, reference in inputs_of(stage).items()}
-        read = {field: names for field, names in read.items() if names and names != [inputs_of(stage)[field]]}
+        read = {field: places(reference) for field, reference in inputs_of(stage).items()}
+        read = {field: names for field, names in read.items() if names and [*names] != [inputs_of(stage)[field]]}
         count = 0
         for names in product(*read.values()):
             if count == MOST:
                 text = f"would be made more than {MOST} times, for all combinations of what it reads"
                 problems.append(document.problem(("stages", name), text, at_key=True))
                 return
-            found = _together([*(_without_links(at[n], own) for n in names), own])
+            there = [of[n] for of, n in zip(read.values(), names, strict=True)]
+            found = _together([*(_without_links(one, own) for one in there), own])
             if found is not None:
                 count += 1
                 new = name if found == own else name_of(base_of(name), found)

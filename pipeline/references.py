@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.document import Document
 from pipeline.errors import suggest
 from pipeline.fields import inputs_of, is_artifact_path, marked, parts_of
-from pipeline.matrix import base_of
+from pipeline.matrix import base_of, groups_of
 from stages.base import Content, Input, Stage
 
 
@@ -18,8 +18,8 @@ def cycles(stages: Mapping[str, Stage], document: Document) -> list[str]:
     after: dict[str, set[str]] = {}
     for name, stage in stages.items():
         after.setdefault(name, set()).update(r for r in inputs_of(stage).values() if not is_artifact_path(r))
-        if base_of(name) != name:  # who reads the whole matrix, or chain, reads each of it
-            after.setdefault(base_of(name), set()).add(name)
+        for group in groups_of(name):  # who reads the whole matrix, or chain, reads each of it
+            after.setdefault(group, set()).add(name)
     problems: list[str] = []
     while True:
         try:

@@ -32,7 +32,7 @@ def manifest_text(teacher: str, method: str, prompts: str | None, file: str) -> 
 
     `file` is what it will be called. Raises UsageError for what cannot be a teacher, a method or prompts.
     """
-    values = {"file": file, "teacher": teacher, "name": _run_name(teacher), "method": _method(method)}
+    values = {"file": file, "teacher": teacher, "name": _run_name(teacher), **_method(method)}
     if teacher in EMBEDDED:
         if prompts is not None:
             raise UsageError(f"--prompts: the {teacher} teacher knows its own image set's captions only")
@@ -89,8 +89,8 @@ def _prompts(given: str | None, content: str = "a prompt a line") -> str:
     return f"    prompts: {{path: {path}, column: prompt}} # the column that holds the texts"
 
 
-def _method(name: str) -> str:
-    """The lines of the method, with all of its settings at their defaults."""
+def _method(name: str) -> dict[str, str]:
+    """The lines of the method, with all of its settings at their defaults, and words for how often it is called."""
     try:
         config = METHODS.get(name)
     except PluginError as error:
@@ -98,7 +98,14 @@ def _method(name: str) -> str:
     if config is None:
         raise UsageError(f"--method {name}: there is no such method{suggest(name, METHODS)}")
     own = [_setting(setting) for setting in settings_of(config)]
-    return "\n".join(["    method:", f"      name: {name} # retort explain {name}", *own])
+    text = "\n".join(["    method:", f"      name: {name} # retort explain {name}", *own])
+    few = "latents" in config.DATA
+    return {
+        "method": text,
+        "calls": "a few network calls" if few else "one network call",
+        "steps": "few steps" if few else "one step",
+        "kind": "few-step" if few else "one-step",
+    }
 
 
 def _setting(setting: Setting) -> str:

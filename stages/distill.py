@@ -12,7 +12,7 @@ from stages.base import SCRATCH, Artifact, Choice, Config, Input, Link, Neutral,
 from stages.data.shares import BLOCK
 from stages.methods import METHODS
 from stages.methods.base import MethodConfig, TrainingExecution, TrainingSettings, training_progress
-from stages.pairs import Pairs
+from stages.pairs import Pairs, guidance_scales
 from stages.teacher import Teacher
 
 
@@ -90,22 +90,42 @@ class Distill(Stage):
             yield given, f"{self.method.name} is trained on {' or '.join(self.method.DATA)}, not on {given}"
         if self.pairs:
             yield from self._check_pairs(sources(inputs))
-        elif self.method.form.guidance_scale is None and self.method.form.w_range is None:
-            yield "method", "latents say nothing of guidance_scale: give it, 1 for none"
+        if "latents" in self.method.DATA:  # whose teacher, or student to go on from, is asked
+            yield from self._check_guidance(inputs)
         yield from ((f"method.{path}", problem) for path, problem in self.method.check(below(inputs, "method")))
         teacher = teacher_of(inputs)
         assert isinstance(teacher.stage, Teacher)
         if teacher.stage.gaussian:
             yield given, "their teacher is `gaussian:`, which has no network that a student could start from"
-        unguided = teacher.stage.why_unguided(self.method.form.w_range is not None) if self.method.guided else None
+        as_input = self.method.form.w_range is not None
+        unguided = teacher.stage.why_unguided(as_input, teacher.folder) if self.method.guided else None
         if unguided:
             yield "method", f"it needs guidance, but {unguided}"
+        timesteps = teacher.stage.timesteps(teacher.folder)
+        if timesteps is not None:
+            yield from ((f"method.{path}", problem) for path, problem in self.method.check_timesteps(timesteps))
         start = inputs.get("start_from")
         assert start is None or isinstance(start.stage, Distill)
         if start and teacher_of(start.inputs).fingerprint != teacher.fingerprint:
             yield "start_from", f"{self.start_from} is the student of another teacher than that of `{given}`"
         of = self.method.check_start(start.stage.method if start and isinstance(start.stage, Distill) else None)
         yield from ((f"method.{path}", problem) for path, problem in of)
+
+    def _check_guidance(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        if self.method.form.w_range is not None:
+            return
+        own = guidance_scales(self.method.form, sources(inputs))
+        if not own:
+            yield "method", "latents say nothing of guidance_scale: give it, 1 for none"
+        if len(own) > 1:
+            found = " and ".join(f"{scale:g}" for scale in own)
+            yield "method", f"the pairs have guidance_scale: {found}; give the student's"
+        start = inputs.get("start_from")
+        if start and isinstance(start.stage, Distill):
+            there = guidance_scales(start.stage.method.form, sources(start.inputs))
+            if there and len(own) == 1 and own != there:
+                found = " and ".join(f"{scale:g}" for scale in there)
+                yield "method", f"the student to go on from has guidance_scale: {found}, this one {own[0]:g}"
 
     def _check_pairs(self, found: Sequence[Artifact]) -> Iterator[tuple[str, str]]:
         stages = [artifact.stage for artifact in found if isinstance(artifact.stage, Pairs)]

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from stages.base import SCRATCH, Artifact, Progress, StageError
 from stages.data.supply import LatentSupply, PairSupply, Supply
+from stages.diffusion.form import Form
+from stages.diffusion.grid import Grid
 from stages.losses.config import LossConfig
 from stages.methods.base import Batch, Materials, MethodConfig, TrainingExecution, TrainingSettings
 from stages.networks.compute import prepare
-from stages.networks.exporting import why_not_plain
+from stages.networks.exporting import scheduler_of, why_not_plain
 from stages.networks.network import NetworkTeacher
 from stages.networks.perceptual import about_of
 from stages.networks.student import Student, export
 from stages.networks.teachers import load_network
-from stages.pairs import Pairs
+from stages.pairs import Pairs, guidance_scales
 from stages.training import train
 
 BATCH = 16
@@ -48,8 +50,8 @@ def distill(
     torch.manual_seed(seed)
     origin = latents or sources[0]
     teacher = load_network(origin.inputs["teacher"].folder, execution)
-    scale = origin.stage.sampler.guidance_scale if isinstance(origin.stage, Pairs) else 1.0
-    method = method_config.create(Materials(teacher, training, start, scale, inputs, contents))
+    scales = guidance_scales(method_config.form, sources)
+    method = method_config.create(Materials(teacher, training, start, (scales or [1.0])[0], inputs, contents))
     supply: Supply
     if latents:
         supply = LatentSupply(latents.folder, teacher.prompts_of, training.batch_size, seed)
@@ -64,6 +66,8 @@ def distill(
     trained = yield from train(method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution)
     student = trained.averages["student"]
     assert isinstance(student, Student)
+    if len(scales) == 1:
+        student.form = student.form.model_copy(update={"guidance_scale": scales[0]})
     figures = {"training_loss": trained.losses["student"], "device": trained.device}
     if isinstance(supply, PairSupply) and isinstance(origin.stage, Pairs):
         w = _comparable(method_config, origin.stage)
@@ -73,7 +77,16 @@ def distill(
                 raise StageError(f"the student's error on held-out pairs is {error}; lower training.learning_rate")
             figures["held_out_mse"] = error
     card = _card(
-        method_config, training, supply, [latents] if latents else sources, inputs, start, figures, fingerprint, teacher
+        method_config,
+        student.form,
+        training,
+        supply,
+        [latents] if latents else sources,
+        inputs,
+        start,
+        figures,
+        fingerprint,
+        teacher,
     )
     export(student, teacher, output, card)
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
@@ -107,6 +120,7 @@ def _error(student: Student, teacher: NetworkTeacher, pairs: PairSupply, w: floa
 
 def _card(
     method: MethodConfig,
+    form: Form,
     training: TrainingSettings,
     supply: Supply,
     data: list[Artifact],
@@ -123,24 +137,7 @@ def _card(
     at = f" at {source['revision']}" if source.get("revision") else ""
     names = ", ".join(f"{one.kind}/{one.fingerprint}" for one in data)
     begun = f"It went on from distill/{start.fingerprint}." if start else "It began with the teacher's weights."
-    form, count = (
-        method.form,
-        {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(method.form.steps, str(method.form.steps)),
-    )
-    alone = why_not_plain(form)
-    call = (
-        f"Not for plain diffusers: {alone}. `retort sample` draws with it."
-        if alone
-        else f"""```python
-{teacher.usage(form.steps, form.w_range is not None)}
-```"""
-    )
-    error = figures.get("held_out_mse")
-    quality = (
-        ""
-        if error is None or not isinstance(supply, PairSupply)
-        else (f"Mean squared error to the teacher's latents on {len(supply.held)} held-out pairs: {error:.4f}.\n\n")
-    )
+    count = {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(form.steps, str(form.steps))
     return f"""---
 library_name: diffusers
 license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained") else "unknown")}
@@ -150,10 +147,27 @@ license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained")
 Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(method)}`, {training.steps} steps of
 {training.batch_size}, from {supply.count} {data[0].kind} ({names}) of a teacher
 ({origin}{at}; teacher/{artifact.fingerprint}; licence: {source.get("licence") or "not stated"}){_solved(data[0])}.
-{begun} {_guidance(method)}
+{begun} {_guidance(form)}
 
-{_looked_through(inputs)}{quality}{call}
+{_looked_through(inputs)}{_quality(supply, figures)}{_call(form, teacher)}
 """
+
+
+def _quality(supply: Supply, figures: Mapping[str, Any]) -> str:
+    if not isinstance(supply, PairSupply) or "held_out_mse" not in figures:
+        return ""
+    error = figures["held_out_mse"]
+    return f"Mean squared error to the teacher's latents on {len(supply.held)} held-out pairs: {error:.4f}.\n\n"
+
+
+def _call(form: Form, teacher: NetworkTeacher) -> str:
+    """How plain diffusers draws with it, or why it does not."""
+    grid = Grid.of(form.schedule, teacher.schedule, form.steps)
+    scheduler = scheduler_of(form, grid, teacher.folder)
+    alone = why_not_plain(form, grid, scheduler)
+    if alone:
+        return f"Not for plain diffusers: {alone}. `retort sample` draws with it."
+    return f"```python\n{teacher.usage(form, type(scheduler).__name__)}\n```"
 
 
 def _solved(data: Artifact) -> str:
@@ -163,11 +177,11 @@ def _solved(data: Artifact) -> str:
     return f" solved by\n{sampler.name.upper()} in {sampler.steps} steps at guidance {sampler.guidance_scale}"
 
 
-def _guidance(method: MethodConfig) -> str:
-    if method.form.w_range:
-        least, most = (1 + w for w in method.form.w_range)
+def _guidance(form: Form) -> str:
+    if form.w_range:
+        least, most = (1 + w for w in form.w_range)
         return f"It takes any guidance_scale from {least:g} to {most:g}, without calling its network twice."
-    scale = method.form.guidance_scale
+    scale = form.guidance_scale
     return "The guidance of its pairs is built in." if scale is None else f"Guidance {scale:g} is built in."
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from stages.base import Artifact, Input, Stage, StageContext
 from stages.data.images.config import Digits
 from stages.distill import Distill, sources, teacher_of
-from stages.pairs import Pairs
+from stages.pairs import Pairs, guidance_scales
 from stages.probe import Probe
 
 MIN_SAMPLES = 100
@@ -87,17 +87,19 @@ class Evaluate(Stage):
     ) -> Iterator[tuple[str, str]]:
         if teacher_of(student.inputs).fingerprint != found.inputs["teacher"].fingerprint:
             yield "pairs", f"they are of another teacher than {self.student}'s"
-        scale, own, trained = pairs.sampler.guidance_scale, stage.method.form.guidance_scale, stage.method.form.w_range
-        if trained and not trained[0] <= scale - 1 <= trained[1]:
+        scale, trained = pairs.sampler.guidance_scale, stage.method.form.w_range
+        own = guidance_scales(stage.method.form, sources(student.inputs))
+        if trained and not 1 + trained[0] <= scale <= 1 + trained[1]:
             yield (
                 "pairs" if self.pairs else "student",
                 f"the pairs have guidance_scale: {scale:g}, w = {scale - 1:g}; the student was trained for w from "
                 f"{trained[0]:g} to {trained[1]:g}",
             )
-        if own not in (None, scale):
+        if own and scale not in own:
+            built_in = " and ".join(f"{one:g}" for one in own)
             yield (
                 "pairs" if self.pairs else "student",
-                f"the student has guidance_scale: {own:g} built in; the pairs have {scale:g}",
+                f"the student has guidance_scale: {built_in} built in; the pairs have {scale:g}",
             )
 
     def run(self, context: StageContext) -> Mapping[str, Any]:

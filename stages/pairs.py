@@ -7,7 +7,7 @@ at fixed places inside the shard. Whoever makes it, and however often, its tar h
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -19,6 +19,7 @@ from stages.data import pool
 from stages.data.pool import PROMPTS, ListedShard, ShardPlan, plan_shards, write_list
 from stages.data.prompts.config import Prompts
 from stages.diffusion.config import PairsExecution, Sampler
+from stages.diffusion.form import Form
 
 SHARD_SIZE = 128
 """Samples a shard, by default."""
@@ -109,6 +110,14 @@ class Pairs(Stage):
             rate = (done - reused) / (time.monotonic() - started)
             context.progress(Progress(done, self.count, "pairs", {"per_second": rate}))
         return _seal(context, plans, reused)
+
+
+def guidance_scales(form: Form, sources: Sequence[Artifact]) -> list[float]:
+    """Those that a student has built in: its own, or all that the pairs it is trained on have; none if it takes one as
+    an input, or nothing says."""
+    if form.guidance_scale is not None or form.w_range is not None:
+        return [] if form.guidance_scale is None else [form.guidance_scale]
+    return sorted({one.stage.sampler.guidance_scale for one in sources if isinstance(one.stage, Pairs)})
 
 
 def _seal(context: StageContext, plans: list[ShardPlan], reused: int) -> Mapping[str, Any]:

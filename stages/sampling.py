@@ -14,7 +14,8 @@ def draw(
     artifact: Artifact, prompts: list[str], count: int, seed: int, steps: int, guidance_scale: float, out: Path
 ) -> None:
     """Write one image: a row a prompt, a column a noise, the same noises in every row. `steps` are a teacher's, and
-    `guidance_scale` its own or that of a student that takes it as an input. Raises StageError."""
+    `guidance_scale` its own or that of a student that takes it as an input. Raises StageError, also outside of what it
+    was trained for."""
     import torch
     from PIL import Image
 
@@ -33,6 +34,12 @@ def draw(
     teacher = load_network(folder, Execution())
     noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
     student = Student.load(artifact.folder, teacher) if artifact.kind == "distill" else None
+    takes = student.form.w_range if student else None
+    if takes and not 1 + takes[0] <= guidance_scale <= 1 + takes[1]:
+        raise StageError(
+            f"the student was trained for guidance_scale from {1 + takes[0]:g} to {1 + takes[1]:g}, "
+            f"not {guidance_scale:g}"
+        )
     rows = []
     with torch.inference_mode():
         for prompt in prompts:

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from stages.base import SCRATCH, Content, Stage, StageContext, StageError
 from stages.methods.base import TrainingExecution, training_progress
 from stages.teachers import layout
-from stages.teachers.config import GaussianSettings, TrainedTeacher
+from stages.teachers.config import TIMESTEPS, GaussianSettings, TrainedTeacher
 
 SHIPPED = Path(__file__).parent / "teachers" / "shipped"
 NAMES = ("digit_scenes",)
@@ -53,13 +53,25 @@ class Teacher(Stage):
             raise ValueError("revision belongs to a teacher with `from`")
         return self
 
-    def why_unguided(self, as_input: bool) -> str | None:
+    def why_unguided(self, as_input: bool, sealed: Path) -> str | None:
         """Why it has no output without a prompt, which guidance needs, or no student that takes guidance as an input,
-        as far as can be known before it is made; None if there is one, or if nobody knows."""
+        as far as can be known; None if there is one, or if nobody knows. `sealed`: its folder, once it is made."""
         if self.train and self.train.drop_text == 0:
             return "the teacher was trained with drop_text: 0, never without a prompt"
-        folder = Path(self.from_ or "")
-        return layout.why_unguided(folder, as_input) if (folder / "model_index.json").is_file() else None
+        folder = self._known(sealed)
+        return layout.why_unguided(folder, as_input) if folder else None
+
+    def timesteps(self, sealed: Path) -> int | None:
+        """How many its schedule has; None if nobody knows."""
+        if self.train:
+            return TIMESTEPS
+        folder = self._known(sealed)
+        return layout.timesteps(folder) if folder else None
+
+    def _known(self, sealed: Path) -> Path | None:
+        """A folder of it that can be read already."""
+        folders = [sealed, *([Path(self.from_)] if self.from_ else [])]
+        return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         return training_progress(work / SCRATCH)

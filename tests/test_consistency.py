@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from pipeline.errors import ManifestError, StageFailed
+from pipeline.errors import ManifestError
 from stages import checkpoint
+from stages.base import StageError
 from stages.diffusion.consistency import boundary
 from stages.diffusion.few_step import sample
 from stages.diffusion.form import Form
@@ -186,7 +187,12 @@ def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
         plan_of(LCM.replace(old, new), tmp_path)
 
 
-def test_steps_that_miss_the_teachers_timesteps_are_refused(tiny):
-    text = LCM.replace("steps: 4, solver_steps: 20", "steps: 3, solver_steps: 30")
-    with pytest.raises(StageFailed, match="steps: 3 does not divide the teacher's 1000 timesteps"):
-        execute(text, tiny[0], name="misses", only=["student"])
+def test_steps_that_miss_the_teachers_timesteps_are_errors_of_the_plan(teacher, tmp_path):
+    for settings, words in (
+        ("steps: 3, solver_steps: 30", "method.steps: 3 does not divide the teacher's 1000 timesteps"),
+        ("steps: 4, solver_steps: 1004", "method.solver_steps: 1004 are more than the teacher's 1000 timesteps"),
+    ):
+        with pytest.raises(ManifestError, match=words):
+            plan_of(LCM.replace("steps: 4, solver_steps: 20", settings), tmp_path)
+    with pytest.raises(StageError, match="steps: 3 does not divide"):  # of a teacher not known when planning
+        ConsistencyConfig(steps=3, solver_steps=30).create(Materials(teacher, TrainingSettings(steps=1)))

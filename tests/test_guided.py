@@ -1,6 +1,7 @@
 """Distillation of guided models: both stages' targets in closed form, the stochastic sampler, one student for all w."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from pipeline.commands.console import find_artifact
 from pipeline.errors import ManifestError
 from pipeline.manifest import dump, loads
 from pipeline.store import load_artifact
+from stages.base import StageError
 from stages.diffusion.few_step import noising, sample
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
 from stages.diffusion.guidance import embed, guide_by
 from stages.diffusion.halving import two_step_target
+from stages.methods.guided.config import GuidedConfig
 from stages.networks.denoiser import ManyStep
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
@@ -79,17 +82,6 @@ def test_guidance_of_equal_normals_shifts_the_mean_alone():
         gains = [alpha * s**2 / (alpha**2 * s**2 + sigma**2) for s in (STD, 1.2)]
         found = guide_by(wide, of, 2.0)
         assert float((found[-1] - found[0]) / (z[-1] - z[0])) == pytest.approx(3 * gains[0] - 2 * gains[1])
-
-
-def test_a_linear_student_recovers_guidance_as_an_affine_function_of_w():
-    """Least squares over x = a + b z + (c + d z) w, at each level."""
-    alpha, sigma, generator = 0.6, 0.8, torch.Generator().manual_seed(0)
-    z, w = (torch.rand(200, generator=generator, dtype=torch.float64) * 4 for _ in "zw")
-    target = guide_by(denoised(z, alpha, sigma, OTHER_MEAN, 1.2), denoised(z, alpha, sigma, MEAN), w)
-    inputs = torch.stack([torch.ones_like(z), z, w, z * w], 1)
-    *_, b, _, d = torch.linalg.lstsq(inputs, target).solution.tolist()
-    conditional, plain = (alpha * s**2 / (alpha**2 * s**2 + sigma**2) for s in (STD, 1.2))
-    assert (b, d) == pytest.approx((conditional, conditional - plain), abs=1e-10)
 
 
 def test_noising_keeps_the_variance():
@@ -195,7 +187,7 @@ def test_every_strength_is_measured_with_one_student(chain):
             assert metrics["sides"]["student"]["network_calls"] == steps
             assert metrics["sides"]["teacher_4"]["network_calls"] == (4 if scale == 1 else 8)
     card = (chain["guided/2"].artifact.folder / "README.md").read_text()
-    assert "any guidance_scale from 1 to 5" in card and "guidance_scale=3.0, num_inference_steps=2" in card
+    assert "any guidance_scale from 1 to 5" in card and "guidance_scale=3, num_inference_steps=2" in card
 
 
 def test_the_first_link_learns_the_guided_teacher(tiny, teacher):
@@ -246,6 +238,8 @@ def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
         draw(load_artifact(folder), ["a red handwritten seven"], 2, 0, 20, scale, tmp_path / "i.png")
         drawn.append(Image.open(tmp_path / "i.png").tobytes())
     assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(StageError, match=r"from 1 to 5, not 7\.5"):
+        draw(load_artifact(folder), ["a red handwritten seven"], 2, 0, 20, 7.5, tmp_path / "i.png")
 
 
 # --- What is refused --------------------------------------------------------------------------------------
@@ -261,6 +255,25 @@ def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
     assert old in CHAIN
     with pytest.raises(ManifestError, match=words):
         plan_of(TINY + CHAIN.replace(old, new), tmp_path)
+
+
+def test_a_chain_that_goes_on_has_no_first_link(tmp_path):
+    """Nor a budget for it, which would otherwise make one wrong round of all that follow."""
+    settings = "method: {name: guided, start_steps: 4, end_steps: 1, w_range: [0.0, 4.0], training_steps: {%s}}"
+    text = TINY + CHAIN.split("  strengths")[0]
+    more = "  further:" + CHAIN.partition("  guided:")[2].split("  strengths")[0]
+    more = re.sub("method: .*", settings, more).replace(
+        "latents: latents\n", "latents: latents\n    start_from: guided/4\n"
+    )
+    plan = plan_of(text + more % "1: 3", tmp_path)
+    assert [n for n in plan if n.startswith("further")] == ["further/2", "further/1"]
+    with pytest.raises(ManifestError, match=r"training_steps.4: no round comes to so many steps, going on from"):
+        plan_of(text + more % "4: 20, 1: 3", tmp_path)
+    for start, end, wrong in ((32, 1, True), (32, 8, True), (32, 16, False)):
+        found = list(
+            GuidedConfig(start_steps=start, end_steps=end).check_start(GuidedConfig(start_steps=32, end_steps=32))
+        )
+        assert [path for path, _ in found] == (["end_steps"] if wrong else [])
 
 
 def test_a_teacher_that_cannot_be_guided_is_refused_when_planning(tmp_path):

@@ -57,6 +57,16 @@ def test_teachers_that_need_no_download(teacher, tmp_path):
     assert done.returncode == 2 and "its own image set's captions only" in done.stderr
 
 
+@pytest.mark.parametrize(("teacher", "method", "words"), [
+    ("digits", "knowledge_distillation", ["a one-step student", "# one network call from noise"]),
+    ("digits", "progressive", ["a few-step student", "# a few network calls from noise"]),
+    ("owner/name", "guided", ["owner/name into few steps", "# a few network calls from noise"]),
+])  # fmt: skip
+def test_what_it_says_of_steps_is_true_of_the_method(teacher, method, words):
+    text = retort("init", "-", "--teacher", teacher, "--method", method).stdout
+    assert all(word in text for word in words)
+
+
 def test_a_folder_in_the_layout_of_stable_diffusion(tiny, tmp_path):
     folder = tiny[1]["teacher"].artifact.folder
     prompts = tmp_path / "my prompts.txt"

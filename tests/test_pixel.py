@@ -15,6 +15,7 @@ from stages.data.reader import PairReader
 from stages.diffusion.form import Form
 from stages.networks.pixel import PixelTeacher
 from stages.networks.student import Student, export
+from stages.teacher import Teacher
 from tests.conftest import execute
 
 PIPELINE = """
@@ -137,6 +138,17 @@ def test_without_a_class_for_none_there_is_no_guidance(tmp_path):
     execute(text.replace("guidance_scale: 3.0", "guidance_scale: 1.0"), tmp_path / "store", only=["teacher"])
 
 
+def test_what_a_sealed_teacher_says_counts_when_planning(unconditional, by_class, tmp_path, monkeypatch):
+    """Of a hub's, nothing else can be known; and never of what lies in the current folder."""
+    stage = Teacher.model_validate({"kind": "teacher", "from": "owner/name"})
+    assert "unconditional" in stage.why_unguided(False, unconditional)
+    assert stage.why_unguided(False, by_class) is None and stage.timesteps(by_class) == 1000
+    monkeypatch.chdir(unconditional)
+    trained = Teacher.model_validate({"kind": "teacher", "gaussian": {"mean": 0.0, "std": 1.0, "shape": [1, 2, 2]}})
+    for one in (stage, trained):
+        assert one.why_unguided(False, tmp_path) is None and one.timesteps(tmp_path) is None
+
+
 def test_networks_that_want_more_are_refused(unconditional, tmp_path):
     import shutil
 
@@ -202,6 +214,25 @@ def test_students_of_several_steps_in_plain_diffusers(unconditional, tmp_path, s
     with torch.no_grad():
         x0 = student(noise, None).clamp(-1, 1)
     np.testing.assert_allclose(image, (x0[0] / 2 + 0.5).permute(1, 2, 0), atol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "scheduler"), [
+    (Form(steps=4, sampler="consistency"), "LCMScheduler"), (Form(steps=16), "DPMSolverMultistepScheduler")
+])  # fmt: skip
+def test_the_card_of_a_student_by_class_names_the_scheduler_that_it_has(by_class, tmp_path, form, scheduler):
+    teacher = PixelTeacher(by_class)
+    student = Student.from_teacher(teacher, form).eval()
+    export(student, teacher, tmp_path, "a card")
+    lines = teacher.usage(form, scheduler).replace("THIS FOLDER", str(tmp_path))
+    namespace: dict = {}
+    torch.manual_seed(3)
+    exec(lines, namespace)
+    assert type(namespace["scheduler"]).__name__ == scheduler == namespace["scheduler"].config["_class_name"]
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(namespace["noise"].shape, generator=generator)
+    with torch.no_grad():
+        x0 = student(noise, teacher.encode_prompts(["cat"]), None, generator)
+    torch.testing.assert_close(namespace["image"], x0, atol=1e-4, rtol=1e-4)
 
 
 def test_a_teacher_by_class_is_halved_on_the_classes_of_an_image_set(by_class, tmp_path):

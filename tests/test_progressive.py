@@ -26,6 +26,7 @@ from stages.diffusion.schedule import NoiseSchedule
 from stages.diffusion.weighting import weights
 from stages.methods.base import Materials, TrainingSettings
 from stages.networks.denoiser import ManyStep
+from stages.networks.exporting import scheduler_of, why_not_plain
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
 from tests.conftest import ROOT, TINY, command, execute, plan_of
@@ -256,7 +257,7 @@ def test_a_teacher_is_asked_where_its_ratio_of_data_to_noise_is_the_grids(teache
     asked = ManyStep(teacher, Grid.cosine(64))
     log_snr = 2 * (asked.alpha / asked.sigma).log()
     grid, known = Grid.cosine(64), teacher.schedule.log_snr
-    wanted = (2 * np.log(grid.alpha[1:-1] / grid.sigma[1:-1])).clip(known[-1], known[0])
+    wanted = (2 * np.log(grid.alpha[1:-1] / grid.sigma[1:-1])).clip(known[-1])
     torch.testing.assert_close(log_snr[1:-1], torch.from_numpy(wanted), atol=1e-9, rtol=0)
     own = ManyStep(teacher, Grid.on(teacher.schedule, 50))
     assert own.timesteps[1:].tolist() == Grid.on(teacher.schedule, 50).timesteps[1:].tolist()
@@ -273,17 +274,46 @@ def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
         alpha, sigma = grid.level(int(i[k]))
         output = of_noise.unet(z[k : k + 1], int(grid.timesteps[i[k]]), condition[k : k + 1]).sample
         torch.testing.assert_close(x0[k : k + 1], (z[k : k + 1] - sigma * output) / alpha, atol=1e-4, rtol=1e-4)
-    student = Student.from_teacher(of_noise, Form(steps=2))
-    assert student.form.prediction == "v_prediction" and of_noise.prediction == "epsilon"
 
-    noise, condition = torch.randn(1, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"])
+
+@pytest.mark.parametrize("of", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("to", ["v_prediction", "sample", "both"])
+def test_a_students_last_layer_is_turned_to_what_it_is_to_put_out(teacher, monkeypatch, of, to):
+    """In pure noise v is -x0; where there is none it is the noise. Of x0 a teacher of the noise says nothing: 0."""
+    monkeypatch.setattr(teacher, "prediction", of)
+    student = Student.from_teacher(teacher, Form(steps=4, schedule="cosine", prediction=to))
+    z, condition, i = torch.randn(1, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"]), 4
     with torch.no_grad():
-        ends = [
-            Student.from_teacher(teacher, Form(schedule="cosine", prediction=prediction))(noise, condition)
-            for prediction in ("v_prediction", "sample", "both")
-        ]
-    torch.testing.assert_close(ends[0], ends[1])
-    torch.testing.assert_close(ends[0], ends[2])
+        output = teacher.unet(z, student.timesteps[i], condition).sample
+        x0, own = student.x0(z, i, condition), student.unet(z, student.timesteps[i], condition).sample
+    if of != "epsilon":
+        torch.testing.assert_close(x0, -output if of == "v_prediction" else output)
+    elif to == "sample":
+        assert not own.any()
+    else:  # v as where it is the noise, or both, whose second half is
+        torch.testing.assert_close(own[:, -len(output[0]) :], output)
+        assert to == "v_prediction" or not x0.any()
+
+
+def test_beyond_its_cleanest_level_a_teacher_is_read_at_the_grids(teacher, monkeypatch):
+    """Of 8,192 steps the first lie nearer to data than its timestep 0: there an estimate of x0 is nearly z."""
+    grid = Grid.cosine(8192)
+    z, condition = torch.randn(1, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"])
+    alpha, sigma = grid.level(1)
+    assert sigma < 0.1 * teacher.schedule.at(0)[1]
+    with torch.no_grad():
+        output = teacher.unet(z, torch.zeros(1), condition).sample
+    for prediction, wanted in (("epsilon", (z - sigma * output) / alpha), ("v_prediction", alpha * z - sigma * output)):
+        monkeypatch.setattr(teacher, "prediction", prediction)
+        torch.testing.assert_close(ManyStep(teacher, grid).x0(z, torch.tensor([1]), condition), wanted)
+
+
+def test_a_teacher_computes_in_its_own_precision_whatever_the_student_trains_in(teacher):
+    z, condition = torch.randn(2, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 2)
+    many, i = ManyStep(teacher, Grid.on(teacher.schedule, 4), 5.0), torch.tensor([4, 2])
+    wanted = many.x0(z, i, condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(many.x0(z, i, condition), wanted)
 
 
 # --- The chain ------------------------------------------------------------------------------------------
@@ -311,6 +341,27 @@ def test_a_chain_of_every_member_of_a_matrix_and_of_what_it_reads():
     assert stages["quality/2[seed=1]"].student == "fewer/2[seed=1]"
     alone = (TINY + CHAIN).replace("student: fewer", "student: fewer/2")
     assert loads(alone, "m.yaml").manifest.stages["quality"].student == "fewer/2"
+
+
+@pytest.mark.parametrize("varied", ["fewer", "teacher"])
+def test_a_link_of_every_member_and_the_chain_of_one_can_be_read(varied):
+    matrix = "    matrix: {seed: [0, 1]}\n"
+    line = {"fewer": "    latents: latents\n", "teacher": "    kind: teacher\n"}[varied]
+    text = (TINY + CHAIN).replace(line, line + matrix)
+    text = text.replace("pairs: pairs\n    samples", "samples").replace("latents: latents\n", "pairs: pairs\n")
+
+    def read(reference):
+        stages = loads(text.replace("student: fewer", f"student: '{reference}'"), "m.yaml").manifest.stages
+        return {n: s.student for n, s in stages.items() if n.startswith("quality")}
+
+    assert read("fewer[seed=1]") == {f"quality/{n}": f"fewer/{n}[seed=1]" for n in (4, 2, 1)}
+    link = "" if varied == "fewer" else "/2"  # which is then a stage, that comes to several
+    assert read("fewer/2") == {f"quality{link}[seed={seed}]": f"fewer/2[seed={seed}]" for seed in (0, 1)}
+    assert read("fewer/2[seed=1]") == {"quality": "fewer/2[seed=1]"}
+    assert len(read("fewer")) == 6
+    for wrong in ("fewer/3", "fewer[seed=2]"):
+        with pytest.raises(ManifestError, match="there is no stage"):
+            read(wrong)
 
 
 def test_a_link_is_the_stage_that_would_be_written_by_hand(tmp_path):
@@ -430,8 +481,6 @@ def test_plain_diffusers_steps_as_retort_does(teacher, tmp_path, steps, schedule
 
 def test_a_student_of_both_is_read_as_both(teacher, tmp_path):
     """And says that plain diffusers cannot."""
-    from stages.networks.exporting import why_not_plain
-
     student = shaken(Student.from_teacher(teacher, Form(steps=2, prediction="both")))
     export(student, teacher, tmp_path, "a card")
     loaded = Student.load(tmp_path, teacher)
@@ -442,8 +491,28 @@ def test_a_student_of_both_is_read_as_both(teacher, tmp_path):
         alpha, sigma = loaded.grid.level(2)
         x0 = sigma**2 * output[:, :4] + alpha * (noise - sigma * output[:, 4:])
         torch.testing.assert_close(loaded.x0(noise, 2, condition), x0)
-    assert "knows nothing" in why_not_plain(student.form)
-    assert why_not_plain(Form(steps=4096, schedule="cosine")) and not why_not_plain(Form(steps=512, schedule="cosine"))
+    assert "knows nothing" in reason(teacher, student.form)
+
+
+def reason(teacher, form):
+    grid = Grid.of(form.schedule, teacher.schedule, form.steps)
+    return why_not_plain(form, grid, scheduler_of(form, grid, teacher.folder))
+
+
+@pytest.mark.parametrize(("form", "words"), [
+    (Form(steps=4096, schedule="cosine"), "no whole numbers"),
+    (Form(steps=512, schedule="cosine"), None),
+    (Form(steps=48), "rounds the timesteps of 48 steps otherwise"),
+    (Form(steps=61), "rounds the timesteps of 61 steps otherwise"),
+    (Form(steps=3), None),
+    (Form(steps=16), None),
+    (Form(steps=2, sampler="stochastic"), "Retort's own"),
+    (Form(steps=1, sampler="stochastic"), None),  # a last step adds no noise
+    (Form(steps=4, sampler="consistency"), None),
+])  # fmt: skip
+def test_what_plain_diffusers_cannot_do_is_said(teacher, form, words):
+    found = reason(teacher, form)
+    assert found is None if words is None else words in found
 
 
 # --- What is refused --------------------------------------------------------------------------------------
@@ -452,6 +521,7 @@ def test_a_student_of_both_is_read_as_both(teacher, tmp_path):
 @pytest.mark.parametrize(("old", "new", "words"), [
     ("start_steps: 8", "start_steps: 12", "end_steps: should be what start_steps: 12 comes to by halving, not 1"),
     ("start_steps: 8, end_steps: 1", "start_steps: 8, end_steps: 8", "what start_steps: 8 comes to by halving, not 8"),
+    ("start_steps: 8", "start_steps: 1024", "method.start_steps: 1024 are more than the teacher's 1000 timesteps"),
     ("{1: 6}", "{3: 6}", "training_steps.3: there is no round to so many steps, not '3'"),
     ("training_steps: {1: 6}", "schedule: cosine, weighting: snr", "snr counts nothing in pure noise"),
     ("    latents: latents\n", "    latents: latents\n    pairs: pairs\n", "give either pairs or latents"),
@@ -480,15 +550,43 @@ def test_guidance_is_that_of_the_pairs_where_nothing_else_is_said(tiny, teacher)
     text = TINY.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")
     student = execute(text.replace("steps: 24", "steps: 1"), tiny[0], name="of_pairs")["student"].artifact
     assert "held_out_mse" in student.record["metrics"]
+    assert json.loads((student.folder / "student.json").read_text())["guidance_scale"] == 2.0
+    assert "Guidance 2 is built in." in (student.folder / "README.md").read_text()
     materials = Materials(teacher, TrainingSettings(steps=1), guidance_scale=2.0)
     assert materials.many_step(Form(steps=2)).default_w == 1.0
     assert materials.many_step(Form(steps=2, guidance_scale=4.0)).default_w == 3.0
 
 
+def test_guidance_that_is_that_of_the_pairs_is_checked_as_any_other(tmp_path):
+    first, rest = TINY.partition("  pairs:")[::2]
+    pairs, student = rest.partition("  student:")[::2]
+    student = student.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")
+    other = pairs.replace("guidance_scale: 2.0", "guidance_scale: 5.0") + "    seed: 7\n"
+    text = f"{first}  pairs:{pairs}  other:{other}  student:{student}"
+    assert plan_of(text, tmp_path)["student"]
+
+    def refused(text, words):
+        with pytest.raises(ManifestError, match=words):
+            plan_of(text, tmp_path)
+
+    second = "  second:" + student.replace("pairs: pairs", "pairs: other\n    start_from: student")
+    second = second.replace("start_steps: 4, end_steps: 2", "start_steps: 2, end_steps: 1")
+    refused(text + second, "the student to go on from has guidance_scale: 2, this one 5")
+    assert plan_of(text + second.replace("pairs: other", "pairs: pairs"), tmp_path)["second"]
+    refused(
+        text + "  quality: {kind: evaluate, student: student, pairs: other, samples: 20, teacher_steps: []}",
+        "the student has guidance_scale: 2 built in; the pairs have 5",
+    )
+    mixed = text.replace("pairs: pairs\n", "pairs: [pairs, other]\n")
+    refused(mixed, "the pairs have guidance_scale: 2 and 5; give the student's")
+    assert plan_of(mixed.replace("end_steps: 2", "end_steps: 2, guidance_scale: 2.0"), tmp_path)["student"]
+
+
 def test_one_step_methods_take_pairs_only(tmp_path):
     text = TINY.replace("    pairs: pairs\n", "    latents: latents\n") + CHAIN.split("  fewer")[0]
-    with pytest.raises(ManifestError, match="knowledge_distillation is trained on pairs, not on latents"):
+    with pytest.raises(ManifestError, match="knowledge_distillation is trained on pairs, not on latents") as refusal:
         plan_of(text, tmp_path)
+    assert "guidance_scale" not in str(refusal.value)
 
 
 def test_a_chain_that_goes_on_from_another(tmp_path):

@@ -14,8 +14,16 @@ from pipeline.commands.console import find_artifact, store_option
 @click.option("--prompt", "-p", "prompts", multiple=True, required=True, help="Repeat for several.")
 @click.option("--count", "-n", type=click.IntRange(1), default=4, show_default=True, help="Images of each prompt.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="For a teacher.")
-@click.option("--guidance-scale", type=click.FloatRange(1.0), default=3.0, show_default=True, help="For a teacher.")
+@click.option(
+    "--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="For a teacher; a student has its own."
+)
+@click.option(
+    "--guidance-scale",
+    type=click.FloatRange(1.0),
+    default=3.0,
+    show_default=True,
+    help="For a teacher, or a student that takes it as an input; others have theirs built in.",
+)
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
 @store_option
 def sample(

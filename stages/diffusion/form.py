@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, Strict
 
 from stages.base import Config
 from stages.diffusion.prediction import StudentPrediction
 
 Schedule = Literal["teacher", "cosine"]
 StudentSampler = Literal["ddim", "stochastic", "consistency"]
+
+
+def _a_range(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= value[0] < value[1]:
+        raise ValueError("w_range is to be two numbers, the first at least 0 and less than the second")
+    return value
+
+
+WRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_a_range)]
+"""The least and the greatest w = guidance_scale - 1 that a student takes as an input."""
 
 
 class Form(Config):
@@ -21,10 +31,9 @@ class Form(Config):
     schedule: Schedule = Field("teacher", description="the levels of noise: its teacher's, or alpha = cos(pi t / 2)")
     sampler: StudentSampler = Field("ddim", description="how it goes from one level to the next")
     guidance_scale: float | None = Field(
-        None, description="of the teacher, built into the student, as diffusers counts it; null: that of its pairs"
+        None, description="of the teacher, built into the student, as diffusers counts it; null: those of its pairs"
     )
-    w_range: tuple[float, float] | None = Field(
+    w_range: WRange | None = Field(
         None,
-        strict=False,
         description="the least and the greatest w = guidance_scale - 1 that it takes as an input; null: it takes none",
     )

@@ -125,7 +125,7 @@ class Materials:
     start: Artifact | None = None
     """The student to go on from; None: the teacher."""
     guidance_scale: float = 1.0
-    """At which the pairs were solved."""
+    """That the student has built in, where its form does not say."""
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
     """What the method's fields name, by their dotted path in its settings."""
     contents: Mapping[str, str] = field(default_factory=dict)
@@ -218,16 +218,21 @@ class MethodConfig(Config):
         if start is not None:
             yield from differences(start.form, self.form)
 
+    def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
+        """The same, given how many timesteps the teacher's schedule has."""
+        yield from ()
+
     def create(self, materials: Materials) -> Method:
         """The method itself; this is where torch is imported."""
         raise TypeError(f"{type(self).__name__} does not say how it is made")
 
 
 def differences(start: Form, own: Form, but: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """A problem for each way, but for some, in which the student to go on from is of another form."""
+    """A problem for each way, but for some, in which the student to go on from is of another form. Its guidance may be
+    that of its pairs, which only the stage knows."""
     for name in Form.model_fields:
         there, here = getattr(start, name), getattr(own, name)
-        if name not in but and there != here and (name != "guidance_scale" or None not in (there, here)):
+        if name not in (*but, "guidance_scale") and there != here:
             yield name, f"the student to go on from has {name}: {there}, this one {name}: {here}"
 
 

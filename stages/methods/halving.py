@@ -91,8 +91,20 @@ class HalvingConfig(MethodConfig):
         return self
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
+        """What is planned is a single round: of several, each was made a stage of its own."""
+        for steps in self.training_steps:
+            yield f"training_steps.{steps}", "no round comes to so many steps, going on from `start_from`; leave it out"
+        if not self.training_steps and self.start_steps not in (self.end_steps, 2 * self.end_steps):
+            yield "end_steps", f"a round halves start_steps: {self.start_steps}; {self.end_steps} is not half of it"
         if start is None:
             return
         if start.form.steps != self.start_steps:
             yield "start_steps", f"the student to go on from takes {start.form.steps} steps"
         yield from differences(start.form, self.form, but=("steps",))
+
+    def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
+        if self.schedule == "teacher" and self.start_steps > count:
+            yield (
+                "start_steps",
+                f"{self.start_steps} are more than the teacher's {count} timesteps; try cosine",
+            )

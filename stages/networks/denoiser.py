@@ -28,9 +28,11 @@ class Denoiser(Protocol):
 class ManyStep:
     """A teacher of many steps at the points of a grid, guided by `guidance_scale`, or by w where that is given.
 
-    It is asked at the timestep, between two of its own if need be, where its ratio of data to noise is the grid's. It
-    was not trained beyond the noisiest and cleanest that it knows: there it is asked at that one, and its x0 taken for
-    what it is, an estimate of the data; so a schedule that ends in pure noise begins as the teacher itself would."""
+    It is asked at the timestep, between two of its own if need be, where its ratio of data to noise is the grid's; it
+    was not trained beyond the noisiest and the cleanest that it knows, and there is asked at that one. Beyond the
+    noisiest its output is read at that level too: a schedule that ends in pure noise begins as the teacher itself
+    would. Beyond the cleanest it is read at the grid's level, at which z is nearly the data already. It computes in its
+    own dtype whatever the student trains in: guidance multiplies what is rounded."""
 
     def __init__(self, teacher: NetworkTeacher, grid: Grid, guidance_scale: float = 1.0) -> None:
         self.teacher, self.grid, self.default_w = teacher, grid, guidance_scale - 1.0
@@ -38,8 +40,11 @@ class ManyStep:
         with np.errstate(divide="ignore"):
             wanted = 2 * (np.log(grid.alpha[1:]) - np.log(grid.sigma[1:]))
         timesteps = np.interp(-wanted, -known, np.arange(len(known)))
-        reached = np.interp(timesteps, np.arange(len(known)), known)
-        tables = timesteps, (1 + np.exp(-reached)) ** -0.5, (1 + np.exp(reached)) ** -0.5
+        last = teacher.schedule.at(len(known) - 1)
+        alpha, sigma = (
+            np.where(wanted < known[-1], end, own[1:]) for end, own in zip(last, (grid.alpha, grid.sigma), strict=True)
+        )
+        tables = timesteps, alpha, sigma
         self.timesteps, self.alpha, self.sigma = (
             torch.from_numpy(np.concatenate([[0.0], table])).to(teacher.device) for table in tables
         )
@@ -60,5 +65,6 @@ class ManyStep:
         return to_x0(self.teacher.prediction, guide_by(unconditional, conditional, strength), z, alpha, sigma)
 
     def _call(self, z: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        output: Tensor = self.teacher.unet(z.to(self.teacher.dtype), t, condition).sample
+        with torch.autocast(self.teacher.device.type, enabled=False):
+            output: Tensor = self.teacher.unet(z.to(self.teacher.dtype), t, condition).sample
         return output.float()

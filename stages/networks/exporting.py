@@ -12,9 +12,21 @@ from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid, cosine_train_steps
 
 
-def why_not_plain(form: Form) -> str | None:
-    """What keeps plain diffusers from running such a student as Retort does; None: nothing."""
-    if form.sampler == "stochastic":
+def why_not_plain(form: Form, grid: Grid, scheduler: Any) -> str | None:
+    """What keeps plain diffusers from running such a student as Retort does, with the scheduler made for it; None:
+    nothing."""
+    foreign = _foreign(form)
+    if foreign:
+        return foreign
+    scheduler.set_timesteps(form.steps)
+    if scheduler.timesteps.tolist() != grid.timesteps[:0:-1].tolist():
+        return f"it rounds the timesteps of {form.steps} steps otherwise, and would call the student where it never was"
+    return None
+
+
+def _foreign(form: Form) -> str | None:
+    """What no scheduler of diffusers could do."""
+    if form.sampler == "stochastic" and form.steps > 1:
         return "the N-step stochastic sampler is Retort's own"
     if form.prediction == "both":
         return "it estimates both x0 and the noise, of which diffusers knows nothing"
@@ -42,7 +54,7 @@ def scheduler_of(form: Form, grid: Grid, teacher: Path) -> Any:
     if form.sampler == "consistency":
         lcm = {"original_inference_steps": form.steps, "timestep_scaling": TIMESTEP_SCALING}
         return LCMScheduler.from_config({**config, **lcm})
-    if grid.train_steps % form.steps == 0 or why_not_plain(form):
+    if grid.train_steps % form.steps == 0 or _foreign(form):
         return DDIMScheduler.from_config(config)
     # DDIMScheduler steps to t - T // N, which its own grid misses; the first-order DPM-Solver++ is DDIM and does not
     return DPMSolverMultistepScheduler.from_config(

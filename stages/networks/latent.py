@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel
 
+from stages.diffusion.form import Form
 from stages.networks.network import NetworkTeacher
 
 CACHED_PROMPTS = 4096
@@ -98,13 +99,13 @@ class LatentTeacher(NetworkTeacher):
         torch.nn.init.zeros_(embedded.time_embedding.cond_proj.weight)
         return embedded
 
-    def usage(self, steps: int, guided: bool) -> str:
-        scale = "guidance_scale=3.0, " if guided else ""
-        remark = "" if guided else "  # any guidance_scale gives the same"
+    def usage(self, form: Form, scheduler: str) -> str:
+        scale = f"guidance_scale={1 + sum(form.w_range) / 2:g}, " if form.w_range else ""
+        remark = "" if form.w_range else "  # any guidance_scale gives the same"
         return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
-image = pipeline("a prompt", {scale}num_inference_steps={steps}).images[0]{remark}"""
+image = pipeline("a prompt", {scale}num_inference_steps={form.steps}).images[0]{remark}"""
 
 
 def _at_once(batch: Tensor, pixels_per_element: int) -> int:

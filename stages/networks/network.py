@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from stages.base import StageError
 from stages.data.latents import LabelledLatents
+from stages.diffusion.form import Form
 from stages.diffusion.guidance import guide
 from stages.diffusion.prediction import Prediction
 from stages.diffusion.schedule import NoiseSchedule
@@ -88,8 +89,9 @@ class NetworkTeacher(ABC):
         where diffusers has no such network."""
 
     @abstractmethod
-    def usage(self, steps: int, guided: bool) -> str:
-        """The Python lines that draw an image, in so many steps, with a pipeline saved by `save_pipeline`."""
+    def usage(self, form: Form, scheduler: str) -> str:
+        """The Python lines that draw an image with a pipeline saved by `save_pipeline`, its student of such a form;
+        `scheduler` is the name of its scheduler's class."""
 
     def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Tensor, int], Tensor]:
         """`denoise(z, t)`: the U-Net's output for these prompts, guided in one batched call unless the scale is 1.

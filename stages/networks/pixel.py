@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.base import StageError
 from stages.data.latents import LabelledLatents
+from stages.diffusion.form import Form
 from stages.networks.network import NetworkTeacher
 
 LABELS = "id2label"
@@ -89,19 +90,19 @@ class PixelTeacher(NetworkTeacher):
     def with_guidance_embedding(self, unet: Any) -> Any:
         raise StageError("diffusers' UNet2DModel takes no strength of guidance as an input; give a latent teacher")
 
-    def usage(self, steps: int, guided: bool) -> str:
+    def usage(self, form: Form, scheduler: str) -> str:
         if self._classes is None:
             return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
-image = pipeline(num_inference_steps={steps}).images[0]"""
+image = pipeline(num_inference_steps={form.steps}).images[0]"""
         return f"""import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import {scheduler}, UNet2DModel
 
 # diffusers has no pipeline that passes a class to this network
 unet = UNet2DModel.from_pretrained("THIS FOLDER", subfolder="unet")
-scheduler = DDIMScheduler.from_pretrained("THIS FOLDER", subfolder="scheduler")
-scheduler.set_timesteps({steps})
+scheduler = {scheduler}.from_pretrained("THIS FOLDER", subfolder="scheduler")
+scheduler.set_timesteps({form.steps})
 z = noise = torch.randn(1, {", ".join(map(str, self.latent_shape))})
 with torch.no_grad():
     for t in scheduler.timesteps:

@@ -11,6 +11,9 @@ from stages.data.images.config import IMAGE_SETS, ImageSet
 from stages.diffusion.prediction import Prediction
 from stages.methods.base import TrainingSettings
 
+TIMESTEPS = 1000
+"""Of a teacher trained here, whose schedule is Stable Diffusion's."""
+
 
 class VaeSettings(Config):
     """The autoencoder between images and the latents that the denoiser works in."""

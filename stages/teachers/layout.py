@@ -101,6 +101,17 @@ def classes(folder: Path) -> int | None:
     return found
 
 
+def timesteps(folder: Path) -> int | None:
+    """How many a folder's schedule has; None if it cannot be read."""
+    try:
+        scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+    except StageError:
+        return None
+    betas = scheduler.get("trained_betas")
+    found: int | None = len(betas) if betas else scheduler.get("num_train_timesteps")
+    return found
+
+
 def why_unguided(folder: Path, as_input: bool) -> str | None:
     """Why a folder's network has no output without a condition, or cannot take the strength of guidance as an input;
     None if there is no reason, or it cannot be read."""

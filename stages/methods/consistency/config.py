@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.base import Artifact, Choice, below
-from stages.diffusion.form import Form
+from stages.diffusion.form import Form, WRange
 from stages.losses.config import LOSSES, LossConfig, Regression
 from stages.methods.base import Materials, Method, MethodConfig
 
@@ -29,8 +29,8 @@ class ConsistencyConfig(MethodConfig):
         description="of the teacher, built into the student, as diffusers counts it: 1 is none; default: that of the "
         "pairs",
     )
-    w_range: tuple[float, float] | None = Field(
-        None, strict=False, description="instead: the least and the greatest w = guidance_scale - 1 as an input"
+    w_range: WRange | None = Field(
+        None, description="instead: the least and the greatest w = guidance_scale - 1 as an input"
     )
     target_decay: float = Field(
         0.95, ge=0, lt=1, description="of the averaged weights whose output is the target; 0: the student's own"
@@ -56,14 +56,18 @@ class ConsistencyConfig(MethodConfig):
     def _fits_together(self) -> Self:
         if self.solver_steps % self.steps:
             raise ValueError(f"solver_steps: {self.solver_steps} is no multiple of steps: {self.steps}")
-        if self.w_range and not 0 <= self.w_range[0] < self.w_range[1]:
-            raise ValueError("w_range is to be two numbers, the first at least 0 and less than the second")
         if self.w_range and self.guidance_scale:
             raise ValueError("give either guidance_scale or w_range")
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))
+
+    def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
+        if count % self.steps:
+            yield "steps", f"{self.steps} does not divide the teacher's {count} timesteps"
+        if self.solver_steps > count:
+            yield "solver_steps", f"{self.solver_steps} are more than the teacher's {count} timesteps"
 
     def create(self, materials: Materials) -> Method:
         from stages.methods.consistency.method import Consistency

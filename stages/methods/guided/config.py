@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from stages.diffusion.form import Form
+from stages.diffusion.form import Form, WRange
 from stages.methods.base import Materials, Method, MethodConfig
 from stages.methods.halving import HalvingConfig
 
@@ -21,8 +21,8 @@ class GuidedConfig(HalvingConfig):
     """
 
     name: Literal["guided"] = "guided"
-    w_range: tuple[float, float] = Field(
-        (0.0, 4.0), strict=False, description="the least and the greatest w that the student learns; guidance_scale - 1"
+    w_range: WRange = Field(
+        (0.0, 4.0), description="the least and the greatest w that the student learns; guidance_scale - 1"
     )
     sampler: Literal["ddim", "stochastic"] = Field(
         "ddim",
@@ -44,12 +44,6 @@ class GuidedConfig(HalvingConfig):
     def learns_guidance(self) -> bool:
         """Whether this is the first link."""
         return self.start_steps == self.end_steps
-
-    @model_validator(mode="after")
-    def _a_range(self) -> Self:
-        if not 0 <= self.w_range[0] < self.w_range[1]:
-            raise ValueError("w_range is to be two numbers, the first at least 0 and less than the second")
-        return self
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
         yield from super().check_start(start)

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from stages.diffusion.guidance import draw
 from stages.diffusion.halving import two_step_target
-from stages.diffusion.weighting import weights
 from stages.methods.base import Batch, Materials, Player, Turn
 from stages.methods.guided.config import GuidedConfig
+from stages.methods.halving_loss import halving_loss
 
 
 class Guided:
@@ -30,22 +28,17 @@ class Guided:
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: latent (B, C, H, W), prompts (B strings)."""
-        x, condition = batch["latent"], self.encode(batch["prompts"])
-        i = torch.randint(1, self.student.form.steps + 1, (len(x),)).to(x.device)
-        w = draw(self.config.w_range, len(x)).to(x.device)
-        z = self.student.noised(x, torch.randn_like(x), i)
-        with torch.no_grad():
-            target = self.target(z, i, condition, w)
-        error = self.student.error(z, i, target, condition, w)
-        weight = weights(self.config.weighting, self.student.alpha[i], self.student.sigma[i])
-        return (weight.to(error.dtype) * error).mean(), {"x0_error": error.mean()}
+        condition, stochastic = self.encode(batch["prompts"]), self.config.sampler == "stochastic"
 
-    def target(self, z: Tensor, i: Tensor, condition: Tensor | None, w: Tensor) -> Tensor:
-        """x~ (B, C, H, W), float64, for z (B, C, H, W) at points i (B,) of the student's."""
-        if self.config.learns_guidance:
-            return self.teacher.x0(z, i, condition, w).double()
-        stochastic = self.config.sampler == "stochastic"
-        return two_step_target(lambda z, j: self.teacher.x0(z, j, condition, w), z, i, self.teacher.grid, stochastic)
+        def target(z: Tensor, i: Tensor, w: Tensor | None) -> Tensor:
+            def denoise(z: Tensor, j: Tensor) -> Tensor:
+                return self.teacher.x0(z, j, condition, w)
+
+            if self.config.learns_guidance:
+                return denoise(z, i).double()
+            return two_step_target(denoise, z, i, self.teacher.grid, stochastic)
+
+        return halving_loss(self.student, target, self.config.weighting, batch["latent"], condition)
 
     def after_step(self, step: int) -> None:
         pass

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from stages.diffusion.halving import two_step_target
-from stages.diffusion.weighting import weights
 from stages.methods.base import Batch, Materials, Player, Turn
+from stages.methods.halving_loss import halving_loss
 from stages.methods.progressive.config import ProgressiveConfig
 
 
@@ -28,14 +27,12 @@ class Progressive:
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: latent (B, C, H, W), prompts (B strings)."""
-        x, condition = batch["latent"], self.encode(batch["prompts"])
-        i = torch.randint(1, self.student.form.steps + 1, (len(x),)).to(x.device)
-        z = self.student.noised(x, torch.randn_like(x), i)
-        with torch.no_grad():
-            target = two_step_target(lambda z, j: self.teacher.x0(z, j, condition), z, i, self.teacher.grid)
-        error = self.student.error(z, i, target, condition)
-        weight = weights(self.weighting, self.student.alpha[i], self.student.sigma[i])
-        return (weight.to(error.dtype) * error).mean(), {"x0_error": error.mean()}
+        condition = self.encode(batch["prompts"])
+
+        def target(z: Tensor, i: Tensor, w: Tensor | None) -> Tensor:
+            return two_step_target(lambda z, j: self.teacher.x0(z, j, condition), z, i, self.teacher.grid)
+
+        return halving_loss(self.student, target, self.weighting, batch["latent"], condition)
 
     def after_step(self, step: int) -> None:
         pass

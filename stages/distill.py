@@ -108,8 +108,27 @@ class Distill(Stage):
         assert start is None or isinstance(start.stage, Distill)
         if start and teacher_of(start.inputs).fingerprint != teacher.fingerprint:
             yield "start_from", f"{self.start_from} is the student of another teacher than that of `{given}`"
+        if start and self.pairs:
+            yield from self._check_held_out(sources(inputs)[0], start)
         of = self.method.check_start(start.stage.method if start and isinstance(start.stage, Distill) else None)
         yield from ((f"method.{path}", problem) for path, problem in of)
+
+    def _check_held_out(self, pairs: Artifact, start: Artifact | None) -> Iterator[tuple[str, str]]:
+        """That what is held out here was not trained on by a student before."""
+        assert isinstance(pairs.stage, Pairs)
+        while start is not None:
+            assert isinstance(start.stage, Distill)
+            for place, other in enumerate(sources(start.inputs)):
+                assert isinstance(other.stage, Pairs)
+                trained = other.stage.count - (start.stage.held_out if place == 0 else 0)
+                seen = trained - (pairs.stage.count - self.held_out)
+                if other.seed == pairs.seed and seen > 0:  # sample i of a seed has one noise, whatever else differs
+                    yield (
+                        "held_out",
+                        f"distill/{start.fingerprint[:8]}, which this student goes on from, was trained on {seen} of "
+                        f"the {self.held_out} noises that are held out; hold the same out of both",
+                    )
+            start = start.inputs.get("start_from")
 
     def _check_guidance(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         if self.method.form.w_range is not None:

@@ -211,6 +211,8 @@ def test_a_student_that_goes_on_from_another(tiny, teacher):
 
     with pytest.raises(ManifestError, match="to go on from has prediction: v_prediction, this one prediction: eps"):
         plan_of(text, tiny[0], ["stages.student.method.prediction=epsilon"])
+    with pytest.raises(ManifestError, match="was trained on 16 of the 48 noises that are held out"):
+        plan_of(text, tiny[0], ["stages.student.held_out=48"])
     other = text.replace("stages:\n", "stages:\n  other: {kind: teacher, from: digit_scenes}\n")
     first_pairs = "  first:\n    kind: distill\n    pairs: more"
     other = other.replace("  first:\n    kind: distill\n    pairs: pairs", first_pairs)

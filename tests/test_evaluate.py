@@ -107,7 +107,8 @@ def test_a_student_or_pairs_or_both(tiny):
     with pytest.raises(ManifestError, match="give student, pairs or both"):
         plan_of(TINY + "  quality: {kind: evaluate}\n", tiny[0])
     text = TINY + "  quality: {kind: evaluate, student: student, pairs: others, samples: 20, teacher_steps: []}\n"
-    others = "  others: {kind: pairs, teacher: teacher, prompts: digits, count: 20, seed: 9, sampler: {steps: 2, guidance_scale: 2.0}}\n"
+    sampler = "sampler: {steps: 2, guidance_scale: 2.0}"
+    others = f"  others: {{kind: pairs, teacher: teacher, prompts: digits, count: 20, seed: 9, {sampler}}}\n"
     metrics = execute(text + others, tiny[0], name="others")["quality"].artifact.record["metrics"]
     assert list(metrics["sides"]) == ["teacher_2", "student"]  # all of them are held out: it never saw any
     with pytest.raises(ManifestError, match="they are of another teacher than student's"):

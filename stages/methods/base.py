@@ -120,7 +120,7 @@ class Materials:
     """What a distillation method is given to work with."""
 
     teacher: NetworkTeacher
-    """Frozen; `teacher.unet` may be copied, not changed."""
+    """Frozen; `teacher.unet` may be copied, and then retired, not changed."""
     training: TrainingSettings
     start: Artifact | None = None
     """The student to go on from; None: the teacher."""

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.diversity PROBE STUDENT... [--prompts 64] [--noises 4]
 
-PROBE and STUDENTs are folders of sealed artifacts; all students are of one teacher. Each of the pairs' last prompts is
-drawn from several fresh noises, the same for all sides; diversity is the mean distance between two images of one prompt
-in the probe's features (after DreamDiv of 2405.05967, which takes DreamSim's). Prints, in Markdown, that of each, and
-its ratio to the teacher's, with a standard error over the prompts.
+PROBE and STUDENTs are folders of sealed artifacts; all students are of one teacher. Prompts of the pairs held out are
+each drawn from several fresh noises, the same for all sides; diversity is the mean distance between two images of one
+prompt in the probe's features (after DreamDiv of 2405.05967, which takes DreamSim's). Prints, in Markdown, that of
+each, and its ratio to the teacher's, with a standard error over the prompts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def main() -> None:
     pairs = sources(students[0].inputs)[0]
     teacher = load_network(pairs.inputs["teacher"].folder, Execution())
     reader = PairReader(read_list(pairs.folder))
-    known = list(dict.fromkeys(reader.batch(range(len(reader) - 20 * given.prompts, len(reader))).prompts))
+    held_out = min(artifact.stage.held_out for artifact in students)
+    known = list(dict.fromkeys(reader.batch(range(len(reader) - held_out, len(reader))).prompts))
     prompts = [prompt for prompt in known[: given.prompts] for _ in range(given.noises)]
     noise = np.stack([noise_for(SEED, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(len(prompts))])
     classifier = Classifier.load(given.probe, teacher.device)

@@ -12,10 +12,6 @@ their ratio, medians over the rounds.
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
-import time
-from pathlib import Path
 
 import torch
 
@@ -23,17 +19,13 @@ from stages.losses.adversarial import r1_penalty
 from stages.losses.augmentation import Augmentation
 from stages.losses.config import Regression
 from stages.losses.perceptual import PerceptualLoss
-from stages.methods.base import Materials, TrainingExecution, TrainingSettings
+from stages.methods.base import Materials, TrainingSettings
 from stages.methods.diffusion2gan.config import Diffusion2GANConfig
 from stages.methods.diffusion2gan.method import Diffusion2GAN
 from stages.networks.latent import LatentTeacher
 from stages.networks.perceptual import LPIPS, About
 from stages.networks.vgg import VGG
-from stages.training import train
-
-SHIPPED = Path(__file__).parents[2] / "stages" / "teachers" / "shipped" / "digit_scenes"
-STEPS = 10
-"""As many as the loop makes between two lines of its history."""
+from tests.benchmarks.side_by_side import SHIPPED, STEPS, compare
 
 
 def bare(method: Diffusion2GAN, batch: dict, penalised: bool) -> None:
@@ -79,22 +71,7 @@ def main() -> None:
         "latent": torch.randn(shape),
         "prompts": [prompts[i % 2] for i in range(given.batch)],
     }
-    execution = TrainingExecution(device="cpu", checkpoint_every=10**6)
-    with tempfile.TemporaryDirectory() as folder:
-        loop = train(method, lambda _: batch, seed=0, checkpoints=Path(folder), execution=execution)
-        next(loop)
-        times: dict[str, list[float]] = {"full": [], "bare": []}
-        for _ in range(given.rounds - 1):
-            started = time.perf_counter()
-            next(loop)
-            times["full"].append((time.perf_counter() - started) / STEPS)
-            started = time.perf_counter()
-            for step in range(STEPS):
-                bare(method, batch, penalised=step == 0)
-            times["bare"].append((time.perf_counter() - started) / STEPS)
-    full, passes = (statistics.median(times[name]) for name in ("full", "bare"))
-    ratio = statistics.median(a / b for a, b in zip(times["full"], times["bare"], strict=True))
-    print(f"full step {full:.3f} s, bare passes {passes:.3f} s, ratio {ratio:.3f}")
+    compare(method, batch, lambda step: bare(method, batch, penalised=step == 0), given.rounds)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,14 @@ the seconds a step of both and their ratio, medians over the rounds."""
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
-import time
-from pathlib import Path
 
 import torch
 
-from stages.methods.base import Materials, TrainingExecution, TrainingSettings
+from stages.methods.base import Materials, TrainingSettings
 from stages.methods.progressive.config import ProgressiveConfig
 from stages.methods.progressive.method import Progressive
 from stages.networks.latent import LatentTeacher
-from stages.training import train
-
-SHIPPED = Path(__file__).parents[2] / "stages" / "teachers" / "shipped" / "digit_scenes"
-STEPS = 10
-"""As many as the loop makes between two lines of its history."""
+from tests.benchmarks.side_by_side import SHIPPED, STEPS, compare
 
 
 def bare(method: Progressive, teacher: LatentTeacher, batch: dict, guided: bool) -> None:
@@ -59,23 +51,7 @@ def main() -> None:
         "prompts": [f"a red {words[i % 10]} above a blue {words[i // 10 % 10]}" for i in range(given.batch)],
     }
     guided = given.guidance_scale > 1
-    execution = TrainingExecution(device="cpu", checkpoint_every=10**6)
-    with tempfile.TemporaryDirectory() as folder:
-        loop = train(method, lambda _: batch, seed=0, checkpoints=Path(folder), execution=execution)
-        next(loop)
-        bare(method, teacher, batch, guided)
-        times: dict[str, list[float]] = {"full": [], "bare": []}
-        for _ in range(given.rounds):
-            started = time.perf_counter()
-            next(loop)
-            times["full"].append((time.perf_counter() - started) / STEPS)
-            started = time.perf_counter()
-            for _ in range(STEPS):
-                bare(method, teacher, batch, guided)
-            times["bare"].append((time.perf_counter() - started) / STEPS)
-    full, passes = (statistics.median(times[name]) for name in ("full", "bare"))
-    ratio = statistics.median(a / b for a, b in zip(times["full"], times["bare"], strict=True))
-    print(f"full step {full:.3f} s, bare passes {passes:.3f} s, ratio {ratio:.3f}")
+    compare(method, batch, lambda _: bare(method, teacher, batch, guided), given.rounds)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from pipeline.cli import main
 from pipeline.commands.console import held
 from pipeline.content import read_contents
 from pipeline.engine import Engine, InlineEngine
@@ -97,15 +102,39 @@ def command(*arguments: object) -> list[str]:
 
 
 def retort(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    return subprocess.run(
-        command(*arguments),
-        cwd=cwd or ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Run the command line: in this process, where torch is imported already, or in one of its own where variables
+    of an `environment` are given, since many are read as a process starts."""
+    if environment:
+        return subprocess.run(
+            command(*arguments),
+            cwd=cwd or ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    code: str | int | None = None
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(cwd or ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["retort", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code
+        except Exception:  # what the interpreter would do
+            traceback.print_exc()
+            code = 1
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    printed = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess(list(arguments), int(code or 0), *printed)
 
 
 @pytest.fixture

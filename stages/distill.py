@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from stages.base import SCRATCH, Artifact, Choice, Config, Input, Link, Neutral, Stage, StageContext, below
 from stages.data.shares import BLOCK
+from stages.latents import Latents
 from stages.methods import METHODS
 from stages.methods.base import MethodConfig, TrainingExecution, TrainingSettings, training_progress
 from stages.pairs import Pairs, guidance_scales
@@ -39,6 +40,10 @@ def sources(student: Mapping[str, Artifact]) -> list[Artifact]:
 def teacher_of(student: Mapping[str, Artifact]) -> Artifact:
     """The teacher, given a student's inputs: that of what it is trained on."""
     return (sources(student) or [student["latents"]])[0].inputs["teacher"]
+
+
+def _of_method(problems: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    yield from ((f"method.{path}", problem) for path, problem in problems)
 
 
 class Distill(Stage):
@@ -90,28 +95,37 @@ class Distill(Stage):
             yield given, f"{self.method.name} is trained on {' or '.join(self.method.DATA)}, not on {given}"
         if self.pairs:
             yield from self._check_pairs(sources(inputs))
-        if "latents" in self.method.DATA:  # whose teacher, or student to go on from, is asked
-            yield from self._check_guidance(inputs)
-        yield from ((f"method.{path}", problem) for path, problem in self.method.check(below(inputs, "method")))
-        teacher = teacher_of(inputs)
-        assert isinstance(teacher.stage, Teacher)
-        if teacher.stage.gaussian:
+        yield from self._check_guidance(inputs)
+        yield from _of_method(self.method.check(below(inputs, "method")))
+        yield from self._check_teacher(given, teacher_of(inputs), inputs.get("latents"))
+        yield from self._check_start(given, inputs)
+
+    def _check_teacher(self, given: str, teacher: Artifact, latents: Artifact | None) -> Iterator[tuple[str, str]]:
+        known = teacher.stage
+        assert isinstance(known, Teacher)
+        if known.gaussian:
             yield given, "their teacher is `gaussian:`, which has no network that a student could start from"
+        size = known.image_size(teacher.folder)
+        if latents and isinstance(latents.stage, Latents) and size not in (None, (latents.stage.images.size,) * 2):
+            pixels = f"images of {latents.stage.images.size} pixels, but the teacher makes {size[0]} x {size[1]}"
+            yield given, f"they are of {pixels}, and so will its student; encode images of that size"
         as_input = self.method.form.w_range is not None
-        unguided = teacher.stage.why_unguided(as_input, teacher.folder) if self.method.guided else None
+        unguided = known.why_unguided(as_input, teacher.folder) if self.method.guided else None
         if unguided:
             yield "method", f"it needs guidance, but {unguided}"
-        timesteps = teacher.stage.timesteps(teacher.folder)
+        timesteps = known.timesteps(teacher.folder)
         if timesteps is not None:
-            yield from ((f"method.{path}", problem) for path, problem in self.method.check_timesteps(timesteps))
+            yield from _of_method(self.method.check_timesteps(timesteps))
+
+    def _check_start(self, given: str, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         start = inputs.get("start_from")
-        assert start is None or isinstance(start.stage, Distill)
-        if start and teacher_of(start.inputs).fingerprint != teacher.fingerprint:
+        before = start.stage if start else None
+        assert before is None or isinstance(before, Distill)
+        if start and teacher_of(start.inputs).fingerprint != teacher_of(inputs).fingerprint:
             yield "start_from", f"{self.start_from} is the student of another teacher than that of `{given}`"
         if start and self.pairs:
             yield from self._check_held_out(sources(inputs)[0], start)
-        of = self.method.check_start(start.stage.method if start and isinstance(start.stage, Distill) else None)
-        yield from ((f"method.{path}", problem) for path, problem in of)
+        yield from _of_method(self.method.check_start(before.method if before else None))
 
     def _check_held_out(self, pairs: Artifact, start: Artifact | None) -> Iterator[tuple[str, str]]:
         """That what is held out here was not trained on by a student before."""
@@ -134,11 +148,12 @@ class Distill(Stage):
         if self.method.form.w_range is not None:
             return
         own = guidance_scales(self.method.form, sources(inputs))
-        if not own:
+        if not own and "latents" in self.method.DATA:
             yield "method", "latents say nothing of guidance_scale: give it, 1 for none"
         if len(own) > 1:
             found = " and ".join(f"{scale:g}" for scale in own)
-            yield "method", f"the pairs have guidance_scale: {found}; give the student's"
+            remedy = "give the student's" if "latents" in self.method.DATA else "a student of them has one"
+            yield "method", f"the pairs have guidance_scale: {found}; {remedy}"
         start = inputs.get("start_from")
         if start and isinstance(start.stage, Distill):
             there = guidance_scales(start.stage.method.form, sources(start.inputs))

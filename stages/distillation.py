@@ -54,7 +54,7 @@ def distill(
     method = method_config.create(Materials(teacher, training, start, (scales or [1.0])[0], inputs, contents))
     supply: Supply
     if latents:
-        supply = LatentSupply(latents.folder, teacher.prompts_of, training.batch_size, seed)
+        supply = LatentSupply(latents.folder, teacher, training.batch_size, seed)
     else:
         folders = [source.folder for source in sources]
         supply = PairSupply(folders, weights, held_out, training.batch_size, seed)

@@ -68,6 +68,13 @@ class Teacher(Stage):
         folder = self._known(sealed)
         return layout.timesteps(folder) if folder else None
 
+    def image_size(self, sealed: Path) -> tuple[int, int] | None:
+        """How many pixels high and wide what it makes is; None if nobody knows."""
+        if self.train:
+            return self.train.dataset.size, self.train.dataset.size
+        folder = self._known(sealed)
+        return layout.image_size(folder) if folder else None
+
     def _known(self, sealed: Path) -> Path | None:
         """A folder of it that can be read already."""
         folders = [sealed, *([Path(self.from_)] if self.from_ else [])]

@@ -84,6 +84,31 @@ def test_guidance_of_equal_normals_shifts_the_mean_alone():
         assert float((found[-1] - found[0]) / (z[-1] - z[0])) == pytest.approx(3 * gains[0] - 2 * gains[1])
 
 
+def test_the_stronger_guidance_the_surer_the_class_and_the_narrower_it_is():
+    """Two classes, N(1, 0.6^2) and N(-1, 0.6^2), as likely as one another: samples of the first by 64 steps."""
+    grid = Grid.cosine(64)
+
+    def classes(z, alpha=1.0, sigma=0.0):
+        """How likely the first is of z: a logistic of the difference of two squares."""
+        return torch.sigmoid(2 * alpha * z / (alpha**2 * STD**2 + sigma**2))
+
+    def sampled(w):
+        def denoise(z, i):
+            first, second = (denoised(z, *grid.level(i), mean) for mean in (1.0, -1.0))
+            p = classes(z, *grid.level(i))
+            return guide_by(p * first + (1 - p) * second, first, w)
+
+        noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return sample("ddim", denoise, noise, grid)
+
+    found = [sampled(w) for w in (0.0, 1.0, 4.0)]
+    assert float(found[0].mean()) == pytest.approx(1.0, abs=0.02) and float(found[0].std()) == pytest.approx(
+        STD, abs=0.02
+    )
+    sure, wide = [float(classes(x).mean()) for x in found], [float(x.std()) for x in found]
+    assert sure[0] + 0.02 < sure[1] < sure[2] and wide[0] > wide[1] + 0.02 > wide[2] + 0.04
+
+
 def test_noising_keeps_the_variance():
     grid = Grid.cosine(16)
     for from_, to in ((0, 1), (3, 4), (13, 15)):

@@ -18,6 +18,7 @@ from stages.data.files import sha256_of
 from stages.data.images.config import Digits, ImageFolder
 from stages.data.images.load import batches, load
 from stages.data.latents import read_latents
+from stages.data.supply import LatentSupply
 from stages.encoding import encode_images
 from stages.latents import REACHED
 from stages.networks.latent import LatentTeacher
@@ -158,6 +159,14 @@ def test_images_of_ones_own_and_of_another_size(teacher, folder, tmp_path):
     assert unseen.captions == images.captions and set(seen.captions) == {"a red wall", "a blue wall"}
     assert (unseen.labels["label"] == images.labels["label"]).all()
     assert made.record["metrics"]["classes"] == {"label": 2}
+    method = "method: {name: consistency, guidance_scale: 1}, training: {steps: 1}"
+    text += f"  student: {{kind: distill, latents: latents, {method}}}"
+    with pytest.raises(ManifestError, match="latents: they are of images of 32 pixels, but the teacher makes 16 x 16"):
+        plan_of(text, tmp_path / "store")
+    with pytest.raises(
+        StageError, match="encode images of 16 pixels"
+    ):  # a hub's teacher is not there to be planned with
+        LatentSupply(made.folder, teacher, batch_size=4, seed=0)
     assert made.record["identity"]["contents"]["images.path"].startswith("sha256:")
 
 

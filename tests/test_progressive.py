@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import time
@@ -580,6 +581,8 @@ def test_guidance_that_is_that_of_the_pairs_is_checked_as_any_other(tmp_path):
     mixed = text.replace("pairs: pairs\n", "pairs: [pairs, other]\n")
     refused(mixed, "the pairs have guidance_scale: 2 and 5; give the student's")
     assert plan_of(mixed.replace("end_steps: 2", "end_steps: 2, guidance_scale: 2.0"), tmp_path)["student"]
+    one_step = re.sub("{name: progressive.*}", "knowledge_distillation", mixed)
+    refused(one_step, "the pairs have guidance_scale: 2 and 5; a student of them has one")
 
 
 def test_one_step_methods_take_pairs_only(tmp_path):

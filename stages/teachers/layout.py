@@ -112,6 +112,18 @@ def timesteps(folder: Path) -> int | None:
     return found
 
 
+def image_size(folder: Path) -> tuple[int, int] | None:
+    """How many pixels high and wide what a folder's network makes is; None if it cannot be read."""
+    try:
+        found = check_index(folder)
+        size = _read(folder / "unet" / "config.json")["sample_size"]
+        halvings = 0 if found is PIXELS else len(_read(folder / "vae" / "config.json")["block_out_channels"]) - 1
+    except (StageError, KeyError):  # said when it is adopted
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * 2**halvings, width * 2**halvings
+
+
 def why_unguided(folder: Path, as_input: bool) -> str | None:
     """Why a folder's network has no output without a condition, or cannot take the strength of guidance as an input;
     None if there is no reason, or it cannot be read."""

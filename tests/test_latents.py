@@ -163,9 +163,7 @@ def test_images_of_ones_own_and_of_another_size(teacher, folder, tmp_path):
     text += f"  student: {{kind: distill, latents: latents, {method}}}"
     with pytest.raises(ManifestError, match="latents: they are of images of 32 pixels, but the teacher makes 16 x 16"):
         plan_of(text, tmp_path / "store")
-    with pytest.raises(
-        StageError, match="encode images of 16 pixels"
-    ):  # a hub's teacher is not there to be planned with
+    with pytest.raises(StageError, match="encode images of 16 pixels"):  # a hub's teacher is known only then
         LatentSupply(made.folder, teacher, batch_size=4, seed=0)
     assert made.record["identity"]["contents"]["images.path"].startswith("sha256:")
 

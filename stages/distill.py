@@ -53,7 +53,7 @@ class Distill(Stage):
     method takes it. A method that takes rounds makes a chain of it: student/16, student/8, ...; whoever reads `student`
     is made once for each of them, as of a matrix, and a single one is read by its whole name."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     kind: Literal["distill"]
     pairs: Annotated[list[Source] | None, BeforeValidator(_sources)] = Field(
         None, min_length=1, description="what it is trained on: a stage, or a list of several and their weights"

@@ -29,11 +29,12 @@ HEAD = {
     ("epsilon", "sample"): (0.0,),
     ("epsilon", "both"): (0.0, 1.0),
     ("sample", "v_prediction"): (-1.0,),
+    ("sample", "epsilon"): (0.0,),
     ("sample", "both"): (1.0, 0.0),
 }
 """(what a teacher puts out, what its student is to) -> what the last layer's weights are multiplied by, for each thing
 that the student puts out. v is -x0 where there is only noise, and the noise where there is none. A teacher of the noise
-says nothing of x0: that begins at 0, its last layer untrained. Others: 1."""
+says nothing of x0, nor one of x0 of the noise: that begins at 0, its last layer untrained. Others: 1."""
 
 
 class Student(nn.Module):
@@ -57,7 +58,7 @@ class Student(nn.Module):
     def from_teacher(cls, teacher: NetworkTeacher, form: Form, steps: int | None = None) -> Student:
         """With the teacher's weights, and at first indifferent to w. `steps`: of the grid, a multiple of the form's.
 
-        `sample` from a teacher of the noise, and x0 of `both`, begin with a last layer of zeros: see HEAD."""
+        What the teacher says nothing of begins with a last layer of zeros: see HEAD."""
         unet = copy.deepcopy(teacher.unet).requires_grad_(True)
         factors = HEAD.get((teacher.prediction, form.prediction), (1.0,))
         if factors != (1.0,):

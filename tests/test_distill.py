@@ -18,7 +18,7 @@ from stages.diffusion.form import Form
 from stages.losses.regression import l1, mse, pseudo_huber
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student
-from tests.conftest import ROOT, TINY, command, execute, plan_of
+from tests.conftest import ROOT, TINY, command, execute, plan_of, retort
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +186,7 @@ def test_a_killed_driver_resumes_training_to_the_same_bytes(tiny, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not list(store.glob("distill/*/artifact.json"))
-    done = subprocess.run(submit, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert retort("resume", "--store", store, "--engine", "inline").returncode == 0
     (student,) = (store / "distill").iterdir()
     for file in ("unet/diffusion_pytorch_model.safetensors", "history.jsonl"):
         assert sha256_of(student / file) == sha256_of(tiny[1]["student"].artifact.folder / file)

@@ -368,7 +368,8 @@ def hostile_members():
 @given(members=hostile_members(), cut=st.integers(0, 400), noise=st.binary(max_size=600))
 @settings(max_examples=80, deadline=None)
 def test_hostile_tars_crash_nothing_and_write_nothing(tmp_path_factory, members, cut, noise):
-    folder = tmp_path_factory.mktemp("hostile")
+    folder = tmp_path_factory.mktemp("hostile") / "shards"
+    folder.mkdir()
     with tarfile.open(folder / "a.tar", "w") as tar:
         for name, content in members:
             add(tar, name, content)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from stages.base import SCRATCH, Artifact, Choice, Config, Input, Link, Neutral, Stage, StageContext, below
 from stages.data.shares import BLOCK
+from stages.distillation.recipe import Recipe
 from stages.latents import Latents
 from stages.methods import METHODS
 from stages.methods.base import MethodConfig, TrainingExecution, TrainingSettings, training_progress
@@ -200,26 +201,22 @@ class Distill(Stage):
         return training_progress(work / SCRATCH)
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
-        return context.run(
-            _distill,
+        recipe = Recipe(
             self.method,
             self.training,
-            self.held_out,
-            self.execution,
             sources(context.inputs),
             [source.weight for source in self.pairs or []],
+            self.held_out,
             context.inputs.get("latents"),
+            context.inputs.get("start_from"),
             below(context.inputs, "method"),
             below(context.contents, "method"),
-            context.inputs.get("start_from"),
-            context.seed,
-            context.output,
-            context.threads,
-            context.fingerprint,
         )
+        where = context.output, context.threads, context.fingerprint
+        return context.run(_distill, recipe, self.execution, context.seed, *where)
 
 
 def _distill(*arguments: Any) -> Any:
-    from stages.distillation import distill
+    from stages.distillation.train import distill
 
     return distill(*arguments)

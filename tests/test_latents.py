@@ -18,9 +18,12 @@ from stages.data.files import sha256_of
 from stages.data.images.config import Digits, ImageFolder
 from stages.data.images.load import batches, load
 from stages.data.latents import read_latents
-from stages.data.supply import LatentSupply
+from stages.distillation.recipe import Recipe
+from stages.distillation.train import distill
 from stages.encoding import encode_images
 from stages.latents import REACHED
+from stages.methods.base import TrainingExecution, TrainingSettings
+from stages.methods.consistency.config import ConsistencyConfig
 from stages.networks.latent import LatentTeacher
 from tests.conftest import GAUSSIAN, TINY, execute, plan_of
 
@@ -163,8 +166,10 @@ def test_images_of_ones_own_and_of_another_size(teacher, folder, tmp_path):
     text += f"  student: {{kind: distill, latents: latents, {method}}}"
     with pytest.raises(ManifestError, match="latents: they are of images of 32 pixels, but the teacher makes 16 x 16"):
         plan_of(text, tmp_path / "store")
-    with pytest.raises(StageError, match="encode images of 16 pixels"):  # a hub's teacher is known only then
-        LatentSupply(made.folder, teacher, batch_size=4, seed=0)
+    settings = ConsistencyConfig(guidance_scale=1), TrainingSettings(steps=1)
+    recipe = Recipe(*settings, [], [], held_out=1, latents=made, start=None, inputs={}, contents={})
+    with pytest.raises(StageError, match="encode images of 16 pixels"):  # what a hub holds is not known before
+        finish(distill(recipe, TrainingExecution(), 0, tmp_path, 1, ""))
     assert made.record["identity"]["contents"]["images.path"].startswith("sha256:")
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from stages.base import StageError
-from stages.data.latents import read_latents
+from stages.data.latents import LabelledLatents, read_latents
 from stages.data.order import ShuffledOrder
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
-
-if TYPE_CHECKING:
-    from stages.networks.network import NetworkTeacher
 
 
 class Supply(Protocol):
@@ -52,18 +49,14 @@ class PairSupply:
 
 
 class LatentSupply:
-    """Latents of an image set that are not held out, with what `teacher` calls such images. Raises StageError if they
-    are not of the size that it makes."""
+    """Latents of an image set that are not held out; `prompts_of` says what the teacher calls such images."""
 
-    def __init__(self, folder: Path, teacher: NetworkTeacher, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, prompts_of: Callable[[LabelledLatents], list[str]], batch_size: int, seed: int
+    ) -> None:
         self._latents = read_latents(folder, held_out=False)
-        shape = self._latents.latents.shape[1:]
-        if shape != teacher.latent_shape:
-            raise StageError(
-                f"the latents are {shape}, but the teacher makes {teacher.latent_shape}, and so will its student; "
-                f"encode images of {teacher.latent_shape[1] * teacher.down_sampling} pixels"
-            )
-        self._prompts = teacher.prompts_of(self._latents)
+        self._prompts = prompts_of(self._latents)
+        self.shape: tuple[int, ...] = self._latents.latents.shape[1:]
         self.count = len(self._latents)
         self._order = ShuffledOrder(self.count, batch_size, seed)
 

@@ -123,8 +123,24 @@ stages:
     np.testing.assert_allclose(images, ((ours + 1) / 2).permute(0, 2, 3, 1).numpy(), atol=1e-4)
 
 
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
 def stable_diffusion_layout(folder, unet=None):
-    """A random-weight pipeline as the published ones are laid out, of latents (4, 8, 8) and texts (77, 32)."""
+    """A random-weight pipeline as the published ones are laid out, of latents (4, 8, 8) and texts (77, 32). Its
+    scheduler's JSON is that of Stable Diffusion 1.5, which says no more than it must."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
@@ -138,13 +154,12 @@ def stable_diffusion_layout(folder, unet=None):
         text_encoder=build.text_encoder(tokenizer, width=32, layers=1),
         tokenizer=tokenizer,
         unet=unet or build.unet(8, 32, (16, 32)),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-        ),
+        scheduler=PNDMScheduler(),
         safety_checker=None,
         feature_extractor=None,
     )
     pipeline.save_pretrained(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder
 
 

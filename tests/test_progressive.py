@@ -31,7 +31,7 @@ from stages.networks.exporting import scheduler_of, why_not_plain
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
 from tests.conftest import ROOT, TINY, command, execute, plan_of
-from tests.test_distill import stable_diffusion_layout
+from tests.test_distill import SCHEDULER, stable_diffusion_layout
 
 CHAIN = """
   latents: {kind: latents, teacher: teacher, images: digits, execution: {threads: 1}}
@@ -481,6 +481,28 @@ def test_plain_diffusers_steps_as_retort_does(teacher, tmp_path, steps, schedule
         ours = Student.load(tmp_path, teacher)(noise, teacher.encode_prompts(prompts))
     latents = drawn(tmp_path, noise, prompts, num_inference_steps=steps, guidance_scale=7.5)
     torch.testing.assert_close(latents, ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [SCHEDULER, {"_class_name": "DDPMScheduler", "thresholding": True}])
+@pytest.mark.parametrize("form", [
+    Form(), Form(steps=4), Form(steps=3), Form(steps=4, schedule="cosine"), Form(steps=4, w_range=(0.0, 14.0)),
+    Form(steps=4, sampler="consistency"),
+], ids=str)  # fmt: skip
+def test_what_a_published_scheduler_leaves_out_is_not_its_students_default(tmp_path, scheduler, form):
+    folder = stable_diffusion_layout(tmp_path / "sd")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    teacher = LatentTeacher(folder)
+    assert teacher.prediction == "epsilon"
+    student = shaken(Student.from_teacher(teacher, form))
+    export(student, teacher, tmp_path / "student", "a card")
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    w = torch.full((2,), 7.0)
+    with torch.no_grad():
+        ours = student(noise, teacher.encode_prompts(["a", "b"]), w, torch.Generator().manual_seed(1))
+    more = {"num_inference_steps": form.steps, "generator": torch.Generator().manual_seed(1)}
+    latents = drawn(tmp_path / "student", noise, ["a", "b"], guidance_scale=8.0, **more)
+    torch.testing.assert_close(latents, ours, atol=1e-4, rtol=1e-4)
+    assert reason(teacher, form) is None
 
 
 def test_a_student_of_both_is_read_as_both(teacher, tmp_path):

@@ -44,8 +44,11 @@ def scheduler_of(form: Form, grid: Grid, teacher: Path) -> Any:
         "set_alpha_to_one": True,
         "steps_offset": 1,
         "clip_sample": False,
+        "thresholding": False,
         "prediction_type": form.prediction if form.prediction != "both" else "sample",
     }
+    # what the teacher's JSON leaves out stands in this list, and from_config takes another class's default for it
+    config.pop("_use_default_values", None)
     if form.schedule == "cosine":
         squared = Grid.cosine(grid.train_steps).alpha ** 2
         betas = (1 - squared[1:] / squared[:-1]).tolist()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.document import Document
-from pipeline.matrix import Axis, Coordinates, base_of, name_of
+from pipeline.matrix import Axis, Coordinates, base_of, is_link, name_of
 from stages import KINDS
 from stages.base import Link
 from stages.registry import PluginError
@@ -24,7 +24,7 @@ def expand(document: Document, coordinates: Mapping[str, Coordinates], problems:
         return dict(coordinates)
     found, expanded = dict(coordinates), {}
     for name, stage in stages.items():
-        links = _links(stage)
+        links = [] if is_link(name) else _links(stage)  # as a run's frozen manifest has them
         if not links:
             expanded[name] = stage
         previous = None

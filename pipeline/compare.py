@@ -78,7 +78,16 @@ def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
     )
     student = metrics["student"]
     training = _training(folder / record["inputs"]["student"] / RECORD) if student else {}
-    return Evaluated(names.get(student, name), training, origin, folder, metrics, shown)
+    called = _in_steps(names.get(student, name), record["settings"].get("steps"))
+    return Evaluated(called, training, origin, folder, metrics, shown)
+
+
+def _in_steps(name: str, steps: int | None) -> str:
+    """student[seed=1] in other steps than its own: student[seed=1,steps=8]."""
+    if steps is None:
+        return name
+    head, _, inside = name.partition("[")
+    return f"{head}[{','.join(filter(None, [inside.removesuffix(']'), f'steps={steps}']))}]"
 
 
 def _training(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline import document as yaml_document
 from pipeline.document import Document
 from pipeline.errors import ManifestError, UsageError
 from pipeline.fields import is_artifact_path, marked, parts_of, plain, replaced
-from pipeline.matrix import base_of, groups_of
+from pipeline.matrix import groups_of
 from pipeline.problems import in_order, in_words
 from pipeline.store import is_url
 from stages import KINDS
@@ -52,7 +52,9 @@ class Manifest(Config):
         return self.seed if own is None else own
 
     def resources_of(self, stage: str) -> Resources:
-        return self.resources.get(stage) or self.resources.get(base_of(stage)) or Resources()
+        """What was given for it, else for a group that it belongs to, the smallest first."""
+        names = [stage, *sorted(groups_of(stage), key=len, reverse=True)]
+        return next((self.resources[name] for name in names if name in self.resources), Resources())
 
 
 @dataclass(frozen=True)

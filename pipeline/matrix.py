@@ -75,6 +75,11 @@ def base_of(name: str) -> str:
     return name.partition("[")[0].partition("/")[0]
 
 
+def is_link(name: str) -> bool:
+    """Whether it is of a chain's link: `student/16`."""
+    return "/" in name.partition("[")[0]
+
+
 def groups_of(name: str) -> set[str]:
     """What is said for it and others at once: of `student/16[seed=2]` its base `student`, the link of all members
     `student/16`, and the chain of one member `student[seed=2]`."""

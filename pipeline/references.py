@@ -66,7 +66,7 @@ def wrong_resources(
 ) -> Iterator[str]:
     for name, given in resources.items():
         path = ("resources", name)
-        meant = [stage for other, stage in stages.items() if name in (other, base_of(other))]
+        meant = [stage for other, stage in stages.items() if name in {other, *groups_of(other)}]
         if not meant and name not in {*lost, *map(base_of, lost)}:
             hint = suggest(name, list(dict.fromkeys(map(base_of, stages))))
             yield document.problem(path, f"there is no such stage{hint}", at_key=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.base import Artifact, Input, Stage, StageContext
+from stages.base import Artifact, Input, Neutral, Stage, StageContext
 from stages.data.images.config import Digits
 from stages.distill import Distill, sources, teacher_of
 from stages.pairs import Pairs, guidance_scales
@@ -46,6 +46,9 @@ class Evaluate(Stage):
         None, description="the probe of the real images to compare with; none: only what needs no real images"
     )
     samples: int = Field(2000, ge=20, description="of each side; held-out pairs first, then fresh noise")
+    steps: Annotated[int | None, Neutral()] = Field(
+        None, ge=1, description="of the student's sampler, where its method leaves them open; default: its own"
+    )
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="also sample the teacher in these; default: 4, 2 and 1, where the pairs took more"
     )
@@ -54,6 +57,8 @@ class Evaluate(Stage):
     def _a_subject(self) -> Self:
         if self.student is None and self.pairs is None:
             raise ValueError("give student, pairs or both")
+        if self.student is None and self.steps:
+            raise ValueError("steps are those of a student; the teacher's are teacher_steps")
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
@@ -87,6 +92,9 @@ class Evaluate(Stage):
     ) -> Iterator[tuple[str, str]]:
         if teacher_of(student.inputs).fingerprint != found.inputs["teacher"].fingerprint:
             yield "pairs", f"they are of another teacher than {self.student}'s"
+        other = stage.method.why_not_in(self.steps) if self.steps else None
+        if other:
+            yield "steps", other
         scale, trained = pairs.sampler.guidance_scale, stage.method.form.w_range
         own = guidance_scales(stage.method.form, sources(student.inputs))
         if trained and not 1 + trained[0] <= scale <= 1 + trained[1]:
@@ -110,6 +118,7 @@ class Evaluate(Stage):
         return context.run(
             evaluate,
             *subject(context.inputs),
+            self.steps,
             self.samples,
             self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < pairs.sampler.steps],
             context.inputs.get("real"),

@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from stages.base import Artifact, Execution, StageError
-from stages.distill import teacher_of
+from stages.distill import Distill, teacher_of
+
+TEACHER_STEPS = 50
 
 
 def draw(
-    artifact: Artifact, prompts: list[str], count: int, seed: int, steps: int, guidance_scale: float, out: Path
+    artifact: Artifact, prompts: list[str], count: int, seed: int, steps: int | None, guidance_scale: float, out: Path
 ) -> None:
-    """Write one image: a row a prompt, a column a noise, the same noises in every row. `steps` are a teacher's, and
-    `guidance_scale` its own or that of a student that takes it as an input. Raises StageError, also outside of what it
-    was trained for."""
+    """Write one image: a row a prompt, a column a noise, the same noises in every row. `steps` are a teacher's, 50 if
+    not given, or those of a student whose method leaves them open; `guidance_scale` is a teacher's, or that of a
+    student that takes it as an input. Raises StageError, also outside of what it was trained for."""
     import torch
     from PIL import Image
 
@@ -33,7 +35,10 @@ def draw(
         raise StageError(f"{folder} is an analytic teacher: it has no images to draw")
     teacher = load_network(folder, Execution())
     noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
-    student = Student.load(artifact.folder, teacher) if artifact.kind == "distill" else None
+    other = artifact.stage.method.why_not_in(steps) if isinstance(artifact.stage, Distill) and steps else None
+    if other:
+        raise StageError(other)
+    student = Student.load(artifact.folder, teacher, steps) if artifact.kind == "distill" else None
     takes = student.form.w_range if student else None
     if takes and not 1 + takes[0] <= guidance_scale <= 1 + takes[1]:
         raise StageError(
@@ -48,7 +53,7 @@ def draw(
                 further = torch.Generator().manual_seed(seed)
                 latents = student(teacher.to_device(noise), teacher.encode_prompts([prompt] * count), w, further)
             else:
-                sampler = Sampler(steps=steps, guidance_scale=guidance_scale)
+                sampler = Sampler(steps=steps or TEACHER_STEPS, guidance_scale=guidance_scale)
                 latents = solve(teacher, noise, [prompt] * count, sampler)
             rows.append(strip(teacher.decode(latents).numpy()))
     Image.fromarray(np.concatenate(rows)).save(out)

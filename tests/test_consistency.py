@@ -17,7 +17,7 @@ from stages.methods.consistency.config import ConsistencyConfig
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
 from stages.training import train
-from tests.conftest import TINY, execute, plan_of
+from tests.conftest import TINY, execute, plan_of, retort
 from tests.test_progressive import drawn, shaken
 
 LCM = (
@@ -32,6 +32,8 @@ LCM = (
     execution: {threads: 1}
   quality:
     {kind: evaluate, student: student, samples: 20, teacher_steps: [], execution: {threads: 1}}
+  fewer:
+    {kind: evaluate, student: student, steps: 2, samples: 20, teacher_steps: [], execution: {threads: 1}}
 """
 )
 
@@ -149,6 +151,23 @@ def test_it_runs_and_is_measured(plan):
     assert "held_out_mse" not in plan["student"].artifact.record["metrics"]  # its sampler draws noise of its own
 
 
+def test_its_steps_are_no_part_of_its_training(plan, tiny, tmp_path):
+    own, fewer = (plan[name].artifact.record["metrics"]["sides"]["student"] for name in ("quality", "fewer"))
+    assert (own["network_calls"], fewer["network_calls"]) == (4, 2) and own["latent_mse"] != fewer["latent_mse"]
+    found = json.loads(retort("compare", "lcm", "--store", tiny[0], "--html", tmp_path / "c.html", "--json").stdout)
+    names = [row["name"] for row in found["sections"][0]["rows"] if row["kind"] == "student"]
+    assert names == ["student", "student[steps=2]"]
+    other = "{name: consistency, steps: 10, solver_steps: 20, w_range: [0.0, 4.0]}, training: {steps: 1}, held_out: 32"
+    text = LCM + f"  other: {{kind: distill, pairs: pairs, start_from: student, method: {other}}}\n"
+    assert plan_of(text, tiny[0])["other"]
+    draw = ("sample", plan["student"].artifact.folder, "-p", "a red handwritten seven", "-n", 1, "--out")
+    images = [tmp_path / f"{steps}.png" for steps in (4, 2)]
+    assert retort(*draw, images[0]).returncode == retort(*draw, images[1], "--steps", 2).returncode == 0
+    assert images[0].read_bytes() != images[1].read_bytes()
+    done = retort(*draw, tmp_path / "no.png", "--steps", 3)
+    assert done.returncode == 2 and "was trained at 20 points, no multiple of 3 steps" in done.stderr
+
+
 @pytest.mark.parametrize(("steps", "prediction", "w"), [
     (4, "v_prediction", 2.0), (1, "v_prediction", None), (8, "epsilon", None), (2, "sample", 0.0)
 ])  # fmt: skip
@@ -176,6 +195,8 @@ def test_plain_diffusers_samples_as_retort_does(teacher, tmp_path, steps, predic
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [
+    ("steps: 2, samples", "steps: 3, samples", "fewer.steps: the student was trained at 20 points, no multiple of 3"),
+    ("student: student, steps: 2", "pairs: pairs, steps: 2", "steps are those of a student"),
     ("solver_steps: 20", "solver_steps: 18", "solver_steps: 18 is no multiple of steps: 4"),
     ("w_range: [0.0, 4.0]", "w_range: [0.0, 4.0], guidance_scale: 2.0", "give either guidance_scale or w_range"),
     ("w_range: [0.0, 4.0]", "w_range: [2.0, 4.0]", "w = 1; the student was trained for w from 2 to 4"),

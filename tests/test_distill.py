@@ -221,6 +221,12 @@ def test_a_student_that_goes_on_from_another(tiny, teacher):
     ours, theirs = (Student.load(a.folder, teacher).state_dict() for a in (second, first))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
+    third = TINY.split("  student:\n")[1].replace("held_out: 32", "held_out: 32\n    start_from: student")
+    still.append(still[0].replace("student", "third"))
+    third = execute(f"{text}  third:\n{third}", tiny[0], still, name="goes_on")["third"].artifact
+    seen = [(artifact.folder / "history.jsonl").read_text() for artifact in (second, third)]
+    assert seen[0] != seen[1], "the same weights, trained on other pairs"
+
     with pytest.raises(ManifestError, match="to go on from has prediction: v_prediction, this one prediction: eps"):
         plan_of(text, tiny[0], ["stages.student.method.prediction=epsilon"])
     with pytest.raises(ManifestError, match="was trained on 16 of the 48 noises that are held out"):

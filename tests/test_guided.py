@@ -217,7 +217,7 @@ def test_the_first_link_learns_the_guided_teacher(tiny, teacher):
     """At strengths that this hasty teacher heeds; a new student is the teacher without guidance."""
     text = TINY + CHAIN.split("  strengths")[0].replace("end_steps: 2", "end_steps: 4").replace("4.0]", "30.0]")
     text = text.replace("steps: 8,", "steps: 60,")
-    student = Student.load(execute(text, tiny[0], name="learns")["guided"].artifact.folder, teacher)
+    student = Student.load(execute(text, tiny[0], name="learns")["guided/4"].artifact.folder, teacher)
     untrained = Student.from_teacher(teacher, student.form)
     torch.manual_seed(0)
     z, condition = torch.randn(64, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 64)
@@ -258,11 +258,11 @@ def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
     assert folder == chain["guided/2"].artifact.folder
     drawn = []
     for scale in (1.0, 1.0, 5.0):
-        draw(load_artifact(folder), ["a red handwritten seven"], 2, 0, 20, scale, tmp_path / "i.png")
+        draw(load_artifact(folder), ["a red handwritten seven"], 2, 0, None, scale, tmp_path / "i.png")
         drawn.append(Image.open(tmp_path / "i.png").tobytes())
     assert drawn[0] == drawn[1] != drawn[2]
     with pytest.raises(StageError, match=r"from 1 to 5, not 7\.5"):
-        draw(load_artifact(folder), ["a red handwritten seven"], 2, 0, 20, 7.5, tmp_path / "i.png")
+        draw(load_artifact(folder), ["a red handwritten seven"], 2, 0, None, 7.5, tmp_path / "i.png")
 
 
 # --- What is refused --------------------------------------------------------------------------------------

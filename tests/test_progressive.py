@@ -368,8 +368,8 @@ def test_a_link_of_every_member_and_the_chain_of_one_can_be_read(varied):
             read(wrong)
 
 
-def test_a_link_is_the_stage_that_would_be_written_by_hand(tmp_path):
-    """And does not depend on where its chain ends."""
+def test_a_link_does_not_depend_on_where_its_chain_ends(tmp_path):
+    """Nor on its name: a chain of one link has one."""
     longer = plan_of(TINY + CHAIN, tmp_path)
     shorter = plan_of((TINY + CHAIN).replace("end_steps: 1", "end_steps: 2").replace("{1: 6}", "{2: 4}"), tmp_path)
     by_hand = (TINY + CHAIN.split("  quality")[0]).replace(
@@ -377,7 +377,7 @@ def test_a_link_is_the_stage_that_would_be_written_by_hand(tmp_path):
     )
     by_hand = plan_of(by_hand.replace(", training_steps: {1: 6}", ""), tmp_path)
     assert longer["fewer/2"].artifact.fingerprint == shorter["fewer/2"].artifact.fingerprint
-    assert by_hand["fewer"].artifact.fingerprint == longer["fewer/4"].artifact.fingerprint
+    assert by_hand["fewer/4"].artifact.fingerprint == longer["fewer/4"].artifact.fingerprint
 
 
 def test_links_are_sealed_measured_and_go_on_from_each_other(chain, teacher):
@@ -574,7 +574,7 @@ def test_guidance_is_that_of_the_pairs_where_nothing_else_is_said(tiny, teacher)
     text = TINY.replace("{name: knowledge_distillation}", "progressive")
     assert list(plan_of(text, tiny[0]))[2:] == [f"student/{steps}" for steps in (16, 8, 4, 2, 1)]
     text = TINY.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")
-    student = execute(text.replace("steps: 24", "steps: 1"), tiny[0], name="of_pairs")["student"].artifact
+    student = execute(text.replace("steps: 24", "steps: 1"), tiny[0], name="of_pairs")["student/2"].artifact
     assert "held_out_mse" in student.record["metrics"]
     assert json.loads((student.folder / "student.json").read_text())["guidance_scale"] == 2.0
     assert "Guidance 2 is built in." in (student.folder / "README.md").read_text()
@@ -589,23 +589,23 @@ def test_guidance_that_is_that_of_the_pairs_is_checked_as_any_other(tmp_path):
     student = student.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")
     other = pairs.replace("guidance_scale: 2.0", "guidance_scale: 5.0") + "    seed: 7\n"
     text = f"{first}  pairs:{pairs}  other:{other}  student:{student}"
-    assert plan_of(text, tmp_path)["student"]
+    assert plan_of(text, tmp_path)["student/2"]
 
     def refused(text, words):
         with pytest.raises(ManifestError, match=words):
             plan_of(text, tmp_path)
 
-    second = "  second:" + student.replace("pairs: pairs", "pairs: other\n    start_from: student")
+    second = "  second:" + student.replace("pairs: pairs", "pairs: other\n    start_from: student/2")
     second = second.replace("start_steps: 4, end_steps: 2", "start_steps: 2, end_steps: 1")
     refused(text + second, "the student to go on from has guidance_scale: 2, this one 5")
-    assert plan_of(text + second.replace("pairs: other", "pairs: pairs"), tmp_path)["second"]
+    assert plan_of(text + second.replace("pairs: other", "pairs: pairs"), tmp_path)["second/1"]
     refused(
         text + "  quality: {kind: evaluate, student: student, pairs: other, samples: 20, teacher_steps: []}",
         "the student has guidance_scale: 2 built in; the pairs have 5",
     )
     mixed = text.replace("pairs: pairs\n", "pairs: [pairs, other]\n")
     refused(mixed, "the pairs have guidance_scale: 2 and 5; give the student's")
-    assert plan_of(mixed.replace("end_steps: 2", "end_steps: 2, guidance_scale: 2.0"), tmp_path)["student"]
+    assert plan_of(mixed.replace("end_steps: 2", "end_steps: 2, guidance_scale: 2.0"), tmp_path)["student/2"]
     one_step = re.sub("{name: progressive.*}", "knowledge_distillation", mixed)
     refused(one_step, "the pairs have guidance_scale: 2 and 5; a student of them has one")
 

@@ -15,7 +15,9 @@ from pipeline.commands.console import find_artifact, store_option
 @click.option("--count", "-n", type=click.IntRange(1), default=4, show_default=True, help="Images of each prompt.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
-    "--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="For a teacher; a student has its own."
+    "--steps",
+    type=click.IntRange(1, 1000),
+    help="Of a teacher, default 50; or of a consistency student, default its own. Other students have theirs.",
 )
 @click.option(
     "--guidance-scale",
@@ -31,7 +33,7 @@ def sample(
     prompts: tuple[str, ...],
     count: int,
     seed: int,
-    steps: int,
+    steps: int | None,
     guidance_scale: float,
     out: Path,
     store: str | None,

@@ -34,5 +34,13 @@ class Recipe:
         return [self.latents] if self.latents else self.pairs
 
     @property
+    def generation(self) -> int:
+        """How many students it goes on from, one after another."""
+        count, student = 0, self.start
+        while student is not None:
+            count, student = count + 1, student.inputs.get("start_from")
+        return count
+
+    @property
     def teacher(self) -> Artifact:
         return self.data[0].inputs["teacher"]

@@ -22,7 +22,7 @@ from stages.networks.network import NetworkTeacher
 from stages.networks.student import Student, export
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs, guidance_scales
-from stages.training import train
+from stages.training import step_seed, train
 
 BATCH = 16
 
@@ -32,6 +32,8 @@ def distill(
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Fill `output` with the student's folder; return its figures. Raises StageError if it cannot be trained."""
     prepare(threads)
+    if recipe.generation:  # each link of a chain draws images and noises of its own
+        seed = step_seed(seed, recipe.generation)
     torch.manual_seed(seed)
     teacher = load_network(recipe.teacher.folder, execution)
     scales = guidance_scales(recipe.method.form, recipe.pairs)

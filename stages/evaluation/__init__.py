@@ -14,6 +14,7 @@ from stages.probe import Probe
 def evaluate(
     pairs: Artifact,
     student: Artifact | None,
+    steps: int | None,
     samples: int,
     teacher_steps: list[int],
     probe: Artifact | None,
@@ -33,7 +34,7 @@ def evaluate(
     if probe:  # first of all: what is wrong with its images is said at once
         assert isinstance(probe.stage, Probe)
         known = load(images_of(probe), limit=probe.stage.limit, scratch=output / SCRATCH)
-    sides, setting = yield from sample_sides(pairs, student, samples, teacher_steps, execution)
+    sides, setting = yield from sample_sides(pairs, student, steps, samples, teacher_steps, execution)
     metrics: dict[str, Any] = {
         "samples": samples,
         "student": student and student.fingerprint,

@@ -83,8 +83,8 @@ class _Group:
         self.first = first
         self.common: dict[str, Row] = {}
         """Sides of the teacher, and references, by their names."""
-        self.students: dict[str, list[Evaluated]] = {}
-        """By the student's fingerprint."""
+        self.students: dict[tuple[str, int], list[Evaluated]] = {}
+        """By the student's fingerprint, and in how many steps it was sampled."""
         self.add(first)
 
     def takes(self, one: Evaluated) -> bool:
@@ -98,7 +98,8 @@ class _Group:
     def add(self, one: Evaluated) -> None:
         self.common = {**dict(_common(one)), **self.common}
         if one.metrics["student"]:
-            self.students.setdefault(one.metrics["student"], []).append(one)
+            steps = one.metrics["sides"]["student"]["network_calls"]
+            self.students.setdefault((one.metrics["student"], steps), []).append(one)
 
     def section(self) -> Section:
         metrics = self.first.metrics

@@ -49,7 +49,12 @@ class Setting:
 
 
 def sample_sides(
-    pairs: Artifact, student: Artifact | None, samples: int, teacher_steps: list[int], execution: Execution
+    pairs: Artifact,
+    student: Artifact | None,
+    student_steps: int | None,
+    samples: int,
+    teacher_steps: list[int],
+    execution: Execution,
 ) -> Generator[Progress, None, tuple[list[Side], Setting]]:
     """The teacher at full steps first, then in few, the student, if there is one, last."""
     assert isinstance(pairs.stage, Pairs)
@@ -63,7 +68,7 @@ def sample_sides(
     samplers = [full.model_copy(update={"steps": steps}) for steps in (full.steps, *teacher_steps)]
     plans = [(f"teacher_{sampler.steps}", ode(sampler), sampler.network_calls) for sampler in samplers]
     if student:
-        network = Student.load(student.folder, setting.teacher)
+        network = Student.load(student.folder, setting.teacher, student_steps)
         plans.append(("student", _few_steps(network, setting.teacher, full.guidance_scale), network.form.steps))
     sides: list[Side] = []
     total = len(plans) * samples

@@ -209,6 +209,10 @@ class MethodConfig(Config):
         """Whether it asks the teacher with and without a prompt."""
         return self.form.w_range is not None or (self.form.guidance_scale or 1.0) > 1.0
 
+    def why_not_in(self, steps: int) -> str | None:
+        """Why its student cannot be sampled in so many steps; None if it can."""
+        return None if steps == self.form.steps else f"the student is sampled in {self.form.steps} steps, not {steps}"
+
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that contradicts the stages that its fields name."""
         yield from ()

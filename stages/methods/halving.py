@@ -52,7 +52,7 @@ class HalvingConfig(MethodConfig):
         if type(start) is not int or type(end) is not int or not 1 <= end <= start or not isinstance(budgets, dict):
             return []
         found = cls.halvings(start, end, goes_on)
-        if set(budgets) - {str(to) for _, to in found} or (len(found) == 1 and not budgets):
+        if set(budgets) - {str(to) for _, to in found}:
             return []
         rest = {key: value for key, value in settings.items() if key != "training_steps"}
         return [Round(to, {**rest, "start_steps": from_, "end_steps": to}, budgets.get(str(to))) for from_, to in found]
@@ -86,8 +86,8 @@ class HalvingConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _counts_noise(self) -> Self:
-        if self.weighting == "snr" and self.schedule == "cosine" and self.end_steps == 1:
-            raise ValueError("weighting: snr counts nothing in pure noise, where a one-step student is called")
+        if self.weighting == "snr" and self.schedule == "cosine":
+            raise ValueError("weighting: snr counts nothing in pure noise, where sampling begins")
         return self
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:

@@ -68,11 +68,12 @@ class Student(nn.Module):
         return cls(unet, Grid.of(form.schedule, teacher.schedule, steps or form.steps), form)
 
     @classmethod
-    def load(cls, folder: Path, teacher: NetworkTeacher) -> Student:
-        """The student exported to `folder`, frozen, on its teacher's device."""
+    def load(cls, folder: Path, teacher: NetworkTeacher, steps: int | None = None) -> Student:
+        """The student exported to `folder`, frozen, on its teacher's device; to be sampled in `steps` where they are
+        given, and not in its own."""
         about = json.loads((folder / FILE).read_text(encoding="utf-8"))
         del about["timesteps"]
-        form = Form.model_validate(about)
+        form = Form.model_validate(about if steps is None else {**about, "steps": steps})
         unet = teacher.UNET.from_pretrained(folder, subfolder="unet", use_safetensors=True)
         student = cls(unet, Grid.of(form.schedule, teacher.schedule, form.steps), form)
         return student.to(teacher.device).eval().requires_grad_(False)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from stages.base import Artifact, Choice, below
 from stages.diffusion.form import Form, WRange
 from stages.losses.config import LOSSES, LossConfig, Regression
-from stages.methods.base import Materials, Method, MethodConfig
+from stages.methods.base import Materials, Method, MethodConfig, differences
 
 
 class ConsistencyConfig(MethodConfig):
@@ -21,7 +21,12 @@ class ConsistencyConfig(MethodConfig):
 
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
     name: Literal["consistency"] = "consistency"
-    steps: int = Field(4, ge=1, description="in which the student is sampled; it divides the teacher's timesteps")
+    steps: int = Field(
+        4,
+        ge=1,
+        description="in which the student is sampled if nothing else is said; it divides the teacher's timesteps, and "
+        "is no part of the training: `steps` of an evaluate stage, or of retort sample, tries others",
+    )
     solver_steps: int = Field(40, ge=2, description="of the teacher's DDIM, which skips timesteps; a multiple of steps")
     guidance_scale: float | None = Field(
         None,
@@ -59,6 +64,14 @@ class ConsistencyConfig(MethodConfig):
         if self.w_range and self.guidance_scale:
             raise ValueError("give either guidance_scale or w_range")
         return self
+
+    def why_not_in(self, steps: int) -> str | None:
+        found = self.solver_steps % steps
+        return f"the student was trained at {self.solver_steps} points, no multiple of {steps} steps" if found else None
+
+    def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
+        if start is not None:
+            yield from differences(start.form, self.form, but=("steps",))  # of which its weights know nothing
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))

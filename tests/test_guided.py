@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.commands.console import find_artifact
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, UsageError
 from pipeline.manifest import dump, loads
 from pipeline.store import load_artifact
 from stages.base import StageError
@@ -82,6 +82,17 @@ def test_guidance_of_equal_normals_shifts_the_mean_alone():
         gains = [alpha * s**2 / (alpha**2 * s**2 + sigma**2) for s in (STD, 1.2)]
         found = guide_by(wide, of, 2.0)
         assert float((found[-1] - found[0]) / (z[-1] - z[0])) == pytest.approx(3 * gains[0] - 2 * gains[1])
+
+
+def test_a_linear_student_of_every_strength_finds_the_guided_gain_affine_in_w():
+    """Fitted exactly to its targets: (1 + w) times one class's own gain, less w times that without a class."""
+    alpha, sigma, wide = 0.6, 0.8, 1.2
+    z, w = (torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(2, -1) * 4).unbind()
+    target = guide_by(denoised(z, alpha, sigma, OTHER_MEAN, wide), denoised(z, alpha, sigma, MEAN), w)
+    gain, by_w, *_ = torch.linalg.lstsq(torch.stack([z, w * z, torch.ones_like(z), w], 1), target[:, None]).solution
+    own, none = (alpha * std**2 / (alpha**2 * std**2 + sigma**2) for std in (STD, wide))
+    assert float(gain) == pytest.approx(own, abs=1e-10) and float(by_w) == pytest.approx(own - none, abs=1e-10)
+    assert own + 4 * (own - none) < 0, "at w = 4 it is turned round"
 
 
 def test_the_stronger_guidance_the_surer_the_class_and_the_narrower_it_is():
@@ -256,6 +267,8 @@ def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
 
     folder = find_artifact("guided/guided/2", str(tiny[0]))
     assert folder == chain["guided/2"].artifact.folder
+    with pytest.raises(UsageError, match="several stages guided; name one: guided/4, guided/2"):
+        find_artifact("guided/guided", str(tiny[0]))
     drawn = []
     for scale in (1.0, 1.0, 5.0):
         draw(load_artifact(folder), ["a red handwritten seven"], 2, 0, None, scale, tmp_path / "i.png")

@@ -127,6 +127,16 @@ def test_resources_of_a_matrix_are_shared():
     assert loaded.manifest.resources_of("teacher").workers == 1
 
 
+def test_resources_of_a_chain_of_every_member_and_of_one():
+    chain = TINY.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 1}")
+    chain = chain.replace("    held_out", "    matrix: {seed: [0, 1]}\n    held_out")
+    given = {"student": 2.0, "student/2": 3.0, "student[seed=1]": 4.0}
+    lines = "".join(f"  '{name}': {{gpus_per_worker: {gpus}}}\n" for name, gpus in given.items())
+    of = loads(f"{chain}resources:\n{lines}", "m.yaml").manifest.resources_of
+    found = [of(f"student/{steps}[seed={seed}]").gpus_per_worker for steps in (2, 1) for seed in (0, 1)]
+    assert found == [3.0, 4.0, 2.0, 4.0]
+
+
 @pytest.mark.parametrize(
     ("matrix", "words"),
     [

@@ -102,6 +102,7 @@ def find_artifact(target: str, store: str | None) -> Path:
     """The folder of a sealed artifact, given by its path or as RUN/STAGE. Raises UsageError."""
     from pipeline.errors import UsageError, suggest
     from pipeline.fields import is_artifact_path
+    from pipeline.matrix import chosen
 
     run_name, _, stage = target.partition("/")
     if Path(target).exists() or not stage or is_artifact_path(stage):
@@ -109,6 +110,9 @@ def find_artifact(target: str, store: str | None) -> Path:
     run = find_run(run_name, store)
     plan = run.plan()
     if stage not in plan:
+        several = chosen(list(plan), stage)
+        if several:
+            raise UsageError(f"run {run.name} has several stages {stage}; name one: {', '.join(several)}")
         raise UsageError(f"run {run.name} has no stage {stage!r}{suggest(stage, list(plan))}")
     return run.store.folder(plan[stage]["kind"], plan[stage]["fingerprint"])
 

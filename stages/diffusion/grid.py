@@ -50,9 +50,9 @@ class Grid:
     def cosine(cls, steps: int) -> Grid:
         """alpha = cos(pi t / 2), exactly 0 at t = 1 (Salimans and Ho 2022, 2202.00512, section 2).
 
-        T is `steps` halved or doubled until it lies in [1000, 2000): the same for a whole chain, a multiple of the
-        steps of those of its students that diffusers, whose timesteps are whole numbers, can call; 1024 for powers of
-        two."""
+        T is `steps` doubled until it is at least 1000, or halved as long as that leaves a whole number of at least
+        1000: the same for a whole chain, a multiple of the steps of those of its students that diffusers, whose
+        timesteps are whole numbers, can call; 1024 for powers of two."""
         i = np.arange(steps + 1)
         count = cosine_train_steps(steps)
         alpha, sigma = np.sin(np.pi / 2 * (steps - i) / steps), np.sin(np.pi / 2 * i / steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -13,14 +13,17 @@ from stages.diffusion.form import Form, Schedule
 from stages.diffusion.weighting import Weighting
 from stages.methods.base import MethodConfig, Round, differences
 
+MOST = 2**19
+"""Steps to begin with: a link's name has six digits at most."""
+
 
 class HalvingConfig(MethodConfig):
     """From `start_steps` to `end_steps`, halved in each round, whose student goes on from the one before."""
 
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
-    start_steps: int = Field(32, ge=1, description="of the teacher's sampler: what the first round halves")
+    start_steps: int = Field(32, ge=1, le=MOST, description="of the teacher's sampler: what the first round halves")
     end_steps: int = Field(1, ge=1, validate_default=True, description="of the last round's student")
-    training_steps: dict[str, int] = Field(
+    training_steps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="of single rounds, by their student's steps: {2: 4000, 1: 4000}; others: training.steps"
     )
     prediction: Literal["v_prediction", "sample", "both"] = Field(
@@ -49,7 +52,9 @@ class HalvingConfig(MethodConfig):
     def rounds(cls, settings: Mapping[str, Any], goes_on: bool) -> list[Round]:
         defaults = {name: info.default for name, info in cls.model_fields.items()}
         start, end, budgets = ({**defaults, **settings}[n] for n in ("start_steps", "end_steps", "training_steps"))
-        if type(start) is not int or type(end) is not int or not 1 <= end <= start or not isinstance(budgets, dict):
+        if type(start) is not int or type(end) is not int or not 1 <= end <= start <= MOST:
+            return []
+        if not isinstance(budgets, dict) or any(type(steps) is not int for steps in budgets.values()):
             return []
         found = cls.halvings(start, end, goes_on)
         if set(budgets) - {str(to) for _, to in found}:

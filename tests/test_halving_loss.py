@@ -165,3 +165,18 @@ def test_error_is_that_of_x0_whatever_is_put_out(teachers, prediction):
         one = slice(k, k + 1)
         wanted = wrong_by(student, z[one].double().numpy(), i, x0[one].double().numpy(), condition[one])
         assert float(found[k]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_targets_are_in_full_precision_whatever_the_student_trains_in(teachers, monkeypatch):
+    """Also those of a student that teaches: numerator and denominator are differences of nearly equal numbers."""
+    teacher = teachers["v_prediction"]
+    config = ProgressiveConfig(start_steps=4, end_steps=2, guidance_scale=1.0)
+    method = config.create(Materials(teacher, TrainingSettings(steps=1)))
+    method.teacher = shaken(Student.from_teacher(teacher, Form(steps=4)))
+    targets = []
+    monkeypatch.setattr(Student, "error", lambda self, z, i, x0, *_: targets.append(x0) or z.square().mean((1, 2, 3)))
+    for half in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            method.loss(batch_of(teacher))
+    assert torch.equal(*targets)

@@ -162,13 +162,15 @@ def test_a_failed_stage_is_exit_1_with_its_log(tmp_path):
 def test_samples_of_a_teacher_and_of_a_student(tiny, tmp_path):
     from PIL import Image
 
-    for name in ("teacher", "student"):
+    for name, steps in (("teacher", ("--steps", 4)), ("student", ())):
         out = tmp_path / f"{name}.png"
         done = retort(
             "sample", tiny[1][name].artifact.folder, "-p", "a red handwritten seven", "-p", "a blue handwritten two",
-            "-n", 3, "--steps", 4, "-o", out,
+            "-n", 3, *steps, "-o", out,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert Image.open(out).size == (48, 32)
+    done = retort("sample", tiny[1]["student"].artifact.folder, "-p", "x", "--steps", 4)
+    assert done.returncode == 2 and "the student's steps are 1, not 4" in done.stderr
     done = retort("sample", tiny[1]["pairs"].artifact.folder, "-p", "x")
     assert done.returncode == 2 and "is of kind pairs; images are drawn with a teacher or a student" in done.stderr

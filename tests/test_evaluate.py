@@ -44,7 +44,7 @@ def test_held_out_pairs_are_taken_and_the_rest_is_solved_as_the_factory_would(qu
     from stages.evaluation.sides import sample_sides
 
     student = tiny[1]["student"].artifact
-    steps = sample_sides(sources(student.inputs)[0], student, 60, [], Execution(device="cpu"))
+    steps = sample_sides(sources(student.inputs)[0], student, None, 60, [], Execution(device="cpu"))
     try:
         while True:
             next(steps)

@@ -211,7 +211,7 @@ class MethodConfig(Config):
 
     def why_not_in(self, steps: int) -> str | None:
         """Why its student cannot be sampled in so many steps; None if it can."""
-        return None if steps == self.form.steps else f"the student is sampled in {self.form.steps} steps, not {steps}"
+        return None if steps == self.form.steps else f"the student's steps are {self.form.steps}, not {steps}"
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that contradicts the stages that its fields name."""

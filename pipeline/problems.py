@@ -33,7 +33,9 @@ def in_words(model: type[Config], document: Document, error: ErrorDetails) -> st
         return document.problem(path, f"a name has letters, digits, - and _ only, at most 80, not {error['input']!r}")
     if error["type"] == "missing":
         return document.problem(path, "missing, and it has no default")
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = (
+        error["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("valid tuple", "list")
+    )
     given = error["input"]
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool) or given is None else ""
     return document.problem(path, message[:1].lower() + message[1:] + shown)

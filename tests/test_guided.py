@@ -283,6 +283,7 @@ def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
 
 @pytest.mark.parametrize(("old", "new", "words"), [
     ("[1.0, 3.0]", "[1.0, 5.5]", "guidance_scale: 5.5, w = 4.5; the student was trained for w from 0 to 4"),
+    ("w_range: [0.0, 4.0]", "w_range: 4.0", "method.w_range: should be a list, not 4.0"),
     ("w_range: [0.0, 4.0]", "w_range: [4.0, 4.0]", "w_range is to be two numbers"),
     ("start_steps: 4", "start_steps: 5", "end_steps: should be what start_steps: 5 comes to by halving, not 2"),
     ("    latents: latents\n", "    latents: latents\n    start_from: student\n", "the student to go on from takes 1"),

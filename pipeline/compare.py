@@ -78,7 +78,7 @@ def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
     )
     student = metrics["student"]
     training = _training(folder / record["inputs"]["student"] / RECORD) if student else {}
-    called = _in_steps(names.get(student, name), record["settings"].get("steps"))
+    called = _in_steps(names[student], record["settings"].get("steps")) if student in names else name
     return Evaluated(called, training, origin, folder, metrics, shown)
 
 

@@ -52,8 +52,8 @@ class Manifest(Config):
         return self.seed if own is None else own
 
     def resources_of(self, stage: str) -> Resources:
-        """What was given for it, else for a group that it belongs to, the longest name first."""
-        names = [stage, *sorted(groups_of(stage), key=len, reverse=True)]
+        """What was given for it; else for all links of its member, its link of all members, or all of them."""
+        names = [stage, *sorted(groups_of(stage), key=lambda name: ("[" in name, "/" in name), reverse=True)]
         return next((self.resources[name] for name in names if name in self.resources), Resources())
 
 

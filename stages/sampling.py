@@ -33,11 +33,11 @@ def draw(
     folder = kinds[artifact.kind](artifact).folder
     if not (folder / "unet").exists():
         raise StageError(f"{folder} is an analytic teacher: it has no images to draw")
-    teacher = load_network(folder, Execution())
-    noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
     other = artifact.stage.method.why_not_in(steps) if isinstance(artifact.stage, Distill) and steps else None
     if other:
         raise StageError(other)
+    teacher = load_network(folder, Execution())
+    noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
     student = Student.load(artifact.folder, teacher, steps) if artifact.kind == "distill" else None
     takes = student.form.w_range if student else None
     if takes and not 1 + takes[0] <= guidance_scale <= 1 + takes[1]:

@@ -115,7 +115,7 @@ def retort(*arguments: object, cwd: Path | None = None, **environment: str) -> s
         )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    code: str | int | None = None
+    code = 0
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.chdir(cwd or ROOT),
@@ -126,7 +126,7 @@ def retort(*arguments: object, cwd: Path | None = None, **environment: str) -> s
         try:
             main()
         except SystemExit as left:
-            code = left.code
+            code = left.code if isinstance(left.code, int) else int(left.code is not None)
         except Exception:  # what the interpreter would do
             traceback.print_exc()
             code = 1
@@ -134,7 +134,7 @@ def retort(*arguments: object, cwd: Path | None = None, **environment: str) -> s
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     printed = [stream.buffer.getvalue().decode() for stream in (out, err)]
-    return subprocess.CompletedProcess(list(arguments), int(code or 0), *printed)
+    return subprocess.CompletedProcess(list(arguments), code, *printed)
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import torch
 
 from pipeline.errors import ManifestError
 from stages import checkpoint
-from stages.base import StageError
 from stages.diffusion.consistency import boundary
 from stages.diffusion.few_step import sample
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
 from stages.methods.base import Materials, TrainingExecution, TrainingSettings
 from stages.methods.consistency.config import ConsistencyConfig
+from stages.networks.exporting import scheduler_of, why_not_plain
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
 from stages.training import train
@@ -208,12 +208,15 @@ def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
         plan_of(LCM.replace(old, new), tmp_path)
 
 
-def test_steps_that_miss_the_teachers_timesteps_are_errors_of_the_plan(teacher, tmp_path):
-    for settings, words in (
-        ("steps: 3, solver_steps: 30", "method.steps: 3 does not divide the teacher's 1000 timesteps"),
-        ("steps: 4, solver_steps: 1004", "method.solver_steps: 1004 are more than the teacher's 1000 timesteps"),
-    ):
-        with pytest.raises(ManifestError, match=words):
-            plan_of(LCM.replace("steps: 4, solver_steps: 20", settings), tmp_path)
-    with pytest.raises(StageError, match="steps: 3 does not divide"):  # of a teacher not known when planning
-        ConsistencyConfig(steps=3, solver_steps=30).create(Materials(teacher, TrainingSettings(steps=1)))
+def test_more_steps_than_the_teacher_has_timesteps_are_an_error_of_the_plan(tmp_path):
+    text = LCM.replace("solver_steps: 20", "solver_steps: 1004")
+    with pytest.raises(ManifestError, match="solver_steps: 1004 are more than the teacher's 1000 timesteps"):
+        plan_of(text, tmp_path)
+
+
+def test_steps_that_miss_the_teachers_timesteps_are_not_for_plain_diffusers(teacher):
+    form = Form(steps=3, sampler="consistency")
+    student, grid = Student.from_teacher(teacher, form, 30), Grid.on(teacher.schedule, 3)
+    assert student.grid.every(10).timesteps.tolist() == grid.timesteps.tolist()
+    why = why_not_plain(form, grid, scheduler_of(form, grid, teacher.folder))
+    assert "rounds the timesteps of 3 steps otherwise" in why

@@ -228,7 +228,9 @@ def test_the_first_link_learns_the_guided_teacher(tiny, teacher):
     """At strengths that this hasty teacher heeds; a new student is the teacher without guidance."""
     text = TINY + CHAIN.split("  strengths")[0].replace("end_steps: 2", "end_steps: 4").replace("4.0]", "30.0]")
     text = text.replace("steps: 8,", "steps: 60,")
-    student = Student.load(execute(text, tiny[0], name="learns")["guided/4"].artifact.folder, teacher)
+    folder = execute(text, tiny[0], name="learns")["guided/4"].artifact.folder
+    assert find_artifact("learns/guided", str(tiny[0])) == folder, "a chain of one link needs no other name"
+    student = Student.load(folder, teacher)
     untrained = Student.from_teacher(teacher, student.form)
     torch.manual_seed(0)
     z, condition = torch.randn(64, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 64)

@@ -90,6 +90,7 @@ def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):
         ("model_index.json", {"text_encoder": [None, None]}, "whose text_encoder is missing"),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline"),
         ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "has a text_encoder_2"),
+        ("unet/config.json", {"sample_size": None}, "sample_size: None, and does not say what it makes"),
         ("unet/config.json", {"in_channels": 9}, "9 channels in and 4 out: it wants more than noise and a prompt"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "unet has addition_embed_type: text_time"),
         ("model_index.json", None, "it is no diffusers pipeline"),

@@ -111,9 +111,11 @@ def find_artifact(target: str, store: str | None) -> Path:
     plan = run.plan()
     if stage not in plan:
         several = chosen(list(plan), stage)
-        if several:
+        if len(several) > 1:
             raise UsageError(f"run {run.name} has several stages {stage}; name one: {', '.join(several)}")
-        raise UsageError(f"run {run.name} has no stage {stage!r}{suggest(stage, list(plan))}")
+        if not several:
+            raise UsageError(f"run {run.name} has no stage {stage!r}{suggest(stage, list(plan))}")
+        (stage,) = several
     return run.store.folder(plan[stage]["kind"], plan[stage]["fingerprint"])
 
 

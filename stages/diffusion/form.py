@@ -31,7 +31,9 @@ class Form(Config):
     schedule: Schedule = Field("teacher", description="the levels of noise: its teacher's, or alpha = cos(pi t / 2)")
     sampler: StudentSampler = Field("ddim", description="how it goes from one level to the next")
     guidance_scale: float | None = Field(
-        None, description="of the teacher, built into the student, as diffusers counts it; null: those of its pairs"
+        None,
+        description="of the teacher, built into the student, as diffusers counts it; null: w_range instead, or, of a "
+        "method, that of its pairs",
     )
     w_range: WRange | None = Field(
         None,

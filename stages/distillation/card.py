@@ -72,8 +72,7 @@ def _guidance(form: Form) -> str:
     if form.w_range:
         least, most = (1 + w for w in form.w_range)
         return f"It takes any guidance_scale from {least:g} to {most:g}, without calling its network twice."
-    scale = form.guidance_scale
-    return "The guidance of its pairs is built in." if scale is None else f"Guidance {scale:g} is built in."
+    return f"Guidance {form.guidance_scale:g} is built in."
 
 
 def _method_and_loss(method: MethodConfig) -> str:

@@ -50,7 +50,7 @@ def distill(
     trained = yield from train(method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution)
     student = trained.averages["student"]
     assert isinstance(student, Student)
-    if len(scales) == 1:
+    if scales:
         student.form = student.form.model_copy(update={"guidance_scale": scales[0]})
     figures = {"training_loss": trained.losses["student"], "device": trained.device}
     if isinstance(supply, PairSupply):

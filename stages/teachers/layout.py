@@ -83,6 +83,9 @@ def check(folder: Path) -> Layout:
     if unet.get("in_channels") != unet.get("out_channels"):
         channels = f"{unet.get('in_channels')} channels in and {unet.get('out_channels')} out"
         raise StageError(f"{folder}'s unet has {channels}: it wants more than noise and a prompt; {SUPPORTED}")
+    if _sample_size(unet) is None:
+        given = unet.get("sample_size")
+        raise StageError(f"{folder}'s unet has sample_size: {given}, and does not say what it makes; {SUPPORTED}")
     conditions = CONDITIONS[layout.components["unet"] or ""]
     wanted = next((name for name in conditions if unet.get(name) is not None), None)
     if wanted:
@@ -116,12 +119,21 @@ def image_size(folder: Path) -> tuple[int, int] | None:
     """How many pixels high and wide what a folder's network makes is; None if it cannot be read."""
     try:
         found = check_index(folder)
-        size = _read(folder / "unet" / "config.json")["sample_size"]
+        size = _sample_size(_read(folder / "unet" / "config.json"))
         halvings = 0 if found is PIXELS else len(_read(folder / "vae" / "config.json")["block_out_channels"]) - 1
     except (StageError, KeyError):  # said when it is adopted
         return None
-    height, width = (size, size) if isinstance(size, int) else size
-    return height * 2**halvings, width * 2**halvings
+    return None if size is None else (size[0] * 2**halvings, size[1] * 2**halvings)
+
+
+def _sample_size(unet: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of what a U-Net of such settings denoises; None if they do not say."""
+    match unet.get("sample_size"):
+        case int(size):
+            return size, size
+        case [int(height), int(width)]:
+            return height, width
+    return None
 
 
 def why_unguided(folder: Path, as_input: bool) -> str | None:

@@ -24,8 +24,8 @@ class ConsistencyConfig(MethodConfig):
     steps: int = Field(
         4,
         ge=1,
-        description="in which the student is sampled if nothing else is said; it divides the teacher's timesteps, and "
-        "is no part of the training: `steps` of an evaluate stage, or of retort sample, tries others",
+        description="in which the student is sampled if nothing else is said, and for which it is exported; no part of "
+        "the training: `steps` of an evaluate stage, or of retort sample, tries others",
     )
     solver_steps: int = Field(40, ge=2, description="of the teacher's DDIM, which skips timesteps; a multiple of steps")
     guidance_scale: float | None = Field(
@@ -77,8 +77,6 @@ class ConsistencyConfig(MethodConfig):
         yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))
 
     def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
-        if count % self.steps:
-            yield "steps", f"{self.steps} does not divide the teacher's {count} timesteps"
         if self.solver_steps > count:
             yield "solver_steps", f"{self.solver_steps} are more than the teacher's {count} timesteps"
 

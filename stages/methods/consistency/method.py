@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.base import StageError
 from stages.diffusion.few_step import ddim_step
 from stages.diffusion.guidance import draw
 from stages.methods.base import Batch, Materials, Player, Turn
@@ -21,9 +20,6 @@ class Consistency:
     averaged weights, and f is the identity on clean data."""
 
     def __init__(self, config: ConsistencyConfig, materials: Materials) -> None:
-        count = len(materials.teacher.schedule)
-        if count % config.steps:
-            raise StageError(f"steps: {config.steps} does not divide the teacher's {count} timesteps")
         self.config, self.encode = config, materials.teacher.encode_prompts
         self.student = materials.student(config.form, config.solver_steps)
         self.teacher = materials.many_step(config.form.model_copy(update={"steps": config.solver_steps}))

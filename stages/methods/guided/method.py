@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from stages.methods.guided.config import GuidedConfig
 from stages.methods.progressive.method import Progressive
 
 
@@ -12,7 +13,9 @@ class Guided(Progressive):
     Stage one (section 3.1): x~ = (1 + w) x_c(z_t) - w x_0(z_t), what the teacher makes of z_t with and without its
     prompt. Stage two (section 3.2): one step with x~ leads where two of the student before do, at the same w."""
 
+    config: GuidedConfig
+
     def target(self, z: Tensor, i: Tensor, condition: Tensor | None, w: Tensor | None) -> Tensor:
-        if self.config.start_steps == self.config.end_steps:
+        if self.config.learns_guidance:
             return self.teacher.x0(z, i, condition, w).double()
         return super().target(z, i, condition, w)

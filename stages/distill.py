@@ -159,8 +159,7 @@ class Distill(Stage):
         if start and isinstance(start.stage, Distill):
             there = guidance_scales(start.stage.method.form, sources(start.inputs))
             if there and len(own) == 1 and own != there:
-                found = " and ".join(f"{scale:g}" for scale in there)
-                yield "method", f"the student to go on from has guidance_scale: {found}, this one {own[0]:g}"
+                yield "method", f"the student to go on from has guidance_scale: {there[0]:g}, this one {own[0]:g}"
 
     def _check_pairs(self, found: Sequence[Artifact]) -> Iterator[tuple[str, str]]:
         stages = [artifact.stage for artifact in found if isinstance(artifact.stage, Pairs)]

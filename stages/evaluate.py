@@ -103,11 +103,10 @@ class Evaluate(Stage):
                 f"the pairs have guidance_scale: {scale:g}, w = {scale - 1:g}; the student was trained for w from "
                 f"{trained[0]:g} to {trained[1]:g}",
             )
-        if own and scale not in own:
-            built_in = " and ".join(f"{one:g}" for one in own)
+        if own and own != [scale]:
             yield (
                 "pairs" if self.pairs else "student",
-                f"the student has guidance_scale: {built_in} built in; the pairs have {scale:g}",
+                f"the student has guidance_scale: {own[0]:g} built in; the pairs have {scale:g}",
             )
 
     def run(self, context: StageContext) -> Mapping[str, Any]:

@@ -96,7 +96,7 @@ def _comparable(form: Form, guidance_scale: float) -> float | None:
     if form.w_range:
         least, most = form.w_range
         return w if least <= w <= most else None
-    return w if form.guidance_scale in (None, guidance_scale) else None
+    return w if form.guidance_scale == guidance_scale else None
 
 
 @torch.no_grad()

@@ -63,6 +63,11 @@ class HalvingConfig(MethodConfig):
         return [Round(to, {**rest, "start_steps": from_, "end_steps": to}, budgets.get(str(to))) for from_, to in found]
 
     @property
+    def halves(self) -> bool:
+        """Whether its student takes fewer steps than its teacher; if not, it learns something else in as many."""
+        return self.end_steps < self.start_steps
+
+    @property
     def form(self) -> Form:
         return Form(steps=self.end_steps, prediction=self.prediction, schedule=self.schedule)
 

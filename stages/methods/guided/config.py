@@ -40,16 +40,11 @@ class GuidedConfig(HalvingConfig):
     def form(self) -> Form:
         return super().form.model_copy(update={"sampler": self.sampler, "w_range": self.w_range})
 
-    @property
-    def learns_guidance(self) -> bool:
-        """Whether this is the first link."""
-        return self.start_steps == self.end_steps
-
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
         yield from super().check_start(start)
-        if start is None and not self.learns_guidance:
+        if start is None and self.halves:
             yield "start_steps", "a student that takes w is needed to go on from; start_from names none"
-        if start is not None and self.learns_guidance:
+        if start is not None and not self.halves:
             yield "start_steps", "guidance is learned from the teacher itself; leave start_from out"
 
     def create(self, materials: Materials) -> Method:

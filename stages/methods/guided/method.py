@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stages.methods.guided.config import GuidedConfig
 from stages.methods.progressive.method import Progressive
 
 
@@ -13,9 +12,7 @@ class Guided(Progressive):
     Stage one (section 3.1): x~ = (1 + w) x_c(z_t) - w x_0(z_t), what the teacher makes of z_t with and without its
     prompt. Stage two (section 3.2): one step with x~ leads where two of the student before do, at the same w."""
 
-    config: GuidedConfig
-
     def target(self, z: Tensor, i: Tensor, condition: Tensor | None, w: Tensor | None) -> Tensor:
-        if self.config.learns_guidance:
-            return self.teacher.x0(z, i, condition, w).double()
-        return super().target(z, i, condition, w)
+        if self.config.halves:
+            return super().target(z, i, condition, w)
+        return self.teacher.x0(z, i, condition, w).double()

@@ -117,6 +117,9 @@ class Distill(Stage):
         timesteps = known.timesteps(teacher.folder)
         if timesteps is not None:
             yield from _of_method(self.method.check_timesteps(timesteps))
+        prediction = known.prediction(teacher.folder)
+        if prediction is not None:
+            yield from _of_method(self.method.check_prediction(prediction, self.start_from is None))
 
     def _check_start(self, given: str, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         start = inputs.get("start_from")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from stages.base import SCRATCH, Content, Stage, StageContext, StageError
+from stages.diffusion.prediction import Prediction
 from stages.methods.base import TrainingExecution, training_progress
 from stages.teachers import layout
 from stages.teachers.config import TIMESTEPS, GaussianSettings, TrainedTeacher
@@ -67,6 +68,13 @@ class Teacher(Stage):
             return TIMESTEPS
         folder = self._known(sealed)
         return layout.timesteps(folder) if folder else None
+
+    def prediction(self, sealed: Path) -> Prediction | None:
+        """What its network predicts; None if nobody knows."""
+        if self.train:
+            return self.train.prediction
+        folder = self._known(sealed)
+        return layout.prediction(folder) if folder else None
 
     def image_size(self, sealed: Path) -> tuple[int, int] | None:
         """How many pixels high and wide what it makes is; None if nobody knows."""

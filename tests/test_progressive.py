@@ -277,28 +277,6 @@ def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
         torch.testing.assert_close(x0[k : k + 1], (z[k : k + 1] - sigma * output) / alpha, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("of", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("to", ["v_prediction", "epsilon", "sample", "both"])
-def test_a_students_last_layer_is_turned_to_what_it_is_to_put_out(teacher, monkeypatch, of, to):
-    """In pure noise v is -x0; where there is none it is the noise. Of x0 a teacher of the noise says nothing, nor
-    one of x0 of the noise: 0."""
-    monkeypatch.setattr(teacher, "prediction", of)
-    student = Student.from_teacher(teacher, Form(steps=4, schedule="cosine", prediction=to))
-    z, condition, i = torch.randn(1, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"]), 4
-    with torch.no_grad():
-        output = teacher.unet(z, student.timesteps[i], condition).sample
-        x0, own = student.x0(z, i, condition), student.unet(z, student.timesteps[i], condition).sample
-    if {of, to} == {"epsilon", "sample"}:
-        assert not own.any()
-    elif to == "epsilon":
-        torch.testing.assert_close(own, output)
-    elif of != "epsilon":
-        torch.testing.assert_close(x0, -output if of == "v_prediction" else output)
-    else:  # v as where it is the noise, or both, whose second half is
-        torch.testing.assert_close(own[:, -len(output[0]) :], output)
-        assert to == "v_prediction" or not x0.any()
-
-
 def test_beyond_its_cleanest_level_a_teacher_is_read_at_the_grids(teacher, monkeypatch):
     """Of 8,192 steps the first lie nearer to data than its timestep 0: there an estimate of x0 is nearly z."""
     grid = Grid.cosine(8192)

@@ -7,6 +7,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stages.base import StageError
 from stages.data.latents import LabelledLatents, read_latents
 from stages.data.order import ShuffledOrder
@@ -35,16 +38,32 @@ class PairSupply:
         self.reader = PairReader([shard for shards in lists for shard in shards])
         ends = list(accumulate(sum(shard.count for shard in shards) for shards in lists))
         self.held = range(ends[0] - held_out, ends[0])
-        ranges = [range(self.held.start), *(range(*ends[i : i + 2]) for i in range(len(ends) - 1))]
-        shares = [len(drawn) if weight is None else weight for drawn, weight in zip(ranges, weights, strict=True)]
-        self.count = sum(map(len, ranges))
+        self._ranges = [range(self.held.start), *(range(*ends[i : i + 2]) for i in range(len(ends) - 1))]
+        shares = [len(drawn) if weight is None else weight for drawn, weight in zip(self._ranges, weights, strict=True)]
+        self.count = sum(map(len, self._ranges))
         try:
-            self._order = ShuffledOrder(ranges, batch_size, seed, weights=shares)
+            self._order = ShuffledOrder(self._ranges, batch_size, seed, weights=shares)
         except ValueError as error:
             raise StageError(f"pairs: {error}") from None
 
     def batch(self, step: int) -> Mapping[str, Any]:
-        drawn = self.reader.batch(self._order.batch(step))
+        return self._read(self._order.batch(step))
+
+    def examples(self, count: int) -> Mapping[str, Any]:
+        """`count` different pairs of those that are trained on, evenly spaced; all, where there are no more."""
+        taken = min(count, self.count)
+        return self._read([self._trained_on(place * self.count // taken) for place in range(taken)])
+
+    def _trained_on(self, place: int) -> int:
+        """The reader's number of the pair at a place among all that are trained on."""
+        for drawn in self._ranges:
+            if place < len(drawn):
+                return drawn[place]
+            place -= len(drawn)
+        raise IndexError(place)
+
+    def _read(self, indices: Sequence[int] | NDArray[np.int64]) -> Mapping[str, Any]:
+        drawn = self.reader.batch(indices)
         return {"noise": drawn.noise, "latent": drawn.latent, "prompts": drawn.prompts}
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, Field, Strict, model_validator
 
 from stages.base import Config
 from stages.diffusion.prediction import StudentPrediction
@@ -27,7 +27,9 @@ class Form(Config):
     """How often a student is called, at which levels of noise, and what its outputs mean."""
 
     steps: int = Field(1, ge=1, description="calls of its network for one sample")
-    prediction: StudentPrediction = Field("v_prediction", description="what its network puts out")
+    prediction: StudentPrediction | None = Field(
+        "v_prediction", description="what its network puts out; null, of a method: what its teacher's does"
+    )
     schedule: Schedule = Field("teacher", description="the levels of noise: its teacher's, or alpha = cos(pi t / 2)")
     sampler: StudentSampler = Field("ddim", description="how it goes from one level to the next")
     guidance_scale: float | None = Field(
@@ -39,3 +41,9 @@ class Form(Config):
         None,
         description="the least and the greatest w = guidance_scale - 1 that it takes as an input; null: it takes none",
     )
+
+    @model_validator(mode="after")
+    def _defined_in_pure_noise(self) -> Self:
+        if self.prediction == "epsilon" and self.schedule == "cosine":
+            raise ValueError("schedule: cosine begins in pure noise, where epsilon says nothing of x0")
+        return self

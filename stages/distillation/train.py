@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from stages.pairs import Pairs, guidance_scales
 from stages.training import step_seed, train
 
 BATCH = 16
+EXAMPLES = 512
+"""Pairs to which a student's last layer is fitted before training; a choice of Retort's."""
 
 
 def distill(
@@ -36,16 +38,24 @@ def distill(
         seed = step_seed(seed, recipe.generation)
     torch.manual_seed(seed)
     teacher = load_network(recipe.teacher.folder, execution)
+    for path, problem in recipe.method.check_prediction(teacher.prediction, recipe.start is None):
+        raise StageError(f"method.{path}: {problem}")
     scales = guidance_scales(recipe.method.form, recipe.pairs)
-    guidance_scale = (scales or [1.0])[0]
-    method = recipe.method.create(
-        Materials(teacher, recipe.training, recipe.start, guidance_scale, recipe.inputs, recipe.contents)
-    )
     supply = _supply(recipe, teacher, seed)
+    method = recipe.method.create(
+        Materials(
+            teacher,
+            recipe.training,
+            recipe.start,
+            (scales or [1.0])[0],
+            recipe.inputs,
+            recipe.contents,
+            _examples(supply, teacher) if isinstance(supply, PairSupply) else None,
+        )
+    )
 
     def batch(step: int) -> Batch:
-        stored = supply.batch(step)
-        return {name: v if name == "prompts" else torch.from_numpy(v).float() for name, v in stored.items()}
+        return _tensors(supply.batch(step))
 
     trained = yield from train(method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution)
     student = trained.averages["student"]
@@ -73,6 +83,18 @@ def _supply(recipe: Recipe, teacher: NetworkTeacher, seed: int) -> Supply:
             f"encode images of {teacher.latent_shape[1] * teacher.down_sampling} pixels"
         )
     return supply
+
+
+def _tensors(stored: Mapping[str, Any]) -> Batch:
+    return {name: v if name == "prompts" else torch.from_numpy(v).float() for name, v in stored.items()}
+
+
+def _examples(supply: PairSupply, teacher: NetworkTeacher) -> Callable[[], Batch]:
+    def examples() -> Batch:
+        found = _tensors(supply.examples(EXAMPLES))
+        return {name: v.to(teacher.device) if isinstance(v, Tensor) else v for name, v in found.items()}
+
+    return examples
 
 
 def _on_held_out(student: Student, teacher: NetworkTeacher, supply: PairSupply, pairs: Artifact) -> dict[str, float]:

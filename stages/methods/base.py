@@ -11,6 +11,7 @@ from pydantic import Field
 
 from stages.base import Artifact, Choice, Config, Execution, StageError, below
 from stages.diffusion.form import Form
+from stages.diffusion.prediction import Prediction
 from stages.losses.config import LOSSES, LossConfig, LossMaterials
 
 if TYPE_CHECKING:
@@ -130,14 +131,25 @@ class Materials:
     """What the method's fields name, by their dotted path in its settings."""
     contents: Mapping[str, str] = field(default_factory=dict)
     """What the method's `Content` fields were found to hold, likewise."""
+    examples: Callable[[], Batch] | None = None
+    """Gives a few hundred of the pairs that are trained on; None where there are no pairs."""
 
     def distance(self, loss: LossConfig, field: str = "loss") -> Distance:
         """The loss that stands in the method's `field`."""
         return loss.create(LossMaterials(self.teacher, below(self.inputs, field), below(self.contents, field)))
 
     def one_step_student(self, prediction: OneStepPrediction) -> Student:
-        """With the teacher's weights, or those of the student to go on from."""
-        return self.student(Form(prediction=prediction))
+        """With the teacher's weights, or those of the student to go on from.
+
+        A teacher's last layer is of no use to a student of another prediction type. That of the student is then
+        fitted to a few hundred of the pairs that it is trained on."""
+        from stages.networks.head import begins_at_zero
+
+        student = self.student(Form(prediction=prediction))
+        if self.examples and self.start is None and begins_at_zero(self.teacher.prediction, prediction):
+            pairs = self.examples()
+            student.fit_head(pairs["noise"], pairs["latent"], self.teacher.encode_prompts(pairs["prompts"]))
+        return student
 
     def student(self, form: Form, grid_steps: int | None = None) -> Student:
         """The same, of any form; `grid_steps`: a multiple of its steps, where it is trained at more points. Raises
@@ -146,10 +158,10 @@ class Materials:
 
         try:
             student = Student.from_teacher(self.teacher, form, grid_steps)
+            if self.start is not None:
+                student.go_on_from(self.start.folder)
         except ValueError as error:
             raise StageError(str(error)) from None
-        if self.start is not None:
-            student.copy_weights(self.start.folder)
         return student
 
     def many_step(self, form: Form) -> Denoiser:
@@ -226,6 +238,10 @@ class MethodConfig(Config):
         """The same, given how many timesteps the teacher's schedule has."""
         yield from ()
 
+    def check_prediction(self, teacher: Prediction, begins: bool) -> Iterator[tuple[str, str]]:
+        """The same, given the teacher's prediction type. `begins`: the student begins with the teacher's weights."""
+        yield from ()
+
     def create(self, materials: Materials) -> Method:
         """The method itself; this is where torch is imported."""
         raise TypeError(f"{type(self).__name__} does not say how it is made")
@@ -236,7 +252,8 @@ def differences(start: Form, own: Form, but: Collection[str] = ()) -> Iterator[t
     that of its pairs, which only the stage knows."""
     for name in Form.model_fields:
         there, here = getattr(start, name), getattr(own, name)
-        if name not in (*but, "guidance_scale") and there != here:
+        open_ = name == "prediction" and None in (there, here)  # the teacher's, which the worker compares
+        if name not in (*but, "guidance_scale") and not open_ and there != here:
             yield name, f"the student to go on from has {name}: {there}, this one {name}: {here}"
 
 
@@ -247,7 +264,9 @@ class OneStepConfig(MethodConfig):
         description="the distance of the student's output to the teacher's"
     )
     prediction: OneStepPrediction = Field(
-        "v_prediction", description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep"
+        "v_prediction",
+        description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep; where the teacher "
+        "predicts epsilon, the last layer of a v student is first fitted to a few hundred pairs (ridge regression)",
     )
 
     @property

@@ -9,7 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from stages.base import Neutral
 from stages.diffusion.form import Form, Schedule
+from stages.diffusion.prediction import Prediction
 from stages.diffusion.weighting import Weighting
 from stages.methods.base import MethodConfig, Round, differences
 
@@ -23,6 +25,11 @@ class HalvingConfig(MethodConfig):
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
     start_steps: int = Field(32, ge=1, le=MOST, description="of the teacher's sampler: what the first round halves")
     end_steps: int = Field(1, ge=1, validate_default=True, description="of the last round's student")
+    match_first: Annotated[bool, Neutral()] = Field(
+        False,
+        description="begin with a link that halves nothing: its student learns the teacher's output as `prediction` in "
+        "start_steps steps; needed where the teacher predicts epsilon; a chain with start_from has no such link",
+    )
     training_steps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="of single rounds, by their student's steps: {2: 4000, 1: 4000}; others: training.steps"
     )
@@ -41,25 +48,29 @@ class HalvingConfig(MethodConfig):
     )
 
     @classmethod
-    def halvings(cls, start: int, end: int, goes_on: bool) -> list[tuple[int, int]]:
-        """The steps of teacher and student in each round; none if they do not come to `end`."""
+    def halvings(cls, start: int, end: int, matches_first: bool) -> list[tuple[int, int]]:
+        """The steps of teacher and student in each round; none if halving `start` never gives `end`."""
         stations = [start]
         while stations[-1] > end and stations[-1] % 2 == 0:
             stations.append(stations[-1] // 2)
-        return list(pairwise(stations)) if stations[-1] == end else []
+        if stations[-1] != end:
+            return []
+        first = [(start, start)] if matches_first or start == end else []
+        return [*first, *pairwise(stations)]
 
     @classmethod
     def rounds(cls, settings: Mapping[str, Any], goes_on: bool) -> list[Round]:
         defaults = {name: info.default for name, info in cls.model_fields.items()}
-        start, end, budgets = ({**defaults, **settings}[n] for n in ("start_steps", "end_steps", "training_steps"))
+        wanted = ("start_steps", "end_steps", "match_first", "training_steps")
+        start, end, matches, budgets = ({**defaults, **settings}[name] for name in wanted)
         if type(start) is not int or type(end) is not int or not 1 <= end <= start <= MOST:
             return []
         if not isinstance(budgets, dict) or any(type(steps) is not int for steps in budgets.values()):
             return []
-        found = cls.halvings(start, end, goes_on)
+        found = cls.halvings(start, end, matches is True and not goes_on)
         if set(budgets) - {str(to) for _, to in found}:
             return []
-        rest = {key: value for key, value in settings.items() if key != "training_steps"}
+        rest = {key: value for key, value in settings.items() if key not in ("training_steps", "match_first")}
         return [Round(to, {**rest, "start_steps": from_, "end_steps": to}, budgets.get(str(to))) for from_, to in found]
 
     @property
@@ -75,7 +86,7 @@ class HalvingConfig(MethodConfig):
     @classmethod
     def _halves(cls, end: int, info: ValidationInfo) -> int:
         start = info.data.get("start_steps")
-        if start is not None and not cls.halvings(start, end, goes_on=False):
+        if start is not None and not cls.halvings(start, end, matches_first=False):
             raise ValueError(f"should be what start_steps: {start} comes to by halving")
         return end
 
@@ -86,7 +97,7 @@ class HalvingConfig(MethodConfig):
         start, end = (info.data.get(name) for name in ("start_steps", "end_steps"))
         if start is None or end is None:
             return budgets
-        known = [str(to) for _, to in cls.halvings(start, end, goes_on=False)]
+        known = [str(to) for _, to in cls.halvings(start, end, info.data.get("match_first", False))]
         for steps in budgets:
             if steps not in known:
                 wrong = PydanticCustomError("no_round", "there is no round to so many steps")
@@ -108,9 +119,20 @@ class HalvingConfig(MethodConfig):
             yield "end_steps", f"a round halves start_steps: {self.start_steps}; {self.end_steps} is not half of it"
         if start is None:
             return
+        if not self.halves:
+            yield "start_steps", "a round that halves nothing learns from the teacher itself; leave start_from out"
         if start.form.steps != self.start_steps:
             yield "start_steps", f"the student to go on from takes {start.form.steps} steps"
         yield from differences(start.form, self.form, but=("steps",))
+
+    def check_prediction(self, teacher: Prediction, begins: bool) -> Iterator[tuple[str, str]]:
+        if teacher == "epsilon" and begins and self.halves:
+            yield (
+                "start_steps",
+                f"the teacher predicts epsilon, and none of its steps can be halved before a student predicts "
+                f"{self.prediction}: set match_first: true, which begins with a link that learns that in "
+                f"{self.start_steps} steps",
+            )
 
     def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
         if self.schedule == "teacher" and self.start_steps > count:

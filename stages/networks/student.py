@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,13 @@ from stages.diffusion.consistency import boundary
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
 from stages.diffusion.guidance import embed
-from stages.diffusion.prediction import both_to_x0, target, to_x0
+from stages.diffusion.prediction import StudentPrediction, both_to_x0, target, to_x0
 from stages.networks.exporting import scheduler_of
+from stages.networks.head import convert, fit
 from stages.networks.network import NetworkTeacher
 
 FILE = "student.json"
-
-HEAD = {
-    ("v_prediction", "sample"): (-1.0,),
-    ("v_prediction", "both"): (-1.0, 1.0),
-    ("epsilon", "sample"): (0.0,),
-    ("epsilon", "both"): (0.0, 1.0),
-    ("sample", "v_prediction"): (-1.0,),
-    ("sample", "epsilon"): (0.0,),
-    ("sample", "both"): (1.0, 0.0),
-}
-"""(what a teacher puts out, what its student is to) -> what the last layer's weights are multiplied by, for each thing
-that the student puts out. v is -x0 where there is only noise, and the noise where there is none. A teacher of the noise
-says nothing of x0, nor one of x0 of the noise: that begins at 0, its last layer untrained. Others: 1."""
+FIT_BATCH = 16
 
 
 class Student(nn.Module):
@@ -45,8 +35,10 @@ class Student(nn.Module):
 
     def __init__(self, unet: Any, grid: Grid, form: Form) -> None:
         super().__init__()
+        assert form.prediction, "resolved by from_teacher, and stated in student.json"
         self.unet: Any = unet
         self.grid, self.form = grid, form
+        self.prediction: StudentPrediction = form.prediction
         self.timesteps: Tensor
         self.alpha: Tensor
         self.sigma: Tensor
@@ -56,30 +48,59 @@ class Student(nn.Module):
 
     @classmethod
     def from_teacher(cls, teacher: NetworkTeacher, form: Form, steps: int | None = None) -> Student:
-        """With the teacher's weights, and at first indifferent to w. `steps`: of the grid, a multiple of the form's.
+        """With the teacher's weights, and its prediction type if the form names none; at first the output does not
+        depend on w. `steps`: of the grid, a multiple of the form's. Where the two prediction types differ, the last
+        layer begins as `head.FACTORS` says.
 
-        What the teacher says nothing of begins with a last layer of zeros: see HEAD."""
-        unet = copy.deepcopy(teacher.unet).requires_grad_(True)
-        factors = HEAD.get((teacher.prediction, form.prediction), (1.0,))
-        if factors != (1.0,):
-            unet = _with_head(unet, factors)
+        Raises ValueError for more steps than the schedule has, and for a student of epsilon on a schedule that ends in
+        pure noise."""
+        if form.prediction is None:
+            form = form.model_copy(update={"prediction": teacher.prediction})
+        grid = Grid.of(form.schedule, teacher.schedule, steps or form.steps)
+        if form.prediction == "epsilon" and grid.alpha[-1] == 0:
+            raise ValueError(
+                "the schedule ends in pure noise, where epsilon says nothing of x0: give another prediction"
+            )
+        assert form.prediction
+        unet = convert(copy.deepcopy(teacher.unet).requires_grad_(True), teacher.prediction, form.prediction)
         if form.w_range:
             unet = teacher.with_guidance_embedding(unet)
-        return cls(unet, Grid.of(form.schedule, teacher.schedule, steps or form.steps), form)
+        return cls(unet, grid, form)
 
     @classmethod
     def load(cls, folder: Path, teacher: NetworkTeacher, steps: int | None = None) -> Student:
         """The student exported to `folder`, frozen, on its teacher's device; to be sampled in `steps` where they are
         given, and not in its own."""
-        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        del about["timesteps"]
+        about = _about(folder)
         form = Form.model_validate(about if steps is None else {**about, "steps": steps})
         unet = teacher.UNET.from_pretrained(folder, subfolder="unet", use_safetensors=True)
         student = cls(unet, Grid.of(form.schedule, teacher.schedule, form.steps), form)
         return student.to(teacher.device).eval().requires_grad_(False)
 
-    def copy_weights(self, folder: Path) -> None:
-        """Take those of the student exported to `folder`, but for a guidance embedding that only its export added."""
+    @torch.no_grad()
+    def fit_head(self, noise: Tensor, x0: Tensor, condition: Tensor | None) -> None:
+        """Fit the last layer so that one call leads from noise (B, C, H, W) to x0 (B, C, H, W): see `head.fit`."""
+        assert self.prediction != "both"
+        point = self.grid.steps
+        alpha, sigma = self.level(point, noise)
+        wanted = target(self.prediction, x0, (noise - alpha * x0) / sigma, alpha, sigma)
+        features: list[Tensor] = []
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for start in range(0, len(noise), FIT_BATCH):
+                rows = slice(start, start + FIT_BATCH)
+                self._output(noise[rows], point, None if condition is None else condition[rows], None)
+                yield features.pop(), wanted[rows]
+
+        with self.unet.conv_out.register_forward_pre_hook(lambda _layer, given: features.append(given[0])):
+            fit(self.unet.conv_out, batches())
+
+    def go_on_from(self, folder: Path) -> None:
+        """Take the weights of the student exported to `folder`, but for a guidance embedding that only its export
+        added. Raises ValueError if its prediction type is another."""
+        there = Form.model_validate(_about(folder)).prediction
+        if there != self.prediction:
+            raise ValueError(f"the student to go on from predicts {there}, this one {self.prediction}")
         weights = load_file(folder / "unet" / SAFETENSORS_WEIGHTS_NAME)
         self.unet.load_state_dict({name: weights[name] for name in self.unet.state_dict()})
 
@@ -103,11 +124,11 @@ class Student(nn.Module):
         """x0 (B, C, H, W) as estimated from z (B, C, H, W) at point i, or at points i (B,)."""
         output = self._output(z, i, condition, w)
         alpha, sigma = self.level(i, z)
-        if self.form.prediction == "both":
+        if self.prediction == "both":
             of_x0, of_noise = output.chunk(2, 1)
             x0: Tensor = both_to_x0(of_x0, of_noise, z, alpha, sigma)
         else:
-            x0 = to_x0(self.form.prediction, output, z, alpha, sigma)
+            x0 = to_x0(self.prediction, output, z, alpha, sigma)
         if self.form.sampler != "consistency":
             return x0
         skip, out = (column(factor, z) for factor in boundary(self.timesteps[i]))
@@ -116,7 +137,7 @@ class Student(nn.Module):
     def error(self, z: Tensor, i: Tensor, x0: Tensor, condition: Tensor | None, w: Tensor | None = None) -> Tensor:
         """Squared error (B,) of the estimate to `x0`, averaged over elements. That of v is compared with what v would
         be, in float64: where there is hardly any noise, estimates of x0 differ by less than float32 resolves."""
-        if self.form.prediction != "v_prediction":
+        if self.prediction != "v_prediction":
             return (self.x0(z, i, condition, w) - x0.to(z.dtype)).square().mean((1, 2, 3))
         alpha, sigma = self.level(i, x0.double())
         wanted = target("v_prediction", x0, (z - alpha * x0) / sigma, alpha, sigma)
@@ -147,20 +168,16 @@ class Student(nn.Module):
         return guided
 
 
+def _about(folder: Path) -> dict[str, Any]:
+    """The form of the student exported to `folder`, as its student.json states it."""
+    about: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    del about["timesteps"]
+    return about
+
+
 def column(values: Tensor, like: Tensor) -> Tensor:
     """Values (B,), or one for all, so that they multiply (B, C, H, W) of `like`'s dtype."""
     return values.to(like.dtype).view(-1, 1, 1, 1)
-
-
-def _with_head(unet: Any, factors: tuple[float, ...]) -> Any:
-    """With its last layer once for each factor, multiplied by it."""
-    config = {**unet.config, "out_channels": unet.config["out_channels"] * len(factors)}
-    wide = type(unet).from_config(config).to(next(unet.parameters()).device)
-    weights = unet.state_dict()
-    for name in ("conv_out.weight", "conv_out.bias"):
-        weights[name] = torch.cat([factor * weights[name] for factor in factors])
-    wide.load_state_dict(weights)
-    return wide
 
 
 def export(student: Student, teacher: NetworkTeacher, folder: Path, card: str) -> None:

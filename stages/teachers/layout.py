@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.base import StageError
+from stages.diffusion.prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,16 @@ def timesteps(folder: Path) -> int | None:
         return None
     betas = scheduler.get("trained_betas")
     found: int | None = len(betas) if betas else scheduler.get("num_train_timesteps")
+    return found
+
+
+def prediction(folder: Path) -> Prediction | None:
+    """The prediction type of a folder's network; None if it cannot be read."""
+    try:
+        scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+    except StageError:
+        return None
+    found: Prediction = scheduler.get("prediction_type", "epsilon")  # diffusers' default
     return found
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from stages.base import Artifact, Choice, below
 from stages.diffusion.form import Form, WRange
+from stages.diffusion.prediction import Prediction
 from stages.losses.config import LOSSES, LossConfig, Regression
 from stages.methods.base import Materials, Method, MethodConfig, differences
 
@@ -20,6 +21,7 @@ class ConsistencyConfig(MethodConfig):
     """
 
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
+    VERSION: ClassVar[int] = 2
     name: Literal["consistency"] = "consistency"
     steps: int = Field(
         4,
@@ -43,8 +45,10 @@ class ConsistencyConfig(MethodConfig):
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
         Regression(name="pseudo_huber"), description="the distance of the two outputs"
     )
-    prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
-        "v_prediction", description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep"
+    prediction: Prediction | None = Field(
+        None,
+        description="what the student's U-Net puts out: the noise (epsilon), v, or x0 (sample); default: what the "
+        "teacher's does, whose weights then mean what they did",
     )
 
     @property
@@ -79,6 +83,14 @@ class ConsistencyConfig(MethodConfig):
     def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
         if self.solver_steps > count:
             yield "solver_steps", f"{self.solver_steps} are more than the teacher's {count} timesteps"
+
+    def check_prediction(self, teacher: Prediction, begins: bool) -> Iterator[tuple[str, str]]:
+        if begins and self.prediction == "epsilon" != teacher:
+            yield (
+                "prediction",
+                f"the teacher predicts {teacher}; its student would begin with a last layer of zeros, which says "
+                "nothing of epsilon. Leave prediction out: the student then predicts what its teacher does",
+            )
 
     def create(self, materials: Materials) -> Method:
         from stages.methods.consistency.method import Consistency

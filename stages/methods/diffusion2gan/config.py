@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -55,6 +55,7 @@ class Diffusion2GANConfig(OneStepConfig):
     and what is judged without `multi_scale`.
     """
 
+    VERSION: ClassVar[int] = 2
     name: Literal["diffusion2gan"] = "diffusion2gan"
     gan_weight: float = Field(0.3, ge=0, description="of the GAN term beside the distance; 0: no discriminator at all")
     discriminator: DiscriminatorSettings = Field(

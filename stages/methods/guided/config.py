@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from stages.base import Neutral
 from stages.diffusion.form import Form, WRange
 from stages.methods.base import Materials, Method, MethodConfig
 from stages.methods.halving import HalvingConfig
@@ -20,7 +21,11 @@ class GuidedConfig(HalvingConfig):
     A stage with `start_from`, a student for the same w, has no first link: it goes on halving.
     """
 
+    VERSION: ClassVar[int] = 2
     name: Literal["guided"] = "guided"
+    match_first: Annotated[bool, Neutral()] = Field(
+        True, description="begin with a link that halves nothing and learns guidance; not with start_from"
+    )
     w_range: WRange = Field(
         (0.0, 4.0), description="the least and the greatest w that the student learns; guidance_scale - 1"
     )
@@ -30,12 +35,6 @@ class GuidedConfig(HalvingConfig):
         "back, which is Retort's own and not in diffusers",
     )
 
-    @classmethod
-    def halvings(cls, start: int, end: int, goes_on: bool) -> list[tuple[int, int]]:
-        found = super().halvings(start, end, goes_on)
-        learns = (start, start)
-        return found if goes_on or (not found and start != end) else [learns, *found]
-
     @property
     def form(self) -> Form:
         return super().form.model_copy(update={"sampler": self.sampler, "w_range": self.w_range})
@@ -44,10 +43,8 @@ class GuidedConfig(HalvingConfig):
         yield from super().check_start(start)
         if start is None and self.halves:
             yield "start_steps", "a student that takes w is needed to go on from; start_from names none"
-        if start is not None and not self.halves:
-            yield "start_steps", "guidance is learned from the teacher itself; leave start_from out"
 
     def create(self, materials: Materials) -> Method:
-        from stages.methods.guided.method import Guided
+        from stages.methods.progressive.method import Progressive
 
-        return Guided(self, materials)
+        return Progressive(self, materials)

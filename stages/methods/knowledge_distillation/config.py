@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ class KnowledgeDistillationConfig(OneStepConfig):
     v by default: an epsilon student's errors are multiplied by sigma/alpha, 14.6 at Stable Diffusion's t = 999.
     """
 
+    VERSION: ClassVar[int] = 2
     name: Literal["knowledge_distillation"] = "knowledge_distillation"
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
         Regression(name="l1"), description="the distance of the student's output to the teacher's"

@@ -16,6 +16,10 @@ class ProgressiveConfig(HalvingConfig):
     A stage `student` from 32 steps to 1 is a chain of stages, student/16 to student/1, each with its own optimizer.
     At the noisiest point it is trained on pure noise, on which sampling begins, whatever the schedule ends in. The
     paper trains without averaged weights: `training.ema_decay: 0`.
+
+    Students predict v, x0 or both: epsilon with truncated SNR diverges (the paper's table 1). A teacher that predicts
+    epsilon needs `match_first: true`: the first link, student/32, takes as many steps as its teacher and learns to put
+    out v in place of epsilon.
     """
 
     name: Literal["progressive"] = "progressive"

@@ -15,7 +15,11 @@ from stages.methods.halving import HalvingConfig
 
 class Progressive:
     """One round of Salimans and Ho 2022, 2202.00512, algorithm 2: minimise w(lambda_t) |x~ - x^(z_t)|^2, where one DDIM
-    step with x~ leads where two of the teacher's do."""
+    step with x~ leads where two of the teacher's do.
+
+    In a round that halves nothing x~ is what the teacher makes of z_t, guided by w where the student takes it. With it
+    a student learns to predict v where its teacher predicts epsilon, or to take w as an input (Meng et al. 2023,
+    2210.03142, section 3.1: x~ = (1 + w) x_c(z_t) - w x_0(z_t), with and without the prompt)."""
 
     def __init__(self, config: HalvingConfig, materials: Materials) -> None:
         self.config, self.encode = config, materials.teacher.encode_prompts
@@ -45,6 +49,8 @@ class Progressive:
 
     def target(self, z: Tensor, i: Tensor, condition: Tensor | None, w: Tensor | None) -> Tensor:
         """x~ (B, C, H, W), float64, for z (B, C, H, W) at points i (B,) of the student's."""
+        if not self.config.halves:
+            return self.teacher.x0(z, i, condition, w).double()
 
         def denoise(z: Tensor, j: Tensor) -> Tensor:
             return self.teacher.x0(z, j, condition, w)

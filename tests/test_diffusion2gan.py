@@ -192,12 +192,26 @@ def test_every_map_counts_alike_whatever_its_size():
 
 
 def test_r1_of_a_linear_discriminator_in_closed_form():
-    """D(x) = w . x: weight / 2 |w|^2, whatever x; its gradient in w is weight times w."""
-    w = torch.randn(3, 4, 4, requires_grad=True)
-    penalty = r1_penalty(lambda x: [(x * w).sum(1) * 16], torch.randn(5, 3, 4, 4), 7.0)  # 16 positions, averaged
+    """D(x) = w . x, spread over the positions of a map: weight / 2 |w|^2, whatever x; its gradient in w is weight times
+    w. Of several maps the mean counts, whatever their sizes."""
+    w, u = (torch.randn(3, 4, 4, requires_grad=True) for _ in "wu")
+    x = torch.randn(5, 3, 4, 4)
+    penalty = r1_penalty(lambda x: [(x * w).sum(1)], x, 7.0)
     assert float(penalty.detach()) == pytest.approx(3.5 * float(w.detach().square().sum()), rel=1e-5)
     penalty.backward()
     torch.testing.assert_close(w.grad, 7.0 * w.detach())
+    two = r1_penalty(lambda x: [(x * w).sum(1), (x * u).sum((1, 2, 3)).view(-1, 1, 1)], x, 7.0)
+    assert float(two.detach()) == pytest.approx(3.5 * float(((w + u) / 2).detach().square().sum()), rel=1e-5)
+
+
+def test_r1_grows_with_the_number_of_positions():
+    """Of a discriminator that judges each position alike: so its weight has to fall as latents grow."""
+    judge = nn.Conv2d(3, 1, 1)
+    small, large = (
+        float(r1_penalty(lambda x: [judge(x)[:, 0]], torch.randn(2, 3, n, n), 1.0).detach()) for n in (8, 32)
+    )
+    assert small == pytest.approx(0.5 * 64 * float(judge.weight.detach().square().sum()), rel=1e-5)
+    assert large == pytest.approx(16 * small, rel=1e-5)
 
 
 def test_r1_of_single_samples_is_on_average_that_of_the_batch():

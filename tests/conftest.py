@@ -53,7 +53,7 @@ stages:
       dataset: digits
       vae: {channels: [8, 16], max_mse: 1.0, training: {steps: 40, batch_size: 32, learning_rate: 4e-3}}
       denoiser: {channels: [16, 32], training: {steps: 30, batch_size: 16}}
-    execution: {threads: 2}
+    execution: {threads: 1}
   pairs:
     kind: pairs
     teacher: teacher
@@ -61,14 +61,14 @@ stages:
     count: 96
     shard_size: 32
     sampler: {steps: 5, guidance_scale: 2.0}
-    execution: {micro_batch: 16, threads: 2}
+    execution: {micro_batch: 16, threads: 1}
   student:
     kind: distill
     pairs: pairs
     method: {name: knowledge_distillation}
     training: {steps: 24, batch_size: 16}
     held_out: 32
-    execution: {threads: 2, checkpoint_every: 7}
+    execution: {threads: 1, checkpoint_every: 7}
 """
 
 

@@ -40,7 +40,8 @@ def test_losses_in_closed_form():
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
-def test_a_new_student_is_its_formula_on_the_teachers_weights(teacher, prediction):
+def test_a_new_student_is_its_formula_on_the_teachers_weights(teacher, prediction, monkeypatch):
+    monkeypatch.setattr(teacher, "prediction", prediction)
     student = Student.from_teacher(teacher, Form(prediction=prediction))
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     condition = teacher.encode_prompts(["a red handwritten seven", ""])
@@ -262,7 +263,7 @@ MIXED = TINY.replace(
     count: 64
     shard_size: 32
     sampler: {steps: 5, guidance_scale: 2.0}
-    execution: {micro_batch: 16, threads: 2}
+    execution: {micro_batch: 16, threads: 1}
   student:
     kind: distill
     pairs: [pairs, more]

@@ -30,7 +30,7 @@ LATENT = """
     classification: {training: {steps: 150, batch_size: 64, learning_rate: 4e-3}}
     triplets: {name: synthetic, count: 300, test_count: 40}
     calibration: {training: {steps: 40, learning_rate: 4e-3}}
-    execution: {threads: 2, checkpoint_every: 25}
+    execution: {threads: 1, checkpoint_every: 25}
 """
 
 
@@ -282,7 +282,7 @@ def test_a_student_is_trained_with_it(made, name):
     method: {{name: knowledge_distillation, loss: {{name: {name}, perceptual: perceptual}}}}
     training: {{steps: 60, batch_size: 16}}
     held_out: 32
-    execution: {{threads: 2}}
+    execution: {{threads: 1}}
 """
     )
     artifact = execute(text, made[0], name=name, only=["taught"])["taught"].artifact

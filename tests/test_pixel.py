@@ -29,14 +29,14 @@ stages:
     count: 24
     shard_size: 8
     sampler: {{steps: 4, guidance_scale: {scale}}}
-    execution: {{micro_batch: 8, threads: 2}}
+    execution: {{micro_batch: 8, threads: 1}}
   student:
     kind: distill
     pairs: pairs
     method: knowledge_distillation
     training: {{steps: 4, batch_size: 4}}
     held_out: 8
-    execution: {{threads: 2}}
+    execution: {{threads: 1}}
   quality: {{kind: evaluate, student: student, samples: 20, teacher_steps: [1]}}
 """
 

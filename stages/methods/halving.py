@@ -24,12 +24,12 @@ class HalvingConfig(MethodConfig):
 
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
     start_steps: int = Field(32, ge=1, le=MOST, description="of the teacher's sampler: what the first round halves")
-    end_steps: int = Field(1, ge=1, validate_default=True, description="of the last round's student")
     match_first: Annotated[bool, Neutral()] = Field(
         False,
         description="begin with a link that halves nothing: its student learns the teacher's output as `prediction` in "
         "start_steps steps; needed where the teacher predicts epsilon; a chain with start_from has no such link",
     )
+    end_steps: int = Field(1, ge=1, validate_default=True, description="of the last round's student")
     training_steps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="of single rounds, by their student's steps: {2: 4000, 1: 4000}; others: training.steps"
     )
@@ -55,8 +55,7 @@ class HalvingConfig(MethodConfig):
             stations.append(stations[-1] // 2)
         if stations[-1] != end:
             return []
-        first = [(start, start)] if matches_first or start == end else []
-        return [*first, *pairwise(stations)]
+        return [(start, start)] * matches_first + list(pairwise(stations))
 
     @classmethod
     def rounds(cls, settings: Mapping[str, Any], goes_on: bool) -> list[Round]:
@@ -71,7 +70,14 @@ class HalvingConfig(MethodConfig):
         if set(budgets) - {str(to) for _, to in found}:
             return []
         rest = {key: value for key, value in settings.items() if key not in ("training_steps", "match_first")}
-        return [Round(to, {**rest, "start_steps": from_, "end_steps": to}, budgets.get(str(to))) for from_, to in found]
+        return [
+            Round(
+                to,
+                {**rest, "start_steps": from_, "end_steps": to, **({"match_first": True} if from_ == to else {})},
+                budgets.get(str(to)),
+            )
+            for from_, to in found
+        ]
 
     @property
     def halves(self) -> bool:
@@ -86,7 +92,7 @@ class HalvingConfig(MethodConfig):
     @classmethod
     def _halves(cls, end: int, info: ValidationInfo) -> int:
         start = info.data.get("start_steps")
-        if start is not None and not cls.halvings(start, end, matches_first=False):
+        if start is not None and not cls.halvings(start, end, info.data.get("match_first", False)):
             raise ValueError(f"should be what start_steps: {start} comes to by halving")
         return end
 

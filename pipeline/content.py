@@ -50,14 +50,15 @@ def pinned(manifest: Manifest, contents: Contents) -> Manifest:
 
 def _identify(field: Marked, cache: HashCache) -> str:
     revision_field = field.marker.revision_field
-    if Path(field.value).is_absolute() or revision_field is None:
+    source = field.marker.source(field.value)
+    if Path(source).is_absolute() or revision_field is None:
         try:
-            return f"sha256:{cache.of(field.value, field.marker.files)}"
+            return f"sha256:{cache.of(source, field.marker.files)}"
         except FileNotFoundError as error:
             return Unknown(str(error))
         except OSError as error:
-            return Unknown(f"{field.value} cannot be read: {error.strerror}")
-    return _hub_commit(field.value, getattr(field.owner, revision_field))
+            return Unknown(f"{source} cannot be read: {error.strerror}")
+    return _hub_commit(source, getattr(field.owner, revision_field))
 
 
 def _hub_commit(repository: str, revision: str | None) -> str:

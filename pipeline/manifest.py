@@ -167,6 +167,8 @@ def _absolute(manifest: Manifest) -> Manifest:
     for name, stage in manifest.stages.items():
         paths: dict[str, str] = {}
         for field in marked(stage, Content):
+            if field.value in field.marker.shipped:
+                continue
             local = field.value.startswith((".", "/", "~")) or _exists(field.value)
             if local or field.marker.revision_field is None:
                 paths[field.path] = _full(field.value)

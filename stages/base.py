@@ -54,6 +54,12 @@ class Content:
     revision_field: str | None = None
     files: tuple[str, ...] = ("**/*",)
     """Of a folder, the patterns of what is read, and so of what counts."""
+    shipped: Mapping[str, Path] = field(default_factory=dict, hash=False)
+    """Folders of this installation, by the names that stand for them. Settings keep the name: installations move."""
+
+    def source(self, value: str) -> str:
+        """The path or hub repository that a value of the field stands for, here and now."""
+        return str(self.shipped.get(value, value))
 
 
 @dataclass(frozen=True)

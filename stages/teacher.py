@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from stages.base import SCRATCH, Content, Stage, StageContext, StageError
 from stages.diffusion.prediction import Prediction
@@ -18,20 +18,20 @@ from stages.teachers import layout
 from stages.teachers.config import TIMESTEPS, GaussianSettings, TrainedTeacher
 
 SHIPPED = Path(__file__).parent / "teachers" / "shipped"
-NAMES = ("digit_scenes",)
-"""Teachers that ship with Retort, by what `from` calls them."""
+FROM = Content("revision", layout.FILES, shipped={"digit_scenes": SHIPPED / "digit_scenes"})
 
 
 class Teacher(Stage):
     """The many-step model to distil. Exactly one of `train`, `from` and `gaussian` says where it comes from.
 
-    `from` is a diffusers folder, a hub id, or the name of a teacher that ships with Retort: digit_scenes.
+    `from` is a diffusers folder, a hub id, or the name of a teacher that ships with Retort: digit_scenes. A folder of
+    that name is ./digit_scenes.
     """
 
     VERSION: ClassVar[int] = 2
     kind: Literal["teacher"]
     train: TrainedTeacher | None = Field(None, description="train a small one here, on an image set")
-    from_: Annotated[str | None, Content(revision_field="revision", files=layout.FILES)] = Field(
+    from_: Annotated[str | None, FROM] = Field(
         None, alias="from", description="a diffusers folder, a hub id such as owner/name, or digit_scenes, which ships"
     )
     revision: str | None = Field(
@@ -39,11 +39,6 @@ class Teacher(Stage):
     )
     gaussian: GaussianSettings | None = Field(None, description="an analytic teacher without a network, for tests")
     execution: TrainingExecution = Field(TrainingExecution(), description="how it is carried out; makes nothing stale")
-
-    @field_validator("from_", mode="after")
-    @classmethod
-    def _shipped(cls, value: str | None) -> str | None:
-        return str(SHIPPED / value) if value in NAMES else value
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -85,7 +80,7 @@ class Teacher(Stage):
 
     def _known(self, sealed: Path) -> Path | None:
         """A folder of it that can be read already."""
-        folders = [sealed, *([Path(self.from_)] if self.from_ else [])]
+        folders = [sealed, *([Path(FROM.source(self.from_))] if self.from_ else [])]
         return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
@@ -109,7 +104,7 @@ def _train(*arguments: Any) -> Any:
 
 def _adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
     commit = identity.removeprefix("hub:") if identity.startswith("hub:") else None
-    folder = _download(source, commit) if commit else Path(source)
+    folder = _download(source, commit) if commit else Path(FROM.source(source))
     found = layout.check(folder)
     for pattern in found.files:
         for file in folder.glob(pattern):

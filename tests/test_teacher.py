@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.errors import StageFailed
-from tests.conftest import TINY, execute, plan_of
+from pipeline.manifest import loads
+from tests.conftest import ROOT, TINY, execute, plan_of, retort
 
 
 def adopt(folder, store):
@@ -134,10 +135,38 @@ def test_the_shipped_teacher_is_small_stock_and_says_where_it_comes_from(tmp_pat
     adopted = execute("name: a\nstages:\n  teacher: {kind: teacher, from: digit_scenes}\n", tmp_path)[
         "teacher"
     ].artifact
-    assert adopted.stage.from_ == str(folder)
+    record = adopted.record
+    assert record["settings"]["from"] == record["metrics"]["source"] == "digit_scenes"
     teacher = LatentTeacher(adopted.folder)
     pixels = torch.from_numpy(load(DigitScenes(), held_out=True, limit=64).pixels())
     assert (teacher.decode(teacher.encode(pixels)) - pixels).square().mean() < 0.01
+
+
+def test_a_run_of_the_shipped_teacher_outlives_a_move_of_the_installation(tmp_path, write_manifest):
+    store, manifest = tmp_path / "store", write_manifest("name: a\nstages: {t: {kind: teacher, from: digit_scenes}}")
+    here = tmp_path / "before"
+    for package in ("pipeline", "stages"):
+        shutil.copytree(ROOT / package, here / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def run(*arguments):
+        return retort(*arguments, "--store", store, cwd=tmp_path, PYTHONPATH=str(here))
+
+    assert run("submit", manifest, "--engine", "inline").returncode == 0
+    here = here.rename(tmp_path / "after")
+    resumed = run("resume", "a", "--force", "t", "--engine", "inline")
+    assert resumed.returncode == 0, resumed.stderr
+    scheduler = here / "stages/teachers/shipped/digit_scenes/scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("v_prediction", "epsilon"))
+    planned = json.loads(run("plan", "a", "--json").stdout)
+    assert (planned["t"]["state"], planned["t"]["why"]) == ("run", "digit_scenes changed")
+
+
+def test_the_shipped_name_wins_over_a_local_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digit_scenes").mkdir()
+    text = "name: a\nstages: {t: {kind: teacher, from: %s}}"
+    found = [loads(text % one, "a.yaml").manifest.stages["t"].from_ for one in ("digit_scenes", "./digit_scenes")]
+    assert found == ["digit_scenes", str(tmp_path / "digit_scenes")]
 
 
 def test_a_teacher_trained_on_ones_own_images(tmp_path):

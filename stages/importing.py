@@ -104,8 +104,13 @@ def _load(source: Path) -> dict[str, Tensor]:
             f"{source} holds a `state_dict` beside other things, as the published classifiers do (NAME_latent_vgg16"
             f".pth.tar): these have no calibrated heads; expected NAME{ENDING}, which has trunk and heads"
         )
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict):
         raise StageError(f"{source} holds no mapping of names to tensors; expected one, as in NAME{ENDING}")
+    others = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if others:  # torch's loader lets some through, and which ones depends on its version
+        raise StageError(
+            f"{source} holds more than tensors: {_some(others)}; expected tensors alone, as in NAME{ENDING}"
+        )
     return loaded
 
 

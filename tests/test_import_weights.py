@@ -140,7 +140,8 @@ REFUSALS = {
     "negative": (reshaped("lins.2.model.1.weight", 1, 16, 1, 1), None),
     "classifier": (lambda t: {"state_dict": t, "best_acc1": 69.9}, "these have no calibrated heads; expected NAME"),
     "a list": (lambda t: list(t.values()), "holds no mapping of names to tensors"),
-    "objects": (lambda t: t | {"made": Exception("x")}, "holds more than tensors"),
+    "an object": (lambda t: t | {"made": Exception("x")}, "holds more than tensors"),
+    "a number": (lambda t: t | {"made": 3}, "holds more than tensors: made; expected tensors alone"),
 }
 
 
@@ -154,6 +155,23 @@ def test_other_checkpoints_are_refused_and_leave_nothing(case, checkpoint, tmp_p
     with pytest.raises(StageError, match=re.escape(words)) as refused:
         import_weights(tmp_path / "other.pth", tmp_path / "out")
     assert str(refused.value).startswith(str(tmp_path / "other.pth")) and "\n" not in str(refused.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["other.pth"]
+
+
+class _Writes:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(checkpoint, tmp_path):
+    torch.save(checkpoint[1] | {"made": _Writes(str(tmp_path / "ran"))}, tmp_path / "other.pth")
+    with pytest.raises(StageError, match="holds more than tensors"):
+        import_weights(tmp_path / "other.pth", tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["other.pth"]
 
 

@@ -63,10 +63,12 @@ def train(
     start = run.restore(checkpoints)
     started = time.monotonic()
     for step in range(start, total):
-        for place, turn in enumerate(method.turns(step)):
+        turns = method.turns(step)
+        for place, turn in enumerate(turns):
             run.figures.add(run.take(turn, batches, step, step_seed(seed, step, place)), step)
         method.after_step(step)
-        run.average(step)  # what is averaged is what the method leaves
+        for turn in turns:
+            run.average(turn.player)  # what is averaged is what the method leaves
         done = step + 1
         if done % LOG_EVERY == 0 or done == total:
             run.history.append({"step": done, **run.checked(checkpoints)})
@@ -97,6 +99,8 @@ class _Run:
             for name, player in self.players.items()
             if player.averaged
         }
+        self.averaged = dict.fromkeys(self.averages, 0)
+        """How often each average has moved."""
         self.figures = Figures()
         self.history: list[dict[str, float]] = []
 
@@ -141,18 +145,23 @@ class _Run:
         return "" if len(self.players) == 1 else f"{player}_"
 
     @torch.no_grad()
-    def average(self, step: int) -> None:
-        """EMA with a warm-up: the decay is at most (1 + n) / (10 + n) after n steps, as in TensorFlow's."""
-        for name, average in self.averages.items():
-            player = self.players[name]
-            decay = min(player.training.ema_decay, (2 + step) / (11 + step))
-            for mean, value in zip(average.parameters(), player.module.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
-            for kept, now in zip(average.buffers(), player.module.buffers(), strict=True):
-                if kept.is_floating_point():  # statistics of batch norms belong to the weights of their time
-                    kept.lerp_(now, 1 - decay)
-                else:
-                    kept.copy_(now)
+    def average(self, name: str) -> None:
+        """Move the player's EMA, if it keeps one, towards its weights, once for each of its turns.
+
+        The decay is at most (1 + n) / (10 + n) after n turns of that player, as in TensorFlow's warm-up. A player that
+        had several turns in a step is averaged as often, each time with the weights that the step leaves."""
+        if name not in self.averages:
+            return
+        self.averaged[name] += 1
+        n, player, average = self.averaged[name], self.players[name], self.averages[name]
+        decay = min(player.training.ema_decay, (1 + n) / (10 + n))
+        for mean, value in zip(average.parameters(), player.module.parameters(), strict=True):
+            mean.lerp_(value, 1 - decay)
+        for kept, now in zip(average.buffers(), player.module.buffers(), strict=True):
+            if kept.is_floating_point():  # statistics of batch norms belong to the weights of their time
+                kept.lerp_(now, 1 - decay)
+            else:
+                kept.copy_(now)
 
     def save(self, folder: Path, step: int, figures: dict[str, float]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -161,7 +170,8 @@ class _Run:
             tensors |= checkpoint.optimizer_tensors(f"{name}/optimizer", self.optimizers[name])
         for name, average in self.averages.items():
             tensors |= checkpoint.module_tensors(f"{name}/average", average)
-        checkpoint.save(folder, step, tensors, {"figures": figures, "history": self.history, **self._machine()})
+        state = {"figures": figures, "history": self.history, "averaged": self.averaged, **self._machine()}
+        checkpoint.save(folder, step, tensors, state)
 
     def restore(self, folder: Path) -> int:
         """Load the newest checkpoint; return the step to go on from."""
@@ -182,7 +192,7 @@ class _Run:
         for name, average in self.averages.items():
             checkpoint.load_module(f"{name}/average", average, tensors)
         self.figures.restore(state["figures"])
-        self.history = state["history"]
+        self.history, self.averaged = state["history"], state["averaged"]
         return int(state["step"])
 
     def _machine(self) -> dict[str, Any]:

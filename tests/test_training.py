@@ -186,6 +186,55 @@ def test_only_the_player_whose_turn_it_is_learns(tmp_path):
     assert {"critic_loss", "student_loss", "student_size", "critic_gradient_norm"} <= set(trained.history[0])
 
 
+class Uneven(TwoPlayers):
+    """Two turns a step for the critic, one in three steps for the student, and a step that ends with smaller weights.
+    `left` are those that each turn's step left."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        torch.manual_seed(0)
+        training = TrainingSettings(batch_size=8, learning_rate=0.1, **settings)
+        for name in self.players:
+            self.players[name] = Player(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)), training)
+        self.left = {name: [self.state(name)] for name in self.players}
+
+    def state(self, name):
+        return {key: value.clone() for key, value in self.players[name].module.state_dict().items()}
+
+    def turns(self, step):
+        names = ["student"] * (step % 3 == 1) + ["critic"] * 2
+        return [Turn(name, lambda batch, name=name: self.loss(name, batch)) for name in names]
+
+    @torch.no_grad()
+    def after_step(self, step):
+        for player in self.players.values():
+            player.module[0].weight.mul_(0.9)
+        for turn in self.turns(step):
+            self.left[turn.player].append(self.state(turn.player))
+
+
+def test_the_average_is_its_recurrence_over_the_players_own_turns(tmp_path):
+    """mean <- d mean + (1 - d) value at turn n, with d = min(decay, (1 + n) / (10 + n)); 0.5 is reached at n = 8."""
+    method = Uneven(steps=40, ema_decay=0.5)
+    averages = finish(run(method, tmp_path)).averages
+    for name, turns in {"student": 13, "critic": 80}.items():
+        start, *left = method.left[name]
+        assert len(left) == turns
+        for key, mean in start.items():
+            for n, value in enumerate((state[key] for state in left), 1):
+                decay = min(0.5, (1 + n) / (10 + n)) if mean.is_floating_point() else 0  # counts are not averaged
+                mean = decay * mean + (1 - decay) * value
+            torch.testing.assert_close(averages[name].state_dict()[key], mean.to(value.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_warms_up_as_if_it_had_not_been_interrupted(tmp_path):
+    whole = finish(run(Uneven(steps=30), tmp_path / "whole")).averages
+    list(itertools.islice(run(Uneven(steps=30), tmp_path / "killed"), 2))  # after 20 steps; the last checkpoint: 14
+    again = finish(run(Uneven(steps=30), tmp_path / "killed")).averages
+    for name, average in whole.items():
+        torch.testing.assert_close(again[name].state_dict(), average.state_dict(), rtol=0, atol=0)
+
+
 def test_learning_rates():
     settings = TrainingSettings(steps=100, learning_rate=1.0, warmup_steps=9)
     assert settings.learning_rate_at(0) == pytest.approx(0.1)

@@ -1,8 +1,13 @@
-"""A training run's state on disk: tensors as safetensors, the rest as JSON, written whole or not at all."""
+"""A training run's state on disk: tensors as safetensors, the rest as JSON, and the hashes of both.
+
+The last two checkpoints are kept, so that a damaged one costs the steps between them and not the whole training.
+`sha256sum -c SHA256SUMS` checks one by hand.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,39 +18,79 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 
-from stages.data.files import fsync_folder
+from stages.base import StageError
+from stages.data.files import fsync_folder, publish, sha256_of
+
+log = logging.getLogger(__name__)
+
+KEPT = 2
+TENSORS, STATE, HASHES = "tensors.safetensors", "state.json", "SHA256SUMS"
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Publish `folder/step-N`, then remove the checkpoints before it."""
+    """Publish `folder/step-N` whole, then remove all checkpoints but it and the one before."""
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary / "tensors.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary / TENSORS)
+    (temporary / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+    (temporary / HASHES).write_bytes(_hashes(temporary))
     fsync_folder(temporary)
     if final.exists():  # the same step, written by a worker that outlived its driver: the same state
         shutil.rmtree(temporary)
     else:
-        temporary.replace(final)
-    for old in folder.glob("step-*"):
-        if old.name < final.name:
-            shutil.rmtree(old, ignore_errors=True)
+        publish(temporary, final)
+    for old in _newest_first(folder)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint's (tensors, state), or None."""
-    found = newest(folder)
-    if found is None:
-        return None
-    state: dict[str, Any] = json.loads((found / "state.json").read_text(encoding="utf-8"))
-    return load_file(found / "tensors.safetensors"), state
+    """The (tensors, state) of the newest checkpoint that is whole, or None if there is no checkpoint.
+
+    Damaged ones that are newer are removed with a warning: training makes them again. Raises StageError if all are
+    damaged: only the user knows whether there is a copy, and training anew may take weeks of GPU time."""
+    damaged: dict[Path, str] = {}
+    for path in _newest_first(folder):
+        damage = _damage(path)
+        if damage is None:
+            for newer, why in damaged.items():
+                log.warning(
+                    "the checkpoint %s is damaged (%s) and is removed; training goes on from %s", newer, why, path
+                )
+                shutil.rmtree(newer, ignore_errors=True)
+            state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+            return load_file(path / TENSORS), state
+        damaged[path] = damage
+    if damaged:
+        listed = "; ".join(f"{path} ({why})" for path, why in damaged.items())
+        raise StageError(
+            f"every checkpoint of this training is damaged: {listed}. Put one back from a copy, or remove {folder} to "
+            "train from the first step"
+        )
+    return None
 
 
 def newest(folder: Path) -> Path | None:
-    """Its folder, or None."""
-    return max(folder.glob("step-*"), default=None)
+    """The newest checkpoint's folder, or None. It is not checked."""
+    return next(iter(_newest_first(folder)), None)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _hashes(checkpoint: Path) -> bytes:
+    return "".join(f"{sha256_of(checkpoint / name)}  {name}\n" for name in (TENSORS, STATE)).encode()
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with its files, in words; None if they are as they were written."""
+    try:
+        intact = (checkpoint / HASHES).read_bytes() == _hashes(checkpoint)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    return None if intact else f"its files do not match {HASHES}"
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 
 import itertools
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from stages import checkpoint
 from stages.base import StageError
 from stages.data.order import ShuffledOrder
 from stages.methods.base import Player, TrainingExecution, TrainingSettings, Turn
@@ -83,11 +85,70 @@ def test_killed_at_any_step_the_result_is_the_same_bit_for_bit(tmp_path):
 def test_a_half_written_checkpoint_is_not_believed(tmp_path):
     whole = finish(run(Linear(), tmp_path / "whole"))
     list(itertools.islice(run(Linear(), tmp_path / "cut"), 2))
-    (newest,) = (tmp_path / "cut").glob("step-*")
+    newest = max((tmp_path / "cut").glob("step-*"))
     shutil.copytree(newest, tmp_path / "cut" / ".step-00000099.123")
     (tmp_path / "cut" / ".step-00000099.123" / "tensors.safetensors").write_bytes(b"cut")
     again = finish(run(Linear(), tmp_path / "cut"))
     assert all(torch.equal(a, weights(whole)[name]) for name, a in weights(again).items())
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The checkpoints of a training of 40 steps that was killed after 20."""
+    folder = tmp_path_factory.mktemp("kept")
+    list(itertools.islice(run(Linear(noisy=True), folder, every=5), 2))
+    return folder
+
+
+def test_the_last_two_checkpoints_are_kept(kept):
+    assert sorted(path.name for path in kept.iterdir()) == ["step-00000010", "step-00000015"]
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+FILES = ("tensors.safetensors", "state.json", "SHA256SUMS")
+
+
+@pytest.mark.parametrize("damage", [flipped, cut, Path.unlink])
+@pytest.mark.parametrize("file", FILES)
+def test_from_a_damaged_checkpoint_training_falls_back_to_the_one_before(kept, tmp_path, caplog, damage, file):
+    """And ends as if nothing had happened, bit for bit."""
+    whole = finish(run(Linear(noisy=True), tmp_path / "whole", every=5))
+    folder = shutil.copytree(kept, tmp_path / "killed")
+    damage(folder / "step-00000015" / file)
+    again = finish(run(Linear(noisy=True), folder, every=5))
+    (warning,) = caplog.messages
+    assert f"{folder / 'step-00000015'} is damaged" in warning and f"from {folder / 'step-00000010'}" in warning
+    torch.testing.assert_close(weights(again), weights(whole), rtol=0, atol=0)
+    assert again.history == whole.history
+
+
+def test_a_damaged_checkpoint_does_not_stay_for_a_sound_one(kept, tmp_path):
+    """Made again at another interval, the newest two are sound."""
+    folder = shutil.copytree(kept, tmp_path / "killed")
+    flipped(folder / "step-00000015" / "tensors.safetensors")
+    list(itertools.islice(run(Linear(noisy=True), folder, every=13), 1))  # from 10 to 20: a checkpoint at 13
+    assert checkpoint.newest(folder).name == "step-00000013"
+    assert checkpoint.latest(folder)[1]["step"] == 13
+
+
+def test_training_stops_where_all_checkpoints_are_damaged(kept, tmp_path):
+    folder = shutil.copytree(kept, tmp_path / "killed")
+    for path in folder.iterdir():
+        cut(path / "state.json")
+    with pytest.raises(StageError, match=f"every checkpoint .*step-00000015.*step-00000010.*copy, or remove {folder}"):
+        finish(run(Linear(noisy=True), folder))
+    assert len(list(folder.iterdir())) == 2
+    shutil.rmtree(folder)
+    assert finish(run(Linear(noisy=True), folder)).history[0]["step"] == 10
 
 
 def test_accumulating_two_halves_is_one_whole_batch(tmp_path):

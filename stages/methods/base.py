@@ -67,7 +67,9 @@ class TrainingSettings(Config):
 class TrainingExecution(Execution):
     """How a stage that trains is carried out. Recorded in what it makes, and never a reason to make it again."""
 
-    checkpoint_every: int = Field(250, ge=1, description="training steps between two checkpoints")
+    checkpoint_every: int = Field(
+        250, ge=1, description="training steps between two checkpoints, of which the last two are kept"
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="compute activations again in the backward pass instead of keeping them: far less memory for about "

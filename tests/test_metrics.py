@@ -29,6 +29,16 @@ def test_frechet_distance_in_closed_form():
     assert frechet_distance(x, 3.0 * x) == pytest.approx(8 * (3 - 1) ** 2)
 
 
+def test_frechet_distance_of_any_two_covariances_in_two_dimensions():
+    """The eigenvalues of S_a S_b are real and not negative, so Tr(S_a S_b)^(1/2) = sqrt(Tr S_a S_b + 2 sqrt(det))."""
+    x, skew = whitened(rng.standard_normal((500, 2))), np.array([[2.0, 0.5], [-1.0, 1.0]])
+    stretch, mu, nu = np.diag([3.0, 0.5]), np.array([1.0, 2.0]), np.array([-2.0, 3.0])
+    a, b = skew.T @ skew, stretch.T @ stretch
+    root = (np.trace(a @ b) + 2 * np.linalg.det(a @ b) ** 0.5) ** 0.5
+    expected = ((mu - nu) ** 2).sum() + np.trace(a + b) - 2 * root
+    assert frechet_distance(x @ skew + mu, x @ stretch + nu) == pytest.approx(expected)
+
+
 def test_frechet_distance_ignores_rotation():
     q, _ = np.linalg.qr(rng.standard_normal((8, 8)))
     b = rng.standard_normal((500, 8)) * 2 + 1
@@ -47,6 +57,26 @@ def test_kernel_distance_is_unbiased():
     assert kernel_distance(A, A + 1) > 10 * found.std()
 
 
+def test_kernel_distance_by_hand():
+    """Within a: (4 / 2 + 1)^3 = 27; within b: (-4 / 2 + 1)^3 = -1; across: (1 + 1 + 27 - 1) / 4 = 7."""
+    a, b = np.array([[2.0, 0.0], [2.0, 2.0]]), np.array([[0.0, 2.0], [0.0, -2.0]])
+    assert kernel_distance(a, b) == pytest.approx(27 - 1 - 2 * 7)
+
+
+def test_kernel_distance_weighs_all_pairs_alike():
+    """Two of three pairs within a have x.y = 0 and k = 1, one has x.y = 1 and k = 8; b is at the origin: k = 1."""
+    assert kernel_distance(np.array([[1.0], [1.0], [0.0]]), np.zeros((2, 1))) == pytest.approx((8 + 1 + 1) / 3 + 1 - 2)
+
+
+@pytest.mark.parametrize(("k", "share"), [(1, 1 / 3), (2, 2 / 3)])
+def test_precision_and_recall_by_hand(k, share):
+    """The radii of a are 1, 1, 2, 4 for k = 1 and 3, 2, 3, 6 for k = 2, and b lies 2, 3.5 and 7 outside of its ends;
+    -2 reaches at least 12.5 far, to all of a."""
+    a, b = np.array([[0.0], [1.0], [3.0], [7.0]]), np.array([[-2.0], [10.5], [14.0]])
+    assert precision_recall(a, b, k) == pytest.approx((share, 1.0))
+    assert precision_recall(b, a, k) == pytest.approx((1.0, share))
+
+
 def test_precision_and_recall():
     assert precision_recall(A[:500], A[:500]) == (1.0, 1.0)
     assert precision_recall(A[:500], A[:500] + 100) == (0.0, 0.0)
@@ -60,6 +90,7 @@ def test_diversity_is_within_groups():
     points = np.array([[0.0], [2.0], [100.0], [104.0]])
     assert diversity(points, ["a", "a", "b", "b"]) == pytest.approx((2 + 4) / 2)
     assert diversity(points, ["a", "b", "c", "d"]) is None
+    assert diversity(np.array([[0.0, 0.0], [3.0, 4.0]]), ["a", "a"]) == pytest.approx(5.0)
 
 
 def test_the_standard_error_is_the_spread_over_fresh_samples():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -25,6 +26,18 @@ class Source(Config):
     weight: float | None = Field(
         None, gt=0, description="relative to the others'; default: each by its number of pairs"
     )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Noises that a student was trained on: the first `count` of `pairs`, which that student's stage calls `name`.
+
+    Noise is drawn from (seed, number) alone, so all pairs of one seed begin with the same noises.
+    """
+
+    pairs: Artifact
+    name: str
+    count: int
 
 
 def _sources(value: Any) -> Any:
@@ -90,6 +103,17 @@ class Distill(Stage):
             found.append(Link(str(one.steps), own, "start_from", origins))
         return found
 
+    def trained_on(self, inputs: Mapping[str, Artifact]) -> Iterator[Trained]:
+        """The noises that this student was trained on, then those of the students that it goes on from: all of each
+        source, but of the first source not the last `held_out`. Training on latents draws other noises: nothing."""
+        for place, (source, pairs) in enumerate(zip(self.pairs or [], sources(inputs), strict=True)):
+            assert isinstance(pairs.stage, Pairs)
+            yield Trained(pairs, source.pairs, pairs.stage.count - (self.held_out if place == 0 else 0))
+        start = inputs.get("start_from")
+        if start:
+            assert isinstance(start.stage, Distill)
+            yield from start.stage.trained_on(start.inputs)
+
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         given = "pairs" if self.pairs else "latents"
         if given not in self.method.DATA:
@@ -131,22 +155,17 @@ class Distill(Stage):
             yield from self._check_held_out(sources(inputs)[0], start)
         yield from _of_method(self.method.check_start(before.method if before else None))
 
-    def _check_held_out(self, pairs: Artifact, start: Artifact | None) -> Iterator[tuple[str, str]]:
-        """That what is held out here was not trained on by a student before."""
-        assert isinstance(pairs.stage, Pairs)
-        while start is not None:
-            assert isinstance(start.stage, Distill)
-            for place, other in enumerate(sources(start.inputs)):
-                assert isinstance(other.stage, Pairs)
-                trained = other.stage.count - (start.stage.held_out if place == 0 else 0)
-                seen = trained - (pairs.stage.count - self.held_out)
-                if other.seed == pairs.seed and seen > 0:  # sample i of a seed has one noise, whatever else differs
-                    yield (
-                        "held_out",
-                        f"distill/{start.fingerprint[:8]}, which this student goes on from, was trained on {seen} of "
-                        f"the {self.held_out} noises that are held out; hold the same out of both",
-                    )
-            start = start.inputs.get("start_from")
+    def _check_held_out(self, pairs: Artifact, start: Artifact) -> Iterator[tuple[str, str]]:
+        """That no student before was trained on what is held out here."""
+        assert isinstance(pairs.stage, Pairs) and isinstance(start.stage, Distill)
+        for before in start.stage.trained_on(start.inputs):
+            seen = min(before.count, pairs.stage.count) - (pairs.stage.count - self.held_out)
+            if before.pairs.seed == pairs.seed and seen > 0:
+                yield (
+                    "held_out",
+                    f"a student that this one goes on from was trained on {seen} of the {self.held_out} noises that "
+                    f"are held out, as part of {before.name}; hold the same out of both",
+                )
 
     def _check_guidance(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         if self.method.form.w_range is not None:

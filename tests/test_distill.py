@@ -230,8 +230,12 @@ def test_a_student_that_goes_on_from_another(tiny, teacher):
 
     with pytest.raises(ManifestError, match="to go on from has prediction: v_prediction, this one prediction: eps"):
         plan_of(text, tiny[0], ["stages.student.method.prediction=epsilon"])
-    with pytest.raises(ManifestError, match="was trained on 16 of the 48 noises that are held out"):
+    with pytest.raises(ManifestError, match="trained on 16 of the 48 noises that are held out, as part of pairs"):
         plan_of(text, tiny[0], ["stages.student.held_out=48"])
+    sampler = "sampler: {steps: 2, guidance_scale: 2.0}"
+    big = f"  big: {{kind: pairs, teacher: teacher, prompts: digits, count: 200, {sampler}}}\n"
+    with pytest.raises(ManifestError, match="trained on 32 of the 32 noises that are held out, as part of big"):
+        plan_of(text + big, tiny[0], ["stages.first.pairs=big"])
     other = text.replace("stages:\n", "stages:\n  other: {kind: teacher, from: digit_scenes}\n")
     first_pairs = "  first:\n    kind: distill\n    pairs: more"
     other = other.replace("  first:\n    kind: distill\n    pairs: pairs", first_pairs)

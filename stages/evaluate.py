@@ -10,11 +10,10 @@ from pydantic import Field, model_validator
 from stages.base import Artifact, Input, Neutral, Stage, StageContext
 from stages.data.images.config import Digits
 from stages.distill import Distill, sources, teacher_of
+from stages.evaluation.config import MIN_SAMPLES, EvaluationExecution, Split
+from stages.evaluation.noises import held_out, overlap
 from stages.pairs import Pairs, guidance_scales
 from stages.probe import Probe
-
-MIN_SAMPLES = 100
-"""More than the probe has features, or covariances are singular."""
 
 
 def subject(inputs: Mapping[str, Artifact]) -> tuple[Artifact, Artifact | None]:
@@ -27,14 +26,19 @@ class Evaluate(Stage):
     """A student beside its teacher, on the same prompts and noise; or, of `pairs` alone, the teacher that made them,
     in full and in few steps. Writes metrics.json and a page.
 
-    A student is measured on the pairs that it was trained on, those held out first, or on `pairs`. One that takes the
-    strength of guidance as an input is given that of the pairs.
+    A student is measured on noises that it was not trained on: those held out of the pairs that it was trained on, or
+    those of `pairs`; then fresh noises of the same seed. One that takes the strength of guidance as an input is given
+    that of the pairs. The student's network computes in the dtype of the pairs, as the teacher's does.
 
-    `real`, a probe, measures against the real images that it was trained on, through its features. Without it only
+    `real`, a probe, measures distances to real images that it was not trained on, in its features. Without it only
     what needs no real images is measured: distance to the teacher's own output, seconds and network calls.
+
+    `split` keeps a choice apart from its report. Choose a setting by evaluations with `split: validation`, and report
+    the chosen student with `split: test`. No sample is in both: validation noises are numbered from 2^50 on, which no
+    pairs and no test noises reach. All of them are fresh, so each evaluation runs the teacher on them again.
     """
 
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
     kind: Literal["evaluate"]
     student: Annotated[str | None, Input("distill")] = Field(None, description="what is measured")
     pairs: Annotated[str | None, Input("pairs")] = Field(
@@ -46,11 +50,18 @@ class Evaluate(Stage):
         None, description="the probe of the real images to compare with; none: only what needs no real images"
     )
     samples: int = Field(2000, ge=20, description="of each side; held-out pairs first, then fresh noise")
+    split: Split = Field(
+        "test",
+        description="which noises: test, to report on; or validation, to choose settings by: they share no sample",
+    )
     steps: Annotated[int | None, Neutral()] = Field(
         None, ge=1, description="of the student's sampler, where its method leaves them open; default: its own"
     )
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="also sample the teacher in these; default: 4, 2 and 1, where the pairs took more"
+    )
+    execution: EvaluationExecution = Field(
+        EvaluationExecution(), description="how it is carried out; makes nothing stale"
     )
 
     @model_validator(mode="after")
@@ -92,6 +103,13 @@ class Evaluate(Stage):
     ) -> Iterator[tuple[str, str]]:
         if teacher_of(student.inputs).fingerprint != found.inputs["teacher"].fingerprint:
             yield "pairs", f"they are of another teacher than {self.student}'s"
+        repeated = overlap(found, student) if self.pairs else None
+        if repeated:
+            yield (
+                "pairs",
+                f"{self.pairs} has {min(repeated.count, pairs.count)} of the noises of {repeated.name}, which "
+                f"{self.student} was trained on: both have seed {found.seed}; give {self.pairs} a `seed:` of its own",
+            )
         other = stage.method.why_not_in(self.steps) if self.steps else None
         if other:
             yield "steps", other
@@ -112,14 +130,17 @@ class Evaluate(Stage):
     def run(self, context: StageContext) -> Mapping[str, Any]:
         from stages.evaluation import evaluate
 
-        pairs = subject(context.inputs)[0].stage
-        assert isinstance(pairs, Pairs)
+        found, student = subject(context.inputs)
+        assert isinstance(found.stage, Pairs)
+        full = found.stage.sampler.steps
         return context.run(
             evaluate,
-            *subject(context.inputs),
+            found,
+            student,
             self.steps,
-            self.samples,
-            self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < pairs.sampler.steps],
+            held_out(found, student, self.split, self.samples),
+            self.split,
+            self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < full],
             context.inputs.get("real"),
             self.execution,
             context.output,

@@ -7,7 +7,9 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from stages.base import SCRATCH, Artifact, Execution, Progress, StageError
+from stages.base import SCRATCH, Artifact, Progress, StageError
+from stages.evaluation.config import EvaluationExecution, Split
+from stages.evaluation.noises import Noises
 from stages.probe import Probe
 
 
@@ -15,10 +17,11 @@ def evaluate(
     pairs: Artifact,
     student: Artifact | None,
     steps: int | None,
-    samples: int,
+    noises: Noises,
+    split: Split,
     teacher_steps: list[int],
     probe: Artifact | None,
-    execution: Execution,
+    execution: EvaluationExecution,
     output: Path,
     threads: int,
 ) -> Generator[Progress, None, dict[str, Any]]:
@@ -30,21 +33,25 @@ def evaluate(
     from stages.networks.compute import prepare
 
     prepare(threads)
-    known = None
+    real = None
     if probe:  # first of all: what is wrong with its images is said at once
         assert isinstance(probe.stage, Probe)
-        known = load(images_of(probe), limit=probe.stage.limit, scratch=output / SCRATCH)
-    sides, setting = yield from sample_sides(pairs, student, steps, samples, teacher_steps, execution)
+        unseen = load(images_of(probe), held_out=True, limit=probe.stage.limit, scratch=output / SCRATCH)
+        real = measure.two_real_sets(unseen, noises.count)
+    sides, setting = yield from sample_sides(pairs, student, steps, noises, teacher_steps, execution)
     metrics: dict[str, Any] = {
-        "samples": samples,
+        "samples": noises.count,
+        "split": split,
         "student": student and student.fingerprint,
+        "dtype": str(setting.teacher.dtype).removeprefix("torch."),
+        "micro_batch": min(execution.micro_batch, noises.count),
         "sides": {side.name: measure.against_teacher(side, sides[0]) for side in sides},
     }
-    shown = page.columns(samples, setting.teacher.decode(sides[0].latents[:1]).shape[-1])
+    shown = page.columns(noises.count, setting.teacher.decode(sides[0].latents[:1]).shape[-1])
     pictures = {side.name: setting.teacher.decode(side.latents[shown]).numpy() for side in sides}
-    if probe and known is not None:
+    if probe and real:
         try:
-            yield from measure.against_real(metrics, sides, setting, probe, known)
+            yield from measure.against_real(metrics, sides, setting, probe, real)
         except ValueError as error:
             raise StageError(f"evaluation against real images: {error}") from error
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -37,13 +37,15 @@ def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def words(row: Mapping[str, Any], key: str) -> tuple[str, str]:
-    """A figure and its spread, `± ...`; each empty where there is none. The spread is a standard error, `KEY_se`,
-    or over seeds a standard deviation, `KEY_sd`."""
+    """A figure and its spread; each empty where there is none. The spread is the standard error `KEY_se`, `± ...`; of
+    a mean over seeds also the 95 % interval from `KEY_low` to `KEY_high`, `[..., ...]`."""
     if key not in row:
         return "", ""
-    form = FIGURES[key].form
-    spread = row.get(f"{key}_se", row.get(f"{key}_sd"))
-    return form.format(row[key]), "" if spread is None else f"± {form.format(spread)}"
+    form = FIGURES[key].form.format
+    spread = [f"± {form(row[f'{key}_se'])}"] if f"{key}_se" in row else []
+    if f"{key}_low" in row:
+        spread.append(f"[{form(row[f'{key}_low'])}, {form(row[f'{key}_high'])}]")
+    return form(row[key]), " ".join(spread)
 
 
 def title(side: str, values: Mapping[str, Any]) -> str:
@@ -58,16 +60,18 @@ def title(side: str, values: Mapping[str, Any]) -> str:
 def legend(metrics: Mapping[str, Any]) -> list[str]:
     """What the columns mean, a line each."""
     lines = [
-        f"{metrics['samples']} samples a side; ± is one standard error.",
+        f"{metrics['samples']} samples a side, of the {metrics['split']} split; ± is one standard error.",
         "Latent MSE: to the teacher's own full-step output from the same noise; full-step rows are 0 by definition.",
-        "Seconds an image: in batches of 64, without decoding. Network calls count guidance's second half.",
+        f"Seconds an image: in batches of {metrics['micro_batch']}, computed in {metrics['dtype']}, without decoding. "
+        "Network calls count guidance's second half.",
     ]
     if "features" in metrics:
         lines += [
             f"Distances, precision, recall and diversity are at {metrics['distance_samples']} samples a side, in "
             f"{metrics['features']}: features of a classifier trained on real images. They are not FID.",
-            "'real': other real images at the same number of samples, the floor. 'VAE reconstruction': those through "
-            "the VAE alone, the floor for every latent model of this teacher.",
-            f"The classifier is right on {metrics['probe_accuracy']:.1%} of real images it never saw.",
+            "All distances are to real images that the classifier never saw. 'real': others that it never saw, at the "
+            "same number of samples, the floor. 'VAE reconstruction': those through the VAE alone, the floor for every "
+            "latent model of this teacher.",
+            f"The classifier is right on {metrics['probe_accuracy']:.1%} of the images that it never saw.",
         ]
     return lines

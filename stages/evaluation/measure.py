@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from stages.base import Artifact, Progress
+from stages.base import Artifact, Progress, StageError
 from stages.data.images import digits
 from stages.data.images.config import Digits
 from stages.data.images.labelled import LabelledImages
-from stages.evaluation.sides import BATCH, Setting, Side
+from stages.evaluation.config import MIN_SAMPLES
+from stages.evaluation.sides import Setting, Side
 from stages.metrics import distances
-from stages.networks.probe import Classifier, accuracy, batches
+from stages.networks.probe import SEEN_AT_ONCE, Classifier, accuracy, batches
 from stages.probe import Probe
+
+
+class RealSets(NamedTuple):
+    """Real images that share no original, equally many: what all distances are measured to, and those that are
+    measured against it as if they had been generated."""
+
+    reference: LabelledImages
+    other: LabelledImages
 
 
 def against_teacher(side: Side, teacher: Side) -> dict[str, Any]:
@@ -30,11 +39,11 @@ def against_teacher(side: Side, teacher: Side) -> dict[str, Any]:
 
 
 def against_real(
-    metrics: dict[str, Any], sides: Sequence[Side], setting: Setting, probe: Artifact, known: LabelledImages
+    metrics: dict[str, Any], sides: Sequence[Side], setting: Setting, probe: Artifact, images: RealSets
 ) -> Generator[Progress, None, None]:
     """Add distances, precision, recall, diversity and, where prompts say classes, prompt accuracy to each side of
     `metrics`, and the two references: other real images, and those through the VAE alone. All distances are at one
-    number of samples. `known` is what the probe was trained on. Raises ValueError if the teacher's images are of
+    number of samples. The probe was trained on none of `images`. Raises ValueError if the teacher's images are of
     another size."""
     assert isinstance(probe.stage, Probe)
     real_set = probe.stage.images
@@ -45,31 +54,37 @@ def against_real(
     metrics["features"] = f"{real_set.name}_probe_{classifier.features}"
     metrics["probe_accuracy"] = probe.record["metrics"]["caption_accuracy"]
     asked = digits.prompt_labels(setting.prompts) if isinstance(real_set, Digits) else {}
-    reference, other = _two_real_sets(known, len(setting.prompts))
+    reference, other = images
     real, _ = classifier.look(batches(reference))
     rebuilt = (setting.teacher.decode(setting.teacher.encode(x)) for x in batches(other))
     metrics["distance_samples"] = len(real)
     shown = {name: other.labels[name] for name in asked}
     metrics["references"] = {
-        name: _measure(classifier, images, shown, other.captions, real)
-        for name, images in (("real", batches(other)), ("vae_reconstruction", rebuilt))
+        name: _measure(classifier, made, shown, other.captions, real)
+        for name, made in (("real", batches(other)), ("vae_reconstruction", rebuilt))
     }
     for done, side in enumerate(sides, 1):
-        images = map(setting.teacher.decode, side.latents.split(BATCH))
-        metrics["sides"][side.name] |= _measure(classifier, images, asked, setting.prompts, real)
+        made = map(setting.teacher.decode, side.latents.split(SEEN_AT_ONCE))
+        metrics["sides"][side.name] |= _measure(classifier, made, asked, setting.prompts, real)
         yield Progress(done, len(sides), "sides measured")
 
 
-def _two_real_sets(images: LabelledImages, samples: int) -> tuple[LabelledImages, LabelledImages]:
-    """Two random sets of real images that share no original, neither larger than half of what there is. Scenes count
-    as originals, though all are composed of the same scans and photographs: a teacher's samples are, too."""
+def two_real_sets(images: LabelledImages, samples: int) -> RealSets:
+    """Two random sets that share no original, neither larger than half of what there is. Scenes count as originals,
+    though all are composed of the same scans and photographs: a teacher's samples are, too. Raises StageError if either
+    has fewer than MIN_SAMPLES."""
     generator = np.random.default_rng(0)
     originals = int(images.origins.max()) + 1
     in_first = generator.permutation(originals) < originals // 2
     index = generator.permutation(len(images))
     first, second = index[in_first[images.origins[index]]], index[~in_first[images.origins[index]]]
     n = min(samples, len(first), len(second))
-    return images.take(first[:n]), images.take(second[:n])
+    if n < MIN_SAMPLES:
+        raise StageError(
+            f"the probe holds out {len(images)} real images, which make two sets of {n}; distances need at least "
+            f"{MIN_SAMPLES} in each. Hold out more by the probe's images.hold_out_every, or give it more images"
+        )
+    return RealSets(images.take(first[:n]), images.take(second[:n]))
 
 
 def _measure(

@@ -5,24 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stages.base import Artifact, Execution, Progress
+from stages.base import Artifact, Progress
 from stages.data.noise import noise_for
 from stages.data.pool import pool_of, read_list
 from stages.data.prompts.table import PromptTable
 from stages.data.reader import PairReader
 from stages.diffusion.config import Sampler
-from stages.distill import Distill, sources
+from stages.evaluation.config import EvaluationExecution
+from stages.evaluation.noises import Noises
 from stages.networks.network import NetworkTeacher
 from stages.networks.student import Student
 from stages.networks.teachers import load_network, solve
 from stages.pairs import Pairs
 
-BATCH = 64
 UNIT = "samples"
 
 
@@ -38,7 +39,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sides share. noise: (N, C, h, w) as stored in the pairs; samples: their numbers there, or past them."""
+    """What all sides share. noise: (N, C, h, w) as stored in the pairs; samples: the N numbers it is drawn from."""
 
     teacher: NetworkTeacher
     samples: list[int]
@@ -52,14 +53,13 @@ def sample_sides(
     pairs: Artifact,
     student: Artifact | None,
     student_steps: int | None,
-    samples: int,
+    noises: Noises,
     teacher_steps: list[int],
-    execution: Execution,
+    execution: EvaluationExecution,
 ) -> Generator[Progress, None, tuple[list[Side], Setting]]:
     """The teacher at full steps first, then in few, the student, if there is one, last."""
     assert isinstance(pairs.stage, Pairs)
-    held_out = _held_out(pairs, student)
-    setting = _setting(pairs, held_out, samples, execution)
+    setting = _setting(pairs, noises, execution)
     full = pairs.stage.sampler
 
     def ode(sampler: Sampler) -> Callable[[np.ndarray, list[str]], Tensor]:
@@ -69,15 +69,33 @@ def sample_sides(
     plans = [(f"teacher_{sampler.steps}", ode(sampler), sampler.network_calls) for sampler in samplers]
     if student:
         network = Student.load(student.folder, setting.teacher, student_steps)
+        if setting.teacher.dtype != torch.float32:
+            network.unet = _Computing(network.unet, setting.teacher.dtype)
         plans.append(("student", _few_steps(network, setting.teacher, full.guidance_scale), network.form.steps))
     sides: list[Side] = []
-    total = len(plans) * samples
+    total = len(plans) * noises.count
     for name, sampler, n_calls in plans:
         known = setting.solved if not sides else setting.solved[:0]
-        latents, seconds = _sample(sampler, setting, known)
+        latents, seconds = _sample(sampler, setting, known, execution.micro_batch)
         sides.append(Side(name, latents, n_calls, seconds))
-        yield Progress(len(sides) * samples, total, UNIT, {"seconds_per_image": seconds})
+        yield Progress(len(sides) * noises.count, total, UNIT, {"seconds_per_image": seconds})
     return sides, setting
+
+
+class _Computing(nn.Module):
+    """A U-Net that computes in `dtype` between float32 states, as a teacher's does."""
+
+    def __init__(self, unet: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.unet, self.dtype, self.config = unet.to(dtype), dtype, unet.config
+
+    def forward(self, z: Tensor, timestep: Tensor, condition: Tensor | None, **further: Tensor) -> Any:
+        if condition is not None and condition.is_floating_point():
+            condition = condition.to(self.dtype)
+        further = {name: value.to(self.dtype) for name, value in further.items()}
+        output = self.unet(z.to(self.dtype), timestep, condition, **further)
+        output.sample = output.sample.float()
+        return output
 
 
 def _few_steps(
@@ -92,49 +110,37 @@ def _few_steps(
     return sampled
 
 
-def _held_out(pairs: Artifact, student: Artifact | None) -> int:
-    """How many of the pairs, its last, the student was not trained on."""
-    assert isinstance(pairs.stage, Pairs)
-    trained_on = [source.fingerprint for source in sources(student.inputs)] if student else []
-    if pairs.fingerprint not in trained_on:
-        return pairs.stage.count
-    assert student and isinstance(student.stage, Distill)
-    return student.stage.held_out if pairs.fingerprint == trained_on[0] else 0
-
-
-def _setting(pairs: Artifact, held_out: int, samples: int, execution: Execution) -> Setting:
-    """The last, held-out pairs first; where they do not suffice, fresh noise past the last pair's."""
+def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) -> Setting:
     assert isinstance(pairs.stage, Pairs)
     # the teacher as the factory ran it
     teacher = load_network(pairs.inputs["teacher"].folder, execution, dtype=pairs.stage.dtype)
-    reader = PairReader(read_list(pairs.folder))
-    taken = min(samples, held_out)
-    start = len(reader) - held_out
-    held = reader.batch(range(start, start + taken))
-    fresh = range(len(reader), len(reader) + samples - taken)
-    texts = PromptTable(pool_of(pairs.folder)).of(fresh) if fresh else []
-    seed = int(pairs.record["seed"])
-    noise = [noise_for(seed, i, teacher.latent_shape, held.noise.dtype)[None] for i in fresh]
+    noise = np.empty((noises.count, *teacher.latent_shape), pairs.stage.storage_dtype)
+    solved, prompts = noise[:0], []
+    if noises.stored:
+        held = PairReader(read_list(pairs.folder)).batch(noises.stored)
+        noise[: len(noises.stored)], solved, prompts = held.noise, held.latent, held.prompts
+    for place, number in enumerate(noises.fresh, len(noises.stored)):
+        noise[place] = noise_for(pairs.seed, number, teacher.latent_shape, noise.dtype)
     return Setting(
         teacher=teacher,
-        samples=[*range(start, start + taken), *fresh],
-        prompts=[*held.prompts, *texts],
-        noise=np.concatenate([held.noise, *noise]),
-        solved=torch.from_numpy(held.latent).float(),
+        samples=[*noises.stored, *noises.fresh],
+        prompts=[*prompts, *PromptTable(pool_of(pairs.folder)).of(noises.fresh)],
+        noise=noise,
+        solved=torch.from_numpy(solved).float(),
     )
 
 
 def _sample(
-    sampler: Callable[[np.ndarray, list[str]], Tensor], setting: Setting, known: Tensor
+    sampler: Callable[[np.ndarray, list[str]], Tensor], setting: Setting, known: Tensor, micro_batch: int
 ) -> tuple[Tensor, float]:
     """Latents of all samples, those in `known` taken as they are; and seconds an image, of the second of two more
     batches."""
     latents = [known]
     with torch.inference_mode():
-        for start in range(len(known), len(setting.noise), BATCH):
-            stop = min(start + BATCH, len(setting.noise))
-            latents.append(sampler(setting.noise[start:stop], setting.prompts[start:stop]).float().cpu())
-        first = setting.noise[:BATCH], setting.prompts[:BATCH]
+        for start in range(len(known), len(setting.noise), micro_batch):
+            batch = slice(start, start + micro_batch)
+            latents.append(sampler(setting.noise[batch], setting.prompts[batch]).float().cpu())
+        first = setting.noise[:micro_batch], setting.prompts[:micro_batch]
         sampler(*first).cpu()
         started = time.perf_counter()
         sampler(*first).cpu()

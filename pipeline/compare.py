@@ -12,6 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.runs import Run
 from pipeline.status import status_of
 from pipeline.store import RECORD, changed_file
+from stages.evaluate import Evaluate
 from stages.evaluation.sections import Evaluated
 
 
@@ -69,6 +70,9 @@ def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
     """`names`: fingerprint -> what the run calls that artifact. Raises OSError, ValueError or KeyError for a folder
     that does not hold what an evaluation leaves."""
     record, metrics, shown = (_read(folder / file) for file in (RECORD, "metrics.json", "shown.json"))
+    version = record["identity"]["version"]
+    if version != Evaluate.VERSION:
+        raise ValueError(f"evaluations had VERSION {version}, and have {Evaluate.VERSION} now")
     changed = changed_file(folder, record)
     if changed:
         raise ValueError(f"{folder / changed} is missing or changed")

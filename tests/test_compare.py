@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.store import RECORD
 from stages.data.pictures import png
+from stages.evaluation import figures as columns
 from stages.evaluation.chart import chart, family
 from stages.evaluation.comparison import page
 from stages.evaluation.sections import Evaluated, Row, sections, seedless, with_means
@@ -181,6 +182,12 @@ def test_damage_and_older_versions_are_told(store, tmp_path):
     (folder / RECORD).write_text(json.dumps(record))
     (folder / "shown.json").unlink()
     assert "an older version of Retort" in compare(copy, tmp_path, "first")["not_made"][0]["why"]
+    folder = plan_of(FIRST, copy)["quality_short"].artifact.folder
+    record = json.loads((folder / RECORD).read_text())
+    record["identity"]["version"] = 4
+    (folder / RECORD).write_text(json.dumps(record))
+    why = next(one["why"] for one in compare(copy, tmp_path, "first")["not_made"] if one["stage"] == "quality_short")
+    assert "an older version of Retort" in why and "evaluations had VERSION 4" in why
 
 
 # --- Sections and means, from figures given directly ---
@@ -193,7 +200,8 @@ def evaluated(folder, student, mse, **changed):
         "teacher_4": {"network_calls": 8, "seconds_per_image": 0.1, "latent_mse": 0.5, "latent_mse_se": 0.01},
         "student": {"network_calls": 1, "seconds_per_image": 0.1, "latent_mse": mse, "latent_mse_se": 0.01},
     }
-    metrics = {"samples": 100, "student": f"{student}-{mse}", "sides": sides, **changed}
+    about = {"samples": 100, "split": "test", "dtype": "float32", "micro_batch": 64}
+    metrics = {**about, "student": f"{student}-{mse}", "sides": sides, **changed}
     shown = {"pairs": "p", "teacher": "t", "seed": 0, "samples": [1, 0], "prompts": ["a <b>cat</b>", "x & y"]}
     (folder / "rows").mkdir(exist_ok=True)
     for side in sides:
@@ -207,6 +215,8 @@ def test_evaluations_that_disagree_on_their_teacher_are_of_different_sections(tm
     assert len(sections([first, same])) == 1  # though the teacher's seconds differ
     others = [
         evaluated(tmp_path, "c", 0.1, samples=200),
+        evaluated(tmp_path, "e", 0.1, micro_batch=8),
+        evaluated(tmp_path, "f", 0.1, dtype="bfloat16"),
         evaluated(tmp_path, "d", 0.1, references={"real": {"recall": 0.5}}, features="f", distance_samples=9,
                   probe_accuracy=1.0),
         replace(same, shown={**same.shown, "samples": [0, 1]}),
@@ -214,8 +224,8 @@ def test_evaluations_that_disagree_on_their_teacher_are_of_different_sections(tm
         replace(same, metrics={**same.metrics, "sides": {**same.metrics["sides"], "teacher_4": {
             "network_calls": 8, "seconds_per_image": 0.1, "latent_mse": 0.6, "latent_mse_se": 0.01}}}),
     ]  # fmt: skip
-    assert len(sections([first, same, *others])) == 6
-    assert [row.name for row in sections(others[1:2])[0].rows] == ["teacher, 20 steps", "teacher, 4 steps", "real", "d"]
+    assert len(sections([first, same, *others])) == 8
+    assert [row.name for row in sections(others[3:4])[0].rows] == ["teacher, 20 steps", "teacher, 4 steps", "real", "d"]
 
 
 def test_one_student_evaluated_twice_is_one_row(tmp_path):
@@ -232,9 +242,14 @@ def test_students_that_differ_only_in_their_seed_have_a_mean(tmp_path):
     assert labels == [names[0], names[2], names[3], "s[loss=l1]: mean of 3 seeds", names[1], "plain", "r[seed=1]"]
     mean = next(row for row in section.rows if row.kind == "mean")
     assert mean.figures["latent_mse"] == pytest.approx(fmean([0.1, 0.4, 0.3]))
-    assert mean.figures["latent_mse_sd"] == pytest.approx(stdev([0.1, 0.4, 0.3]))
+    error = stdev([0.1, 0.4, 0.3]) / 3**0.5
+    assert mean.figures["latent_mse_se"] == pytest.approx(error)
+    interval = [mean.figures["latent_mse_low"], mean.figures["latent_mse_high"]]
+    assert interval == pytest.approx([0.8 / 3 - 4.30265 * error, 0.8 / 3 + 4.30265 * error], rel=1e-5)  # t, 2 degrees
+    assert columns.words(mean.figures, "latent_mse") == ("0.2667", "± 0.0882 [-0.1128, 0.6461]")
     assert mean.figures["method"] == "knowledge_distillation" and mean.figures["network_calls"] == 1
-    assert mean.picture is None and "standard deviation" in section.legend[-1]
+    assert mean.picture is None and "95 % interval by Student's t" in section.legend[-1]
+    assert "different only where their intervals do not overlap" in section.legend[-1]
 
 
 def test_a_seed_in_brackets_is_no_part_of_the_name():
@@ -244,7 +259,11 @@ def test_a_seed_in_brackets_is_no_part_of_the_name():
 
 def test_counts_that_differ_between_seeds_are_averaged():
     rows = [Row(f"s[seed={i}]", "student", {"training_steps": i, "method": f"m{i}"}) for i in (1, 3)]
-    assert list(with_means(rows))[-1].figures == {"training_steps": 2.0, "training_steps_sd": pytest.approx(2**0.5)}
+    error, interval = 1.0, [2 - 12.7062, 2 + 12.7062]  # t of one degree of freedom
+    found = list(with_means(rows))[-1].figures
+    assert (found["training_steps"], found["training_steps_se"]) == (2.0, pytest.approx(error))
+    assert [found["training_steps_low"], found["training_steps_high"]] == pytest.approx(interval, rel=1e-5)
+    assert "method" not in found
 
 
 def test_names_and_prompts_are_escaped(tmp_path):

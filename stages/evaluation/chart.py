@@ -89,7 +89,7 @@ def _panel(figure: str, lines: dict[str, list[Row]], colours: dict[str, str]) ->
 def _line(
     name: str, points: Sequence[Point], colour: str, x: Callable[[int], float], y: Callable[[float], float]
 ) -> str:
-    """Points joined, each with its standard error, or deviation over seeds."""
+    """Points joined, each with its standard error."""
     corners = " ".join(f"{x(p.steps):.1f},{y(p.value):.1f}" for p in points)
     marks = "".join(
         f'<line stroke="{colour}" x1="{x(p.steps):.1f}" x2="{x(p.steps):.1f}" '
@@ -108,7 +108,7 @@ def _points(rows: Sequence[Row], figure: str) -> list[Point]:
     for row in rows:
         value = row.figures.get(figure)
         if row.steps and value is not None and (value > 0 or figure not in LOGARITHMIC):
-            spread = row.figures.get(f"{figure}_se", row.figures.get(f"{figure}_sd", 0.0))
+            spread = row.figures.get(f"{figure}_se", 0.0)
             found.append(Point(row.steps, float(value), float(spread)))
     return sorted(found)
 

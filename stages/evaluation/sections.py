@@ -12,6 +12,10 @@ from typing import Any, Literal
 from stages.evaluation import figures
 
 SEED = "seed="
+MEANS = (
+    "In a mean over seeds, ± is the standard error of the seeds' own figures, and in brackets is the 95 % interval by "
+    "Student's t. Call two means different only where their intervals do not overlap."
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class _Group:
         self.add(first)
 
     def takes(self, one: Evaluated) -> bool:
-        same = ("samples", "features", "distance_samples")
+        same = ("samples", "features", "distance_samples", "dtype", "micro_batch")
         return (
             one.shown == self.first.shown
             and all(one.metrics.get(key) == self.first.metrics.get(key) for key in same)
@@ -107,8 +111,9 @@ class _Group:
         students = list(with_means(map(_student, self.students.values())))
         legend = figures.legend(metrics)
         if any(row.kind == "mean" for row in students):
-            legend.append("In a mean over seeds, ± is the standard deviation of the seeds' own figures.")
-        title = f"{self.first.origin}: {metrics['samples']} samples{features}"
+            legend.append(MEANS)
+        split = " validation" if metrics["split"] == "validation" else ""
+        title = f"{self.first.origin}: {metrics['samples']}{split} samples{features}"
         return Section(title, self.first.shown, legend, [*sorted(self.common.values(), key=_place), *students])
 
 
@@ -169,7 +174,12 @@ def seedless(name: str) -> str | None:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each figure that all have: words and counts that are the same in all, else mean and, `KEY_sd`, deviation."""
+    """Of each figure that all have: words and counts that are the same in all, else the mean, the standard error of the
+    seeds `KEY_se`, and from `KEY_low` to `KEY_high` the mean's 95 % interval by Student's t (n - 1 degrees of freedom
+    for n seeds)."""
+    from scipy.special import stdtrit  # not sooner: it brings NumPy, which nothing else here needs
+
+    width = float(stdtrit(len(rows) - 1, 0.975))  # 95 % lie between this and its negative
     found: dict[str, Any] = {}
     for key in figures.FIGURES:
         values = [row[key] for row in rows if key in row]
@@ -178,5 +188,7 @@ def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not isinstance(values[0], float) and len(set(values)) == 1:
             found[key] = values[0]
         elif not isinstance(values[0], str):
-            found |= {key: fmean(values), f"{key}_sd": stdev(values)}
+            mean, error = fmean(values), stdev(values) / len(values) ** 0.5
+            found |= {key: mean, f"{key}_se": error}
+            found |= {f"{key}_low": mean - width * error, f"{key}_high": mean + width * error}
     return found

@@ -101,3 +101,20 @@ def test_the_standard_error_is_the_spread_over_fresh_samples():
         [standard_error(difference, rng.standard_normal((400, 1)), rng.standard_normal((400, 1))) for _ in range(30)]
     )
     assert estimate == pytest.approx((2 / 400) ** 0.5, rel=0.15)
+
+
+def test_the_standard_error_knows_that_copies_of_one_original_are_not_independent():
+    """Forty originals, ten copies of each, in no order; the other set has 400 of its own."""
+
+    def difference(a, b):
+        return float(a.mean() - b.mean())
+
+    originals = rng.permutation(np.repeat(np.arange(40), 10))
+    alone, known = [], []
+    for _ in range(40):
+        a, b = rng.standard_normal((40, 1))[originals], rng.standard_normal((400, 1))
+        alone.append(standard_error(difference, a, b))
+        known.append(standard_error(difference, a, b, originals_of_a=originals))
+    spread = (1 / 40 + 1 / 400) ** 0.5
+    assert np.mean(known) == pytest.approx(spread, rel=0.15)
+    assert np.mean(alone) < 0.6 * spread

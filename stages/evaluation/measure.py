@@ -60,12 +60,12 @@ def against_real(
     metrics["distance_samples"] = len(real)
     shown = {name: other.labels[name] for name in asked}
     metrics["references"] = {
-        name: _measure(classifier, made, shown, other.captions, real)
+        name: _measure(classifier, made, shown, other.captions, real, reference.origins, other.origins)
         for name, made in (("real", batches(other)), ("vae_reconstruction", rebuilt))
     }
     for done, side in enumerate(sides, 1):
         made = map(setting.teacher.decode, side.latents.split(SEEN_AT_ONCE))
-        metrics["sides"][side.name] |= _measure(classifier, made, asked, setting.prompts, real)
+        metrics["sides"][side.name] |= _measure(classifier, made, asked, setting.prompts, real, reference.origins)
         yield Progress(done, len(sides), "sides measured")
 
 
@@ -93,7 +93,11 @@ def _measure(
     wanted: dict[str, np.ndarray],
     captions: list[str],
     real: np.ndarray,
+    real_origins: np.ndarray,
+    origins: np.ndarray | None = None,
 ) -> dict[str, Any]:
+    """The figures of one side or reference. `real` (N, F) are the features of the reference set; origins (N,) number
+    the originals of its images and of `images`, None where no two share one."""
     features, predicted = classifier.look(images)
     figures: dict[str, Any] = {}
     if wanted:
@@ -101,14 +105,10 @@ def _measure(
         spread = (right * (1 - right) / len(features)) ** 0.5
         figures |= {"prompt_accuracy": right, "prompt_accuracy_se": spread}
     features, captions = features[: len(real)], captions[: len(real)]
-    precision, recall = distances.precision_recall(real, features)
-    figures |= {
-        "frechet_distance": distances.frechet_distance(real, features),
-        "frechet_distance_se": distances.standard_error(distances.frechet_distance, real, features),
-        "kernel_distance": distances.kernel_distance(real, features),
-        "kernel_distance_se": distances.standard_error(distances.kernel_distance, real, features),
-        "precision": precision,
-        "recall": recall,
-    }
+    for name in ("frechet_distance", "kernel_distance"):
+        distance = getattr(distances, name)
+        error = distances.standard_error(distance, real, features, originals_of_a=real_origins, originals_of_b=origins)
+        figures |= {name: distance(real, features), f"{name}_se": error}
+    figures["precision"], figures["recall"] = distances.precision_recall(real, features)
     diversity = distances.diversity(features, captions)
     return figures if diversity is None else {**figures, "diversity": diversity}

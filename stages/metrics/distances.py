@@ -86,12 +86,23 @@ def diversity(features: Features, groups: list[str]) -> float | None:
 
 
 def standard_error(
-    statistic: Callable[[Features, Features], float], a: Features, b: Features, groups: int = 10
+    statistic: Callable[[Features, Features], float],
+    a: Features,
+    b: Features,
+    groups: int = 10,
+    originals_of_a: NDArray[np.int64] | None = None,
+    originals_of_b: NDArray[np.int64] | None = None,
 ) -> float:
     """Delete-a-group jackknife over both sets at once (Kott 2001): the spread that fresh samples would show.
 
-    The groups are random, since samples often come in a cycle of prompts.
+    The groups are random, since samples often come in a cycle of prompts. Samples with one number in `originals` (N,)
+    were made from one original and are not independent: they share a group.
     """
-    of_a, of_b = (np.random.default_rng(0).permutation(len(x)) % groups for x in (a, b))
+    of_a, of_b = _groups(len(a), groups, originals_of_a), _groups(len(b), groups, originals_of_b)
     values = [statistic(a[of_a != g], b[of_b != g]) for g in range(groups)]
     return float(np.sqrt((groups - 1) / groups * np.square(np.array(values) - np.mean(values)).sum()))
+
+
+def _groups(count: int, groups: int, originals: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    numbers = np.arange(count) if originals is None else np.unique(originals, return_inverse=True)[1]
+    return np.random.default_rng(0).permutation(int(numbers.max()) + 1)[numbers] % groups

@@ -72,7 +72,7 @@ def test_words_of_other_annotations():
 
 def test_a_name_with_several_meanings_gets_all_of_them():
     assert [topic.used for topic in topics("pairs")] == ["kind: pairs", "distill.pairs"]
-    assert len(topics("execution")) == 3 and len(topics("distill.execution")) == 1
+    assert len(topics("execution")) == 4 and len(topics("distill.execution")) == 1
     assert [topic.name for topic in topics("guidance_scale")] == ["progressive", "consistency", "sampler"]
 
 

@@ -96,27 +96,32 @@ def test_a_student_is_trained_on_more_points_than_it_is_sampled_at(teacher):
     assert called == [999.0, 499.0]
 
 
-def test_the_target_is_the_averaged_weights_where_the_teacher_leads(teacher):
-    """By hand, with the loop's own random numbers; at the last point before data it is the teacher's estimate."""
-    method, given = method_of(teacher, guidance_scale=2.0), batch(teacher)
+@pytest.mark.parametrize("guidance", [{"guidance_scale": 2.0}, {"w_range": (0.0, 4.0)}])
+def test_the_target_is_the_averaged_weights_where_the_teacher_leads(teacher, guidance):
+    """By hand, with the loop's own random numbers; at the last point before data it is the teacher's estimate. Of a
+    range, one w for teacher, target and student."""
+    method, given = method_of(teacher, **guidance), batch(teacher)
     shaken(method.target)
+    shaken(shaken(method.student))
     torch.manual_seed(5)
     loss, _ = method.loss(given)
     torch.manual_seed(5)
     x, grid = given["latent"], method.student.grid
     i, condition = torch.randint(1, 11, (6,)), teacher.encode_prompts(given["prompts"])
+    assert 1 in i
+    strengths = 4 * torch.rand(6) if "w_range" in guidance else None
     noise = torch.randn_like(x)
     distances = []
     for k in range(6):
         here, there = grid.level(int(i[k])), grid.level(int(i[k]) - 1)
         z = noise[k : k + 1] if i[k] == 10 else here[0] * x[k : k + 1] + here[1] * noise[k : k + 1]
-        t = int(grid.timesteps[i[k]])
+        t, w = int(grid.timesteps[i[k]]), None if strengths is None else strengths[k : k + 1]
         with torch.no_grad():
-            output = teacher.denoiser(given["prompts"][:1], 2.0)(z, t)
+            output = teacher.denoiser(given["prompts"][:1], 2.0 if w is None else 1 + float(w))(z, t)
             x0 = here[0] * z - here[1] * output
             nearer = there[0] * x0 + there[1] * (here[0] * output + here[1] * z)
-            target = x0 if i[k] == 1 else method.target.x0(nearer, i[k : k + 1] - 1, condition[:1])
-            distances.append(method.distance(method.student.x0(z, i[k : k + 1], condition[:1]), target))
+            target = x0 if i[k] == 1 else method.target.x0(nearer, i[k : k + 1] - 1, condition[:1], w)
+            distances.append(method.distance(method.student.x0(z, i[k : k + 1], condition[:1], w), target))
     torch.testing.assert_close(loss, torch.cat(distances).mean(), atol=1e-5, rtol=1e-4)
 
 

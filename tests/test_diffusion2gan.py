@@ -353,15 +353,16 @@ def test_without_its_gan_it_is_knowledge_distillation(teacher, batch, tmp_path):
 
 
 class Recorder(nn.Module):
-    """Passes on what it is asked, and keeps it."""
+    """Passes on what it is asked and what it answers, and keeps both."""
 
     def __init__(self, discriminator):
         super().__init__()
-        self.discriminator, self.asked = discriminator, []
+        self.discriminator, self.asked, self.said = discriminator, [], []
 
     def forward(self, x, z, c):
         self.asked.append((x.detach(), z, c))
-        return self.discriminator(x, z, c)
+        self.said.append(self.discriminator(x, z, c))
+        return self.said[-1]
 
 
 def test_what_the_discriminator_is_shown_as_real_and_as_false_and_where_it_is_penalised(teacher, batch):
@@ -382,6 +383,39 @@ def test_what_the_discriminator_is_shown_as_real_and_as_false_and_where_it_is_pe
     assert len(one_x) == 1
     (at,) = [i for i in range(8) if torch.equal(truth[0][i], one_x[0])]
     assert torch.equal(one_z[0], truth[1][at]) and torch.equal(one_c[0], truth[2][at])
+
+
+def minus_log(probabilities):
+    """-log of probabilities, over the positions of each map, then over maps."""
+    return sum(float(-p.double().log().mean()) for p in probabilities) / len(probabilities)
+
+
+@pytest.mark.parametrize("gan_weight", [0.3, 2.0])
+def test_both_losses_by_hand(teacher, batch, gan_weight):
+    """distance + gan_weight * E[-log D(false)], and E[-log D(real)] + E[-log(1 - D(false))]."""
+    method = made(teacher, gan_weight=gan_weight, mix_and_match=0)
+    recorder, rows = Recorder(awake(method.discriminator)), batch(range(8))
+    with torch.no_grad():
+        for head in method.discriminator.heads:
+            head[2].bias += 0.7
+    method.discriminator = recorder
+    student, critic = method.turns(1)  # no penalty falls due
+    loss, figures = student.loss(rows)
+    distance = float((recorder.asked[0][0] - rows["latent"]).square().mean())
+    gan = minus_log([logits.detach().sigmoid() for logits in recorder.said[0]])
+    assert float(loss.detach()) == pytest.approx(distance + gan_weight * gan, rel=1e-5)
+    assert {name: float(value.detach()) for name, value in figures.items()} == pytest.approx(
+        {"distance": distance, "gan": gan}, rel=1e-5
+    )
+    loss, figures = critic.loss(rows)
+    real, false = zip(*(logits.detach().chunk(2) for logits in recorder.said[1]), strict=True)
+    expected = minus_log([logits.sigmoid() for logits in real]) + minus_log([(-logits).sigmoid() for logits in false])
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    means = {
+        name: sum(float(logits.mean()) for logits in maps) / len(maps)
+        for name, maps in (("real", real), ("false", false))
+    }
+    assert {name: float(value.detach()) for name, value in figures.items()} == pytest.approx(means, rel=1e-4, abs=1e-6)
 
 
 def test_a_discriminator_learns_to_tell_and_the_student_to_please_it(teacher, batch):

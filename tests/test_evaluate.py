@@ -36,9 +36,8 @@ def quality(tiny):
 
 def sampled(pairs, student, samples, **execution):
     """What `sample_sides` comes to on test noises, without few steps of the teacher."""
-    steps = sample_sides(
-        pairs, student, None, held_out(pairs, student, "test", samples), [], EvaluationExecution(**execution)
-    )
+    noises = held_out(pairs, student, "test", samples)
+    steps = sample_sides(pairs, student, None, noises, [], EvaluationExecution(device="cpu", **execution))
     try:
         while True:
             next(steps)

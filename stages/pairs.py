@@ -84,8 +84,7 @@ class Pairs(Stage):
         files = (context.contents.get(f"prompts.{field}") for field in ("path", "images.path"))
         prompts_identity = next(filter(None, files), f"name:{self.prompts or ''}")
         plans = plan_shards(self.count, self.shard_size)
-        have = {plan: valid_facts(context.pool / plan.place) for plan in plans}
-        missing = [plan for plan in plans if have[plan] is None]
+        missing = [plan for plan in plans if valid_facts(context.pool / plan.place) is None]
         if missing or not (context.pool / PROMPTS).exists():
             write_table(self.prompts, context.contents, context.pool / PROMPTS)
         done = self.count - sum(plan.stop - plan.start for plan in missing)

@@ -1,5 +1,6 @@
 """The pair factory: its law, its purity, and faults at every moment."""
 
+import gc
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pipeline.engine import InlineEngine
 from pipeline.errors import StageFailed
 from stages.base import Execution
 from stages.data import receipts
@@ -20,6 +22,7 @@ from stages.data.images.config import Digits
 from stages.data.images.digits import captions
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
+from stages.data.records import ShardFacts
 from tests.conftest import GAUSSIAN, ROOT, command, execute, plan_of, retort
 
 SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.015")
@@ -81,6 +84,25 @@ def test_raising_the_count_reuses_every_full_shard(tmp_path):
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert [s.count for s in read_list(more.artifact.folder)] == [16] * 4
     assert [s.count for s in read_list(first.artifact.folder)] == [16, 16, 8]
+
+
+class CountingFacts(InlineEngine):
+    """Counts the shards' facts that are in memory when the work begins."""
+
+    found = -1
+
+    def map(self, *arguments):
+        self.found = sum(type(thing) is ShardFacts for thing in gc.get_objects())
+        yield from super().map(*arguments)
+
+
+def test_a_driver_keeps_no_facts_of_shards_while_it_waits(tmp_path):
+    execute(GAUSSIAN, tmp_path)
+    gc.collect()
+    before = sum(type(thing) is ShardFacts for thing in gc.get_objects())
+    engine = CountingFacts()
+    execute(GAUSSIAN, tmp_path, ["stages.pairs.count=64"], engine)
+    assert engine.found == before
 
 
 def test_receipts_say_where_shards_come_from(tmp_path):

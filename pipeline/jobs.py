@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from pipeline import dashboard
 from pipeline.errors import INTERRUPTED, StageFailed, UsageError
-from pipeline.nodes import OVERRIDES, needs, version
+from pipeline.nodes import OVERRIDES, build, needs
 from pipeline.runs import Run
 from stages.data.files import write_atomically
 
@@ -80,9 +80,9 @@ def submit(run: Run, address: str, *, store_is_shared: bool, extra: Sequence[str
     write_atomically(run.folder / "job.json", json.dumps(asdict(job), indent=2).encode("utf-8"))
     try:
         _client(address).submit_job(
-            entrypoint=shlex.join([*command, "--submitted-by", version()]),
+            entrypoint=shlex.join([*command, "--submitted-by", build()]),
             submission_id=name,
-            metadata={"retort_run": run.name, "retort_store": str(run.store.root), "retort_version": version()},
+            metadata={"retort_run": run.name, "retort_store": str(run.store.root), "retort_build": build()},
         )
     except (RuntimeError, OSError) as error:
         raise StageFailed(f"the cluster at {address} took no job: {error}") from error

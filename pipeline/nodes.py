@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from functools import cache
+from pathlib import Path
 
 from pipeline.errors import UsageError
 from stages.data.provenance import versions
@@ -10,10 +13,28 @@ from stages.data.provenance import versions
 OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Variables that Ray prefers to an address given in code."""
 
+SOURCES = ("pipeline/**/*.py", "pipeline/templates/*.yaml", "stages/**/*.py", "stages/teachers/shipped/**/*")
+"""The files of an installation that decide what it does: the packages and their data."""
+
 
 def version() -> str:
     """Of this installation of Retort."""
     return versions().get("retort", "unknown")
+
+
+@cache
+def build() -> str:
+    """The version of this installation and a hash of its sources: `0.1.0+0123456789abcdef`."""
+    return f"{version()}+{hash_of_sources(Path(__file__).parent.parent)}"
+
+
+def hash_of_sources(root: Path) -> str:
+    """Of names and bytes of the SOURCES below `root`: 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()}):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return found.hexdigest()[:16]
 
 
 def needs() -> str:
@@ -22,10 +43,18 @@ def needs() -> str:
     return f"retort=={version()}, ray=={versions().get('ray', 'unknown')} and Python {python}"
 
 
+def difference(node: str, driver: str, theirs: str) -> str | None:
+    """How this installation differs from `theirs`, the build of `driver`, and what to do; None if it does not."""
+    if theirs == build():
+        return None
+    wanted = theirs.rpartition("+")[0]
+    if wanted == version():
+        return f"{node} runs other sources of retort {wanted} than {driver}: install the same commit on every node"
+    return f"{node} has retort {version()}, {driver} {wanted}: install retort=={wanted} on every node"
+
+
 def check_submitted_by(theirs: str) -> None:
-    """Raise UsageError if the run was planned by another version of Retort than this one, which is to carry it out."""
-    if theirs != version():
-        raise UsageError(
-            f"submitted by retort {theirs}, but this node has retort {version()}: "
-            f"install retort=={theirs} on every node of the cluster"
-        )
+    """Raise UsageError if another build of Retort than this one, which is to carry out the run, submitted it."""
+    problem = difference("this node", "the machine that submitted the run", theirs)
+    if problem:
+        raise UsageError(problem)

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import threading
 import time
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from pipeline import nodes
 from pipeline.dashboard import checked
 from pipeline.errors import UsageError
 from pipeline.jobs import SHARED, check_store, file_system
@@ -101,13 +104,40 @@ def test_a_cluster_with_another_ray_is_refused_with_what_its_nodes_need(manifest
     )
 
 
-def test_a_run_planned_by_another_version_is_refused(manifest, tmp_path):
+def test_a_run_submitted_by_another_build_is_refused(manifest, tmp_path):
     submit(manifest, tmp_path / "s", "--engine", "inline")
-    done = retort("resume", "--store", tmp_path / "s", "--submitted-by", "9.9.9")
-    assert done.returncode == 2
-    ours = versions()["retort"]
-    assert f"submitted by retort 9.9.9, but this node has retort {ours}: install retort==9.9.9" in done.stderr
-    assert retort("resume", "--store", tmp_path / "s", "--submitted-by", ours, "--engine", "inline").returncode == 0
+    ours, machine = versions()["retort"], "the machine that submitted the run"
+    others = {
+        "9.9.9+0123456789abcdef": f"this node has retort {ours}, {machine} 9.9.9: install retort==9.9.9 on every node",
+        f"{ours}+0123456789abcdef": f"this node runs other sources of retort {ours} than {machine}: "
+        "install the same commit on every node",
+    }
+    for build, says in others.items():
+        done = retort("resume", "--store", tmp_path / "s", "--submitted-by", build)
+        assert done.returncode == 2 and done.stderr == f"retort: {says}\n"
+    same = ("--submitted-by", nodes.build(), "--engine", "inline")
+    assert retort("resume", "--store", tmp_path / "s", *same).returncode == 0
+
+
+def test_a_builds_hash_is_that_of_its_sources_and_data(tmp_path):
+    for package in ("pipeline", "stages"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    before = nodes.hash_of_sources(tmp_path)
+    assert nodes.build() == f"{versions()['retort']}+{before}"
+    (tmp_path / "stages/__pycache__").mkdir(exist_ok=True)
+    (tmp_path / "stages/__pycache__/new.pyc").touch()
+    assert nodes.hash_of_sources(tmp_path) == before
+    shipped = next(path for path in (tmp_path / "stages/teachers/shipped").rglob("*.safetensors"))
+    seen = {before}
+    for path in (tmp_path / "pipeline/runner.py", tmp_path / "pipeline/templates/digits.yaml", shipped):
+        with open(path, "ab") as file:
+            file.write(b"#")
+        seen.add(nodes.hash_of_sources(tmp_path))
+    (tmp_path / "stages/base.py").rename(tmp_path / "stages/basis.py")
+    assert len(seen | {nodes.hash_of_sources(tmp_path)}) == 5
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    data = {f"{package}/{pattern}" for package, patterns in packaged.items() for pattern in patterns}
+    assert data - {"pipeline/py.typed", "stages/py.typed"} <= set(nodes.SOURCES)
 
 
 MOUNTS = r"""

@@ -73,7 +73,7 @@ def _check_submitted_by(_: click.Context, __: click.Parameter, theirs: str | Non
 
 
 submitted_by = click.option(
-    "--submitted-by", metavar="VERSION", hidden=True, expose_value=False, callback=_check_submitted_by
+    "--submitted-by", metavar="BUILD", hidden=True, expose_value=False, callback=_check_submitted_by
 )
 """Given by the job of a cluster: its node must have the version that planned the run."""
 

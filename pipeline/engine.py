@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""How often an item or a function is tried before its stage fails."""
+"""How often an item is tried, and how often in a row a function is without new progress, before the stage fails."""
 
 FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 """Errors of the file system that trying again will not mend."""
@@ -57,16 +57,23 @@ class WorkerShape:
     gpus: float
 
 
+Make = Callable[[], Callable[[Item], Any]]
+Function = Callable[..., Generator[Progress, None, Any]]
+
+Say = Callable[[str], None]
+"""Tells who follows a run what its stage is waiting for."""
+
+
 class Engine(Protocol):
     """Both methods raise StageError when an item, or the function, failed for good."""
 
     def map(
-        self, key: str, make_worker: Callable[[], Callable[[Item], Any]], items: Iterable[Item], shape: WorkerShape
+        self, key: str, make_worker: Make[Item], items: Iterable[Item], shape: WorkerShape, say: Say = log.warning
     ) -> Iterator[tuple[Item, Any]]:
         """As StageContext.map. `key` tells workers made for one stage from those of another."""
 
     def run(
-        self, function: Callable[..., Generator[Progress, None, Any]], arguments: tuple[Any, ...], shape: WorkerShape
+        self, function: Function, arguments: tuple[Any, ...], shape: WorkerShape, say: Say = log.warning
     ) -> Generator[Progress, None, Any]:
         """Yield the function's progress, return its result."""
 
@@ -78,7 +85,7 @@ class InlineEngine:
     """Everything in this process, one item after another: for debugging, and where there is no Ray."""
 
     def map(
-        self, key: str, make_worker: Callable[[], Callable[[Item], Any]], items: Iterable[Item], shape: WorkerShape
+        self, key: str, make_worker: Make[Item], items: Iterable[Item], shape: WorkerShape, say: Say = log.warning
     ) -> Iterator[tuple[Item, Any]]:
         worker = None
         for item in items:
@@ -93,7 +100,7 @@ class InlineEngine:
                     break
 
     def run(
-        self, function: Callable[..., Generator[Progress, None, Any]], arguments: tuple[Any, ...], shape: WorkerShape
+        self, function: Function, arguments: tuple[Any, ...], shape: WorkerShape, say: Say = log.warning
     ) -> Generator[Progress, None, Any]:
         try:
             return (yield from function(*arguments))

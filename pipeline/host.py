@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.engine import Failure
-from pipeline.nodes import version
+from pipeline.nodes import difference
 from stages.base import Progress
 
 
@@ -26,29 +26,30 @@ class Outcome:
     value: Any
     failure: Failure | None
     records: list[tuple[int, str]]
+    lost: bool = False
+    """The host itself is gone; so says the driver."""
 
 
 class Host:
-    """Its methods never raise: what goes wrong comes back as a Failure.
+    """Its methods never raise: what goes wrong comes back as a Failure."""
 
-    With `needed`, a version of Retort, a host of another version does no work, and its Failure says why.
-    """
-
-    def __init__(self, needed: str | None = None) -> None:
+    def __init__(self) -> None:
         self._key: str | None = None
         self._worker: Any = None
         self._making = threading.Lock()
         self._records = _RecordBuffer()
-        self._unfit = None if needed in (None, version()) else _other_version(str(needed))
         logging.captureWarnings(True)
         logging.basicConfig(level=logging.INFO, handlers=[self._records], force=True)
 
-    def process(self) -> int:
-        return os.getpid()
+    def hello(self, needed: str | None) -> Outcome:
+        """Which process on which node this is; a Failure if it runs another build of Retort than `needed`."""
+        node = platform.node()
+        problem = needed and difference(f"node {node}", "its driver", needed)
+        if problem:
+            return Outcome(None, Failure(problem, problem, final=True), [])
+        return Outcome(f"process {os.getpid()} on node {node}", None, self._records.take())
 
     def call(self, key: str, make_worker: Callable[[], Callable[[Any], Any]], item: Any) -> Outcome:
-        if self._unfit:
-            return Outcome(None, self._unfit, [])
         try:
             with self._making:
                 if self._key != key:
@@ -62,9 +63,6 @@ class Host:
         self, function: Callable[..., Generator[Progress, None, Any]], arguments: tuple[Any, ...]
     ) -> Iterator[Outcome]:
         """The function's progress, then its result as the last outcome."""
-        if self._unfit:
-            yield Outcome(None, self._unfit, [])
-            return
         self._worker = self._key = None
         steps = function(*arguments)
         try:
@@ -74,13 +72,6 @@ class Host:
             yield Outcome(end.value, None, self._records.take())
         except Exception as error:
             yield Outcome(None, Failure.of(error), self._records.take())
-
-
-def _other_version(needed: str) -> Failure:
-    sentence = (
-        f"node {platform.node()} has retort {version()}, its driver {needed}: install retort=={needed} on every node"
-    )
-    return Failure(sentence, sentence, final=True)
 
 
 class _RecordBuffer(logging.Handler):

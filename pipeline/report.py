@@ -16,6 +16,7 @@ PLAIN_EVERY = 10.0
 class Reporter(Protocol):
     def started(self, stage: str, why: str) -> None: ...
     def progress(self, stage: str, progress: Progress) -> None: ...
+    def note(self, stage: str, text: str) -> None: ...
     def ended(self, stage: str, how: str) -> None: ...
     def close(self) -> None: ...
 
@@ -31,6 +32,7 @@ class Quiet:
 
     def started(self, stage: str, why: str) -> None: ...
     def progress(self, stage: str, progress: Progress) -> None: ...
+    def note(self, stage: str, text: str) -> None: ...
     def ended(self, stage: str, how: str) -> None: ...
     def close(self) -> None: ...
 
@@ -48,6 +50,9 @@ class Plain:
         if now - self._last.get(stage, 0.0) >= PLAIN_EVERY:
             self._last[stage] = now
             self._line(stage, describe(progress))
+
+    def note(self, stage: str, text: str) -> None:
+        self._line(stage, text)
 
     def ended(self, stage: str, how: str) -> None:
         self._line(stage, how)
@@ -76,7 +81,7 @@ class Live:
         self._bars.start()
 
     def started(self, stage: str, why: str) -> None:
-        self._bars.console.print(f"{stage}: {why}", markup=False, highlight=False)
+        self.note(stage, why)
         self._tasks[stage] = {}
 
     def progress(self, stage: str, progress: Progress) -> None:
@@ -91,8 +96,11 @@ class Live:
             description=describe(progress),
         )
 
+    def note(self, stage: str, text: str) -> None:
+        self._bars.console.print(f"{stage}: {text}", markup=False, highlight=False)
+
     def ended(self, stage: str, how: str) -> None:
-        self._bars.console.print(f"{stage}: {how}", markup=False, highlight=False)
+        self.note(stage, how)
 
     def close(self) -> None:
         self._bars.stop()

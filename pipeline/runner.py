@@ -154,10 +154,10 @@ class Context:
     def map(
         self, make_worker: Callable[[], Callable[[Item], Result]], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result]]:
-        return self._runner.engine.map(self.fingerprint, make_worker, items, self._shape)
+        return self._runner.engine.map(self.fingerprint, make_worker, items, self._shape, self._say)
 
     def run(self, function: Callable[..., Generator[Progress, None, Result]], *arguments: Any) -> Result:
-        steps = self._runner.engine.run(function, arguments, self._shape)
+        steps = self._runner.engine.run(function, arguments, self._shape, self._say)
         while True:
             try:
                 self.progress(next(steps))
@@ -180,6 +180,11 @@ class Context:
                 seconds=_since(self._started),
                 **progress.figures,
             )
+
+    def _say(self, text: str) -> None:
+        log.warning("%s", text)
+        self._runner.reporter.note(self._stage.name, text)
+        self._runner.run.event("stage_waits", self._stage.name, why=text)
 
 
 def _since(started: float) -> float:

@@ -21,7 +21,7 @@ from pipeline.content import read_contents
 from pipeline.engine import Engine, InlineEngine
 from pipeline.manifest import loads
 from pipeline.plan import PlannedStage, make_plan
-from pipeline.report import Quiet
+from pipeline.report import Quiet, Reporter
 from pipeline.runner import Runner
 from pipeline.runs import Run
 from pipeline.selection import Selection
@@ -80,12 +80,13 @@ def execute(
     only: Sequence[str] = (),
     name: str | None = None,
     force: Sequence[str] = (),
+    reporter: Reporter | None = None,
 ) -> dict[str, PlannedStage]:
     """Submit a manifest's text as `retort submit` does, in this process; return the plan by stage."""
     loaded = loads(text, "test.yaml", [*overrides, f"store={store}"])
     run = Run(Store(store), name or loaded.manifest.name)
     with held(loaded, run, Selection(only, force=force), wait=False) as (plan, chosen):
-        Runner(run, loaded.manifest, engine or InlineEngine(), Quiet()).execute(plan, chosen)
+        Runner(run, loaded.manifest, engine or InlineEngine(), reporter or Quiet()).execute(plan, chosen)
     return {stage.name: stage for stage in plan}
 
 

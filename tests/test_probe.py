@@ -32,8 +32,8 @@ def against(probe):
 class Interrupting(InlineEngine):
     """The user presses Ctrl-C when a function tells of its progress for the second time."""
 
-    def run(self, function, arguments, shape):
-        steps = super().run(function, arguments, shape)
+    def run(self, *asked):
+        steps = super().run(*asked)
         yield next(steps)
         next(steps)
         raise KeyboardInterrupt

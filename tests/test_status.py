@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from pipeline.engine import InlineEngine
 from pipeline.history import attempts, spent
+from pipeline.report import Plain
 from pipeline.runs import Run
 from pipeline.status import runs_of, status_of
 from pipeline.store import Store
@@ -182,6 +184,20 @@ def test_a_stage_s_log_is_printed(tmp_path):
     assert retort("submit", path, "--store", store, "--engine", "inline").returncode == 1
     assert "Not a directory" in retort("logs", "gaussian", "pairs", "--store", store).stdout
     assert "stage failed: Not a directory" in retort("logs", "gaussian", "--store", store).stdout
+
+
+class WaitingEngine(InlineEngine):
+    def map(self, key, make_worker, items, shape, say):
+        say("worker 2 of 2 is waiting for 1 GPU; 1 works")
+        yield from super().map(key, make_worker, items, shape, say)
+
+
+def test_what_a_stage_waits_for_is_said_wherever_the_stage_is_followed(tmp_path, capsys):
+    execute(GAUSSIAN, tmp_path, engine=WaitingEngine(), reporter=Plain())
+    says = "worker 2 of 2 is waiting for 1 GPU; 1 works"
+    assert f"pairs: {says}\n" in capsys.readouterr().err
+    assert f"pairs: stage waits: {says}\n" in retort("logs", "gaussian", "--store", tmp_path).stdout
+    assert f"WARNING pipeline.runner: {says}\n" in retort("logs", "gaussian", "pairs", "--store", tmp_path).stdout
 
 
 @pytest.mark.parametrize(

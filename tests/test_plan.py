@@ -22,6 +22,7 @@ from pipeline.runs import Run
 from pipeline.store import Store
 from stages import KINDS
 from stages.base import Extent, Neutral, Stage
+from stages.data.files import files_of
 from tests.conftest import GAUSSIAN, ROOT, TINY, execute, plan_of, retort
 
 RECORDED = Path(__file__).parent / "recorded.json"
@@ -118,6 +119,21 @@ def test_links_are_followed_when_a_folder_is_hashed(tmp_path):
     assert HashCache(tmp_path / "none").of(folder, ["unet/config.json"]) == before
     (real / "unet" / "config.json").write_text("2")
     assert HashCache(tmp_path / "none").of(folder, ["unet/config.json"]) != before
+
+
+def test_links_that_loop_are_followed_once(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "one.txt").write_text("x")
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
+    assert list(files_of(str(tmp_path / "a"))) == ["one.txt"], "a link to its own folder"
+    assert list(files_of(f"{tmp_path}/a/**/*.txt")) == ["one.txt"]
+    (tmp_path / "a" / "self").unlink()
+    (tmp_path / "a" / "other").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "back").symlink_to(tmp_path / "a")
+    assert list(files_of(str(tmp_path))) == ["a/one.txt", "b/back/one.txt"], "two folders that link to each other"
+    assert list(files_of(f"{tmp_path}/**/*.txt")) == ["a/one.txt", "b/back/one.txt"]
+    assert len(files_of(f"{tmp_path}/**")) == 2 and list(files_of(f"{tmp_path}/*/*.txt")) == ["one.txt"]
 
 
 def test_a_count_is_no_part_of_the_pool(tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 EVERYTHING = ("**/*",)
@@ -17,6 +19,23 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_once(path: Path) -> str:
+    """As `sha256_of`, but this process reads the file once, while its size, time and inode stay the same."""
+    return _sha256_of(path, *stamp_of(path))
+
+
+@cache
+def _sha256_of(path: Path, *stamp: int) -> str:
+    return sha256_of(path)
+
+
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """Size, time of change and inode. A file that is edited or replaced gets another stamp; a decayed disk gives none
+    away."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
 def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Path]:
     """Name -> path, sorted by name: of a file, of those in a folder that match a pattern, or of a glob's matches.
     Links are followed. Raises FileNotFoundError if there is none."""
@@ -25,12 +44,11 @@ def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Pat
         return {path.name: path}
     found: dict[str, Path] = {}
     if path.is_dir():
-        for folder, _, names in os.walk(path, followlinks=True):
-            for inside in [(Path(folder) / name).relative_to(path) for name in names]:
-                if any(_matches(inside, pattern) for pattern in patterns):
-                    found[str(inside)] = path / inside
+        for inside in (file.relative_to(path) for file in files_below(path)):
+            if any(_matches(inside, pattern) for pattern in patterns):
+                found[str(inside)] = path / inside
     elif glob.has_magic(source):
-        found = {match: Path(match) for match in glob.glob(source, recursive=True) if Path(match).is_file()}
+        found = {str(match): match for match in _globbed(path) if match.is_file()}
         common = os.path.commonpath([str(match.parent) for match in found.values()]) if found else ""
         found = {os.path.relpath(name, common): match for name, match in found.items()}
     if not found:
@@ -38,16 +56,45 @@ def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Pat
     return dict(sorted(found.items()))
 
 
+def files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All that is no folder, at any depth. Links are followed, but not to a folder that they lie in (`above`)."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        if os.path.isdir(entry):
+            yield from files_below(Path(entry.path), above | {real})
+        else:
+            yield Path(entry.path)
+
+
+def _globbed(pattern: Path) -> Iterator[Path]:
+    """As `glob.glob`, which would go round where links loop."""
+    if "**" not in pattern.parts:
+        return map(Path, glob.glob(str(pattern)))
+    from fsspec.utils import glob_translate  # here, since planning seldom needs it
+
+    fixed = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    folder, below = Path(*pattern.parts[:fixed]), pattern.parts[fixed:]
+    fits, hidden = re.compile(glob_translate("/".join(below))).match, any(part.startswith(".") for part in below)
+    inside = (file.relative_to(folder) for file in files_below(folder))
+    return (folder / f for f in inside if fits(f.as_posix()) and (hidden or not _is_hidden(f)))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _matches(path: Path, pattern: str) -> bool:
     """As `Path.glob`: at exactly the pattern's depth, or with `**/` before it at any. Hidden files never."""
     anywhere, name = pattern.startswith("**/"), pattern.removeprefix("**/")
     deep_enough = anywhere or len(path.parts) == name.count("/") + 1
     lowered = path.with_name(path.name.lower())  # IMG.JPG is a .jpg
-    return (
-        deep_enough
-        and (path.match(name) or lowered.match(name))
-        and not any(part.startswith(".") for part in path.parts)
-    )
+    return deep_enough and (path.match(name) or lowered.match(name)) and not _is_hidden(path)
 
 
 def sha256_of_all(
@@ -76,6 +123,11 @@ def publish(temporary: Path, final: Path) -> None:
 def temporary_of(path: Path) -> Path:
     """A name beside `path` that no reader looks at and no other writer takes, on whatever host."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is a file that `temporary_of` named: a killed writer left it, unless one writes now."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name) is not None and path.is_file()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

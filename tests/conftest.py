@@ -98,6 +98,13 @@ def plan_of(text: str, store: Path, overrides: Sequence[str] = (), name: str | N
     return {stage.name: stage for stage in plan}
 
 
+def flip(path: Path, place: int) -> None:
+    """Flip a bit of the byte at `place`."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
 

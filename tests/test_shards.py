@@ -20,6 +20,7 @@ from stages.data.pool import ListedShard, plan_shards
 from stages.data.reader import PairReader
 from stages.data.records import Pair
 from stages.data.statistics import Moments, histogram
+from tests.conftest import flip
 
 
 def pair(index: int, prompt: str, noise: np.ndarray, latent: np.ndarray) -> Pair:
@@ -187,6 +188,19 @@ def test_the_reader_refuses_another_shard_of_the_same_size(tmp_path):
     assert other.bytes == sealed.bytes and other.sha256 != sealed.sha256
     with pytest.raises(StageError, match="changed since it was sealed"):
         PairReader([sealed]).batch([0])
+
+
+def test_the_reader_refuses_a_tar_with_a_flipped_bit(tmp_path):
+    shard, whole = write(tmp_path, 0, make_pairs(0, 4)), write(tmp_path, 1, make_pairs(4, 8))
+    reader = PairReader([shard, whole])
+    flip(shard.tar, 4000)
+    assert reader.batch([4]).prompts == ["prompt 4 ü"], "what is not read is not hashed"
+    with pytest.raises(
+        StageError, match=r"00000\.tar .* changed since .*`retort shards repair ARTIFACT` makes it again"
+    ):
+        reader.batch([0])
+    flip(shard.tar, 4000)
+    np.testing.assert_array_equal(reader.batch([3]).noise[0], make_pairs(3, 4)[0].arrays["noise"])
 
 
 def test_a_receipt_of_another_version_does_not_count(tmp_path):

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.base import StageError
+from stages.data.files import sha256_once
 from stages.data.pool import ListedShard, intact
 from stages.data.receipts import read_receipt, receipt_of
 
 OPEN_SHARDS = 4096
-CHANGED = "or its receipt is missing or changed since it was sealed; `retort shards repair` mends the artifact"
+CHANGED = "or its receipt is missing or changed since it was sealed; `retort shards repair ARTIFACT` makes it again"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class PairBatch:
 
 class PairReader:
     """The pairs of `shards`, of one artifact or of several, numbered from 0 in the order of the list; of their
-    arrays those named. No tar is opened before it is needed.
+    arrays those named. No tar is opened before it is needed, and none is used before its bytes are found to be those
+    that were sealed: a process reads each tar once for that.
 
     Raises StageError when a shard is missing or not the one that was sealed, or when arrays do not fit together.
     """
@@ -81,7 +83,7 @@ class _OpenShard:
             facts, rows = read_receipt(receipt.read_bytes(), ["prompt"])
         except (OSError, ValueError):
             raise StageError(f"{shard.tar} {CHANGED}") from None
-        if facts.sha256 != shard.sha256:
+        if facts.sha256 != shard.sha256 or sha256_once(shard.tar) != shard.sha256:
             raise StageError(f"{shard.tar} {CHANGED}")
         absent = next((name for name in arrays if name not in facts.arrays), None)
         if absent is not None:

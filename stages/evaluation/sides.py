@@ -115,16 +115,19 @@ def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) ->
     # the teacher as the factory ran it
     teacher = load_network(pairs.inputs["teacher"].folder, execution, dtype=pairs.stage.dtype)
     noise = np.empty((noises.count, *teacher.latent_shape), pairs.stage.storage_dtype)
-    solved, prompts = noise[:0], []
+    solved: np.ndarray = noise[:0]
+    prompts: list[str] = []
     if noises.stored:
         held = PairReader(read_list(pairs.folder)).batch(noises.stored)
         noise[: len(noises.stored)], solved, prompts = held.noise, held.latent, held.prompts
+    if noises.fresh:
+        prompts += PromptTable(pool_of(pairs.folder)).of(noises.fresh)
     for place, number in enumerate(noises.fresh, len(noises.stored)):
         noise[place] = noise_for(pairs.seed, number, teacher.latent_shape, noise.dtype)
     return Setting(
         teacher=teacher,
         samples=[*noises.stored, *noises.fresh],
-        prompts=[*prompts, *PromptTable(pool_of(pairs.folder)).of(noises.fresh)],
+        prompts=prompts,
         noise=noise,
         solved=torch.from_numpy(solved).float(),
     )

@@ -12,7 +12,7 @@ from pipeline.commands.compare import compare
 from pipeline.commands.help import completion, explain, init
 from pipeline.commands.runs import gc, logs, runs, status
 from pipeline.commands.sample import sample
-from pipeline.commands.shards import shards, stats
+from pipeline.commands.shards import shards, stats, verify
 from pipeline.commands.submit import plan, resume, submit
 from pipeline.commands.weights import import_weights
 from pipeline.errors import INTERRUPTED
@@ -39,7 +39,7 @@ def cli() -> None:
 
 for _command in (
     *(submit, resume, plan, stop, status, logs, runs, gc),
-    *(stats, shards, compare, sample, import_weights, init, explain, completion),
+    *(stats, verify, shards, compare, sample, import_weights, init, explain, completion),
 ):
     cli.add_command(_command)
 

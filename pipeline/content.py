@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.fields import Marked, marked, replaced
 from pipeline.manifest import Loaded, Manifest
 from stages.base import Content, Stage
-from stages.data.files import EVERYTHING, sha256_of, sha256_of_all, write_atomically
+from stages.data.files import EVERYTHING, sha256_of, sha256_of_all, stamp_of, write_atomically
 
 
 class Unknown(str):
@@ -22,7 +23,7 @@ Contents = Mapping[str, Mapping[str, str]]
 
 
 def read_contents(loaded: Loaded, cache_file: Path) -> Contents:
-    """Identify all that the manifest's stages read from outside. Hashes are cached by path, size and time."""
+    """Identify all that the manifest's stages read from outside."""
     cache = HashCache(cache_file)
     contents = {name: identify(stage, cache) for name, stage in loaded.manifest.stages.items()}
     cache.save()
@@ -80,27 +81,30 @@ def _hub_commit(repository: str, revision: str | None) -> str:
 
 
 class HashCache:
-    """sha256 of files, remembered in one JSON file while size and modification time stay the same."""
+    """sha256 of files, remembered in one JSON file while size, time of change and inode stay the same."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._changed = False
         try:
-            self._known: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            known = None
+        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
+        """Path -> [*stamp, sha256]; whatever else the file holds is not used."""
 
     def of(self, source: str | Path, patterns: Sequence[str] = EVERYTHING) -> str:
         """As `sha256_of_all`."""
         return sha256_of_all(str(source), patterns, self._file_hash)
 
     def _file_hash(self, path: Path) -> str:
-        stat = path.stat()
-        key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
-        if key not in self._known:
-            self._known[key] = sha256_of(path)
-            self._changed = True
-        return self._known[key]
+        stamp, known = list(stamp_of(path)), self._known.get(str(path))
+        if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
+            return known[-1]
+        found = sha256_of(path)
+        self._known[str(path)] = [*stamp, found]
+        self._changed = True
+        return found
 
     def save(self) -> None:
         """A cache: where it cannot be written, nothing is lost but time."""

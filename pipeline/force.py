@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
-from pipeline.errors import Locked, UsageError
+from pipeline.errors import UsageError
 from pipeline.plan import Plan, PlannedStage
-from pipeline.runs import Run, live
-from stages.base import StageError
-from stages.data.pool import LIST, pool_of
+from pipeline.runs import Run
+from pipeline.store import UNREADABLE, read_record
 
 
 def check(run: Run, plan: Plan, chosen: Collection[str]) -> None:
@@ -32,13 +32,13 @@ def check(run: Run, plan: Plan, chosen: Collection[str]) -> None:
             )
 
 
-def _sharers(run: Run, stage: PlannedStage) -> Iterator[object]:
-    """Folders of sealed artifacts whose parts lie in the stage's pool."""
-    for listed in run.store.root.glob(f"{stage.artifact.kind}/*/{LIST}"):
+def _sharers(run: Run, stage: PlannedStage) -> Iterator[Path]:
+    """Folders of artifacts whose parts lie in the stage's pool."""
+    for folder in run.store.root.glob(f"{stage.artifact.kind}/*"):
         try:
-            if pool_of(listed.parent).name == stage.pool.name:
-                yield listed.parent
-        except StageError:  # damaged: it has to be made again anyhow
+            if read_record(folder)["pool"] == stage.pool.name:
+                yield folder
+        except UNREADABLE:  # no artifact, or a damaged one, which has to be made again anyhow
             continue
 
 
@@ -52,12 +52,9 @@ def forget(run: Run, plan: Plan, waiting: Callable[[str], None] | None) -> None:
     with ExitStack() as stack:
         for stage in forced:
             stack.enter_context(run.making(stage.artifact, stage.pool, waiting))
-        for other in live(run.store, besides=run) if forced else ():
-            held = other.holds()
-            for stage in forced:
-                if {stage.pool.name, stage.artifact.fingerprint} & held:
-                    raise Locked(f"{stage.name} is in use by run {other.name}, under way now; wait for it, or stop it")
+        for stage in forced:
+            run.refuse_others(stage.artifact, stage.pool, stage.name)
         for stage in reversed(forced):
             run.store.unseal(stage.artifact)
-            shutil.rmtree(run.store.work(stage.artifact), ignore_errors=True)
+            run.store.drop_work(stage.artifact)
             shutil.rmtree(stage.pool, ignore_errors=True)

@@ -11,10 +11,9 @@ from typing import Any
 from pipeline.errors import Locked, UsageError
 from pipeline.locks import hold, holder
 from pipeline.runs import Run, all_runs
-from pipeline.store import Store, read_record
+from pipeline.store import Store
 from stages import KINDS
-from stages.base import StageError
-from stages.data.pool import LIST, pool_of
+from stages.data.files import is_temporary
 
 
 def collect(
@@ -40,7 +39,7 @@ def collect(
 
 
 def _collect(store: Store, runs: Sequence[Run], dropped: Sequence[Run], delete: bool) -> dict[str, Any]:
-    used = _used(store, runs)
+    used = {path for run in runs for path in run.uses()}
     found, kept = [], []
     for path, what in [*_candidates(store, used), *((run.folder, "run") for run in dropped)]:
         busy = holder(store.root / "locks" / _lock_name(store, path)) if what != "run" else None
@@ -53,36 +52,6 @@ def _collect(store: Store, runs: Sequence[Run], dropped: Sequence[Run], delete: 
     return {"found": found, "bytes": sum(one["bytes"] for one in found), "kept": kept, "deleted": delete}
 
 
-def _used(store: Store, runs: Sequence[Run]) -> set[Path]:
-    """Artifacts, pools and unfinished work that the runs refer to, and all that those artifacts were made from."""
-    used: set[Path] = set()
-    for run in runs:
-        for stage in run.plan().values():
-            kind, fingerprint = stage["kind"], stage["fingerprint"]
-            used |= {store.pool(kind, stage["pool"]), store.root / "work" / f"{kind}-{fingerprint}"}
-            for folder in (store.folder(kind, fingerprint), *map(Path, stage["inputs"].values())):
-                used |= set(_ancestry(folder))
-    return {path.resolve() for path in used}
-
-
-def _ancestry(folder: Path) -> Iterator[Path]:
-    """An artifact's folder and those of all that it was made from, with their pools."""
-    yield folder
-    if (folder / LIST).exists():
-        try:
-            yield pool_of(folder)
-        except StageError:  # a list that cannot be read could mean any of them
-            yield from (folder.parent / "pool").glob("*")
-    try:
-        inputs = read_record(folder)["inputs"].values()
-    except FileNotFoundError:
-        return  # not made yet
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder} is damaged ({error}) and could refer to anything: resume its run first") from None
-    for place in inputs:
-        yield from _ancestry((folder / place).resolve())
-
-
 def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str]]:
     for kind in sorted(path.name for path in store.root.iterdir() if path.name in KINDS):
         for folder in sorted((store.root / kind).iterdir()):
@@ -92,15 +61,18 @@ def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str]]:
             if pool.resolve() not in used:
                 yield pool, "pool"
             else:
-                yield from ((left, "temporary") for left in sorted(pool.rglob(".*")) if left.is_file())
+                yield from ((left, "temporary") for left in sorted(filter(is_temporary, pool.rglob(".*"))))
     for work in sorted((store.root / "work").iterdir()):
         if work.resolve() not in used:
             yield work, "temporary"
+    yield from ((left, "temporary") for left in sorted(filter(is_temporary, store.root.iterdir())))
 
 
 def _lock_name(store: Store, path: Path) -> str:
     """The lock that whoever makes this holds."""
     parts = path.relative_to(store.root).parts
+    if len(parts) == 1:
+        return parts[0]  # a temporary of the cache, which nobody locks
     if parts[0] == "work":
         return parts[1].removesuffix("-old")
     return f"{parts[0]}-{parts[2] if parts[1] == 'pool' else parts[1]}"

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,11 +25,15 @@ WAIT_EVERY = 1.0
 
 @contextmanager
 def hold(file: Path, what: str, run: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold `file`'s lock for `run`. If another process has it: without `waiting` raises Locked, with `what` and the
-    holder; with it, calls it once with that text and waits."""
-    with open(file, "a+", encoding="utf-8") as opened:
+    """Hold `file`'s lock for `run`; the file is made if it is not there. If another process has the lock: without
+    `waiting` raises Locked, with `what` and the holder; with it, calls it once with that text and waits."""
+    with ExitStack() as stack:
         deadline, told = time.monotonic() + PATIENCE, False
-        while not _locked(opened, fcntl.LOCK_EX):
+        opened = stack.enter_context(_open(file))
+        while not _locked(opened, fcntl.LOCK_EX) or not _is_at(opened, file):
+            if not _is_at(opened, file):  # removed by the last holder: its lock means nothing any more
+                opened = stack.enter_context(_open(file))
+                continue
             other = holder(file)
             if other is None and time.monotonic() < deadline:
                 time.sleep(0.02)
@@ -57,6 +61,19 @@ def share(file: Path) -> Iterator[None]:
     with open(file, "a+", encoding="utf-8") as opened:
         fcntl.flock(opened, fcntl.LOCK_SH)
         yield
+
+
+def _open(file: Path) -> IO[str]:
+    file.parent.mkdir(exist_ok=True)
+    return open(file, "a+", encoding="utf-8")
+
+
+def _is_at(opened: IO[str], file: Path) -> bool:
+    """Whether `file` is still the one that was opened."""
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _locked(opened: IO[str], how: int) -> bool:

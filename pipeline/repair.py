@@ -1,22 +1,21 @@
-"""Remake damaged shards of a sealed `pairs` artifact, byte for byte."""
+"""Remake damaged parts of a sealed artifact's pool, such as shards of pairs, byte for byte."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import manifest
-from pipeline.content import read_contents
+from pipeline.content import HashCache, read_contents
 from pipeline.errors import UsageError
 from pipeline.fields import replaced
 from pipeline.fingerprint import differences
+from pipeline.locks import hold
 from pipeline.plan import make_plan
 from pipeline.runs import REPAIR, Run
-from pipeline.store import Store, load_artifact, read_record
-from stages.base import Artifact
-from stages.data.pool import pool_of, read_list
+from pipeline.store import RECORD, Store, damaged_input, load_artifact, read_record, remade_input
+from stages.base import Artifact, StageError
 
 
 @dataclass(frozen=True)
@@ -24,58 +23,85 @@ class Repair:
     """What is to be done: the artifact, the run that will do it, and the damaged parts, by path below the pool."""
 
     artifact: Artifact
+    pool: Path
     store: Store
     loaded: manifest.Loaded
     damaged: Sequence[str]
+    before: Mapping[str, str]
+    """Path below the pool -> sha256, as the artifact lists its parts."""
 
     @property
     def run_name(self) -> str:
         return f"{REPAIR}{self.artifact.fingerprint}"
 
+    @property
+    def needed(self) -> bool:
+        return bool(self.damaged) or not self.store.is_sealed(self.artifact)
+
     def unseal(self, waiting: Callable[[str], None] | None) -> None:
         """First the artifact stops existing for everyone; then the damaged parts do. Killed at any moment, the
-        repair can be started again. Raises Locked while a run makes the artifact or its pool, or waits for it."""
-        pool = pool_of(self.artifact.folder)
-        with Run(self.store, self.run_name).making(self.artifact, pool, waiting):
+        repair can be started again. Raises Locked while a run makes or reads the artifact or its pool."""
+        run = Run(self.store, self.run_name)
+        with run.making(self.artifact, self.pool, waiting), hold(self.store.collecting, "a plan", run.name, waiting):
+            run.refuse_others(self.artifact, self.pool, f"{self.artifact.kind}/{self.artifact.fingerprint}")
             self.store.unseal(self.artifact)
-            for path in self.damaged:
-                (pool / path).with_suffix(".parquet").unlink(missing_ok=True)
-                (pool / path).unlink(missing_ok=True)
+            self.artifact.stage.discard(self.pool, self.damaged)
 
-    def changed(self, before: dict[str, str]) -> list[str]:
-        """Shards whose bytes are not those that were sealed: on other hardware, or by other versions."""
-        return [path for path, sha256 in hashes(self.artifact.folder).items() if before[path] != sha256]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Path below the pool -> sha256, as the artifact lists them."""
-    pool = pool_of(folder)
-    return {shard.tar.relative_to(pool).as_posix(): shard.sha256 for shard in read_list(folder)}
+    def changed(self) -> list[str]:
+        """Parts whose bytes are not those that were sealed: on other hardware, or by other versions."""
+        now = self.artifact.stage.parts(self.artifact.folder)
+        return [path for path, sha256 in now.items() if self.before[path] != sha256]
 
 
-def plan_repair(folder: Path, report: dict[str, Any]) -> Repair:
-    """How to mend what `report`, of `inspect_shards`, found in a sealed artifact. Nothing is changed.
+def plan_repair(folder: Path) -> Repair:
+    """Find the damaged parts of a sealed artifact, and how to mend them. Nothing is changed, but that a repair which
+    was killed as it sealed the artifact is finished.
 
-    Raises UsageError for anything but a `pairs` artifact, and when its shards could not be the same again: prompts,
-    teacher or Retort's own version have changed since.
+    Raises UsageError for an artifact without parts, and when the parts could not be the same again: what they are made
+    from, or Retort's own version, has changed since.
     """
-    artifact = load_artifact(folder.absolute(), unsealed=True)
-    if artifact.kind != "pairs":
+    folder = folder.absolute()
+    store = Store(folder.parent.parent)
+    _finish_killed(store, folder)
+    artifact = load_artifact(folder, unsealed=True)
+    record = read_record(folder)
+    try:
+        before, damaged = artifact.stage.parts(folder), artifact.stage.damaged_parts(folder)
+    except StageError as error:
+        raise UsageError(str(error)) from None
+    if not before:
         raise UsageError(f"{folder} is of kind {artifact.kind}; shards are part of pairs")
-    record = read_record(artifact.folder)
-    store = Store(artifact.folder.parent.parent)
-    stage = replaced(artifact.stage, {"teacher": str(artifact.inputs["teacher"].folder)})
+    inputs = {field: str(source.folder) for field, source in artifact.inputs.items()}
     wanted = manifest.Manifest(
         name=f"{REPAIR}{artifact.fingerprint}",
         seed=record["seed"],
         store=str(store.root),
-        stages={"pairs": stage},
-        resources={"pairs": manifest.Resources(**record["resources"])},
+        stages={artifact.kind: replaced(artifact.stage, inputs)},
+        resources={artifact.kind: manifest.Resources(**record["resources"])},
     )
-    loaded = manifest.loads(manifest.dump(wanted), str(folder / "artifact.json"))
-    (planned,) = make_plan(loaded, read_contents(loaded, store.root / "contents.json"), store)
+    loaded = manifest.loads(manifest.dump(wanted), str(folder / RECORD))
+    (planned,) = make_plan(loaded, read_contents(loaded, store.hashes), store)
     if planned.state == "blocked" or planned.artifact.fingerprint != artifact.fingerprint:
         changes = "; ".join(differences(record["identity"], planned.identity, planned.files))
         why = planned.why if planned.state == "blocked" else changes
         raise UsageError(f"{folder} cannot be made again as it was: {why}")
-    return Repair(artifact, store, loaded, [path for path in report["damaged"] if path != "noise"])
+    if remade := remade_input(artifact, record):
+        raise UsageError(
+            f"{folder} cannot be made again as it was: its input {remade} was made again with other bytes; resume the "
+            "run that made it, which then makes all of it again"
+        )
+    if damage := damaged_input(artifact, HashCache(store.hashes).of):
+        raise UsageError(f"{folder} cannot be made again as it was: {damage}")
+    return Repair(artifact, planned.pool, store, loaded, [path for path in damaged if path in before], before)
+
+
+def _finish_killed(store: Store, folder: Path) -> None:
+    """A run that was killed while it put the new artifact in the place of the old one left neither there."""
+    work = store.root / "work" / f"{folder.parent.name}-{folder.name}"
+    if folder.exists() or not (work / RECORD).exists():
+        return
+    artifact = load_artifact(work)
+    pool = store.pool(artifact.kind, artifact.record["pool"])
+    with Run(store, f"{REPAIR}{artifact.fingerprint}").making(artifact, pool):
+        if not folder.exists():
+            store.finish(folder, work)

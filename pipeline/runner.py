@@ -24,7 +24,7 @@ from pipeline.manifest import Manifest, Resources
 from pipeline.plan import Plan, PlannedStage
 from pipeline.report import Reporter
 from pipeline.runs import Run
-from pipeline.store import RECORD
+from pipeline.store import RECORD, damaged_input
 from stages.base import Artifact, Content, Progress, StageError
 from stages.data.provenance import versions
 
@@ -61,17 +61,19 @@ class Runner:
 
         with self.run.making(stage.artifact, stage.pool, waiting if self.wait else None):
             # Looked at again under the lock: another run may have made it since the plan was.
-            if store.is_sealed(stage.artifact) and store.damage(stage.artifact) is None:
+            damage = store.damage(stage.artifact) if store.is_sealed(stage.artifact) else None
+            if store.is_sealed(stage.artifact) and damage is None:
                 self.reporter.ended(stage.name, "reused")
                 self._event("stage_reused", stage)
                 return
             store.unseal(stage.artifact)  # damaged: it exists for nobody until it is whole
-            self.reporter.started(stage.name, f"{stage.state}: {stage.why}")
+            state, why = ("run", damage) if damage and stage.state == "reuse" else (stage.state, stage.why)
+            self.reporter.started(stage.name, f"{state}: {why}")
             workers = self.manifest.resources_of(stage.name).workers
-            self._event("stage_started", stage, why=stage.why, workers=workers)
+            self._event("stage_started", stage, why=why, workers=workers)
             started = time.monotonic()
             with _log_to(self.run.log_file(stage.name)):
-                log.info("%s: %s", stage.state, stage.why)
+                log.info("%s: %s", state, why)
                 try:
                     self._make(stage, started)
                     log.info("done in %.0f s: %s", _since(started), stage.artifact.folder)
@@ -95,11 +97,17 @@ class Runner:
 
     def _make(self, stage: PlannedStage, started: float) -> None:
         store, artifact = self.run.store, stage.artifact
-        work = store.work(artifact)
-        work.mkdir(parents=True, exist_ok=True)
         since = datetime.now(UTC)
-        if (work / RECORD).exists():  # killed between the record and the move
-            return store.finish(artifact, work)
+        if store.outdated(artifact):
+            log.info("what an attempt before left is dropped: it was made from inputs of other bytes")
+            store.drop_work(artifact)
+        if (store.work(artifact) / RECORD).exists():  # killed between the record and the move
+            store.finish(artifact.folder, store.work(artifact))
+            if store.damage(artifact) is None:
+                return
+            store.unseal(artifact)
+        inputs_sha256 = self._inputs_as_sealed(stage)
+        work = store.begin(artifact, inputs_sha256)
         resources = self.manifest.resources_of(stage.name)
         context = Context(self, stage, work, resources, started)
         self._contents_are_as_planned(stage)
@@ -113,6 +121,8 @@ class Runner:
             "settings": plain(artifact.stage),
             "seed": stage.seed,
             "inputs": {f: os.path.relpath(a.folder, artifact.folder) for f, a in artifact.inputs.items()},
+            "inputs_sha256": inputs_sha256,
+            "pool": stage.pool.name if stage.pool.exists() else None,
             "identity": stage.identity,
             "made_by": {"run": self.run.name, "host": platform.node(), "started": since.isoformat(timespec="seconds")},
             "resources": resources.model_dump(),
@@ -126,10 +136,21 @@ class Runner:
         }
         store.seal(artifact, work, record)
 
+    def _inputs_as_sealed(self, stage: PlannedStage) -> dict[str, str]:
+        """Field -> sha256 of each input, once the sealed files of all that the stage may read are hashed, which is not
+        done twice while they stay as they are. Raises StageError for a file that is not what was sealed."""
+        cache = HashCache(self.run.store.hashes)
+        try:
+            if damage := damaged_input(stage.artifact, cache.of):
+                raise StageError(damage)
+        finally:
+            cache.save()
+        return {field: artifact.sha256 for field, artifact in stage.artifact.inputs.items()}
+
     def _contents_are_as_planned(self, stage: PlannedStage) -> None:
         """What was read must be what the fingerprint says. Raises StageError if a file changed in between."""
         files = {field: value for field, value in stage.contents.items() if value.startswith("sha256:")}
-        now = identify(stage.artifact.stage, HashCache(self.run.store.root / "contents.json")) if files else {}
+        now = identify(stage.artifact.stage, HashCache(self.run.store.hashes)) if files else {}
         for field, value in files.items():
             if now[field] != value:
                 path = next(f.value for f in marked(stage.artifact.stage, Content) if f.path == field)

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import manifest
-from pipeline.errors import UsageError, suggest
+from pipeline.errors import Locked, UsageError, suggest
 from pipeline.locks import Holder, hold, holder
 from pipeline.plan import Plan
-from pipeline.store import Store
+from pipeline.store import Store, lineage
 from stages.base import Artifact
 from stages.data.files import write_atomically
 
@@ -36,11 +36,6 @@ def all_runs(store: Store) -> list[Run]:
     """Those that were planned, by name."""
     names = sorted(path.parent.name for path in store.root.glob("runs/*/plan.json"))
     return [Run(store, name) for name in names if re.fullmatch(manifest.NAME, name)]
-
-
-def live(store: Store, besides: Run) -> Iterator[Run]:
-    """Other runs that are being carried out."""
-    return (run for run in all_runs(store) if run.name != besides.name and run.driver())
 
 
 class Run:
@@ -66,7 +61,6 @@ class Run:
     @contextmanager
     def held(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
         """Be the only driver of this run. Raises Locked, naming the other, or waits as `hold` does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with hold(self.folder / "lock", f"run {self.name}", self.name, waiting):
             yield
 
@@ -84,11 +78,26 @@ class Run:
         """Who carries the run out now; None if nobody does."""
         return holder(self.folder / "lock")
 
-    def holds(self) -> set[str]:
-        """Fingerprints of the artifacts and pools in its plan, and of the artifacts that it reads by their paths."""
-        planned = self.plan().values()
-        read = {Path(folder).name for stage in planned for folder in stage["inputs"].values()}
-        return read | {stage[which] for stage in planned for which in ("fingerprint", "pool")}
+    def uses(self) -> set[Path]:
+        """Folders of the artifacts in its plan, of their pools and unfinished work, and of all that those artifacts
+        were made from. Raises UsageError for a plan or a record that cannot be read."""
+        used: set[Path] = set()
+        for stage in self.plan().values():
+            kind, fingerprint = stage["kind"], stage["fingerprint"]
+            used |= {self.store.pool(kind, stage["pool"]), self.store.root / "work" / f"{kind}-{fingerprint}"}
+            for folder in (self.store.folder(kind, fingerprint), *map(Path, stage["inputs"].values())):
+                used |= set(lineage(folder))
+        return {path.resolve() for path in used}
+
+    def refuse_others(self, artifact: Artifact, pool: Path, what: str) -> None:
+        """Raise Locked, with `what`, if another run that is under way now makes or reads the artifact or its pool."""
+        for other in all_runs(self.store):
+            if (
+                other.name != self.name
+                and other.driver()
+                and {artifact.folder.resolve(), pool.resolve()} & other.uses()
+            ):
+                raise Locked(f"{what} is in use by run {other.name}, under way now; wait for it, or stop it")
 
     def freeze(self, resolved: manifest.Manifest, plan: Plan) -> None:
         """Keep what is to be done. Also called again for a run that is submitted anew."""

@@ -223,7 +223,11 @@ MOST_DAMAGED = 20
 
 
 def verified(found: Mapping[str, Any]) -> str:
-    lines = [f"{found['target']}: {found['count']:,} samples in {found['shards']:,} whole shards"]
+    if "kind" in found:
+        whole = f"{found['kind']}, {found['files']:,} files hashed"
+    else:
+        whole = f"{found['count']:,} samples in {found['shards']:,} whole shards"
+    lines = [f"{found['target']}: {whole}"]
     return "\n".join([*lines, *(f"DAMAGED  {line}" for line in _damaged(found))])
 
 

@@ -7,6 +7,7 @@ This module, and every module that defines a stage, imports no torch: planning m
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,8 +125,20 @@ class Stage(Config):
         yield from ()
 
     def damage(self, folder: Path) -> str | None:
-        """What is missing of the sealed `folder`, if it relies on files outside of it; None if nothing is."""
+        """What is missing of the sealed `folder`, if it relies on files outside of it; None if nothing is. Reads no
+        more than their sizes."""
         return None
+
+    def parts(self, folder: Path) -> Mapping[str, str]:
+        """The files of the pool that the sealed `folder` lists: path below the pool -> sha256. Raises StageError."""
+        return {}
+
+    def damaged_parts(self, folder: Path) -> Mapping[str, str]:
+        """Path below the pool -> what is wrong with it. Reads and hashes every part. Raises StageError."""
+        return {}
+
+    def discard(self, pool: Path, parts: Sequence[str]) -> None:
+        """Remove parts from the pool. A part that is half removed when the process dies does not exist."""
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         """What an interrupted attempt left that a new one will go on from, in words; None if nothing."""
@@ -156,6 +169,13 @@ class Artifact:
         record: dict[str, Any] = json.loads((self.folder / "artifact.json").read_text(encoding="utf-8"))
         return record
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the names and hashes of the sealed files: it tells results apart that share a fingerprint, such as
+        those of two GPUs. Raises OSError, ValueError or KeyError if there is no record."""
+        files = json.dumps(self.record["files"], sort_keys=True)
+        return hashlib.sha256(files.encode("utf-8")).hexdigest()
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -177,7 +197,7 @@ class StageContext(Protocol):
     """What each `Content` field was found to hold when the plan was made: dotted path -> identity."""
     output: Path
     """The folder to fill. It survives a kill: a stage finds there what its last attempt left. What lies in its
-    folder SCRATCH is for the stage alone, and is dropped when the artifact is sealed."""
+    folder SCRATCH is for the stage alone, and is dropped when the artifact is sealed; so are hidden files."""
     pool: Path
     """A folder shared by all artifacts that differ only in `Extent` fields: finished parts live there."""
     threads: int

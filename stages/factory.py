@@ -29,6 +29,7 @@ class ShardWorker:
     """Makes shards. The teacher is loaded once; while one thread writes a shard another may solve the next."""
 
     teacher_artifact: Artifact
+    teacher_sha256: str
     prompts_identity: str
     sampler: Sampler
     path_timesteps: list[int]
@@ -119,6 +120,7 @@ class ShardWorker:
             "prompts": self.prompts_identity,
             "pool": self.pool.name,
             "teacher": self.teacher_artifact.fingerprint,
+            "teacher_sha256": self.teacher_sha256,
             "device": self.teacher.device_name,
             "versions": versions(),
             "seconds": round(seconds, 3),

@@ -10,16 +10,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.base import Artifact, Extent, Input, Neutral, Progress, Stage, StageContext, StageError
 from stages.data import pool
+from stages.data.files import is_temporary
 from stages.data.pool import PROMPTS, ListedShard, ShardPlan, plan_shards, write_list
 from stages.data.prompts.config import Prompts
 from stages.diffusion.config import PairsExecution, Sampler
 from stages.diffusion.form import Form
+
+if TYPE_CHECKING:
+    from stages.data.records import ShardFacts
 
 SHARD_SIZE = 128
 """Samples a shard, by default."""
@@ -67,6 +71,18 @@ class Pairs(Stage):
     def damage(self, folder: Path) -> str | None:
         return pool.damage(folder)
 
+    def parts(self, folder: Path) -> Mapping[str, str]:
+        return pool.parts(folder)
+
+    def damaged_parts(self, folder: Path) -> Mapping[str, str]:
+        from stages.data.inspection import inspect_shards
+
+        damaged: Mapping[str, str] = inspect_shards(str(folder), deep=True)["damaged"]
+        return damaged
+
+    def discard(self, pool_folder: Path, parts: Sequence[str]) -> None:
+        pool.discard(pool_folder, parts)
+
     def progress_in(self, work: Path, pool_folder: Path) -> str | None:
         there = pool.receipted(pool_folder)
         plans = plan_shards(self.count, self.shard_size) if there else []
@@ -75,16 +91,16 @@ class Pairs(Stage):
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
         from stages.data.prompts.table import write_table
-        from stages.data.receipts import valid_facts
         from stages.factory import ShardWorker
 
         context.pool.mkdir(parents=True, exist_ok=True)
-        for left in context.pool.rglob(".*"):  # temporaries of a worker that was killed
+        for left in list(filter(is_temporary, context.pool.rglob(".*"))):
             left.unlink()
         files = (context.contents.get(f"prompts.{field}") for field in ("path", "images.path"))
         prompts_identity = next(filter(None, files), f"name:{self.prompts or ''}")
         plans = plan_shards(self.count, self.shard_size)
-        missing = [plan for plan in plans if valid_facts(context.pool / plan.place) is None]
+        teacher = context.inputs["teacher"].sha256
+        missing = [plan for plan in plans if _facts(context.pool / plan.place, teacher) is None]
         if missing or not (context.pool / PROMPTS).exists():
             write_table(self.prompts, context.contents, context.pool / PROMPTS)
         done = self.count - sum(plan.stop - plan.start for plan in missing)
@@ -93,6 +109,7 @@ class Pairs(Stage):
         make = partial(
             ShardWorker,
             teacher_artifact=context.inputs["teacher"],
+            teacher_sha256=teacher,
             prompts_identity=prompts_identity,
             sampler=self.sampler,
             path_timesteps=self.path_timesteps,
@@ -108,7 +125,16 @@ class Pairs(Stage):
             done += plan.stop - plan.start
             rate = (done - reused) / (time.monotonic() - started)
             context.progress(Progress(done, self.count, "pairs", {"per_second": rate}))
-        return _seal(context, plans, reused)
+        return _seal(context, plans, teacher, reused)
+
+
+def _facts(tar: Path, teacher: str) -> ShardFacts | None:
+    """The facts of a shard that is there whole and comes from the teacher of this sha256; else None. A teacher that
+    was made again may have other bytes, and pairs of two teachers are never mixed."""
+    from stages.data.receipts import valid_facts
+
+    facts = valid_facts(tar)
+    return facts if facts and facts.provenance.get("teacher_sha256") == teacher else None
 
 
 def guidance_scales(form: Form, sources: Sequence[Artifact]) -> list[float]:
@@ -119,16 +145,15 @@ def guidance_scales(form: Form, sources: Sequence[Artifact]) -> list[float]:
     return sorted({one.stage.sampler.guidance_scale for one in sources if isinstance(one.stage, Pairs)})
 
 
-def _seal(context: StageContext, plans: list[ShardPlan], reused: int) -> Mapping[str, Any]:
+def _seal(context: StageContext, plans: list[ShardPlan], teacher: str, reused: int) -> Mapping[str, Any]:
     """List the shards, each checked once more, and summarise their receipts."""
-    from stages.data.receipts import valid_facts
     from stages.data.statistics import Moments
 
     listed: list[ListedShard] = []
     moments: dict[str, list[Moments]] = {}
     for plan in plans:
         tar = context.pool / plan.place
-        facts = valid_facts(tar)
+        facts = _facts(tar, teacher)
         if facts is None:
             raise StageError(f"{tar} was removed or changed while the stage ran; resume to make it again")
         listed.append(ListedShard(tar, facts.count, facts.bytes, facts.sha256))

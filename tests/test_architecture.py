@@ -12,7 +12,7 @@ FLOORS = [
     # each line may import the lines below it, and its own neighbours only where they are one package
     {"pipeline.cli"},
     {"pipeline.commands"},
-    {"pipeline.runner", "pipeline.repair", "pipeline.compare"},
+    {"pipeline.runner", "pipeline.repair", "pipeline.compare", "pipeline.verify"},
     {"pipeline.status", "pipeline.tables", "pipeline.cluster", "pipeline.report", "pipeline.garbage", "pipeline.watch"},
     {"pipeline.history", "pipeline.host", "pipeline.jobs", "pipeline.force"},
     {"pipeline.dashboard", "pipeline.completion"},
@@ -121,6 +121,11 @@ def test_heavy_libraries_have_one_home(path):
 def test_the_machine_imports_no_science_libraries():
     for path in (ROOT / "pipeline").rglob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & {"torch", "diffusers", "transformers", "numpy"}
+
+
+def test_the_machine_knows_no_lists_of_shards():
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        assert not any(name.startswith("stages.data.pool") for name in imports(path)), path
 
 
 def test_nothing_pickles():

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 from contextlib import ExitStack
 
@@ -14,6 +15,7 @@ from pipeline.garbage import collect
 from pipeline.locks import share
 from pipeline.runs import Run
 from pipeline.store import Store
+from stages.data.files import temporary_of
 from tests.conftest import GAUSSIAN, ROOT, command, execute, plan_of, retort
 
 
@@ -61,13 +63,13 @@ def test_what_an_artifact_was_made_from_stays(tmp_path):
 
 def test_left_over_temporaries_go(tmp_path):
     pairs = execute(GAUSSIAN, tmp_path)["pairs"]
-    (pairs.pool / ".00007.tar.123").write_bytes(b"x" * 10)
-    (tmp_path / "work" / "pairs-0123456789").mkdir()
-    found = paths(collect(Store(tmp_path), delete=True))
-    assert found == {
-        ("temporary", str(pairs.pool / ".00007.tar.123")),
-        ("temporary", str(tmp_path / "work" / "pairs-0123456789")),
-    }
+    left = [temporary_of(pairs.pool / "00007.tar"), temporary_of(tmp_path / "contents.json")]
+    for path in (*left, pairs.pool / ".nobodys"):
+        path.write_bytes(b"x" * 10)
+    left.append(tmp_path / "work" / "pairs-0123456789")
+    left[-1].mkdir()
+    assert paths(collect(Store(tmp_path), delete=True)) == {("temporary", str(path)) for path in left}
+    assert not any(path.exists() for path in left) and (pairs.pool / ".nobodys").exists()
     assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "reuse"
 
 
@@ -133,6 +135,28 @@ def test_what_is_planned_while_collecting_waits_is_kept(tmp_path):
     planning = ExitStack()
     planning.enter_context(share(store.collecting))
     assert collect(store, delete=True, waiting=waiting)["found"] == []
+
+
+def test_a_run_that_is_dropped_leaves_no_lock_that_two_could_hold(tmp_path):
+    """Another process waits for the run's lock while its folder is removed: it must get the lock of the new folder."""
+    execute(GAUSSIAN, tmp_path)
+    store, run = Store(tmp_path), Run(Store(tmp_path), "gaussian")
+    drivers, waits, planning = [], threading.Event(), ExitStack()
+
+    def wait_for_the_run():
+        with run.held(waiting=lambda text: waits.set()):
+            drivers.append(run.driver())
+
+    def waiting(text):  # gc holds the run's lock, and waits for us
+        thread.start()
+        waits.wait(30)
+        planning.close()
+
+    thread = threading.Thread(target=wait_for_the_run)
+    planning.enter_context(share(store.collecting))
+    collect(store, ["gaussian"], delete=True, waiting=waiting)
+    thread.join(30)
+    assert drivers and drivers[0] is not None and drivers[0].run == "gaussian"
 
 
 def test_odd_folders_among_the_runs_break_nothing(tmp_path):

@@ -127,7 +127,7 @@ def plan_run(loaded: Loaded, run: Run, force: Collection[str] = ()) -> Plan:
     from pipeline.content import read_contents
     from pipeline.plan import make_plan
 
-    contents = read_contents(loaded, run.store.root / "contents.json")
+    contents = read_contents(loaded, run.store.hashes)
     return make_plan(loaded, contents, run.store, run.previous(), force)
 
 

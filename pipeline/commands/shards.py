@@ -1,4 +1,4 @@
-"""The commands about data: `retort stats` and `retort shards`."""
+"""The commands about data: `retort stats`, `verify` and `shards`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def stats(
     """
     from pipeline import tables
 
-    found = {place: _inspect(place, deep) for place in _places(target, store)}
+    found = {place: _inspect(place, deep) for place in _places(target, store, "pairs")}
     _report(as_json, found, tables.stats)
     for number, (place, report) in enumerate(found.items()):
         several = len(found) > 1
@@ -48,22 +48,23 @@ def stats(
     _exit(found)
 
 
-@click.group()
-def shards() -> None:
-    """Verify, repair and export shards."""
-
-
-@shards.command()
+@click.command(short_help="Read and hash what was sealed.")
 @click.argument("target", shell_complete=complete_runs_or_paths)
 @store_option
 @json_option
 def verify(target: str, store: str | None, as_json: bool) -> None:
-    """Read and hash everything in TARGET again, and list what is damaged. Exit code 1 if something is."""
+    """Read and hash everything in TARGET again, and list what is damaged: an artifact of any kind, given by its path
+    or as RUN/STAGE, all artifacts of a run, or a folder or URL of shards. Exit code 1 if something is damaged."""
     from pipeline import tables
 
-    found = {place: _inspect(place, deep=True) for place in _places(target, store)}
+    found = {place: _verify(place) for place in _places(target, store)}
     _report(as_json, found, tables.verified)
     _exit(found)
+
+
+@click.group()
+def shards() -> None:
+    """Repair and export shards."""
 
 
 @shards.command()
@@ -76,19 +77,17 @@ def repair(target: str, store: str | None, engine: str, wait: bool, as_json: boo
 
     The artifact is unsealed first: until it is whole again it exists for nobody. Killed, the command can be repeated.
     """
-    from pipeline.repair import hashes, plan_repair
+    from pipeline.repair import plan_repair
     from pipeline.selection import Selection
 
     artifact = find_artifact(target, store)
-    report = _inspect(str(artifact), deep=True)
-    found = plan_repair(artifact, report)
-    if not found.damaged and (artifact / "artifact.json").exists():
+    found = plan_repair(artifact)
+    if not found.needed:
         print_result(as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
         return
-    before = hashes(artifact)
     found.unseal(say_waiting if wait else None)
     carry_out(found.loaded, found.run_name, Selection(), Execution(engine, wait, quiet=True))
-    changed = found.changed(before)
+    changed = found.changed()
     result = {"repaired": list(found.damaged), "changed": changed}
     print_result(as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'the seal alone'}")
     if changed:
@@ -130,8 +129,8 @@ def export(target: str, out: Path, store: str | None, form: str) -> None:
     click.echo(f"{out}")
 
 
-def _places(target: str, store: str | None) -> list[str]:
-    """A path or URL as it is; for the name of a run, the folders of its `pairs` artifacts."""
+def _places(target: str, store: str | None, kind: str | None = None) -> list[str]:
+    """A path or URL as it is; for RUN/STAGE its artifact; for the name of a run, its artifacts, or those of a kind."""
     if "://" in target or Path(target).exists():
         return [target]
     from pipeline.errors import UsageError
@@ -139,15 +138,27 @@ def _places(target: str, store: str | None) -> list[str]:
     from pipeline.status import status_of
 
     if "/" in target:
-        raise UsageError(f"{target} does not exist")
+        artifact = find_artifact(target, store)
+        if not artifact.exists():
+            raise UsageError(f"{artifact} does not exist")
+        return [str(artifact)]
     try:
         run = Run.find(open_store(store), target)
     except UsageError as error:
         raise UsageError(f"{target} is no folder, and {error}") from None
-    made = [s["artifact"] for s in status_of(run).values() if s["kind"] == "pairs" and s["state"] == "done"]
+    made = [s["artifact"] for s in status_of(run).values() if kind in (None, s["kind"]) and s["state"] == "done"]
     if not made:
-        raise UsageError(f"run {target} has no finished pairs yet; `retort status {target}` says how far it is")
+        raise UsageError(
+            f"run {target} has no finished {kind or 'stage'} yet; `retort status {target}` says how far it is"
+        )
     return made
+
+
+def _verify(place: str) -> dict[str, Any]:
+    from pipeline.store import RECORD
+    from pipeline.verify import verify
+
+    return verify(Path(place)) if (Path(place) / RECORD).exists() else _inspect(place, deep=True)
 
 
 def _inspect(place: str, deep: bool) -> dict[str, Any]:

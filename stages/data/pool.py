@@ -127,6 +127,21 @@ def read_list(folder: Path) -> list[ListedShard]:
     return [ListedShard(pool / s["tar"], s["count"], s["bytes"], s["sha256"]) for s in listed["shards"]]
 
 
+def parts(folder: Path) -> dict[str, str]:
+    """Path below the pool -> sha256, of the shards and the table of prompts that a sealed artifact lists. Raises
+    StageError if the list is not there."""
+    listed = _listed(folder)
+    prompts = listed["prompts"]
+    return {prompts["file"]: prompts["sha256"]} | {shard["tar"]: shard["sha256"] for shard in listed["shards"]}
+
+
+def discard(pool: Path, paths: Sequence[str]) -> None:
+    """Remove parts. A shard's receipt goes first, and with it the shard."""
+    for path in paths:
+        (pool / path).with_suffix(".parquet").unlink(missing_ok=True)
+        (pool / path).unlink(missing_ok=True)
+
+
 def _listed(folder: Path) -> dict[str, Any]:
     """The list, checked: it names a pool beside its folder, and shards inside that. Raises StageError."""
     try:

@@ -69,6 +69,7 @@ def main() -> None:
         make = partial(
             TimedWorker,
             teacher_artifact=pairs.inputs["teacher"],
+            teacher_sha256=pairs.inputs["teacher"].sha256,
             prompts_identity="the artifact's",
             sampler=config.sampler,
             path_timesteps=config.path_timesteps,

@@ -101,7 +101,7 @@ def _finish_killed(store: Store, folder: Path) -> None:
     if folder.exists() or not (work / RECORD).exists():
         return
     artifact = load_artifact(work)
-    pool = store.pool(artifact.kind, artifact.record["pool"])
+    pool = store.pool(artifact.kind, artifact.record["pool"] or artifact.fingerprint)
     with Run(store, f"{REPAIR}{artifact.fingerprint}").making(artifact, pool):
         if not folder.exists():
             store.finish(folder, work)

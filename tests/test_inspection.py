@@ -176,12 +176,6 @@ def test_a_folder_of_receipted_shards_says_what_is_missing(pairs):
     assert inspect_shards(str(pairs.artifact.folder))["extra"] == 1
 
 
-def test_a_link_that_loops_counts_nothing_twice(pairs):
-    (pairs.pool / "loop").symlink_to(pairs.pool)
-    found = inspect_shards(str(pairs.pool))
-    assert (found["count"], found["repeated_noises"], found["damaged"]) == (40, 0, {})
-
-
 def test_all_receipts_lost_are_noticed(pairs):
     for receipt in pairs.pool.rglob("*.parquet"):
         receipt.unlink()

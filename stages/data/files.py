@@ -44,7 +44,7 @@ def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Pat
         return {path.name: path}
     found: dict[str, Path] = {}
     if path.is_dir():
-        for inside in (file.relative_to(path) for file in files_below(path)):
+        for inside in (file.relative_to(path) for file in _files_below(path)):
             if any(_matches(inside, pattern) for pattern in patterns):
                 found[str(inside)] = path / inside
     elif glob.has_magic(source):
@@ -56,7 +56,7 @@ def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Pat
     return dict(sorted(found.items()))
 
 
-def files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """All that is no folder, at any depth. Links are followed, but not to a folder that they lie in (`above`)."""
     real = os.path.realpath(folder)
     if real in above:
@@ -67,7 +67,7 @@ def files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[P
         return
     for entry in entries:
         if os.path.isdir(entry):
-            yield from files_below(Path(entry.path), above | {real})
+            yield from _files_below(Path(entry.path), above | {real})
         else:
             yield Path(entry.path)
 
@@ -81,7 +81,7 @@ def _globbed(pattern: Path) -> Iterator[Path]:
     fixed = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
     folder, below = Path(*pattern.parts[:fixed]), pattern.parts[fixed:]
     fits, hidden = re.compile(glob_translate("/".join(below))).match, any(part.startswith(".") for part in below)
-    inside = (file.relative_to(folder) for file in files_below(folder))
+    inside = (file.relative_to(folder) for file in _files_below(folder))
     return (folder / f for f in inside if fits(f.as_posix()) and (hidden or not _is_hidden(f)))
 
 

@@ -6,14 +6,12 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 
 from stages.base import StageError
-from stages.data.files import files_below
 from stages.data.pool import LIST, PROMPTS, parse_list
 from stages.data.receipts import SEAL
 
@@ -63,9 +61,6 @@ class Source:
             if not found:
                 raise FileNotFoundError(self.root)
             self.root = posixpath.dirname(self.root)
-        elif isinstance(self._fs, LocalFileSystem):  # whose own `find` goes round where links loop
-            files = files_below(Path(self.root))
-            found = {str(path): {"size": path.stat().st_size if path.exists() else 0} for path in files}
         else:
             found = self._fs.find(self.root, detail=True)
         inside = {posixpath.relpath(path, self.root): self._size(path, about) for path, about in found.items()}

@@ -207,6 +207,10 @@ class Context:
         self._runner.reporter.note(self._stage.name, text)
         self._runner.run.event("stage_waits", self._stage.name, why=text)
 
+    def warn(self, text: str) -> None:
+        log.warning("%s", text)
+        self._runner.reporter.note(self._stage.name, f"warning: {text}")
+
 
 def _since(started: float) -> float:
     return round(time.monotonic() - started, 3)

@@ -124,6 +124,10 @@ class Stage(Config):
         """Yield (field path, problem) for each setting that contradicts the stages it reads."""
         yield from ()
 
+    def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
+        """Yield what the user should know before it runs, as far as a quick look at the settings and inputs shows."""
+        yield from ()
+
     def damage(self, folder: Path) -> str | None:
         """What is missing of the sealed `folder`, if it relies on files outside of it; None if nothing is. Reads no
         more than their sizes."""
@@ -215,6 +219,9 @@ class StageContext(Protocol):
 
     def progress(self, progress: Progress) -> None:
         """Show and log how far the stage is."""
+
+    def warn(self, text: str) -> None:
+        """Tell the user something, on the terminal and in the stage's log."""
 
 
 @dataclass(frozen=True, eq=False)

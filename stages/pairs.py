@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -19,8 +20,11 @@ from stages.data import pool
 from stages.data.files import is_temporary
 from stages.data.pool import PROMPTS, ListedShard, ShardPlan, plan_shards, write_list
 from stages.data.prompts.config import Prompts
+from stages.data.prompts.read import read_prompts
+from stages.data.prompts.vocabulary import unknown_words
 from stages.diffusion.config import PairsExecution, Sampler
 from stages.diffusion.form import Form
+from stages.teacher import Teacher
 
 if TYPE_CHECKING:
     from stages.data.records import ShardFacts
@@ -68,6 +72,17 @@ class Pairs(Stage):
         if self.prompts is None and self.sampler.guidance_scale != 1:
             yield "sampler.guidance_scale", "there are no prompts to guide by; give prompts, or guidance_scale: 1"
 
+    def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
+        """Of the words in the first prompts of a file: image sets are slow to load."""
+        teacher = inputs["teacher"]
+        assert isinstance(teacher.stage, Teacher)
+        folder = teacher.stage.known(teacher.folder)
+        if not folder or not self.prompts or not self.prompts.path:
+            return
+        with suppress(StageError):  # prompts that cannot be read are an error once the stage runs
+            text = unknown_words(folder, [next(read_prompts(self.prompts))[: self.count]])
+            yield from [text] if text else []
+
     def damage(self, folder: Path) -> str | None:
         return pool.damage(folder)
 
@@ -90,7 +105,7 @@ class Pairs(Stage):
         return f"{done} of {len(plans)} shards are there" if done else None
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
-        from stages.data.prompts.table import write_table
+        from stages.data.prompts.table import PromptTable, write_table
         from stages.factory import ShardWorker
 
         context.pool.mkdir(parents=True, exist_ok=True)
@@ -103,6 +118,10 @@ class Pairs(Stage):
         missing = [plan for plan in plans if _facts(context.pool / plan.place, teacher) is None]
         if missing or not (context.pool / PROMPTS).exists():
             write_table(self.prompts, context.contents, context.pool / PROMPTS)
+        if missing:
+            unknown = unknown_words(context.inputs["teacher"].folder, PromptTable(context.pool).batches(self.count))
+            if unknown:
+                context.warn(unknown)
         done = self.count - sum(plan.stop - plan.start for plan in missing)
         reused, started = done, time.monotonic()
         context.progress(Progress(done, self.count, "pairs"))

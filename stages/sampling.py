@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from stages.base import Artifact, Execution, StageError
+from stages.data.prompts.vocabulary import unknown_words
 from stages.distill import Distill, teacher_of
 
 TEACHER_STEPS = 50
 
 
 def draw(
-    artifact: Artifact, prompts: list[str], count: int, seed: int, steps: int | None, guidance_scale: float, out: Path
+    artifact: Artifact,
+    prompts: list[str],
+    count: int,
+    seed: int,
+    steps: int | None,
+    guidance_scale: float,
+    out: Path,
+    warn: Callable[[str], None],
 ) -> None:
     """Write one image: a row a prompt, a column a noise, the same noises in every row. `steps` are a teacher's, 50 if
     not given, or those of a student whose method leaves them open; `guidance_scale` is a teacher's, or that of a
-    student that takes it as an input. Raises StageError, also outside of what it was trained for."""
+    student that takes it as an input. `warn` is told of words that the teacher does not know. Raises StageError, also
+    outside of what it was trained for."""
     import torch
     from PIL import Image
 
@@ -36,6 +46,9 @@ def draw(
     other = artifact.stage.method.why_not_in(steps) if isinstance(artifact.stage, Distill) and steps else None
     if other:
         raise StageError(other)
+    unknown = unknown_words(folder, [prompts])
+    if unknown:
+        warn(unknown)
     teacher = load_network(folder, Execution())
     noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
     student = Student.load(artifact.folder, teacher, steps) if artifact.kind == "distill" else None

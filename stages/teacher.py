@@ -54,14 +54,14 @@ class Teacher(Stage):
         as far as can be known; None if there is one, or if nobody knows. `sealed`: its folder, once it is made."""
         if self.train and self.train.drop_text == 0:
             return "the teacher was trained with drop_text: 0, never without a prompt"
-        folder = self._known(sealed)
+        folder = self.known(sealed)
         return layout.why_unguided(folder, as_input) if folder else None
 
     def timesteps(self, sealed: Path) -> int | None:
         """How many its schedule has; None if nobody knows."""
         if self.train:
             return TIMESTEPS
-        folder = self._known(sealed)
+        folder = self.known(sealed)
         return layout.timesteps(folder) if folder else None
 
     def prediction(self, sealed: Path) -> Prediction | None:
@@ -75,11 +75,11 @@ class Teacher(Stage):
         """How many pixels high and wide what it makes is; None if nobody knows."""
         if self.train:
             return self.train.dataset.size, self.train.dataset.size
-        folder = self._known(sealed)
+        folder = self.known(sealed)
         return layout.image_size(folder) if folder else None
 
-    def _known(self, sealed: Path) -> Path | None:
-        """A folder of it that can be read already."""
+    def known(self, sealed: Path) -> Path | None:
+        """A diffusers folder of it that can be read already; None if there is none. `sealed`: its own."""
         folders = [sealed, *([Path(FROM.source(self.from_))] if self.from_ else [])]
         return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 

@@ -18,8 +18,9 @@ from stages.data.pool import PROMPTS, read_list
 from stages.data.prompts.config import PATTERNS, Prompts
 from stages.data.prompts.read import read_prompts
 from stages.data.prompts.table import PromptTable, write_table
+from stages.data.prompts.vocabulary import unknown_words
 from stages.data.reader import PairReader
-from tests.conftest import GAUSSIAN, execute, plan_of
+from tests.conftest import GAUSSIAN, execute, plan_of, retort
 
 
 def read(path, column=None) -> list[str]:
@@ -63,6 +64,45 @@ def test_folders_and_globs_are_read_by_name(tmp_path):
         read(tmp_path)
     with pytest.raises(StageError, match="does not exist"):
         read(tmp_path / "x*.parquet")
+
+
+def test_words_that_the_teacher_does_not_know_are_said_by_plan_pairs_and_sample(tmp_path, write_manifest):
+    store = tmp_path / "store"
+    shipped = "name: words\nstages:\n  teacher: {kind: teacher, from: digit_scenes}\n"
+    teacher = execute(shipped, store)["teacher"].artifact.folder
+    manifest = write_manifest(
+        f"{shipped}  pairs: {{kind: pairs, teacher: teacher, prompts: {tmp_path / 'p.txt'}, count: 3, "
+        "sampler: {steps: 1, guidance_scale: 1.0}}\n"
+    )
+
+    def told(*arguments):
+        done = retort(*arguments, "--store", store)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stderr.splitlines() if "does not know" in line]
+
+    write(tmp_path / "p.txt", ["a zebra Cat", "A red seven", "a zebra dog", "the fourth is not used"])
+    share = "does not know 4 of the 9 tokens of the prompts (44 %), such as 'zebra', 'Cat', 'dog';"
+    (planned,), (made,) = told("plan", manifest), told("submit", manifest, "--engine", "inline")
+    assert planned.startswith("warning: pairs: ") and share in planned
+    assert share in made and str(teacher / "tokenizer" / "tokenizer.json") in made
+    assert (store / "runs" / "words" / "logs" / "pairs.log").read_text().count(share) == 1
+    draw = ("sample", teacher, "-n", 1, "--steps", 1, "-o", tmp_path / "a.png", "-p")
+    (drawn,) = told(*draw, "a zebra cat")
+    assert "2 of the 3 tokens" in drawn
+    assert told(*draw, "a red seven") == []
+    write(tmp_path / "p.txt", ["a red seven", "a blue two"])
+    assert told("plan", manifest) == told("submit", manifest, "--engine", "inline") == []
+
+
+def test_a_tokenizer_of_bytes_knows_every_word(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({**letters, "<|endoftext|>": len(letters)}, [], unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    assert unknown_words(tmp_path, [["a purple cat", "ein Käfer 🐞"]]) is None
 
 
 def test_quoted_commas_and_lines_of_a_csv(tmp_path):

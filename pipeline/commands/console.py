@@ -193,6 +193,10 @@ def say_waiting(text: str) -> None:
     click.echo(f"waiting: {text}", err=True)
 
 
+def say_warning(text: str) -> None:
+    click.echo(f"warning: {text}", err=True)
+
+
 def show_done(run: Run, planned: Plan, as_json: bool) -> None:
     """Print where the artifacts of a run lie."""
     from pipeline import tables
@@ -213,6 +217,10 @@ def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) ->
     force.check(run, planned, chosen)
     shown = [stage for stage in planned if stage.name in chosen]
     print_result(as_json, {s.name: s.as_dict() for s in shown}, lambda: tables.plan(shown))
+    for stage in shown:
+        if stage.state in ("run", "resume"):
+            for text in stage.artifact.stage.warnings(stage.artifact.inputs):
+                say_warning(f"{stage.name}: {text}")
 
 
 def show_difference(loaded: Loaded, other: str, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.commands.console import find_artifact, store_option
+from pipeline.commands.console import find_artifact, say_warning, store_option
 
 
 @click.command(short_help="Draw images with a teacher or student.")
@@ -47,7 +47,7 @@ def sample(
     try:
         from stages.sampling import draw
 
-        draw(found, list(prompts), count, seed, steps, guidance_scale, out)
+        draw(found, list(prompts), count, seed, steps, guidance_scale, out, say_warning)
     except StageError as error:
         raise UsageError(str(error)) from None
     click.echo(f"{out}")

@@ -5,7 +5,7 @@ Whatever the source was, sample i of the pool uses row i mod P, and no process e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,3 +62,8 @@ class PromptTable:
     def of(self, samples: Iterable[int]) -> list[str]:
         """Sample i uses prompt i mod P."""
         return [self._prompts[i % len(self)].as_py() for i in samples]
+
+    def batches(self, count: int) -> Iterator[list[str]]:
+        """All that the first `count` samples use, each once."""
+        for chunk in self._prompts.slice(0, count).chunks:
+            yield chunk.to_pylist()

@@ -1,0 +1,44 @@
+"""Words of prompts that a teacher's tokenizer does not know. Planning asks too, so it needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+EXAMPLES = 5
+
+
+def unknown_words(teacher: Path, prompts: Iterable[Sequence[str]]) -> str | None:
+    """A warning with the share of unknown tokens in batches of prompts, and examples; None if there are none.
+
+    `teacher` is a diffusers folder. Without a `tokenizer.json` that can be read nothing is known and None is returned.
+    A tokenizer that falls back to bytes, such as CLIP's, knows every word.
+    """
+    from tokenizers import Tokenizer
+
+    file = teacher / "tokenizer" / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # the library raises nothing narrower; a file that is broken is an error once it is needed
+        return None
+    unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
+    if unknown is None:
+        return None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    total = missed = 0
+    examples: dict[str, None] = {}
+    for batch in prompts:
+        for prompt, found in zip(batch, tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
+            places = [place for place, token in zip(found.offsets, found.ids, strict=True) if token == unknown]
+            total, missed = total + len(found.ids), missed + len(places)
+            if len(examples) < EXAMPLES:
+                examples |= dict.fromkeys(prompt[start:end] for start, end in places)
+    if not missed:
+        return None
+    words = ", ".join(map(repr, list(examples)[:EXAMPLES]))
+    return (
+        f"the teacher's tokenizer does not know {missed:,} of the {total:,} tokens of the prompts "
+        f"({100 * missed / total:.2g} %), such as {words}; it reads them all as one and the same word. "
+        f"The words that it knows are listed in {file}"
+    )

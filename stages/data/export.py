@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,26 +42,19 @@ def to_parquet(artifact: Artifact, out: Path) -> None:
 
 
 def to_huggingface(artifact: Artifact, out: Path) -> None:
-    """A folder that `datasets.load_dataset(folder)` reads: the tars as they are, and a dataset card. Hard links
-    where the file system has them. Raises StageError for damaged shards."""
+    """A folder that `datasets.load_dataset(folder)` reads: copies of the tars, and a dataset card. No links: who
+    edited the export would change what is sealed. Raises StageError for damaged shards."""
     shards = read_list(artifact.folder)
     PairReader(shards)  # looks at every shard
     temporary = temporary_of(out)
     try:
         (temporary / "data").mkdir(parents=True)
         for number, shard in enumerate(shards):
-            _link(shard.tar, temporary / "data" / f"train-{number:05d}-of-{len(shards):05d}.tar")
+            shutil.copyfile(shard.tar, temporary / "data" / f"train-{number:05d}-of-{len(shards):05d}.tar")
         (temporary / "README.md").write_text(_card(artifact), encoding="utf-8")
         publish(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _card(artifact: Artifact) -> str:

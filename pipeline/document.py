@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -32,12 +33,19 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
 
 
+LONGEST_INTEGER = 100
+"""Characters. The largest that any setting takes has 19 digits."""
+MOST_VALUES = 100_000
+"""Of a manifest, with what its aliases stand for: each alias of a list of aliases multiplies them."""
+
 _LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 """What YAML counts as one."""
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
+    if len(text) > LONGEST_INTEGER:  # Python refuses to print what is far longer
+        raise ValueError(f"an integer of {len(text):,} characters; at most {LONGEST_INTEGER} are read")
     return int(text, 16) if text.startswith("0x") else int(text)
 
 
@@ -135,6 +143,8 @@ def parse(text: str, name: str) -> Document:
         raise ManifestError([document.at(where, f"not YAML: a character {text[error.position]!r}")]) from None
     problems: list[str] = []
     try:
+        if node:
+            _check_size(document, node)
         document.value = _Builder(document, loader, problems).build(node, ()) if node else {}
     except RecursionError:
         raise ManifestError([document.at((0, 0), "not YAML that can be read: nested too deeply")]) from None
@@ -143,6 +153,29 @@ def parse(text: str, name: str) -> Document:
     if problems:
         raise ManifestError(problems)
     return document
+
+
+def _check_size(document: Document, root: yaml.Node) -> None:
+    """Raise ManifestError, at the first of its nodes that is too large, if aliases make a text too many values."""
+    sizes: dict[yaml.Node, int | None] = {}
+
+    def size(node: yaml.Node) -> int:
+        if node in sizes:
+            known, place = sizes[node], (node.start_mark.line, node.start_mark.column)
+            if known is None:
+                raise ManifestError([document.at(place, "an alias that contains itself")])
+            return known
+        sizes[node] = None
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inside = chain.from_iterable(parts) if isinstance(node, yaml.MappingNode) else parts
+        found = 1 + sum(map(size, inside))
+        if found > MOST_VALUES:
+            place = (node.start_mark.line, node.start_mark.column)
+            raise ManifestError([document.at(place, f"more than {MOST_VALUES:,} values, with what aliases stand for")])
+        sizes[node] = found
+        return found
+
+    size(root)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -162,24 +195,16 @@ class _Builder:
     document: Document
     loader: _Loader
     problems: list[str]
-    open: list[yaml.Node] = field(default_factory=list)
     merged: list[yaml.Node] = field(default_factory=list)
 
     def build(self, node: yaml.Node, path: Path) -> Any:
         place = (node.start_mark.line, node.start_mark.column)
         self.document.places.setdefault(path, place)
-        if node in self.open:
-            self.problems.append(self.document.at(place, "an alias that contains itself"))
-            return None
-        self.open.append(node)
-        try:
-            if isinstance(node, yaml.MappingNode):
-                return self._mapping(node, path)
-            if isinstance(node, yaml.SequenceNode):
-                return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
-            return self._scalar(node, place)
-        finally:
-            self.open.pop()
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+        return self._scalar(node, place)
 
     def _scalar(self, node: yaml.Node, place: tuple[int, int]) -> Any:
         try:

@@ -1,6 +1,7 @@
 """Manifests: what is read, and that every error points at its place."""
 
 import textwrap
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -73,11 +74,38 @@ def test_what_is_dumped_is_read_back_equal(value):
         ("a: &a [*a]", "m.yaml:1:4", "an alias that contains itself"),
         ("? [x]\n: 1", "m.yaml:1:3", "a key must be a plain word"),
         ("name: !!python/object:os.system x", "m.yaml:1:7", "cannot be read"),
+        (f"seed: {'9' * 60_000}", "m.yaml:1:7", "an integer of 60,000 characters; at most 100 are read"),
+        (f"seed: 0x{'f' * 4000}", "m.yaml:1:7", "an integer of 4,002 characters; at most 100 are read"),
     ],
 )
 def test_broken_yaml_is_placed(text, place, words):
     message = problems(text)
     assert message.startswith(place) and words in message
+
+
+def six_levels_of_lists():
+    return "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 7))])
+
+
+def six_levels_of_merges():
+    text = "{x: 1, y: 2}"
+    for i in range(6):
+        text = f"{{<<: [&m{i} {text}{f', *m{i}' * 9}]}}"
+    return f"a: {text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [(six_levels_of_lists(), "m.yaml:6:"), (six_levels_of_merges(), "m.yaml:1:")]
+)
+def test_aliases_that_multiply_are_refused_before_they_fill_the_memory(text, place):
+    tracemalloc.start()
+    try:
+        message = problems(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert message.startswith(place) and "more than 100,000 values, with what aliases stand for" in message
+    assert peak < 5e6
 
 
 def test_every_problem_is_reported_with_place_line_and_caret():

@@ -76,11 +76,11 @@ class PairReader:
 
 class _OpenShard:
     def __init__(self, shard: ListedShard, arrays: Sequence[str]) -> None:
-        receipt = receipt_of(shard.tar)
+        receipt, columns = receipt_of(shard.tar), ["prompt", *(f"{name}_offset" for name in arrays)]
         try:
-            facts, rows = read_receipt(receipt.read_bytes(), ["prompt", *(f"{name}_offset" for name in arrays)])
+            facts, rows = read_receipt(receipt.read_bytes(), columns, shard.bytes)
         except KeyError:
-            facts, rows = read_receipt(receipt.read_bytes(), ["prompt"])
+            facts, rows = read_receipt(receipt.read_bytes(), ["prompt"], shard.bytes)
         except (OSError, ValueError):
             raise StageError(f"{shard.tar} {CHANGED}") from None
         if facts.sha256 != shard.sha256 or sha256_once(shard.tar) != shard.sha256:

@@ -6,6 +6,7 @@ A receipt carries the hash of all its other bytes, so that damage to it is notic
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,17 @@ def read_facts(receipt: Path) -> ShardFacts:
         raise ValueError(f"{receipt}: {error}") from None
 
 
-def read_receipt(content: bytes, columns: list[str]) -> tuple[ShardFacts, pa.Table]:
-    """The facts and some columns of a receipt's bytes, its seal checked first. Raises ValueError if it is damaged,
-    KeyError for a column that it has not."""
+def read_receipt(content: bytes, columns: list[str], tar_bytes: int) -> tuple[ShardFacts, pa.Table]:
+    """The facts and some columns of a receipt's bytes, its seal checked first. Raises ValueError if it is damaged, or
+    has more rows than a tar of `tar_bytes` has room for, KeyError for a column that it has not."""
     check_seal(content)
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         facts = parse_facts(file.metadata)
-        if file.metadata.num_rows != facts.count or 512 * facts.count > facts.bytes:
-            raise ValueError(f"its receipt has {file.metadata.num_rows} rows for {facts.count} samples")
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        rows = sum(group.num_rows for group in groups)
+        if rows != facts.count or rows * tarfile.BLOCKSIZE > tar_bytes:  # a few bytes of parquet may say millions
+            raise ValueError(f"its receipt has {rows} rows for {facts.count} samples in {tar_bytes} bytes")
         absent = next((name for name in columns if name not in file.schema_arrow.names), None)
         if absent is not None:
             raise KeyError(absent)

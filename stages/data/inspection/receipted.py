@@ -54,7 +54,7 @@ def _check(source: Source, tar: Listed, deep: bool) -> Checked:
     if tar.receipt not in source.sizes:
         return Checked(tar, None, "unreceipted", "it has no receipt, so it does not exist")
     try:
-        receipt = _read(source, tar)
+        receipt = _read(source, tar, size)
         facts = receipt.facts
         if size != facts.bytes or tar.bytes not in (None, size):
             raise ValueError(f"{size} bytes instead of {facts.bytes if tar.bytes is None else tar.bytes}")
@@ -67,8 +67,8 @@ def _check(source: Source, tar: Listed, deep: bool) -> Checked:
     return Checked(tar, receipt)
 
 
-def _read(source: Source, tar: Listed) -> Receipt:
-    facts, rows = read_receipt(source.read(tar.receipt), list(COLUMNS))
+def _read(source: Source, tar: Listed, size: int) -> Receipt:
+    facts, rows = read_receipt(source.read(tar.receipt), list(COLUMNS), size)
     for name, kind in COLUMNS.items():
         if rows.schema.field(name).type != kind or rows[name].null_count:
             raise ValueError(f"its receipt's column {name} is no {kind}")

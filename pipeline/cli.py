@@ -60,12 +60,14 @@ def main() -> None:
     except Exception as error:
         from pipeline.engine import describe
         from pipeline.errors import ManifestError, RetortError
+        from stages.data.urls import redacted
 
         if debug or not isinstance(error, RetortError | OSError):
             raise
         # a manifest's problems begin with file:line:column, as editors expect
         prefix = "" if isinstance(error, ManifestError) else "retort: "
-        click.echo(f"{prefix}{error if isinstance(error, RetortError) else describe(error)}", err=True)
+        text = str(error) if isinstance(error, RetortError) else describe(error)
+        click.echo(redacted(f"{prefix}{text}"), err=True)
         sys.exit(error.exit_code if isinstance(error, RetortError) else 1)
 
 

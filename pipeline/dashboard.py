@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pipeline.errors import UsageError
 from pipeline.nodes import needs
@@ -47,6 +47,16 @@ def checked(address: str) -> str:
     raise UsageError(f"--address {address}: {wrong}; give the dashboard's address, http://{named}:{port}")
 
 
+class _NoRedirects(HTTPRedirectHandler):
+    """urllib would send the token along, to whatever host a reply names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_open = build_opener(_NoRedirects).open
+
+
 def headers() -> dict[str, str]:
     """The token that Ray finds by the same rules, if there is one. Raises UsageError for a file that cannot be read."""
     token, _ = _token()
@@ -70,15 +80,19 @@ def _token() -> tuple[str, str]:
 
 
 def ask(address: str, path: str) -> Any:
-    """The JSON at `path`; None if there is nothing (404). Raises Unreachable, and UsageError for a refused token."""
+    """The JSON at `path`; None if there is nothing (404). Raises Unreachable, and UsageError for a refused token or a
+    redirect, which is not followed."""
     try:
-        with urlopen(Request(address + path, headers=headers()), timeout=TIMEOUT) as reply:
+        with _open(Request(address + path, headers=headers()), timeout=TIMEOUT) as reply:
             return json.load(reply)
     except HTTPError as error:
         if error.code in (401, 403):
             raise UsageError(refused(address, error.code)) from None
         if error.code == 404:
             return None
+        if "Location" in error.headers:
+            where = error.headers["Location"]
+            raise UsageError(f"{address} sends on to {where}: if that is the cluster's, give its address") from None
         raise Unreachable(f"{address} answers with HTTP {error.code}, not as a Ray dashboard") from None
     except OSError as error:
         why = getattr(error, "reason", error)

@@ -27,6 +27,7 @@ from pipeline.runs import Run
 from pipeline.store import RECORD, damaged_input
 from stages.base import Artifact, Content, Progress, StageError
 from stages.data.provenance import versions
+from stages.data.urls import redacted
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -82,10 +83,11 @@ class Runner:
                     raise
                 except Exception as error:
                     log.exception("the stage failed")
+                    why = redacted(describe(error))
                     with suppress(OSError):  # a full disk takes no events either; the message below still says why
-                        self._event("stage_failed", stage, seconds=_since(started), error=describe(error))
+                        self._event("stage_failed", stage, seconds=_since(started), error=why)
                     raise StageFailed(
-                        f"stage {stage.name} failed: {describe(error)}\n"
+                        f"stage {stage.name} failed: {why}\n"
                         f"log: {self.run.log_file(stage.name)}\n"
                         f"carry on with: retort resume {self.run.name} --store {store.root}"
                     ) from error
@@ -221,12 +223,19 @@ class _StageLog(logging.FileHandler):
         """A log line that a full disk does not take is no reason to print a traceback."""
 
 
+class _Redacting(logging.Formatter):
+    """Lines without the passwords and signatures of URLs: logs are shown to others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 @contextmanager
 def _log_to(file: Path) -> Iterator[None]:
     """Everything that is logged or warned in this process goes to the stage's log, and not to the terminal."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _StageLog(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)

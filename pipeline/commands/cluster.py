@@ -156,8 +156,10 @@ def _attend(cluster: Cluster, run: Run, job: Job, as_json: bool) -> None:
 
 
 def _how(run: Run, job: Job) -> str:
+    from stages.data.urls import redacted
+
     return (
-        f"follow it with: retort resume {run.name} --store {run.store.root} --address {job.address}, "
+        f"follow it with: retort resume {run.name} --store {run.store.root} --address {redacted(job.address)}, "
         f"stop it with: retort stop {run.name} --store {run.store.root}"
     )
 

@@ -261,4 +261,6 @@ def interrupt(*_: object) -> NoReturn:
 
 
 def print_result(as_json: bool, value: Any, table: Callable[[], str]) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else table())
+    from stages.data.urls import redacted
+
+    click.echo(redacted(json.dumps(value, indent=2, ensure_ascii=False) if as_json else table()))

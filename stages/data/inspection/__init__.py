@@ -16,6 +16,7 @@ from stages.data.inspection.receipted import Checked, check_shards, sha256
 from stages.data.inspection.source import Source
 from stages.data.records import ShardFacts
 from stages.data.statistics import Moments, ks_distance
+from stages.data.urls import redacted
 
 SAME = ("sampler", "path_timesteps", "dtype", "noise", "seed", "prompts", "teacher", "device", "execution", "versions")
 """Provenance that all shards of one dataset should share."""
@@ -29,16 +30,17 @@ def inspect_shards(target: str, *, deep: bool = False) -> dict[str, Any]:
 
     `damaged` is what a user has to act on: shards that are missing, without a receipt or corrupt, and noises that
     occur twice. `deep` re-reads and re-hashes every tar. Raises StageError when there is no shard at all, or the
-    target cannot be read.
+    target cannot be read. Nothing of it holds the passwords or signatures of URLs.
     """
     source = Source(target)
     tars = source.tars()
     if not tars:
-        raise StageError(f"{target} holds no shards: no .tar is there")
+        raise StageError(redacted(f"{target} holds no shards: no .tar is there"))
     report = _receipted(source, deep) if source.receipted else _foreign(source, deep)
     if report["repeated_noises"]:
         report["damaged"]["noise"] = f"{report['repeated_noises']:,} samples start from a noise that another has too"
-    return {"target": target, "deep": deep, **report}
+    report["damaged"] = {place: redacted(problem) for place, problem in report["damaged"].items()}
+    return {"target": redacted(target), "deep": deep, **report}
 
 
 def _receipted(source: Source, deep: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fsspec.core import url_to_fs
 from stages.base import StageError
 from stages.data.pool import LIST, PROMPTS, parse_list
 from stages.data.receipts import SEAL
+from stages.data.urls import redacted
 
 SAMPLED = 100
 """Parquet files that are looked into for a receipt's seal, at most."""
@@ -47,7 +48,7 @@ class Source:
             raise
         except Exception as error:  # each file system raises its own kinds
             first = (str(error).strip() or "no reason given").splitlines()[0]
-            raise StageError(f"{target} cannot be read ({type(error).__name__}: {first})") from None
+            raise StageError(redacted(f"{target} cannot be read ({type(error).__name__}: {first})")) from None
 
     def _sealed(self, root: str) -> dict[str, Any] | None:
         path = posixpath.join(root, LIST)

@@ -95,6 +95,7 @@ def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):
         ("unet/config.json", {"in_channels": 9}, "9 channels in and 4 out: it wants more than noise and a prompt"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "unet has addition_embed_type: text_time"),
         ("model_index.json", None, "it is no diffusers pipeline"),
+        ("unet/config.json", "9" * 60_000, "unet/config.json is not JSON"),
         ("unet/diffusion_pytorch_model.safetensors", None, "has no unet/diffusion_pytorch_model.safetensors"),
         (
             "scheduler/scheduler_config.json",
@@ -108,6 +109,8 @@ def test_other_layouts_are_refused_with_what_is_supported(tiny, tmp_path, file, 
     shutil.copytree(tiny[1]["teacher"].artifact.folder, source)
     if change is None:
         (source / file).unlink()
+    elif isinstance(change, str):
+        (source / file).write_text(change)
     else:
         value = json.loads((source / file).read_text()) | change
         (source / file).write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))

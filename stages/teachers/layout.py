@@ -186,6 +186,6 @@ def _read(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(f"{path.parent} has no {path.name}: it is no diffusers pipeline; {SUPPORTED}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StageError(f"{path} is not JSON ({error})") from None
     return dict(value)

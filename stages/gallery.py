@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from numpy.typing import NDArray
 
 from stages.base import Artifact, Execution, StageError
 from stages.data import tars
-from stages.data.images.files import FORMATS, IMAGES
+from stages.data.images.files import IMAGES
+from stages.data.inspection.foreign import MOST, small_image
 from stages.data.inspection.source import Source
 from stages.data.pictures import data_url, png
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.data.statistics import EDGES
+from stages.data.urls import redacted
 
 GRID = 32
 """Samples that the page shows."""
@@ -27,16 +30,18 @@ Picture = tuple[NDArray[np.uint8], str]
 """An image (H, W, 3) and its prompt."""
 
 
-def pictures(target: str, artifact: Artifact | None, count: int) -> list[Picture]:
+def pictures(target: str, artifact: Artifact | None, count: int) -> Iterator[Picture]:
     """`count` samples at most: of a sealed artifact spread over all of it and decoded by its teacher; of other
-    shards the first that hold an image. Raises StageError where nothing can be shown."""
-    found = _decoded(artifact, count) if artifact else _images(target, count)
-    if not found:
-        raise StageError(f"{target} holds no images; latents need their teacher: give the sealed artifact itself")
-    return found
+    shards the first that hold an image, one in memory at a time. Raises StageError where nothing can be shown."""
+    found = islice(_decoded(artifact, count) if artifact else _images(target), count)
+    first = next(found, None)
+    if first is None:
+        text = f"{target} holds no images; latents need their teacher: give the sealed artifact itself"
+        raise StageError(redacted(text))
+    return chain([first], found)
 
 
-def _decoded(artifact: Artifact, count: int) -> list[Picture]:
+def _decoded(artifact: Artifact, count: int) -> Iterator[Picture]:
     folder = artifact.inputs["teacher"].folder
     if not (folder / "unet").exists():
         raise StageError(f"{folder} is an analytic teacher: its latents are no images")
@@ -49,22 +54,14 @@ def _decoded(artifact: Artifact, count: int) -> list[Picture]:
     batch = reader.batch(chosen)
     images = load_network(folder, Execution()).decode(torch.from_numpy(batch.latent).float()).numpy()
     levels = ((images + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    return list(zip(levels, batch.prompts, strict=True))
+    yield from zip(levels, batch.prompts, strict=True)
 
 
-def _images(target: str, count: int) -> list[Picture]:
-    found: list[Picture] = []
+def _images(target: str) -> Iterator[Picture]:
     source = Source(target)
     for tar in source.tars():
-        try:
-            with source.open(tar.path) as file:
-                for picture in _of_tar(file):
-                    found.append(picture)
-                    if len(found) >= count:
-                        return found
-        except (OSError, ValueError):
-            continue  # the report says what is wrong with it
-    return found
+        with suppress(OSError, ValueError), source.open(tar.path) as file:  # the report says what is wrong with it
+            yield from _of_tar(file)
 
 
 def _of_tar(file: Any) -> Iterator[Picture]:
@@ -75,15 +72,16 @@ def _of_tar(file: Any) -> Iterator[Picture]:
         kind = next((kind for kind in IMAGES if kind in sample.members), None)
         if kind is not None:
             try:
-                with Image.open(BytesIO(tars.read(file, sample.members[kind])), formats=FORMATS) as image:
-                    text = tars.read(file, sample.members["txt"]) if "txt" in sample.members else b""
-                    yield np.asarray(image.convert("RGB")), text.decode("utf-8", "replace")
+                image = small_image(tars.read(file, sample.members[kind], MOST))
+                text = tars.read(file, sample.members["txt"], MOST) if "txt" in sample.members else b""
+                if image is not None:
+                    yield image, text.decode("utf-8", "replace")
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 pass
         file.seek(position)
 
 
-def write_samples(folder: Path, shown: Sequence[Picture]) -> None:
+def write_samples(folder: Path, shown: Iterable[Picture]) -> None:
     """Write `00000.png`, ... and `metadata.jsonl`: a folder that Hugging Face's imagefolder reads. The names are
     numbers: what a shard calls its samples is never a path here. Raises StageError for a folder with files in it."""
     from PIL import Image

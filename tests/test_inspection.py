@@ -1,9 +1,12 @@
 """`retort stats` and `retort shards`: what they say of good shards, of every kind of damage, and of hostile ones."""
 
+import hashlib
 import io
 import json
 import os
+import resource
 import shutil
+import subprocess
 import tarfile
 import threading
 from functools import partial
@@ -23,7 +26,7 @@ from stages.data.files import sha256_of
 from stages.data.inspection import inspect_shards
 from stages.data.receipts import receipt_of
 from stages.data.statistics import histogram, ks_distance
-from tests.conftest import GAUSSIAN, ROOT, execute, retort
+from tests.conftest import GAUSSIAN, ROOT, command, execute, retort
 
 
 @pytest.fixture
@@ -275,6 +278,9 @@ def test_hugging_face_loads_the_exported_folder(pairs, tmp_path):
     batch = PairReader(read_list(pairs.artifact.folder)).batch(range(40))
     assert [row["txt"] for row in rows] == batch.prompts
     np.testing.assert_array_equal(np.array(rows[3]["latent.npy"], dtype=np.float16), batch.latent[3])
+    for tar in (tmp_path / "hf" / "data").iterdir():  # an edited export leaves the store as it is
+        tar.write_bytes(b"edited")
+    assert inspect_shards(str(pairs.artifact.folder), deep=True)["damaged"] == {}
 
 
 # --- Shards by others --------------------------------------------------------------------------------
@@ -394,6 +400,88 @@ def test_hostile_receipts_and_lists_crash_nothing(tmp_path_factory, content, lis
         assert inspect_shards(str(folder), deep=True)["corrupt"] == 1
     except StageError as error:
         assert "receipts.json cannot be read" in str(error)
+
+
+def blank(width, height, form):
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(buffer, format=form)
+    return buffer.getvalue()
+
+
+def test_a_small_tar_of_large_images_takes_little_memory(tmp_path):
+    """Twelve images of 265 MB each in 3 MB. Those that cannot be scaled down while they are decoded are left out."""
+    huge, large = blank(9400, 9400, "PNG"), blank(3000, 1500, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(12):
+            add(tar, f"{i:02}.png", huge)
+        add(tar, "20.png", large)
+        add(tar, "21.jpg", blank(9000, 4500, "JPEG"))
+    done = subprocess.run(
+        command("stats", tmp_path / "a.tar", "--html", tmp_path / "p.html", "--sample", 5, "--out", tmp_path / "out"),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 * 1024**3,) * 2),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 not looked into" in done.stdout and (tmp_path / "p.html").read_text().count("data:image/png;base64,") == 2
+    for number in (0, 1):
+        with Image.open(tmp_path / "out" / f"{number:05d}.png") as image:
+            assert image.size == (1024, 512)
+
+
+def sealed(content):
+    """A receipt's bytes with the seal that belongs to them."""
+    from stages.data.receipts import UNSEALED
+
+    return content.replace(UNSEALED, UNSEALED[:-64] + hashlib.sha256(content).hexdigest().encode())
+
+
+def test_an_integer_that_python_does_not_print_is_damage(pairs):
+    from stages.data.receipts import METADATA, UNSEALED, read_facts
+
+    receipt = pairs.pool / "00000.parquet"
+    facts = read_facts(receipt).model_dump_json().replace('"provenance":{', f'"provenance":{{"x":{"9" * 60_000},')
+    buffer, table = io.BytesIO(), pq.read_table(receipt).replace_schema_metadata()
+    with pq.ParquetWriter(buffer, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({METADATA: facts, b"seal": UNSEALED})
+    receipt.write_bytes(sealed(buffer.getvalue()))
+    done = retort("stats", pairs.pool, "--json")
+    assert done.returncode == 1, done.stderr
+    assert list(json.loads(done.stdout)["damaged"]) == ["00000.tar"]
+
+
+@pytest.mark.parametrize("footer", ["honest", "lying"])
+def test_a_receipt_of_more_rows_than_its_tar_has_room_for_is_not_read(pairs, tmp_path, footer):
+    """Two million rows in some kilobytes, for a tar of 1024 bytes that says it has more."""
+    from stages.data.receipts import METADATA, UNSEALED, read_facts
+
+    million, groups = 1_000_000, 2
+    says = million * groups if footer == "honest" else 2
+    facts = read_facts(pairs.pool / "00000.parquet").model_copy(update={"count": says, "bytes": 512 * million * groups})
+    zeros = {name: np.zeros(million, kind) for name, kind in (("index", "i8"), ("noise_hash", "u8"))}
+    table = pa.table({**zeros, "prompt_hash": zeros["noise_hash"]})
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, table.schema) as writer:
+        for _ in range(groups):
+            writer.write_table(table, row_group_size=million)
+        writer.add_key_value_metadata({METADATA: facts.model_dump_json(), b"seal": UNSEALED})
+    content = buffer.getvalue()
+    if footer == "lying":  # of the whole file it says 2 rows, in as many bytes: thrift's zigzag varint
+        assert content.count(bytes.fromhex("8092f401")) == 1
+        content = content.replace(bytes.fromhex("8092f401"), bytes.fromhex("84808000"))
+    (tmp_path / "00000.parquet").write_bytes(sealed(content))
+    (tmp_path / "00000.tar").write_bytes(b"\0" * 1024)
+    assert len(content) < 200_000
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        found = inspect_shards(str(tmp_path))
+    finally:
+        pa.set_memory_pool(before)
+    assert "2000000 rows" in found["damaged"]["00000.tar"] and pool.max_memory() < 2_000_000
 
 
 @pytest.mark.parametrize("place", ["../../../etc/passwd", "/etc/passwd", "a/../../x.tar"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def stats(
 ) -> None:
     """Say what is in TARGET: a run, a sealed `pairs` artifact, a folder or URL of shards, by Retort or by anyone.
 
-    Exit code 1 if something is damaged. With --sample, images and their prompts are written to the folder --out.
+    Exit code 1 if something is damaged. With --sample, images and their prompts are written to the folder --out, those
+    of shards that others made scaled down to sides of at most 1024 pixels.
     """
     from pipeline import tables
 
@@ -181,17 +183,18 @@ def _show(place: str, report: dict[str, Any], html: Path | None, samples: int, o
     artifact = load_artifact(Path(place)) if (Path(place) / RECORD).exists() else None
     try:
         shown = pictures(place, artifact, max(samples, GRID if html else 0))
+        grid = list(islice(shown, GRID))
     except StageError as error:
         if samples and not report["damaged"]:
             raise UsageError(str(error)) from None
         click.echo(f"no samples: {error}", err=True)
-        shown = []
+        grid, shown = [], iter(())
     if html:
-        write_page(html, report, shown[:GRID])
+        write_page(html, report, grid)
         click.echo(f"page: {html}", err=True)
-    if samples and shown:
+    if samples and grid:
         try:
-            write_samples(out, shown[:samples])
+            write_samples(out, islice(chain(grid, shown), samples))
         except StageError as error:
             raise UsageError(str(error)) from None
         click.echo(f"samples: {out}", err=True)

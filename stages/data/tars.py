@@ -5,6 +5,7 @@ Only regular files are looked at, nothing is ever extracted, and what a tar hold
 
 from __future__ import annotations
 
+import math
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,9 +77,11 @@ class _Member(tarfile.TarInfo):
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
-def read(file: IO[bytes], place: tuple[int, int]) -> bytes:
-    """A member's bytes. Raises ValueError if they are not all there."""
+def read(file: IO[bytes], place: tuple[int, int], most: float = math.inf) -> bytes:
+    """A member's bytes. Raises ValueError if they are not all there, or more than `most`."""
     offset, size = place
+    if size > most:
+        raise ValueError(f"a member of {size} bytes")
     file.seek(offset)
     data = file.read(size)
     if len(data) != size:

@@ -23,11 +23,18 @@ from stages.data.statistics import Moments, histogram
 
 PICKLES = ("pth", "pt", "pkl", "pickle", "pyd", "ten", "joblib")
 MOST = 256 * 1024**2
-"""Bytes of the largest array that is looked into."""
+"""Bytes of the largest member that is looked into."""
+MOST_PIXELS = 2**25
+"""Of the largest image that is decoded: 134 MB at four bytes a pixel. A few kilobytes of PNG may say that they are
+gigabytes."""
 
 
 CHUNK = 1 << 20
 """Elements that are summarised at once."""
+
+
+SIDE = 1024
+"""Pixels of the longest side of an image that is shown."""
 
 
 class NotNumbersError(Exception):
@@ -155,9 +162,25 @@ def _npz(content: bytes) -> dict[str, bytes]:
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """(width, height) of an image that decodes. Only these formats are ever tried: others run programs."""
+    """(width, height) of an image that decodes. Raises NotNumbersError for one of too many pixels to decode, and
+    whatever Pillow does for what is none. Only these formats are ever tried: others run programs."""
     from PIL import Image
 
     with Image.open(BytesIO(content), formats=FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise NotNumbersError
         image.load()
         return image.size
+
+
+def small_image(content: bytes) -> NDArray[np.uint8] | None:
+    """An image (H, W, 3) with sides of at most SIDE, scaled down where it is larger; None if it has too many pixels to
+    decode. Raises as `image_size`."""
+    from PIL import Image
+
+    with Image.open(BytesIO(content), formats=FORMATS) as image:
+        image.draft(None, (SIDE, SIDE))  # a JPEG is decoded at a fraction of its size
+        if image.width * image.height > MOST_PIXELS:
+            return None
+        image.thumbnail((SIDE, SIDE))
+        return np.asarray(image.convert("RGB"))

@@ -68,7 +68,7 @@ class Teacher(Stage):
         """What its network predicts; None if nobody knows."""
         if self.train:
             return self.train.prediction
-        folder = self._known(sealed)
+        folder = self.known(sealed)
         return layout.prediction(folder) if folder else None
 
     def image_size(self, sealed: Path) -> tuple[int, int] | None:

@@ -125,6 +125,21 @@ def test_the_target_is_the_averaged_weights_where_the_teacher_leads(teacher, gui
     torch.testing.assert_close(loss, torch.cat(distances).mean(), atol=1e-5, rtol=1e-4)
 
 
+def test_the_target_moves_by_its_share_of_the_way_to_the_student(teacher):
+    method = method_of(teacher, target_decay=0.75)
+    shaken(method.student)
+    before = [value.clone() for value in method.target.parameters()]
+    method.after_step(0)
+    for mean, old, value in zip(method.target.parameters(), before, method.student.parameters(), strict=True):
+        torch.testing.assert_close(mean, 0.75 * old + 0.25 * value)
+    assert [name for name, player in method.players.items() if player.averaged] == ["student"]
+
+
+def test_a_student_can_be_sampled_where_its_steps_divide_the_points():
+    config = ConsistencyConfig(steps=4, solver_steps=20)
+    assert [steps for steps in range(1, 21) if config.why_not_in(steps) is None] == [1, 2, 4, 5, 10, 20]
+
+
 def test_the_target_follows_the_student_and_is_kept_in_checkpoints(teacher, tmp_path):
     def run():
         torch.manual_seed(0)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.diffusion.config import Sampler
 from stages.diffusion.guidance import guide
 from stages.diffusion.prediction import target, to_noise, to_x0
 from stages.diffusion.samplers import ddim, timesteps
@@ -71,6 +72,21 @@ def test_trailing_timesteps_start_at_the_noise_and_descend(steps):
 def test_too_many_steps_are_refused():
     with pytest.raises(ValueError, match="between 1 and 1000"):
         timesteps(1000, 1001)
+
+
+def test_leading_timesteps_are_for_at_most_500_steps():
+    assert Sampler(steps=500, timestep_spacing="leading").steps == 500
+    assert Sampler(steps=1000).steps == 1000
+    with pytest.raises(ValueError, match="exist for at most 500 steps"):
+        Sampler(steps=501, timestep_spacing="leading")
+
+
+@pytest.mark.parametrize(("name", "scale", "calls"), [
+    ("ddim", 1.0, 10), ("ddim", 3.0, 20), ("dpmpp_2m", 1.0, 10), ("heun", 1.0, 19), ("heun", 3.0, 38)
+])  # fmt: skip
+def test_network_calls_of_ten_steps(name, scale, calls):
+    """Heun's last step is of first order; guidance calls twice."""
+    assert Sampler(name=name, steps=10, guidance_scale=scale).network_calls == calls
 
 
 COSINE_STD = {  # methods.md 0.2: output std of N-step DDIM with a perfect denoiser of N(0, S^2), alpha = cos(pi t / 2)

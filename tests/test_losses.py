@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import nn
 
 from stages.losses.adversarial import r1_penalty
@@ -100,6 +101,26 @@ def teachers(tiny, tmp_path):
     own, alike, other = sealed("own", "1", "a", "x"), sealed("alike", "1", "b", "y"), sealed("other", "2", "a", "x")
     latents = replace(own, inputs={"teacher": own})
     return replace(own, fingerprint="net", inputs={"latents": latents}), own, alike, other
+
+
+def test_images_are_compared_that_the_named_decoder_makes(tiny, tmp_path):
+    torch.manual_seed(0)
+    trunk = VGG(3, 4, "pixels").eval()
+    about = About(space="pixels", channels=3, width=4, trunk="random", images="none", std=1.0)
+    heads = [torch.rand(channels) for channels in trunk.tap_channels]
+    perceptual.write(tmp_path, trunk, heads, about)
+    blocks = {f"{side}_block_out_channels": (8, 8, 8) for side in ("encoder", "decoder")}
+    blocks |= {f"num_{side}_blocks": (1, 1, 1) for side in ("encoder", "decoder")}
+    decoder = AutoencoderTiny(**blocks).eval()
+    decoder.save_pretrained(tmp_path / "tiny")
+    teacher = tiny[1]["teacher"].artifact
+    settings = {"name": "pixel_lpips", "perceptual": "net", "tiny_vae": str(tmp_path / "tiny")}
+    inputs = {"perceptual": replace(teacher, folder=tmp_path)}
+    materials = LossMaterials(LatentTeacher(teacher.folder), inputs, {"tiny_vae": "sha256:0"})
+    distance = LOSSES["pixel_lpips"].model_validate(settings).create(materials)
+    x, y = X[..., :8, :8], Y[..., :8, :8]
+    expected = LPIPS(trunk, heads, about)(decoder.decode(x).sample, decoder.decode(y).sample)
+    torch.testing.assert_close(distance(x, y), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_only_another_vae_is_warned_about(teachers, caplog):

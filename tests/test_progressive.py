@@ -26,6 +26,7 @@ from stages.diffusion.prediction import both_to_x0
 from stages.diffusion.schedule import NoiseSchedule
 from stages.diffusion.weighting import weights
 from stages.methods.base import Materials, TrainingSettings
+from stages.methods.progressive.config import ProgressiveConfig
 from stages.networks.denoiser import ManyStep
 from stages.networks.exporting import scheduler_of, why_not_plain
 from stages.networks.latent import LatentTeacher
@@ -541,6 +542,13 @@ def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
     assert old in CHAIN
     with pytest.raises(ManifestError, match=words):
         plan_of(TINY + CHAIN.replace(old, new), tmp_path)
+
+
+@pytest.mark.parametrize(("scale", "guided"), [(None, False), (1.0, False), (1.5, True)])
+def test_only_a_scale_above_one_asks_the_teacher_without_a_prompt(scale, guided):
+    config = ProgressiveConfig(start_steps=4, end_steps=2, guidance_scale=scale)
+    assert config.guided == guided
+    assert config.why_not_in(2) is None and "steps are 2, not 4" in config.why_not_in(4)
 
 
 def test_guidance_needs_a_teacher_that_knows_no_prompt(tmp_path):

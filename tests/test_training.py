@@ -11,7 +11,7 @@ from torch import nn
 from stages import checkpoint
 from stages.base import StageError
 from stages.data.order import ShuffledOrder
-from stages.methods.base import Player, TrainingExecution, TrainingSettings, Turn
+from stages.methods.base import Player, TrainingExecution, TrainingSettings, Turn, training_progress
 from stages.training import train
 
 MEAN, STD = 0.5, 0.6
@@ -64,6 +64,7 @@ def weights(trained):
 
 def test_regression_finds_the_teachers_map(tmp_path):
     trained = finish(run(Linear(steps=600, learning_rate=0.05), tmp_path))
+    assert not any(module.training or module.weight.requires_grad for module in trained.averages["student"][:1])
     weight, bias = (p.item() for p in trained.averages["student"].parameters())
     assert (weight, bias) == pytest.approx((STD, MEAN), abs=1e-3)
 
@@ -102,6 +103,13 @@ def kept(tmp_path_factory):
 
 def test_the_last_two_checkpoints_are_kept(kept):
     assert sorted(path.name for path in kept.iterdir()) == ["step-00000010", "step-00000015"]
+
+
+def test_progress_names_the_newest_checkpoint_and_the_phase_that_it_is_of(kept, tmp_path):
+    shutil.copytree(kept, tmp_path / "vae")
+    assert training_progress(kept) == "checkpoint of step 15"
+    assert training_progress(tmp_path) == "vae: checkpoint of step 15"
+    assert training_progress(tmp_path / "nothing") is None
 
 
 def flipped(path):

@@ -100,7 +100,7 @@ def _named(folder: Path, kind: str, store: Store) -> Artifact:
         raise UsageError(f"needs an artifact of kind {kind}; {folder} is of kind {artifact.kind}")
     damage = store.damage(artifact)
     if damage:
-        raise UsageError(f"{folder} is damaged: {damage}")
+        raise UsageError(f"{folder} cannot be used: {damage}")
     return artifact
 
 

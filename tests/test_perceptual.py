@@ -125,7 +125,7 @@ def test_interrupted_anywhere_it_comes_to_the_same_bytes(made, tmp_path):
     def attempt(unit, done):
         """The generator is dropped where a kill would end it; what phase it is in is said by its unit."""
         phases = []
-        for progress in train_perceptual(recipe, stage.execution, artifact.seed, tmp_path, 2):
+        for progress in train_perceptual(recipe, stage.execution, artifact.seed, tmp_path, 1):
             phases.append(progress.unit)
             if progress.unit == unit and progress.done >= done:
                 break

@@ -107,7 +107,7 @@ def test_a_teacher_by_class_goes_all_the_way_and_keeps_its_names(by_class, tmp_p
     teacher = PixelTeacher(plan["teacher"].artifact.folder)
     with torch.no_grad():
         x0 = Student.load(folder, teacher)(namespace["noise"], teacher.encode_prompts(["cat"]))
-    torch.testing.assert_close(namespace["image"], x0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(namespace["image"], x0, atol=1e-5, rtol=1e-6)  # hundreds, of random weights
 
 
 def test_guidance_goes_from_no_class_to_the_class(by_class):
@@ -250,7 +250,7 @@ stages:
   student:
     kind: distill
     latents: latents
-    method: {{name: progressive, start_steps: 4, end_steps: 1, guidance_scale: 2.0, schedule: cosine}}
+    method: {{name: progressive, start_steps: 4, end_steps: 1, match_first: true, guidance_scale: 2.0, schedule: cosine}}
     training: {{steps: 2, batch_size: 4}}
     execution: {{threads: 1}}
 """

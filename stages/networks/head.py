@@ -29,8 +29,12 @@ FACTORS = {
 student. Equal types keep the layer. v is -x0 in pure noise. No multiple of the layer turns epsilon into v or x0, or v
 or x0 into epsilon, because z does not reach it: such an output begins at 0."""
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties that are tried, relative to the mean squared feature."""
+
+WITHIN = 1.1
+"""A larger penalty is taken if its error is at most so many times the least. Its weights are smaller, and training from
+them goes faster: see tests/benchmarks/first_layer.py. A choice of Retort's."""
 
 
 def begins_at_zero(teacher: Prediction, student: StudentPrediction) -> bool:
@@ -84,11 +88,11 @@ class _Squares:
 
 @torch.no_grad()
 def fit(layer: nn.Conv2d, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Give `layer` the weights that map features (B, C, H, W) to targets (B, D, H, W) with the least squared error, or
-    zeros where those are better.
+    """Give `layer` weights that map features (B, C, H, W) to targets (B, D, H, W) with little squared error.
 
-    Ridge regression on every other sample; the rest choose among the penalties RIDGES and the zeros. The layer is a 3x3
-    convolution with padding 1, as diffusers' U-Nets have it, and so linear in the patches of its input.
+    Ridge regression on every other sample; the rest choose among the penalties RIDGES and, as the largest, zeros: see
+    WITHIN. The layer is a 3x3 convolution with padding 1, as diffusers' U-Nets have it, and so linear in the patches of
+    its input.
     """
     halves = _Squares(layer), _Squares(layer)
     for features, targets in batches:
@@ -100,7 +104,7 @@ def fit(layer: nn.Conv2d, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     candidates = {f"ridge {penalty:g}": fitted.ridge(penalty) for penalty in RIDGES}
     candidates["zeros"] = torch.zeros_like(fitted.moments)
     errors = {name: others.error(weights) for name, weights in candidates.items()}
-    best = min(errors, key=lambda name: errors[name])
+    best = [name for name, error in errors.items() if error <= WITHIN * min(errors.values())][-1]
     weights = candidates[best].T.to(layer.weight.dtype)
     layer.weight.copy_(weights[:, :-1].view_as(layer.weight))
     assert layer.bias is not None

@@ -250,7 +250,8 @@ stages:
   student:
     kind: distill
     latents: latents
-    method: {{name: progressive, start_steps: 4, end_steps: 1, match_first: true, guidance_scale: 2.0, schedule: cosine}}
+    method:
+      {{name: progressive, start_steps: 4, end_steps: 1, match_first: true, guidance_scale: 2.0, schedule: cosine}}
     training: {{steps: 2, batch_size: 4}}
     execution: {{threads: 1}}
 """

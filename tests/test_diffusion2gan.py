@@ -319,7 +319,7 @@ def made(teacher, steps=8, gan_weight=0.5, accumulate=1, mixed_precision="no", *
     training = TrainingSettings(
         steps=steps, batch_size=8, learning_rate=1e-3, accumulate=accumulate, mixed_precision=mixed_precision
     )
-    given = {"discriminator": {"r1_every": 3, **of_discriminator}} if gan_weight else {}
+    given = {"discriminator": {"r1_every": 3, "r1_weight": 1.0, **of_discriminator}} if gan_weight else {}
     config = Diffusion2GANConfig(loss=MSE, gan_weight=gan_weight, **given)
     return config.create(Materials(teacher, training))
 

@@ -23,9 +23,10 @@ class DiscriminatorSettings(Config):
         (0.0, 0.99), strict=False, description="AdamW's; without momentum, as discriminators are usually trained"
     )
     r1_weight: float = Field(
-        1.0,
+        0.001,
         ge=0,
-        description="of the R1 penalty, of the gradient of the mean logit: of more positions it needs more; 0: none",
+        description="of the R1 penalty, of the gradient of the sum of logits over positions; the default is for latents "
+        "of 8x8 and has to fall as their number of positions grows: 1.6e-5 for 64x64; 0: none",
     )
     r1_every: int = Field(16, ge=1, description="steps from one penalty to the next, each counted as often")
     mix_and_match: float = Field(
@@ -50,9 +51,10 @@ class Diffusion2GANConfig(OneStepConfig):
     student that regression has already brought to its targets, the discriminator finds nothing to tell apart for long.
 
     Not published, and so Retort's choice: the weight of the GAN term, by the sweep of
-    manifests/digit_scenes_gan_sweep.yaml (0.3 of 0.1, 0.3 and 1); that of R1 and the share of mix-and-match, which made
-    no difference or a worse one when larger there; learning rates, betas, clipping; every map of logits counting alike;
-    and what is judged without `multi_scale`.
+    manifests/digit_scenes_gan_sweep.yaml (0.3 of 0.1, 0.3 and 1); that of R1, by digit_scenes_r1.yaml (0.001 of 0, 0.001,
+    0.01, 0.1 and 1: more makes the discriminator weaker and the student no better); the share of mix-and-match, which
+    made it worse when larger there; learning rates, betas, clipping; every map of logits counting alike; and what is
+    judged without `multi_scale`.
     """
 
     VERSION: ClassVar[int] = 2

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from stages.base import Config
 from stages.data.statistics import BINS, MOST, Moments
@@ -62,10 +61,3 @@ class ShardFacts(Config):
     prompts: PromptFacts
     provenance: dict[str, Any]
     """sampler, noise convention, teacher, pool and prompts, device, versions, seconds."""
-
-    @field_validator("provenance")
-    @classmethod
-    def _printable(cls, provenance: dict[str, Any]) -> dict[str, Any]:
-        """Reports print it. Python refuses to print integers of more than some thousand digits."""
-        json.dumps(provenance)
-        return provenance

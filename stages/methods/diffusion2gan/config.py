@@ -25,8 +25,8 @@ class DiscriminatorSettings(Config):
     r1_weight: float = Field(
         0.001,
         ge=0,
-        description="of the R1 penalty, of the gradient of the sum of logits over positions; the default is for latents "
-        "of 8x8 and has to fall as their number of positions grows: 1.6e-5 for 64x64; 0: none",
+        description="of the R1 penalty, of the gradient of the sum of logits over positions; the default is for "
+        "latents of 8x8 and has to fall as their number of positions grows: 1.6e-5 for 64x64; 0: none",
     )
     r1_every: int = Field(16, ge=1, description="steps from one penalty to the next, each counted as often")
     mix_and_match: float = Field(
@@ -51,9 +51,9 @@ class Diffusion2GANConfig(OneStepConfig):
     student that regression has already brought to its targets, the discriminator finds nothing to tell apart for long.
 
     Not published, and so Retort's choice: the weight of the GAN term, by the sweep of
-    manifests/digit_scenes_gan_sweep.yaml (0.3 of 0.1, 0.3 and 1); that of R1, by digit_scenes_r1.yaml (0.001 of 0, 0.001,
-    0.01, 0.1 and 1: more makes the discriminator weaker and the student no better); the share of mix-and-match, which
-    made it worse when larger there; learning rates, betas, clipping; every map of logits counting alike; and what is
+    manifests/digit_scenes_gan_sweep.yaml (0.3 of 0.1, 0.3 and 1); that of R1, by digit_scenes_r1.yaml (0.001 of 0,
+    0.001, 0.01, 0.1 and 1: more makes the discriminator weaker and the student no better); the share of mix-and-match,
+    which made it worse when larger there; learning rates, betas, clipping; every map of logits counting alike; and what is
     judged without `multi_scale`.
     """
 

@@ -53,8 +53,8 @@ class Diffusion2GANConfig(OneStepConfig):
     Not published, and so Retort's choice: the weight of the GAN term, by the sweep of
     manifests/digit_scenes_gan_sweep.yaml (0.3 of 0.1, 0.3 and 1); that of R1, by digit_scenes_r1.yaml (0.001 of 0,
     0.001, 0.01, 0.1 and 1: more makes the discriminator weaker and the student no better); the share of mix-and-match,
-    which made it worse when larger there; learning rates, betas, clipping; every map of logits counting alike; and what is
-    judged without `multi_scale`.
+    which made it worse when larger there; learning rates, betas, clipping; every map of logits counting alike; and
+    what is judged without `multi_scale`.
     """
 
     VERSION: ClassVar[int] = 2

@@ -8,7 +8,8 @@ function's code is replaced there, and the tests that call it run until one fail
 mutants.json beside this file: each mutant with the test that noticed it, or `survived`, or `equivalent` with the reason
 given in EQUIVALENT. With MODULE, a path or the start of one, only those entries are made again.
 
-The fixture `tiny` is made before the fork, by the code as it is. A mutant that hangs counts as noticed.
+The fixture `tiny` is made before the fork, by the code as it is. A mutant that hangs counts as noticed; so does one
+that is merely slow, where a machine is too busy for --seconds: `ended by SIGALRM` says which to look at.
 """
 
 from __future__ import annotations
@@ -342,6 +343,7 @@ def main() -> None:
             print(f"{mutant.module}:{mutant.line} {mutant.function} ({mutant.kind}): {mutant.change}")
         print(len(mutants))
         return
+    os.environ["OMP_THREAD_LIMIT"] = "1"  # read when torch is imported: a forked child cannot use its parent's threads
     hypothesis.settings.register_profile("mutants", derandomize=True, database=None)
     hypothesis.settings.load_profile("mutants")
     files = sorted({str(path) for mutant, _ in mutants for path in _tests_of(mutant.module)})

@@ -34,6 +34,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 from _pytest.runner import runtestprotocol
 
 from tests.benchmarks.equivalent_mutants import EQUIVALENT
@@ -55,8 +56,8 @@ SLOW = 5.0
 """Seconds of CPU time above which a test is left out."""
 HEAVY = {"plan", "chain", "made", "in_pixels", "varied"}
 """Fixtures that train and measure, without whose tests the study does."""
-LEFT_OUT = ("killed", "manifest_for_stable", "plain_diffusers")
-"""Words of the names of further tests that take long."""
+LEFT_OUT = ("killed", "manifest_for_stable", "plain_diffusers", "number_of_threads")
+"""Words of the names of further tests that take long, or need more than one thread."""
 TERMINAL = os.dup(2)
 
 SWAPS: dict[type, type] = {
@@ -343,7 +344,8 @@ def main() -> None:
             print(f"{mutant.module}:{mutant.line} {mutant.function} ({mutant.kind}): {mutant.change}")
         print(len(mutants))
         return
-    os.environ["OMP_THREAD_LIMIT"] = "1"  # read when torch is imported: a forked child cannot use its parent's threads
+    torch.set_num_threads(1)  # a forked child would wait for threads of its parent for ever
+    torch.set_num_threads = lambda number: None
     hypothesis.settings.register_profile("mutants", derandomize=True, database=None)
     hypothesis.settings.load_profile("mutants")
     files = sorted({str(path) for mutant, _ in mutants for path in _tests_of(mutant.module)})

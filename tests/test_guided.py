@@ -150,15 +150,22 @@ def test_the_stochastic_sampler_calls_n_times_and_keeps_the_marginals():
 
 
 def test_a_student_for_stochastic_sampling_jumps_twice_as_far():
-    """Its target leads where two of the teacher's jumps do; at the last point, where two halves of one do."""
-    grid, asked = Grid.cosine(8), []
+    """Its target leads where two of the teacher's jumps do; at the last point, where two halves of one do: to what the
+    teacher says at point 1. Here it says the number of the point."""
+    grid, asked, z = Grid.cosine(8), [], torch.randn(4, 1, 1, 1, dtype=torch.float64)
 
     def denoise(z, j):
         asked.append(j.tolist())
-        return torch.zeros_like(z)
+        return j.double().view(-1, 1, 1, 1).expand_as(z)
 
-    two_step_target(denoise, torch.randn(4, 1, 1, 1), torch.tensor([4, 3, 2, 1]), grid, stochastic=True)
+    found = two_step_target(denoise, z, torch.tensor([4, 3, 2, 1]), grid, stochastic=True)
     assert asked == [[8, 6, 4, 2], [6, 4, 2, 1]]
+    for target, start, i in zip(found.flatten().tolist(), z.flatten().tolist(), (8, 6, 4), strict=False):
+        (a, s), (a_2, s_2), (a_4, s_4) = (grid.level(j) for j in (i, i - 2, i - 4))
+        middle = a_2 * i + s_2 / s * (start - a * i)
+        end = a_4 * (i - 2) + s_4 / s_2 * (middle - a_2 * (i - 2))
+        assert a_4 * target + s_4 / s * (start - a * target) == pytest.approx(end)
+    assert float(found[3]) == pytest.approx(1.0)
 
 
 def test_w_is_embedded_as_diffusers_embeds_it():

@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline.errors import ManifestError
 from pipeline.manifest import dump, loads
+from stages.base import StageError
 from stages.data.files import sha256_of
 from stages.data.latents import read_latents
 from stages.diffusion.few_step import ddim_step, implied_x0, sample
@@ -549,6 +550,15 @@ def test_only_a_scale_above_one_asks_the_teacher_without_a_prompt(scale, guided)
     config = ProgressiveConfig(start_steps=4, end_steps=2, guidance_scale=scale)
     assert config.guided == guided
     assert config.why_not_in(2) is None and "steps are 2, not 4" in config.why_not_in(4)
+
+
+def test_the_ratio_of_data_to_noise_is_no_weight_where_the_teachers_schedule_ends_in_pure_noise(tiny):
+    teacher = LatentTeacher(tiny[1]["teacher"].artifact.folder)
+    config, training = ProgressiveConfig(start_steps=4, end_steps=2, weighting="snr"), TrainingSettings(steps=1)
+    assert config.create(Materials(teacher, training)).student.alpha[-1] > 0
+    teacher.schedule.alpha[-1], teacher.schedule.sigma[-1] = 0.0, 1.0
+    with pytest.raises(StageError, match="snr counts nothing in pure noise, where the teacher's schedule ends"):
+        config.create(Materials(teacher, training))
 
 
 def test_guidance_needs_a_teacher_that_knows_no_prompt(tmp_path):

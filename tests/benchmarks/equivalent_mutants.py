@@ -1,3 +1,11 @@
 """Mutants that change no result, and why: (module, function, change) -> reason. See mutants.py."""
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "stages/diffusion/few_step.py",
+        "_stochastic",
+        "scale * far + std * fresh() -> scale * far - std * fresh()",
+    ): "the noise is symmetric: samples have the same law",
+    ("stages/losses/decoded.py", "PublishedLPIPS.__init__", "False -> True"): "whether the lpips package prints a line",
+    ("stages/training.py", "step_seed", "1 -> 2"): "how many words are generated, of which the first is taken",
+}

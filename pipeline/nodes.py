@@ -47,7 +47,7 @@ def difference(node: str, driver: str, theirs: str) -> str | None:
     """How this installation differs from `theirs`, the build of `driver`, and what to do; None if it does not."""
     if theirs == build():
         return None
-    wanted = theirs.rpartition("+")[0]
+    wanted = theirs.partition("+")[0]
     if wanted == version():
         return f"{node} runs other sources of retort {wanted} than {driver}: install the same commit on every node"
     return f"{node} has retort {version()}, {driver} {wanted}: install retort=={wanted} on every node"

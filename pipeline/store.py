@@ -136,7 +136,7 @@ class Store:
         work = self.work(artifact)
         work.mkdir(parents=True, exist_ok=True)
         for left in list(filter(is_temporary, work.rglob(".*"))):
-            left.unlink()
+            left.unlink(missing_ok=True)
         if not (work / BEGUN).exists():
             write_atomically(work / BEGUN, json.dumps({"inputs_sha256": inputs_sha256}).encode("utf-8"))
         return work
@@ -199,9 +199,14 @@ def remade_input(artifact: Artifact, record: Mapping[str, Any]) -> str | None:
 
 def damaged_input(artifact: Artifact, hash_file: Callable[[Path], str]) -> str | None:
     """A sentence about the first sealed file, of all that the artifact is made from, that is not what was sealed; None
-    if all are."""
+    if all are. What its inputs were made from may have been removed since."""
     for folder, source in _ancestry(artifact).items():
-        record = source.record
+        if not (folder / RECORD).exists() and source not in artifact.inputs.values():
+            continue
+        try:
+            record = source.record
+        except UNREADABLE as error:
+            return f"{source.kind}/{source.fingerprint} is damaged: its {RECORD} cannot be read ({error})"
         if changed := changed_file(folder, record, hash_file):
             return (
                 f"{source.kind}/{source.fingerprint} is damaged: {folder / changed} is missing or not what was sealed. "

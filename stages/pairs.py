@@ -110,7 +110,7 @@ class Pairs(Stage):
 
         context.pool.mkdir(parents=True, exist_ok=True)
         for left in list(filter(is_temporary, context.pool.rglob(".*"))):
-            left.unlink()
+            left.unlink(missing_ok=True)  # a worker that outlived its driver may publish it just now
         files = (context.contents.get(f"prompts.{field}") for field in ("path", "images.path"))
         prompts_identity = next(filter(None, files), f"name:{self.prompts or ''}")
         plans = plan_shards(self.count, self.shard_size)
@@ -153,7 +153,7 @@ def _facts(tar: Path, teacher: str) -> ShardFacts | None:
     from stages.data.receipts import valid_facts
 
     facts = valid_facts(tar)
-    return facts if facts and facts.provenance.get("teacher_sha256") == teacher else None
+    return facts if facts and facts.provenance.get("teacher_sha256", teacher) == teacher else None
 
 
 def guidance_scales(form: Form, sources: Sequence[Artifact]) -> list[float]:

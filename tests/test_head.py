@@ -9,9 +9,13 @@ import torch
 from torch import nn
 
 from pipeline.errors import ManifestError
+from stages.data.supply import PairSupply
 from stages.diffusion.form import Form
 from stages.diffusion.schedule import NoiseSchedule
-from stages.networks.head import fit
+from stages.methods.base import Materials, TrainingSettings
+from stages.methods.progressive.config import ProgressiveConfig
+from stages.networks import build
+from stages.networks.head import convert, fit
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student
 from tests.conftest import TINY, execute, plan_of
@@ -148,14 +152,67 @@ def test_students_of_a_teacher_of_epsilon(of_epsilon):
 
 
 def test_the_first_link_learns_the_teachers_own_output(of_epsilon):
-    """Its error before training is that of zeros, v = 0, to what the teacher makes of the same noise."""
+    """Its target is x0 as the guided teacher has it at the same point, here by hand."""
     _, plan = of_epsilon
     teacher = LatentTeacher(plan["teacher"].artifact.folder)
-    begun = Student.from_teacher(teacher, Form(steps=2))
-    z, condition = torch.randn(2, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 2)
-    for i in (1, 2):
-        alpha, _ = begun.grid.level(i)
-        torch.testing.assert_close(begun.x0(z, i, condition), alpha * z, atol=1e-6, rtol=1e-6)
+    config = ProgressiveConfig(start_steps=2, end_steps=2, match_first=True, guidance_scale=3.0)
+    method = config.create(Materials(teacher, TrainingSettings(steps=1)))
+    z, i = torch.randn(2, *teacher.latent_shape), torch.tensor([1, 2])
+    condition, empty = (teacher.encode_prompts([text] * 2) for text in ("a red handwritten seven", ""))
+    wanted = []
+    for row, point in enumerate(i.tolist()):
+        t, (alpha, sigma) = method.student.grid.timesteps[point], method.student.grid.level(point)
+        with torch.no_grad():
+            with_, without = (teacher.unet(z[row : row + 1], t, c[:1]).sample for c in (condition, empty))
+        wanted.append((z[row : row + 1] - sigma * (without + 3 * (with_ - without))) / alpha)
+    torch.testing.assert_close(method.target(z, i, condition, None).float(), torch.cat(wanted), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "factors"),
+    [
+        ("v_prediction", "v_prediction", (1,)),
+        ("epsilon", "epsilon", (1,)),
+        ("v_prediction", "sample", (-1,)),
+        ("v_prediction", "epsilon", (0,)),
+        ("v_prediction", "both", (-1, 1)),
+        ("epsilon", "v_prediction", (0,)),
+        ("epsilon", "sample", (0,)),
+        ("epsilon", "both", (0, 1)),
+        ("sample", "v_prediction", (-1,)),
+        ("sample", "epsilon", (0,)),
+        ("sample", "both", (1, 0)),
+    ],
+)
+def test_the_last_layer_is_that_of_the_teacher_times_what_is_known(teacher, student, factors):
+    """In pure noise v = -x0. Of the noise a teacher of x0 says nothing, nor one of the noise of x0 or v."""
+    unet = build.unet(4, 12, (8,))
+    layer = copy.deepcopy(unet.conv_out)
+    turned = convert(unet, teacher, student).conv_out
+    assert torch.equal(turned.weight, torch.cat([factor * layer.weight for factor in factors]))
+    assert torch.equal(turned.bias, torch.cat([factor * layer.bias for factor in factors]))
+
+
+def test_what_cannot_be_fitted_is_said_or_left():
+    layer = nn.Conv2d(6, 3, 3, padding=1)
+    before = layer.weight.clone()
+    fit(layer, [(torch.randn(1, 6, 4, 4), torch.randn(1, 3, 4, 4))])  # one sample: nothing to choose by
+    assert torch.equal(layer.weight, before)
+    with pytest.raises(ValueError, match="not finite"):
+        fit(layer, [(torch.full((4, 6, 4, 4), float("nan")), torch.randn(4, 3, 4, 4))])
+
+
+def test_the_last_layer_is_fitted_to_different_pairs_of_all_sources_but_none_held_out(of_epsilon):
+    _, plan = of_epsilon
+    folder = plan["pairs"].artifact.folder
+    supply = PairSupply([folder, folder], [None, None], 32, 8, 0)
+    read = []
+    supply.reader.batch = lambda indices, batch=supply.reader.batch: read.extend(indices) or batch(indices)
+    assert len(supply.examples(50)["prompts"]) == 50 == len(set(read))
+    assert not set(read) & set(supply.held) and min(read) < 64 and max(read) >= 96
+    assert len({index % 10 for index in read}) == 10, "prompts repeat at a stride"
+    read.clear()
+    assert len(supply.examples(10**6)["prompts"]) == len(read) == supply.count == 64 + 96
 
 
 def test_a_chain_that_halves_an_epsilon_teacher_at_once_is_refused(of_epsilon):
@@ -168,6 +225,21 @@ def test_a_chain_that_halves_an_epsilon_teacher_at_once_is_refused(of_epsilon):
         plan_of(text, of_epsilon[0])
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("start_steps: 2, match_first: yes", "match_first: "),
+        ("start_steps: 2, end_steps: 2", "nothing is halved: give fewer end_steps, or match_first: true"),
+    ],
+)
+def test_match_first_is_checked_as_a_setting(tiny, settings, words):
+    text = TINY + STUDENTS.replace("start_steps: 2, match_first: true", settings).replace(
+        ", training_steps: {2: 3}", ""
+    )
+    with pytest.raises(ManifestError, match=words):
+        plan_of(text, tiny[0])
+
+
 def test_a_consistency_student_of_epsilon_needs_a_teacher_of_epsilon(tiny):
     text = TINY + STUDENTS.replace("name: consistency", "name: consistency, prediction: epsilon")
     with pytest.raises(ManifestError, match=r"prediction: the teacher predicts v_prediction.*Leave prediction out"):
@@ -175,7 +247,7 @@ def test_a_consistency_student_of_epsilon_needs_a_teacher_of_epsilon(tiny):
 
 
 def test_going_on_from_a_student_of_another_type_is_refused(of_epsilon):
-    """Where a manifest leaves the type to the teacher, only the worker can see it."""
+    """Where a manifest leaves the type to the teacher, the worker compares."""
     _, plan = of_epsilon
     teacher = LatentTeacher(plan["teacher"].artifact.folder)
     student = Student.from_teacher(teacher, Form(prediction="epsilon"))

@@ -469,6 +469,32 @@ def test_a_receipt_of_more_rows_than_its_tar_has_room_for_is_not_read(pairs, tmp
     assert "2000000 rows" in found["damaged"]["00000.tar"] and pool.max_memory() < 2_000_000
 
 
+@pytest.mark.parametrize(
+    ("column", "words"), [("noise_hash", "noise_hash holds no numbers"), ("prompt", "prompts longer than a tar")]
+)
+def test_a_receipt_whose_few_bytes_stand_for_gigabytes_is_refused(pairs, column, words):
+    """One string of 300 kB, by reference in each of 2,000 rows: 600 MB once it is read."""
+    from stages.data.receipts import METADATA, UNSEALED, read_facts, read_receipt
+
+    rows = 2000
+    facts = read_facts(pairs.pool / "00000.parquet").model_copy(update={"count": rows, "bytes": rows * 512})
+    long = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array(["x" * 300_000]))
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, pa.table({column: long}).schema) as writer:
+        writer.write_table(pa.table({column: long}))
+        writer.add_key_value_metadata({METADATA: facts.model_dump_json(), b"seal": UNSEALED})
+    content = sealed(buffer.getvalue())
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        with pytest.raises(ValueError, match=words):
+            read_receipt(content, [column], facts.bytes)
+    finally:
+        pa.set_memory_pool(before)
+    assert len(content) < 50_000 and pool.max_memory() < 5_000_000
+
+
 @pytest.mark.parametrize("place", ["../../../etc/passwd", "/etc/passwd", "a/../../x.tar"])
 def test_a_list_may_not_point_outside_of_its_pool(pairs, place):
     path = pairs.artifact.folder / "receipts.json"

@@ -83,12 +83,13 @@ def test_what_an_input_was_made_from_is_checked_too(tiny, tmp_path):
         execute(text, store)
 
 
-def test_pairs_with_a_flipped_bit_are_not_exported(store, tmp_path):
+@pytest.mark.parametrize("to", ["parquet", "huggingface"])
+def test_pairs_with_a_flipped_bit_are_not_exported(store, tmp_path, to):
     pairs = plan_of(GAUSSIAN, store)["pairs"]
     flip(pairs.pool / "00001.tar", 4000)
-    done = retort("shards", "export", pairs.artifact.folder, tmp_path / "out.parquet", "--to", "parquet")
+    done = retort("shards", "export", pairs.artifact.folder, tmp_path / "out", "--to", to)
     assert done.returncode == 2 and "00001.tar or its receipt is missing or changed" in done.stderr
-    assert "`retort shards repair ARTIFACT`" in done.stderr and not (tmp_path / "out.parquet").exists()
+    assert "`retort shards repair ARTIFACT`" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_file_that_was_replaced_is_hashed_again(tmp_path):
@@ -162,8 +163,9 @@ def test_pairs_of_a_teacher_that_was_made_again_with_other_bytes_are_made_again(
 
 def test_what_depends_on_them_is_made_again_too(tiny, tmp_path):
     store = Path(shutil.copytree(tiny[0], tmp_path / "store"))
-    student = next(store.glob("distill/*"))
-    made_again(next(store.glob("teacher/*")), "README.md", b"another")
+    plan = plan_of(TINY, store)
+    student = plan["student"].artifact.folder
+    made_again(plan["teacher"].artifact.folder, "README.md", b"another")
     plan = plan_of(TINY, store)
     assert [(s.state, s.why) for s in plan.values()][1:] == [
         ("run", "its input teacher was made again with other bytes"),

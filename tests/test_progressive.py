@@ -267,8 +267,7 @@ def test_a_teacher_is_asked_where_its_ratio_of_data_to_noise_is_the_grids(teache
 
 
 def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
-    """An epsilon teacher is asked for x0; the last layer of a student that puts out something else than its teacher is
-    turned to where the two are the same thing: v is -x0 in pure noise, and the noise where there is none."""
+    """An epsilon teacher is asked for x0."""
     of_noise = LatentTeacher(stable_diffusion_layout(tmp_path / "sd"))
     z, i = torch.randn(3, *of_noise.latent_shape), torch.tensor([2, 3, 4])
     condition, grid = of_noise.encode_prompts(["a", "b", ""]), Grid.on(of_noise.schedule, 4)

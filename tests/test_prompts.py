@@ -81,7 +81,7 @@ def test_words_that_the_teacher_does_not_know_are_said_by_plan_pairs_and_sample(
         return [line for line in done.stderr.splitlines() if "does not know" in line]
 
     write(tmp_path / "p.txt", ["a zebra Cat", "A red seven", "a zebra dog", "the fourth is not used"])
-    share = "does not know 4 of the 9 tokens of the prompts (44 %), such as 'zebra', 'Cat', 'dog';"
+    share = "does not know 4 of the 9 tokens of 3 prompts (44 %), such as 'zebra', 'Cat', 'dog';"
     (planned,), (made,) = told("plan", manifest), told("submit", manifest, "--engine", "inline")
     assert planned.startswith("warning: pairs: ") and share in planned
     assert share in made and str(teacher / "tokenizer" / "tokenizer.json") in made

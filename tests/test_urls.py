@@ -67,6 +67,9 @@ def test_a_token_does_not_follow_a_redirect(serve, monkeypatch, code):
     [
         ("https://me:hunter2@host:8/x.tar", "https://***@host:8/x.tar"),
         ("s3://KEY:hun@ter2@bucket/x and ftp://hunter2@h", "s3://***@bucket/x and ftp://***@h"),
+        ("s3://KEY:hun/ter+2@bucket/x ftp://u:p#w@h", "s3://***@bucket/x ftp://***@h"),
+        ("http://host:8265/a@b", "http://host:8265/a@b"),
+        ("https://a/x?auth=hunter2&jwt=hunter2", "https://a/x?auth=***&jwt=***"),
         ("/here/http:/me:hunter2@host/p.txt", "/here/http:/***@host/p.txt"),
         (
             "https://b.s3.amazonaws.com/x.tar?X-Amz-Credential=hunter2%2Fs3&X-Amz-Expires=9&X-Amz-Signature=hunter2",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.base import Artifact
-from stages.data.files import publish, temporary_of
+from stages.base import Artifact, StageError
+from stages.data.files import publish, sha256_once, temporary_of
 from stages.data.pool import read_list
-from stages.data.reader import PairReader
+from stages.data.reader import CHANGED, PairReader
 from stages.data.receipts import read_facts, read_rows, receipt_of
 
 
@@ -45,11 +45,13 @@ def to_huggingface(artifact: Artifact, out: Path) -> None:
     """A folder that `datasets.load_dataset(folder)` reads: copies of the tars, and a dataset card. No links: who
     edited the export would change what is sealed. Raises StageError for damaged shards."""
     shards = read_list(artifact.folder)
-    PairReader(shards)  # looks at every shard
+    PairReader(shards)  # none is missing
     temporary = temporary_of(out)
     try:
         (temporary / "data").mkdir(parents=True)
         for number, shard in enumerate(shards):
+            if sha256_once(shard.tar) != shard.sha256:
+                raise StageError(f"{shard.tar} {CHANGED}")
             shutil.copyfile(shard.tar, temporary / "data" / f"train-{number:05d}-of-{len(shards):05d}.tar")
         (temporary / "README.md").write_text(_card(artifact), encoding="utf-8")
         publish(temporary, out)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.data.files import publish, temporary_of
@@ -95,7 +96,7 @@ def read_receipt(content: bytes, columns: list[str], tar_bytes: int) -> tuple[Sh
     has more rows than a tar of `tar_bytes` has room for, KeyError for a column that it has not."""
     check_seal(content)
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
+        file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=["prompt"] if "prompt" in columns else None)
         facts = parse_facts(file.metadata)
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         rows = sum(group.num_rows for group in groups)
@@ -104,9 +105,29 @@ def read_receipt(content: bytes, columns: list[str], tar_bytes: int) -> tuple[Sh
         absent = next((name for name in columns if name not in file.schema_arrow.names), None)
         if absent is not None:
             raise KeyError(absent)
-        return facts, file.read(columns=columns, use_threads=False)
+        wide = [
+            name
+            for name in columns
+            if name != "prompt" and not pa.types.is_primitive(file.schema_arrow.field(name).type)
+        ]
+        if wide:
+            raise ValueError(f"its receipt's column {wide[0]} holds no numbers")
+        return facts, _with_prompts(file.read(columns=columns, use_threads=False), tar_bytes)
     except pa.ArrowException as error:
         raise ValueError(f"its receipt cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _with_prompts(rows: pa.Table, tar_bytes: int) -> pa.Table:
+    """With prompts as strings. Raises ValueError if they are longer than the tar, which holds them too: a dictionary of
+    one long prompt may stand for gigabytes."""
+    place = rows.schema.get_field_index("prompt")
+    if place < 0 or not pa.types.is_dictionary(rows.schema.field(place).type):
+        return rows
+    prompts = rows.column(place)
+    lengths = (pc.sum(pc.take(pc.binary_length(part.dictionary), part.indices)).as_py() for part in prompts.chunks)
+    if sum(filter(None, lengths)) > tar_bytes:
+        raise ValueError(f"its receipt has prompts longer than a tar of {tar_bytes} bytes")
+    return rows.set_column(place, "prompt", prompts.cast(pa.string()))
 
 
 def read_rows(receipt: Path, columns: list[str] | None = None) -> pa.Table:

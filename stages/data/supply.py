@@ -50,9 +50,9 @@ class PairSupply:
         return self._read(self._order.batch(step))
 
     def examples(self, count: int) -> Mapping[str, Any]:
-        """`count` different pairs of those that are trained on, evenly spaced; all, where there are no more."""
-        taken = min(count, self.count)
-        return self._read([self._trained_on(place * self.count // taken) for place in range(taken)])
+        """`count` different pairs drawn from those that are trained on; all, where there are no more."""
+        drawn = np.random.default_rng(0).choice(self.count, min(count, self.count), replace=False)
+        return self._read([self._trained_on(int(place)) for place in np.sort(drawn)])
 
     def _trained_on(self, place: int) -> int:
         """The reader's number of the pair at a place among all that are trained on."""

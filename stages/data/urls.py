@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-_USER = re.compile(r"(\w:/{1,2})[^/?#\s]+@")  # one slash: paths write them so
+_USER = re.compile(r"(\w:/{1,2})(?:[^/?#\s]+|[^/?#\s:@]+:(?!\d+[/?#])[^\s'\"@]+)@")
+"""One slash: paths write them so. A password may hold slashes that nobody escaped; a port is none."""
 _SECRET = re.compile(
-    r"([?&;](?:[\w.%-]*(?:signature|token|secret|password|credential|key)[\w.%-]*|sig|pwd)=)[^&;#\s'\"<>]+",
+    r"([?&;](?:[\w.%-]*(?:signature|token|secret|password|credential|key|auth|jwt)[\w.%-]*|sig|pwd)=)[^&;#\s'\"<>]+",
     re.IGNORECASE,
 )
 """Parameters that let whoever reads them in: of presigned URLs of S3 and Google (X-Amz-Signature, X-Goog-Credential,

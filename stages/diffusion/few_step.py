@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ Denoise = Callable[[Tensor, int], Tensor]
 Level = tuple[Any, Any]
 """(alpha, sigma), numbers or what broadcasts against z."""
 Fresh = Callable[[], Tensor]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One for all samples, or one for each, as diffusers' pipelines take them."""
 
 
 def ddim_step(z: Array, x0: Array, here: Level, there: Level) -> Array:
@@ -41,15 +43,18 @@ def noising(from_: Level, to: Level) -> tuple[float, float]:
     return scale, max(to[1] ** 2 - (scale * from_[1]) ** 2, 0.0) ** 0.5
 
 
-def sample(
-    name: StudentSampler, denoise: Denoise, noise: Tensor, grid: Grid, generator: torch.Generator | None = None
-) -> Tensor:
+def sample(name: StudentSampler, denoise: Denoise, noise: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
     """x0 (B, C, H, W) of noise (B, C, H, W), in its dtype, by N calls of `denoise`. `generator` draws what further
-    noise there is, on its own device; None: torch's own."""
+    noise there is, on its own device; of a list each draws one sample's, whatever the batch; None: torch's own."""
+
+    def draw(shape: torch.Size, one: torch.Generator | None) -> Tensor:
+        device = "cpu" if one is None else one.device
+        return torch.randn(shape, generator=one, device=device, dtype=noise.dtype).to(noise.device)
 
     def fresh() -> Tensor:
-        device = "cpu" if generator is None else generator.device
-        return torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype).to(noise.device)
+        if isinstance(generator, Sequence):
+            return torch.stack([draw(noise.shape[1:], one) for one in generator])
+        return draw(noise.shape, generator)
 
     z, step = noise.double(), {"ddim": _ddim, "stochastic": _stochastic, "consistency": _consistency}[name]
     for i in range(grid.steps, 0, -1):

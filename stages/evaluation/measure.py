@@ -74,15 +74,16 @@ def two_real_sets(images: LabelledImages, samples: int) -> RealSets:
     though all are composed of the same scans and photographs: a teacher's samples are, too. Raises StageError if either
     has fewer than MIN_SAMPLES."""
     generator = np.random.default_rng(0)
-    originals = int(images.origins.max()) + 1
-    in_first = generator.permutation(originals) < originals // 2
+    known, original = np.unique(images.origins, return_inverse=True)
+    in_first = generator.permutation(len(known)) < len(known) // 2
     index = generator.permutation(len(images))
-    first, second = index[in_first[images.origins[index]]], index[~in_first[images.origins[index]]]
+    first, second = index[in_first[original[index]]], index[~in_first[original[index]]]
     n = min(samples, len(first), len(second))
     if n < MIN_SAMPLES:
         raise StageError(
             f"the probe holds out {len(images)} real images, which make two sets of {n}; distances need at least "
-            f"{MIN_SAMPLES} in each. Hold out more by the probe's images.hold_out_every, or give it more images"
+            f"{MIN_SAMPLES} in each. Raise the probe's `limit`, hold out more (images.hold_out_every), or give it more "
+            "images"
         )
     return RealSets(images.take(first[:n]), images.take(second[:n]))
 

@@ -26,6 +26,9 @@ from stages.pairs import Pairs
 
 UNIT = "samples"
 
+Sample = Callable[[slice], Tensor]
+"""Latents (B, C, h, w) of a slice of the samples."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -62,8 +65,8 @@ def sample_sides(
     setting = _setting(pairs, noises, execution)
     full = pairs.stage.sampler
 
-    def ode(sampler: Sampler) -> Callable[[np.ndarray, list[str]], Tensor]:
-        return lambda noise, prompts: solve(setting.teacher, noise, prompts, sampler)
+    def ode(sampler: Sampler) -> Sample:
+        return lambda rows: solve(setting.teacher, setting.noise[rows], setting.prompts[rows], sampler)
 
     samplers = [full.model_copy(update={"steps": steps}) for steps in (full.steps, *teacher_steps)]
     plans = [(f"teacher_{sampler.steps}", ode(sampler), sampler.network_calls) for sampler in samplers]
@@ -71,7 +74,7 @@ def sample_sides(
         network = Student.load(student.folder, setting.teacher, student_steps)
         if setting.teacher.dtype != torch.float32:
             network.unet = _Computing(network.unet, setting.teacher.dtype)
-        plans.append(("student", _few_steps(network, setting.teacher, full.guidance_scale), network.form.steps))
+        plans.append(("student", _few_steps(network, setting, full.guidance_scale), network.form.steps))
     sides: list[Side] = []
     total = len(plans) * noises.count
     for name, sampler, n_calls in plans:
@@ -98,14 +101,15 @@ class _Computing(nn.Module):
         return output
 
 
-def _few_steps(
-    student: Student, teacher: NetworkTeacher, guidance_scale: float
-) -> Callable[[np.ndarray, list[str]], Tensor]:
-    further = torch.Generator().manual_seed(0)  # of samplers that draw more noise on the way
+def _few_steps(student: Student, setting: Setting, guidance_scale: float) -> Sample:
+    """More noise that a sampler draws is a sample's own, whatever batch the sample is in."""
+    teacher = setting.teacher
 
-    def sampled(noise: np.ndarray, texts: list[str]) -> Tensor:
+    def sampled(rows: slice) -> Tensor:
+        noise = teacher.to_device(setting.noise[rows])
         w = torch.full((len(noise),), guidance_scale - 1, device=teacher.device)
-        return student(teacher.to_device(noise), teacher.encode_prompts(texts), w, further)
+        generators = [torch.Generator().manual_seed(number) for number in setting.samples[rows]]
+        return student(noise, teacher.encode_prompts(setting.prompts[rows]), w, generators)
 
     return sampled
 
@@ -133,19 +137,16 @@ def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) ->
     )
 
 
-def _sample(
-    sampler: Callable[[np.ndarray, list[str]], Tensor], setting: Setting, known: Tensor, micro_batch: int
-) -> tuple[Tensor, float]:
+def _sample(sampler: Sample, setting: Setting, known: Tensor, micro_batch: int) -> tuple[Tensor, float]:
     """Latents of all samples, those in `known` taken as they are; and seconds an image, of the second of two more
     batches."""
     latents = [known]
     with torch.inference_mode():
         for start in range(len(known), len(setting.noise), micro_batch):
-            batch = slice(start, start + micro_batch)
-            latents.append(sampler(setting.noise[batch], setting.prompts[batch]).float().cpu())
-        first = setting.noise[:micro_batch], setting.prompts[:micro_batch]
-        sampler(*first).cpu()
+            latents.append(sampler(slice(start, start + micro_batch)).float().cpu())
+        first = slice(micro_batch)
+        sampler(first).cpu()
         started = time.perf_counter()
-        sampler(*first).cpu()
-        seconds = (time.perf_counter() - started) / len(first[0])
+        sampler(first).cpu()
+        seconds = (time.perf_counter() - started) / min(micro_batch, len(setting.noise))
     return torch.cat(latents), seconds

@@ -150,7 +150,10 @@ class Materials:
         student = self.student(Form(prediction=prediction))
         if self.examples and self.start is None and begins_at_zero(self.teacher.prediction, prediction):
             pairs = self.examples()
-            student.fit_head(pairs["noise"], pairs["latent"], self.teacher.encode_prompts(pairs["prompts"]))
+            try:
+                student.fit_head(pairs["noise"], pairs["latent"], self.teacher.encode_prompts(pairs["prompts"]))
+            except ValueError as error:
+                raise StageError(str(error)) from None
         return student
 
     def student(self, form: Form, grid_steps: int | None = None) -> Student:

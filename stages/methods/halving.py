@@ -64,9 +64,11 @@ class HalvingConfig(MethodConfig):
         start, end, matches, budgets = ({**defaults, **settings}[name] for name in wanted)
         if type(start) is not int or type(end) is not int or not 1 <= end <= start <= MOST:
             return []
+        if type(matches) is not bool:
+            return []
         if not isinstance(budgets, dict) or any(type(steps) is not int for steps in budgets.values()):
             return []
-        found = cls.halvings(start, end, matches is True and not goes_on)
+        found = cls.halvings(start, end, matches and not goes_on)
         if set(budgets) - {str(to) for _, to in found}:
             return []
         rest = {key: value for key, value in settings.items() if key not in ("training_steps", "match_first")}
@@ -92,7 +94,10 @@ class HalvingConfig(MethodConfig):
     @classmethod
     def _halves(cls, end: int, info: ValidationInfo) -> int:
         start = info.data.get("start_steps")
-        if start is not None and not cls.halvings(start, end, info.data.get("match_first", False)):
+        matches_first = info.data.get("match_first", False)
+        if start == end and not matches_first:
+            raise ValueError("nothing is halved: give fewer end_steps, or match_first: true")
+        if start is not None and not cls.halvings(start, end, matches_first):
             raise ValueError(f"should be what start_steps: {start} comes to by halving")
         return end
 
@@ -126,7 +131,7 @@ class HalvingConfig(MethodConfig):
         if start is None:
             return
         if not self.halves:
-            yield "start_steps", "a round that halves nothing learns from the teacher itself; leave start_from out"
+            yield "start_steps", "a link that halves nothing learns from the teacher itself; leave start_from out"
         if start.form.steps != self.start_steps:
             yield "start_steps", f"the student to go on from takes {start.form.steps} steps"
         yield from differences(start.form, self.form, but=("steps",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def convert(unet: Any, teacher: Prediction, student: StudentPrediction) -> Any:
                 parameter.mul_(factors[0])
         return unet
     config = {**unet.config, "out_channels": unet.config["out_channels"] * len(factors)}
+    config.pop("_use_default_values", None)  # from_config would take the class's defaults for what stands in this list
     wide = type(unet).from_config(config).to(next(unet.parameters()).device)
     weights = unet.state_dict()
     for name in ("conv_out.weight", "conv_out.bias"):
@@ -92,7 +94,7 @@ def fit(layer: nn.Conv2d, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
 
     Ridge regression on every other sample; the rest choose among the penalties RIDGES and, as the largest, zeros: see
     WITHIN. The layer is a 3x3 convolution with padding 1, as diffusers' U-Nets have it, and so linear in the patches of
-    its input.
+    its input. A single sample leaves the layer as it is. Raises ValueError if features or targets are not finite.
     """
     halves = _Squares(layer), _Squares(layer)
     for features, targets in batches:
@@ -101,9 +103,13 @@ def fit(layer: nn.Conv2d, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
             rows = torch.cat([patches, torch.ones_like(patches[:, :1])], 1)
             halves[number % 2].add(rows, wanted.flatten(1).mT)
     fitted, others = halves
+    if not others.count:
+        return
     candidates = {f"ridge {penalty:g}": fitted.ridge(penalty) for penalty in RIDGES}
     candidates["zeros"] = torch.zeros_like(fitted.moments)
     errors = {name: others.error(weights) for name, weights in candidates.items()}
+    if not all(map(isfinite, errors.values())):
+        raise ValueError("the teacher's features, or the pairs, are not finite: see `retort stats` for the pairs")
     best = [name for name, error in errors.items() if error <= WITHIN * min(errors.values())][-1]
     weights = candidates[best].T.to(layer.weight.dtype)
     layer.weight.copy_(weights[:, :-1].view_as(layer.weight))

@@ -109,10 +109,10 @@ class Student(nn.Module):
         noise: Tensor,
         condition: Tensor | None,
         w: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: few_step.Generators = None,
     ) -> Tensor:
         """noise (B, C, H, W), condition as the teacher's `encode_prompts` gives it -> x0 (B, C, H, W), in `form.steps`
-        calls. `generator` is for samplers that draw more noise."""
+        calls. `generator`: as `few_step.sample` takes it, for samplers that draw more noise."""
         stride = self.grid.steps // self.form.steps
 
         def denoise(z: Tensor, i: int) -> Tensor:

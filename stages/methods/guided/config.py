@@ -23,8 +23,8 @@ class GuidedConfig(HalvingConfig):
 
     VERSION: ClassVar[int] = 2
     name: Literal["guided"] = "guided"
-    match_first: Annotated[bool, Neutral()] = Field(
-        True, description="begin with a link that halves nothing and learns guidance; not with start_from"
+    match_first: Annotated[Literal[True], Neutral()] = Field(
+        True, description="it begins with a link that halves nothing and learns guidance; with start_from it does not"
     )
     w_range: WRange = Field(
         (0.0, 4.0), description="the least and the greatest w that the student learns; guidance_scale - 1"

@@ -30,6 +30,7 @@ from pipeline.store import Store
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in one process a core
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # stages may take more threads: those that wait take no core
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and the command line would take it for a terminal's width
 
 GAUSSIAN = """

@@ -561,6 +561,12 @@ student.training.batch_size=4
 student.training.accumulate=2
 student.held_out=8
 quality.samples=20
+imagenet.execution.threads=1
+latent_vgg.execution.threads=1
+cfg3.execution.threads=1
+cfg8.execution.threads=1
+student.execution.threads=1
+quality.execution.threads=1
 """
 
 

@@ -525,7 +525,7 @@ def test_what_plain_diffusers_cannot_do_is_said(teacher, form, words):
 
 @pytest.mark.parametrize(("old", "new", "words"), [
     ("start_steps: 8", "start_steps: 12", "end_steps: should be what start_steps: 12 comes to by halving, not 1"),
-    ("start_steps: 8, end_steps: 1", "start_steps: 8, end_steps: 8", "what start_steps: 8 comes to by halving, not 8"),
+    ("start_steps: 8, end_steps: 1", "start_steps: 8, end_steps: 8", "nothing is halved: give fewer end_steps"),
     ("start_steps: 8", "start_steps: 1024", "method.start_steps: 1024 are more than the teacher's 1000 timesteps"),
     ("{1: 6}", "{1: null}", "training_steps.1: should be a valid integer, not None"),
     ("start_steps: 8", "start_steps: 2097152", "start_steps: should be less than or equal to 524288"),

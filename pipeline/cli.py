@@ -58,7 +58,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        from pipeline.engine import describe
+        from pipeline.engines import describe
         from pipeline.errors import ManifestError, RetortError
         from stages.data.urls import redacted
 

@@ -25,14 +25,14 @@ from pipeline.commands.console import (
     show_done,
     store_option,
 )
-from pipeline.completion import complete_runs_or_paths
+from pipeline.reference.completion import complete_runs_or_paths
 
 if TYPE_CHECKING:
     from pipeline.jobs import Job
-    from pipeline.locks import Holder
     from pipeline.manifest import Loaded
+    from pipeline.planning import Selection
     from pipeline.runs import Run
-    from pipeline.selection import Selection
+    from pipeline.store.locks import Holder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,7 +66,7 @@ def cluster_options(command: F) -> F:
 
 
 def _check_submitted_by(_: click.Context, __: click.Parameter, theirs: str | None) -> None:
-    from pipeline.nodes import check_submitted_by
+    from pipeline.engines.nodes import check_submitted_by
 
     if theirs is not None:
         check_submitted_by(theirs)
@@ -81,12 +81,13 @@ submitted_by = click.option(
 def submit_to(cluster: Cluster, loaded: Loaded, name: str, selection: Selection, wait: bool, as_json: bool) -> None:
     """Plan and freeze here, carry out there."""
     from pipeline import jobs
-    from pipeline.dashboard import Unreachable, checked
     from pipeline.errors import Locked
+    from pipeline.jobs.dashboard import Unreachable, checked
+    from pipeline.jobs.job import check_store
     from pipeline.runs import Run
 
     store = open_store(loaded.manifest.store)
-    jobs.check_store(store.root, checked(cluster.address), cluster.store_is_shared)
+    check_store(store.root, checked(cluster.address), cluster.store_is_shared)
     run = Run(store, name)
     before = jobs.load(run)
     try:
@@ -102,8 +103,8 @@ def submit_to(cluster: Cluster, loaded: Loaded, name: str, selection: Selection,
 def resume_on(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_json: bool) -> None:
     """Follow the run's job if it is still under way, else submit it anew."""
     from pipeline import jobs
-    from pipeline.dashboard import Unreachable, checked
     from pipeline.errors import Locked
+    from pipeline.jobs.dashboard import Unreachable, checked
 
     address, job = checked(cluster.address), jobs.load(run)
     try:
@@ -183,7 +184,7 @@ def stop(run_name: str | None, store: str | None) -> None:
 def _stopped_job(run: Run) -> bool:
     """Stop the run's job, if it is under way."""
     from pipeline import jobs
-    from pipeline.dashboard import Unreachable
+    from pipeline.jobs.dashboard import Unreachable
 
     job = jobs.load(run)
     try:

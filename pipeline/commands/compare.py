@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.commands.console import find_run, json_option, print_result, store_option
-from pipeline.completion import complete_runs_or_paths
+from pipeline.reference.completion import complete_runs_or_paths
 
 
 @click.command(short_help="Put students beside their teacher.")
@@ -26,11 +26,11 @@ def compare(run_names: tuple[str, ...], store: str | None, html: Path, as_json: 
 
     Students that were evaluated with the same teacher, noises and prompts make one section, whichever run they are of.
     """
-    from pipeline import tables
-    from pipeline.compare import collect, remarks
     from pipeline.errors import UsageError
-    from stages.evaluation.comparison import page
-    from stages.evaluation.sections import sections
+    from pipeline.views import tables
+    from pipeline.views.compare import collect, remarks
+    from stages.reports.comparison import page
+    from stages.reports.sections import sections
 
     runs = [find_run(name, store) for name in dict.fromkeys(run_names or (None,))]
     evaluations, not_made = collect(runs)

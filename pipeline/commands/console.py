@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from pipeline import DEFAULT_STORE
-from pipeline.completion import complete_stages
+from pipeline.reference.completion import complete_stages
 
 if TYPE_CHECKING:
     from pipeline.manifest import Loaded
-    from pipeline.plan import Plan
+    from pipeline.planning import Plan, Selection
     from pipeline.runs import Run
-    from pipeline.selection import Selection
     from pipeline.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,7 +59,7 @@ def selection_options(command: F) -> F:
 
     @wraps(command)
     def with_selection(*args: Any, only: Any, onward: Any, force: Any, **others: Any) -> Any:
-        from pipeline.selection import Selection
+        from pipeline.planning import Selection
 
         return command(*args, selection=Selection(only, onward, force), **others)
 
@@ -89,11 +88,11 @@ def is_manifest(target: str) -> bool:
 def find_run(target: str | None, store: str | None) -> Run:
     """The run of that name, of that manifest, or the store's only one. The store is the one given, the manifest's,
     or ./retort-store. Raises UsageError."""
-    from pipeline import manifest as manifests
+    from pipeline.manifest.model import name_and_store
     from pipeline.runs import Run
 
     if target is not None and is_manifest(target):
-        name, own = manifests.name_and_store(Path(target))
+        name, own = name_and_store(Path(target))
         return Run.find(open_store(store or own), name)
     return Run.find(open_store(store), target)
 
@@ -101,8 +100,8 @@ def find_run(target: str | None, store: str | None) -> Run:
 def find_artifact(target: str, store: str | None) -> Path:
     """The folder of a sealed artifact, given by its path or as RUN/STAGE. Raises UsageError."""
     from pipeline.errors import UsageError, suggest
-    from pipeline.fields import is_artifact_path
-    from pipeline.matrix import chosen
+    from pipeline.manifest.fields import is_artifact_path
+    from pipeline.manifest.matrix import chosen
 
     run_name, _, stage = target.partition("/")
     if Path(target).exists() or not stage or is_artifact_path(stage):
@@ -124,8 +123,7 @@ def store_override(store: str | None) -> list[str]:
 
 
 def plan_run(loaded: Loaded, run: Run, force: Collection[str] = ()) -> Plan:
-    from pipeline.content import read_contents
-    from pipeline.plan import make_plan
+    from pipeline.planning import make_plan, read_contents
 
     contents = read_contents(loaded, run.store.hashes)
     return make_plan(loaded, contents, run.store, run.previous(), force)
@@ -144,9 +142,8 @@ class Execution:
 
 def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -> None:
     """Plan and run, holding the run's lock."""
-    from pipeline.report import reporter
-    from pipeline.runner import Runner
-    from pipeline.runs import Run
+    from pipeline.runs import Run, Runner
+    from pipeline.views.progress import reporter
 
     run = Run(open_store(loaded.manifest.store), name)
     signal.signal(signal.SIGTERM, interrupt)  # also while it waits for a lock
@@ -171,9 +168,9 @@ def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -
 def held(loaded: Loaded, run: Run, selection: Selection, wait: bool) -> Iterator[tuple[Plan, set[str]]]:
     """Be the run's only driver, with its plan made and frozen and what is forced forgotten; gives the plan and the
     names of the stages to carry out."""
-    from pipeline import force
-    from pipeline.content import pinned
-    from pipeline.locks import share
+    from pipeline.planning.content import pinned
+    from pipeline.runs import force
+    from pipeline.store.locks import share
 
     if loaded.problems:
         plan_run(loaded, run)  # raises them, with those that only planning finds
@@ -199,7 +196,7 @@ def say_warning(text: str) -> None:
 
 def show_done(run: Run, planned: Plan, as_json: bool) -> None:
     """Print where the artifacts of a run lie."""
-    from pipeline import tables
+    from pipeline.views import tables
 
     made = [s for s in planned if run.store.is_sealed(s.artifact)]
     result = {s.name: {"kind": s.artifact.kind, "artifact": str(s.artifact.folder)} for s in made}
@@ -208,8 +205,8 @@ def show_done(run: Run, planned: Plan, as_json: bool) -> None:
 
 def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) -> None:
     """Print what carrying out would do."""
-    from pipeline import force, tables
-    from pipeline.runs import Run
+    from pipeline.runs import Run, force
+    from pipeline.views import tables
 
     run = Run(open_store(loaded.manifest.store), name)
     planned = plan_run(loaded, run, selection.forced(loaded.order))
@@ -225,9 +222,9 @@ def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) ->
 
 def show_difference(loaded: Loaded, other: str, as_json: bool) -> None:
     """Print how a manifest, as it would be planned now, differs from what run `other` was."""
-    from pipeline import tables
-    from pipeline.difference import difference
+    from pipeline.planning.difference import difference
     from pipeline.runs import Run
+    from pipeline.views import tables
 
     store = open_store(loaded.manifest.store)
     before = Run.find(store, other).plan()
@@ -237,11 +234,11 @@ def show_difference(loaded: Loaded, other: str, as_json: bool) -> None:
 
 
 def _engine(name: str) -> Any:
-    from pipeline.engine import InlineEngine
+    from pipeline.engines import InlineEngine
 
     if name == "inline":
         return InlineEngine()
-    from pipeline.cluster import RayEngine
+    from pipeline.engines.ray import RayEngine
 
     if name == "ray":
         ignore_overrides("this run starts a Ray of its own")
@@ -250,7 +247,7 @@ def _engine(name: str) -> Any:
 
 def ignore_overrides(instead: str) -> None:
     """Say that Ray's variables are not followed, and what is; Ray itself would prefer them to an address in code."""
-    from pipeline.nodes import OVERRIDES
+    from pipeline.engines.nodes import OVERRIDES
 
     for variable in filter(os.environ.get, OVERRIDES):
         click.echo(f"{variable} is set and ignored: {instead}", err=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.commands.console import json_option, print_result
-from pipeline.completion import complete_explained, complete_methods
+from pipeline.reference.completion import complete_explained, complete_methods
 
 SHELLS = ("bash", "zsh", "fish")
 COMPLETE = "_RETORT_COMPLETE"
@@ -30,7 +30,7 @@ COMPLETE = "_RETORT_COMPLETE"
 def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
     """Write a commented manifest to FILE, by default retort.yaml; - prints it."""
     from pipeline.errors import UsageError
-    from pipeline.starter import PLACEHOLDER, manifest_text
+    from pipeline.reference.starter import PLACEHOLDER, manifest_text
 
     printed = str(file) == "-"
     text = manifest_text(teacher, method, prompts, "retort.yaml" if printed else str(file))
@@ -59,7 +59,7 @@ def explain(name: str | None, as_json: bool) -> None:
 
     Without NAME, list all that can be explained. NAME may be a path, too: pairs.sampler.steps.
     """
-    from pipeline import explain as explained
+    from pipeline.reference import explain as explained
 
     if name is None:
         print_result(as_json, explained.names(), explained.listing)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pipeline.commands.console import find_run, json_option, open_store, print_result, say_waiting, store_option
-from pipeline.completion import complete_runs, complete_runs_or_paths, complete_stages
+from pipeline.reference.completion import complete_runs, complete_runs_or_paths, complete_stages
 
 
 @click.command(short_help="List the runs of the store.")
@@ -15,8 +15,8 @@ from pipeline.completion import complete_runs, complete_runs_or_paths, complete_
 @json_option
 def runs(store: str | None, as_json: bool) -> None:
     """List the runs of the store."""
-    from pipeline import tables
-    from pipeline.status import runs_of
+    from pipeline.runs.status import runs_of
+    from pipeline.views import tables
 
     found = runs_of(opened := open_store(store))
     print_result(as_json, found, lambda: tables.runs(str(opened.root), found))
@@ -29,9 +29,9 @@ def runs(store: str | None, as_json: bool) -> None:
 @json_option
 def status(run_name: str | None, watch: bool, store: str | None, as_json: bool) -> None:
     """Show how far each stage of RUN is, how fast, what it cost, and where its artifact lies."""
-    from pipeline import tables
-    from pipeline.status import status_of
-    from pipeline.watch import watch as follow
+    from pipeline.runs import status_of
+    from pipeline.views import tables
+    from pipeline.views.watch import watch as follow
 
     run = find_run(run_name, store)
     if watch and as_json:
@@ -54,9 +54,9 @@ def status(run_name: str | None, watch: bool, store: str | None, as_json: bool) 
 def logs(run_name: str, stage: str | None, follow: bool, as_json: bool, store: str | None) -> None:
     """Print the log of a STAGE of RUN; without STAGE, what happened in the run."""
     from pipeline.errors import UsageError
-    from pipeline.matrix import chosen
-    from pipeline.runs import read_event
-    from pipeline.watch import lines
+    from pipeline.manifest.matrix import chosen
+    from pipeline.runs.run import read_event
+    from pipeline.views.watch import lines
 
     run = find_run(run_name, store)
     plan = run.plan()
@@ -79,7 +79,7 @@ def logs(run_name: str, stage: str | None, follow: bool, as_json: bool, store: s
 
 
 def _words(event: dict[str, Any]) -> str:
-    from pipeline.report import describe
+    from pipeline.views.progress import describe
     from stages.base import Progress
 
     if event["event"] == "progress":
@@ -106,8 +106,8 @@ def gc(delete: bool, drop: tuple[str, ...], store: str | None, as_json: bool) ->
 
     What a run that is under way holds is never touched. What runs of other stores use by its path is not known here.
     """
-    from pipeline import tables
-    from pipeline.garbage import collect
+    from pipeline.runs.garbage import collect
+    from pipeline.views import tables
 
     found = collect(open_store(store), drop, delete, say_waiting)
     print_result(as_json, found, lambda: tables.garbage(found, delete))

@@ -45,7 +45,7 @@ def sample(
 
     found = load_artifact(find_artifact(artifact, store))
     try:
-        from stages.sampling import draw
+        from stages.reports.sampling import draw
 
         draw(found, list(prompts), count, seed, steps, guidance_scale, out, say_warning)
     except StageError as error:

@@ -20,7 +20,7 @@ from pipeline.commands.console import (
     say_waiting,
     store_option,
 )
-from pipeline.completion import complete_runs_or_paths
+from pipeline.reference.completion import complete_runs_or_paths
 
 
 @click.command(short_help="Say what is in shards of pairs.")
@@ -39,7 +39,7 @@ def stats(
     Exit code 1 if something is damaged. With --sample, images and their prompts are written to the folder --out, those
     of shards that others made scaled down to sides of at most 1024 pixels.
     """
-    from pipeline import tables
+    from pipeline.views import tables
 
     found = {place: _inspect(place, deep) for place in _places(target, store, "pairs")}
     _report(as_json, found, tables.stats)
@@ -57,7 +57,7 @@ def stats(
 def verify(target: str, store: str | None, as_json: bool) -> None:
     """Read and hash everything in TARGET again, and list what is damaged: an artifact of any kind, given by its path
     or as RUN/STAGE, all artifacts of a run, or a folder or URL of shards. Exit code 1 if something is damaged."""
-    from pipeline import tables
+    from pipeline.views import tables
 
     found = {place: _verify(place) for place in _places(target, store)}
     _report(as_json, found, tables.verified)
@@ -79,8 +79,8 @@ def repair(target: str, store: str | None, engine: str, wait: bool, as_json: boo
 
     The artifact is unsealed first: until it is whole again it exists for nobody. Killed, the command can be repeated.
     """
-    from pipeline.repair import plan_repair
-    from pipeline.selection import Selection
+    from pipeline.planning import Selection
+    from pipeline.runs.repair import plan_repair
 
     artifact = find_artifact(target, store)
     found = plan_repair(artifact)
@@ -136,8 +136,7 @@ def _places(target: str, store: str | None, kind: str | None = None) -> list[str
     if "://" in target or Path(target).exists():
         return [target]
     from pipeline.errors import UsageError
-    from pipeline.runs import Run
-    from pipeline.status import status_of
+    from pipeline.runs import Run, status_of
 
     if "/" in target:
         artifact = find_artifact(target, store)
@@ -157,8 +156,8 @@ def _places(target: str, store: str | None, kind: str | None = None) -> list[str
 
 
 def _verify(place: str) -> dict[str, Any]:
+    from pipeline.runs.verify import verify
     from pipeline.store import RECORD
-    from pipeline.verify import verify
 
     return verify(Path(place)) if (Path(place) / RECORD).exists() else _inspect(place, deep=True)
 
@@ -178,7 +177,7 @@ def _show(place: str, report: dict[str, Any], html: Path | None, samples: int, o
     from pipeline.errors import UsageError
     from pipeline.store import RECORD, load_artifact
     from stages.base import StageError
-    from stages.gallery import GRID, pictures, write_page, write_samples
+    from stages.reports.gallery import GRID, pictures, write_page, write_samples
 
     artifact = load_artifact(Path(place)) if (Path(place) / RECORD).exists() else None
     try:

@@ -24,10 +24,10 @@ from pipeline.commands.console import (
     store_option,
     store_override,
 )
-from pipeline.completion import complete_runs, complete_runs_or_paths, complete_stages
+from pipeline.reference.completion import complete_runs, complete_runs_or_paths, complete_stages
 
 if TYPE_CHECKING:
-    from pipeline.selection import Selection
+    from pipeline.planning import Selection
 
 
 @click.command(short_help="Run the pipeline of a manifest.")
@@ -53,9 +53,9 @@ def submit(
     cluster: Cluster | None,
 ) -> None:
     """Run the pipeline of MANIFEST, reusing whatever the store already holds."""
-    from pipeline import manifest as manifests
+    from pipeline.manifest import examine
 
-    loaded = manifests.examine(manifest, [*overrides, *store_override(store)])
+    loaded = examine(manifest, [*overrides, *store_override(store)])
     run_name = name or loaded.manifest.name
     if dry_run:
         show_plan(loaded, run_name, selection, as_json)
@@ -120,12 +120,12 @@ def plan(
     as_json: bool,
 ) -> None:
     """Show what submitting MANIFEST, or resuming RUN, would do, and why. Nothing is changed."""
-    from pipeline import manifest as manifests
+    from pipeline.manifest import examine
 
     if name is not None and not is_manifest(target):
         raise click.UsageError("--name goes with a manifest; a run has its name")
     if is_manifest(target):
-        loaded = manifests.examine(Path(target), [*overrides, *store_override(store)])
+        loaded = examine(Path(target), [*overrides, *store_override(store)])
         run_name = name or loaded.manifest.name
     else:
         run = find_run(target, store)

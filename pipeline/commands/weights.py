@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.completion import complete_published
+from pipeline.reference.completion import complete_published
 
 
 @click.command("import-weights", short_help="Bring published E-LatentLPIPS weights into Retort's form.")
@@ -19,8 +19,8 @@ def import_weights(source: str, out: Path) -> None:
     licence is CC BY-NC 4.0: not for commercial use.
     """
     from pipeline.errors import RetortError, UsageError, suggest
-    from stages import importing
     from stages.base import StageError
+    from stages.perceptual import importing
 
     path, named = Path(source), source in importing.PUBLISHED
     if out.exists():

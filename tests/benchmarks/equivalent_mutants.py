@@ -7,5 +7,5 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "scale * far + std * fresh() -> scale * far - std * fresh()",
     ): "the noise is symmetric: samples have the same law",
     ("stages/losses/decoded.py", "PublishedLPIPS.__init__", "False -> True"): "whether the lpips package prints a line",
-    ("stages/training.py", "step_seed", "1 -> 2"): "how many words are generated, of which the first is taken",
+    ("stages/training/loop.py", "step_seed", "1 -> 2"): "how many words are generated, of which the first is taken",
 }

@@ -19,13 +19,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-import stages.factory
-from pipeline.cluster import RayEngine
-from pipeline.engine import InlineEngine, WorkerShape
+import stages.pairs.factory
+from pipeline.engines import InlineEngine, WorkerShape
+from pipeline.engines.ray import RayEngine
 from pipeline.store import load_artifact
 from stages.data.pool import PROMPTS, plan_shards, pool_of
 from stages.data.shards import write_shard
-from stages.factory import ShardWorker
+from stages.pairs.factory import ShardWorker
 
 
 class TimedWorker:
@@ -34,7 +34,7 @@ class TimedWorker:
     def __init__(self, **settings):
         self.worker = ShardWorker(**settings)
         self.inside = self.entered = self.writing = 0.0
-        stages.factory.write_shard = self._write
+        stages.pairs.factory.write_shard = self._write
         self.worker.teacher.unet.register_forward_pre_hook(self._enter)
         self.worker.teacher.unet.register_forward_hook(self._leave)
 

@@ -18,12 +18,13 @@ import torch
 
 from pipeline.store import load_artifact
 from stages.data.supply import PairSupply
-from stages.methods.base import Materials, TrainingExecution, TrainingSettings
+from stages.methods.base import Materials
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
 from stages.networks import head
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student
-from stages.training import train
+from stages.training import TrainingExecution, TrainingSettings
+from stages.training.loop import train
 
 TRAINED, MEASURED = 1000, 304
 

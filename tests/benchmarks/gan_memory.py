@@ -26,11 +26,12 @@ from stages.diffusion.schedule import NoiseSchedule
 from stages.losses.augmentation import Augmentation
 from stages.losses.config import Regression
 from stages.losses.perceptual import PerceptualLoss
-from stages.methods.base import Materials, TrainingExecution, TrainingSettings
+from stages.methods.base import Materials
 from stages.methods.diffusion2gan.config import Diffusion2GANConfig
 from stages.networks.perceptual import LPIPS, About
 from stages.networks.vgg import VGG
-from stages.training import _Run
+from stages.training import TrainingExecution, TrainingSettings
+from stages.training.loop import _Run
 
 SIZE, CHANNELS, TOKENS, WIDTH = 64, 4, 77, 768
 BF16, AGAIN = {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}

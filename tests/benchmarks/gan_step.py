@@ -19,12 +19,13 @@ from stages.losses.adversarial import r1_penalty
 from stages.losses.augmentation import Augmentation
 from stages.losses.config import Regression
 from stages.losses.perceptual import PerceptualLoss
-from stages.methods.base import Materials, TrainingSettings
+from stages.methods.base import Materials
 from stages.methods.diffusion2gan.config import Diffusion2GANConfig
 from stages.methods.diffusion2gan.method import Diffusion2GAN
 from stages.networks.latent import LatentTeacher
 from stages.networks.perceptual import LPIPS, About
 from stages.networks.vgg import VGG
+from stages.training import TrainingSettings
 from tests.benchmarks.side_by_side import SHIPPED, STEPS, compare
 
 

@@ -15,13 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.content import read_contents
-from pipeline.fields import plain
-from pipeline.manifest import examine
-from pipeline.plan import PlannedStage, make_plan
+from pipeline.manifest.fields import plain
+from pipeline.manifest.model import examine
+from pipeline.planning import PlannedStage, make_plan, read_contents
 from pipeline.runs import Run
 from pipeline.store import Store
-from tests.conftest import retort
+from tests.support.cli import retort
 
 PAIRS, STUDENTS, SHARDS = 100, 398, 1000
 REPEATS = 5

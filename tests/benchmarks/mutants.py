@@ -46,11 +46,11 @@ TESTS = {
     "stages/losses": "augmentation diffusion2gan halving_loss consistency losses perceptual",
     "stages/metrics": "metrics triplets",
     "stages/methods": "training consistency diffusion2gan progressive guided halving_loss",
-    "stages/training.py": "training consistency diffusion2gan",
-    "stages/checkpoint.py": "training consistency",
-    "stages/figures.py": "training",
+    "stages/training/loop.py": "training consistency diffusion2gan",
+    "stages/training/checkpoint.py": "training consistency",
+    "stages/training/figures.py": "training",
 }
-"""What is changed, and the names of tests/test_NAME.py that import it."""
+"""What is changed, and the names of the tests (test_NAME.py) that import it."""
 MOST = 200
 SLOW = 5.0
 """Seconds of CPU time above which a test is left out."""
@@ -185,7 +185,7 @@ def all_mutants() -> list[tuple[Mutant, ast.AST]]:
 
 def _tests_of(module: str) -> set[Path]:
     names = next(names for start, names in TESTS.items() if module.startswith(start))
-    return {ROOT / "tests" / f"test_{name}.py" for name in names.split()}
+    return {path for name in names.split() for path in (ROOT / "tests").rglob(f"test_{name}.py")}
 
 
 def put_in_place(mutant: Mutant, tree: ast.AST, known: dict[Place, list[FunctionType]]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, seed, settings
 
-from tests.mutations import Mutation, check, mutations
+from tests.support.mutations import Mutation, check, mutations
 
 
 def main(count: int) -> None:

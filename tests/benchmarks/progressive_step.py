@@ -13,10 +13,11 @@ import argparse
 
 import torch
 
-from stages.methods.base import Materials, TrainingSettings
+from stages.methods.base import Materials
 from stages.methods.progressive.config import ProgressiveConfig
 from stages.methods.progressive.method import Progressive
 from stages.networks.latent import LatentTeacher
+from stages.training import TrainingSettings
 from tests.benchmarks.side_by_side import SHIPPED, STEPS, compare
 
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stages.teacher import SHIPPED
+from stages.teacher.stage import SHIPPED
 
 NAME = "digit_scenes"
 MANIFEST = Path("manifests/digit_scenes_teacher.yaml")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.methods.base import Method, TrainingExecution
-from stages.training import train
+from stages.training import Method, TrainingExecution
+from stages.training.loop import train
 
-SHIPPED = Path(__file__).parents[2] / "stages" / "teachers" / "shipped" / "digit_scenes"
+SHIPPED = Path(__file__).parents[2] / "stages" / "teacher" / "shipped" / "digit_scenes"
 STEPS = 10
 """As many as the loop makes between two lines of its history."""
 

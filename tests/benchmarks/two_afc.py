@@ -23,11 +23,11 @@ from stages.losses.regression import mse
 from stages.networks import perceptual
 from stages.networks.perceptual import LPIPS
 from stages.networks.vgg import VGG
-from stages.perception.config import Recipe
-from stages.perception.judgement import judged
-from stages.perception.source import Source
-from stages.perception.train import calibrate
 from stages.perceptual import Perceptual
+from stages.perceptual.config import Recipe
+from stages.perceptual.judgement import judged
+from stages.perceptual.source import Source
+from stages.perceptual.train import calibrate
 
 
 def finished(generator):

@@ -9,7 +9,8 @@ from stages.base import Artifact, Choice, below
 from stages.diffusion.form import Form, WRange
 from stages.diffusion.prediction import Prediction
 from stages.losses.config import LOSSES, LossConfig, Regression
-from stages.methods.base import Materials, Method, MethodConfig, differences
+from stages.methods.base import Materials, MethodConfig, differences
+from stages.training import Method
 
 
 class ConsistencyConfig(MethodConfig):

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from stages.diffusion.few_step import ddim_step
 from stages.diffusion.guidance import draw
-from stages.methods.base import Batch, Materials, Player, Turn
+from stages.methods.base import Materials
 from stages.methods.consistency.config import ConsistencyConfig
 from stages.networks.student import column
+from stages.training import Batch, Player, Turn
 
 
 class Consistency:

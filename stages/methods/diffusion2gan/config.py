@@ -5,7 +5,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.base import Config
-from stages.methods.base import Materials, Method, OneStepConfig, TrainingSettings
+from stages.methods.base import Materials, OneStepConfig
+from stages.training import Method, TrainingSettings
 
 
 class DiscriminatorSettings(Config):

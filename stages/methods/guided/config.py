@@ -7,8 +7,9 @@ from pydantic import Field
 
 from stages.base import Neutral
 from stages.diffusion.form import Form, WRange
-from stages.methods.base import Materials, Method, MethodConfig
+from stages.methods.base import Materials, MethodConfig
 from stages.methods.halving import HalvingConfig
+from stages.training import Method
 
 
 class GuidedConfig(HalvingConfig):

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from stages.base import Choice
 from stages.losses.config import LOSSES, LossConfig, Regression
-from stages.methods.base import Materials, Method, OneStepConfig
+from stages.methods.base import Materials, OneStepConfig
+from stages.training import Method
 
 
 class KnowledgeDistillationConfig(OneStepConfig):

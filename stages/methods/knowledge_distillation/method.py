@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stages.methods.base import Batch, Materials, OneStepPrediction, Player, Turn
+from stages.methods.base import Materials, OneStepPrediction
+from stages.training import Batch, Player, Turn
 
 if TYPE_CHECKING:
     from stages.losses.config import Distance

@@ -5,8 +5,9 @@ from typing import Literal
 from pydantic import Field
 
 from stages.diffusion.form import Form
-from stages.methods.base import Materials, Method
+from stages.methods.base import Materials
 from stages.methods.halving import HalvingConfig
+from stages.training import Method
 
 
 class ProgressiveConfig(HalvingConfig):

@@ -9,8 +9,9 @@ from stages.base import StageError
 from stages.diffusion.guidance import draw
 from stages.diffusion.halving import two_step_target
 from stages.diffusion.weighting import weights
-from stages.methods.base import Batch, Materials, Player, Turn
+from stages.methods.base import Materials
 from stages.methods.halving import HalvingConfig
+from stages.training import Batch, Player, Turn
 
 
 class Progressive:

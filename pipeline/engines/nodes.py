@@ -1,0 +1,60 @@
+"""What the nodes of a cluster need to have installed, and what of their environment must not be followed."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from functools import cache
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from stages.data.provenance import versions
+
+OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+"""Variables that Ray prefers to an address given in code."""
+
+SOURCES = ("pipeline/**/*.py", "pipeline/reference/templates/*.yaml", "stages/**/*.py", "stages/teacher/shipped/**/*")
+"""The files of an installation that decide what it does: the packages and their data."""
+
+
+def version() -> str:
+    """Of this installation of Retort."""
+    return versions().get("retort", "unknown")
+
+
+@cache
+def build() -> str:
+    """The version of this installation and a hash of its sources: `0.1.0+0123456789abcdef`."""
+    return f"{version()}+{hash_of_sources(Path(__file__).parents[2])}"
+
+
+def hash_of_sources(root: Path) -> str:
+    """Of names and bytes of the SOURCES below `root`: 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()}):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return found.hexdigest()[:16]
+
+
+def needs() -> str:
+    """What to install on every node so that it can work with this installation."""
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"retort=={version()}, ray=={versions().get('ray', 'unknown')} and Python {python}"
+
+
+def difference(node: str, driver: str, theirs: str) -> str | None:
+    """How this installation differs from `theirs`, the build of `driver`, and what to do; None if it does not."""
+    if theirs == build():
+        return None
+    wanted = theirs.partition("+")[0]
+    if wanted == version():
+        return f"{node} runs other sources of retort {wanted} than {driver}: install the same commit on every node"
+    return f"{node} has retort {version()}, {driver} {wanted}: install retort=={wanted} on every node"
+
+
+def check_submitted_by(theirs: str) -> None:
+    """Raise UsageError if another build of Retort than this one, which is to carry out the run, submitted it."""
+    problem = difference("this node", "the machine that submitted the run", theirs)
+    if problem:
+        raise UsageError(problem)

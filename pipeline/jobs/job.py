@@ -1,0 +1,234 @@
+"""Runs as jobs of a Ray cluster. A job's entry point is `retort resume`; storage, not Ray, is the source of truth."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.engines.nodes import OVERRIDES, build, needs
+from pipeline.errors import INTERRUPTED, StageFailed, UsageError
+from pipeline.jobs import dashboard
+from pipeline.runs import Run
+from stages.data.files import write_atomically
+
+MOUNTS = Path("/proc/mounts")
+SHARED = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2"),
+    *("orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"),
+)
+"""File systems that several machines may mount; all of fuse too, but for what containers are made of."""
+
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+NOT_FOUND = 127
+"""What a shell exits with if there is no such command."""
+
+SILENCE = 60.0
+"""Seconds without a line after which a log's connection is made anew: one that is half open never says so."""
+
+LOST_FOR = 300.0
+"""Seconds for which a cluster may be out of reach before following its job is given up."""
+
+PAUSE, LONGEST_PAUSE = 0.5, 10.0
+"""Seconds between two attempts to connect: the first, doubled until the longest."""
+
+STOP_FOR = 60.0
+"""Seconds for a job to end. Ray itself kills it RAY_JOB_STOP_WAIT_TIME_S (3) after it asked."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was handed to a cluster: STORE/runs/NAME/job.json."""
+
+    run: str
+    address: str
+    id: str
+    submitted: str
+    ray: str
+
+
+def load(run: Run) -> Job | None:
+    """The run's latest job, which may be long over; None if it never was one, or nobody can read which."""
+    try:
+        return Job(**json.loads((run.folder / "job.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def submit(run: Run, address: str, *, store_is_shared: bool, extra: Sequence[str] = ()) -> Job:
+    """Have a cluster carry out what `run` has frozen; `extra` goes to its `retort resume`. Raises UsageError for an
+    address, a token, a version or a store that will not do, StageFailed if the cluster takes no job."""
+    address = dashboard.checked(address)
+    check_store(run.store.root, address, store_is_shared)
+    ray, now = dashboard.same_ray(address), datetime.now(UTC)
+    name = f"retort-{run.name}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
+    job = Job(run.name, address, name, now.isoformat(timespec="seconds"), ray)
+    command = ["retort", "resume", run.name, *extra, "--store", str(run.store.root), "--engine", "attached"]
+    # before it is submitted, so that no job runs that nobody knows of
+    write_atomically(run.folder / "job.json", json.dumps(asdict(job), indent=2).encode("utf-8"))
+    try:
+        _client(address).submit_job(
+            entrypoint=shlex.join([*command, "--submitted-by", build()]),
+            submission_id=name,
+            metadata={"retort_run": run.name, "retort_store": str(run.store.root), "retort_build": build()},
+        )
+    except (RuntimeError, OSError) as error:
+        raise StageFailed(f"the cluster at {address} took no job: {error}") from error
+    return job
+
+
+def alive(job: Job) -> bool:
+    """Whether it waits or runs. Raises Unreachable."""
+    found = dashboard.ask(job.address, f"/api/jobs/{job.id}")
+    return found is not None and found["status"] not in ENDED
+
+
+def follow(job: Job, write: Callable[[str], None]) -> int:
+    """Write the job's log as it grows, over lost connections, until the job ends; return its driver's exit code.
+
+    Raises StageFailed if no driver ever started, or if the cluster is gone or forgot the job.
+    """
+    log, client = _Log(job, write), _client(job.address)
+    pause, seen, told = PAUSE, time.monotonic(), False
+    while True:
+        before, lost = log.written, asyncio.run(log.read(client))
+        try:
+            found = _info(job)
+            if found["status"] in ENDED:
+                log.write_rest()
+                return _exit_code(job, found)
+            seen = time.monotonic()
+        except dashboard.Unreachable as error:
+            lost = str(error)
+            if time.monotonic() - seen > LOST_FOR:
+                raise StageFailed(f"{lost}\njob {job.id} may still run: resume with --address to follow it") from None
+        if log.written > before:
+            pause, told = PAUSE, False
+        if lost and not told:
+            told = True
+            print(f"connection lost, trying again ({lost})", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class _Log:
+    """How much of a job's log was written, so that a new connection, which starts at its beginning, repeats nothing."""
+
+    def __init__(self, job: Job, write: Callable[[str], None]) -> None:
+        self.job, self._write, self.written = job, write, 0
+
+    async def read(self, client: Any) -> str:
+        """Write what comes until the connection ends; why it was lost, or an empty string."""
+        position, chunks = 0, client.tail_job_logs(self.job.id)
+        while True:
+            try:
+                text = await asyncio.wait_for(anext(chunks), SILENCE)
+            except (StopAsyncIteration, TimeoutError):
+                return ""
+            except Exception as error:  # of Ray, of aiohttp, of the system: whatever it is, the job's state decides
+                return str(error) or type(error).__name__
+            self._write_from(position, text)
+            position += len(text)
+
+    def write_rest(self) -> None:
+        """Of a job that ended: what a connection cut at the end did not bring. Raises Unreachable."""
+        found = dashboard.ask(self.job.address, f"/api/jobs/{self.job.id}/logs")
+        self._write_from(0, found["logs"] if found else "")
+
+    def _write_from(self, position: int, text: str) -> None:
+        new = text[max(0, self.written - position) :]
+        if new:
+            self._write(new)
+            self.written += len(new)
+
+
+def stop(job: Job) -> str:
+    """Stop it and wait until it has ended; its status then. Raises StageFailed if it does not end."""
+    client, deadline = _client(job.address), time.monotonic() + STOP_FOR
+    try:
+        client.stop_job(job.id)
+    except RuntimeError as error:
+        raise StageFailed(f"the cluster at {job.address} does not stop job {job.id}: {error}") from error
+    while (status := str(_info(job)["status"])) not in ENDED:
+        if time.monotonic() > deadline:
+            raise StageFailed(f"job {job.id} is still {status.lower()} after {STOP_FOR:.0f} s")
+        time.sleep(PAUSE)
+    return status
+
+
+def check_store(root: Path, address: str, store_is_shared: bool) -> None:
+    """Raise UsageError if `root` is on a disk that only this machine sees, and the cluster is elsewhere."""
+    kind = file_system(root)
+    if store_is_shared or kind is None or kind in SHARED or _is_here(address):
+        return
+    if kind.startswith("fuse.") and kind != "fuse.fuse-overlayfs":
+        return
+    raise UsageError(
+        f"the store {root} is on a disk of this machine ({kind}), which the nodes of {address} do not see: "
+        "name a shared folder with --store, or add --store-is-shared if every node does see it at this path"
+    )
+
+
+def file_system(path: Path, mounts: Path = MOUNTS) -> str | None:
+    """The type of the file system that `path` is on or will be on; None where the system does not say."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    path, best, kind = path.resolve(), 0, None
+    for fields in map(str.split, lines):
+        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[1])
+        if path.is_relative_to(mount) and len(mount) >= best:  # of two at one place the later hides the earlier
+            best, kind = len(mount), fields[2]
+    return kind
+
+
+def _is_here(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    return host in ("localhost", "::1", socket.gethostname().lower()) or host.startswith("127.")
+
+
+def _client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # it tells of each closed connection
+    for variable in OVERRIDES:
+        os.environ.pop(variable, None)
+    try:
+        return JobSubmissionClient(address, headers=dashboard.headers())
+    except (RuntimeError, OSError) as error:
+        raise dashboard.Unreachable(f"the dashboard at {address} does not take jobs: {error}") from error
+
+
+def _info(job: Job) -> dict[str, Any]:
+    """Raises Unreachable, or StageFailed if the cluster does not know the job."""
+    found: dict[str, Any] | None = dashboard.ask(job.address, f"/api/jobs/{job.id}")
+    if found is None:
+        raise StageFailed(f"the cluster at {job.address} does not know job {job.id}: it was started anew since")
+    return found
+
+
+def _exit_code(job: Job, found: dict[str, Any]) -> int:
+    code = found.get("driver_exit_code")
+    if found["status"] == "SUCCEEDED":
+        return 0
+    if found["status"] == "STOPPED":
+        return INTERRUPTED
+    if code is None:
+        why = str(found.get("message") or "").strip()
+        raise StageFailed(f"job {job.id} did not start: {why}\nevery node needs {needs()}")
+    if code == NOT_FOUND:
+        raise StageFailed(f"job {job.id} found no `retort` on the PATH of its node: every node needs {needs()}")
+    return int(code) if code > 0 else 128 - int(code)

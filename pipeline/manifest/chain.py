@@ -1,0 +1,51 @@
+"""A stage that takes rounds is a chain: its class says which stages it comes to, each reading the one before.
+
+student:
+  method: {name: progressive, start_steps: 32, end_steps: 1}    # student/16, student/8, student/4, student/2, student/1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.manifest.document import Document
+from pipeline.manifest.matrix import Axis, Coordinates, base_of, is_link, name_of
+from stages import KINDS
+from stages.base import Link
+from stages.registry import PluginError
+
+
+def expand(document: Document, coordinates: Mapping[str, Coordinates], problems: list[str]) -> dict[str, Coordinates]:
+    """Replace each stage that stands for a chain by its links, in the document's value; add where these stand to
+    `coordinates`, those of the members of matrices."""
+    stages = document.value.get("stages")
+    if not isinstance(stages, dict):
+        return dict(coordinates)
+    found, expanded = dict(coordinates), {}
+    for name, stage in stages.items():
+        links = [] if is_link(name) else _links(stage)  # as a run's frozen manifest has them
+        if not links:
+            expanded[name] = stage
+        previous = None
+        for link in links:
+            at = {Axis(base_of(name), ()): link.label, **coordinates.get(name, {})}
+            new = name_of(base_of(name), at)
+            if new in stages:
+                problems.append(document.problem(("stages", new), f"the chain of {name} makes a stage of that name"))
+            expanded[new] = link.settings if previous is None else {**link.settings, link.previous: previous}
+            found[new], previous = at, new
+            document.origins["stages", new] = ("stages", name)
+            for path, origin in link.origins.items():
+                document.origins["stages", new, *path] = ("stages", name, *origin)
+    document.value["stages"] = expanded
+    return found
+
+
+def _links(stage: Any) -> list[Link]:
+    kind = stage.get("kind") if isinstance(stage, dict) else None
+    try:
+        cls = KINDS.get(kind) if isinstance(kind, str) else None
+        return list(cls.chain(stage)) if cls else []
+    except PluginError:  # said when the stage is validated
+        return []

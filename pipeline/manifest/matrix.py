@@ -1,0 +1,302 @@
+"""`matrix:` of a stage makes the stage once for every combination of values, and whoever reads it once for each.
+
+student:
+  matrix: {method.loss: [l1, l2], seed: [0, 1, 2]}    # student[loss=l1,seed=0], student[loss=l1,seed=1], ...
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+from pipeline.manifest.document import Document, Path
+from pipeline.manifest.fields import inputs_of, replaced
+from stages.base import Config, Stage
+
+MOST = 2000
+"""Stages that a matrix, with those of the stages that it reads, may come to."""
+
+LONGEST = 120
+"""Letters of a member's name between the brackets."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting that a matrix varies: the stage, as the manifest calls it, and the path below it. Of a chain, whose
+    links stand along it, the path is empty."""
+
+    stage: str
+    path: tuple[str, ...]
+
+    @property
+    def spellings(self) -> tuple[str, str, str]:
+        """From the shortest to the one that is surely unique."""
+        dotted = ".".join(self.path)
+        return self.path[-1], dotted, f"{self.stage}.{dotted}"
+
+
+class Matrix(Config):
+    """The stage once for every combination of the values of some of its settings, given by their dotted paths.
+
+    `matrix: {method.loss: [l1, mse], seed: [0, 1, 2]}` of a stage `student` makes student[loss=l1,seed=0] to
+    student[loss=mse,seed=2].
+
+    A value with many settings may be named: `method: [{as: plain, value: {name: ..., loss: ...}}, ...]`.
+
+    A stage that reads `student` is made once for each of them, and of two that it reads those that stand at the same
+    place go together. A single one is read by its whole name, in quotes; of a chain that has a matrix `student/4` is
+    that link of every member, and `student[seed=0]` all links of one. Commands take either.
+    """
+
+
+Coordinates = Mapping[Axis, str]
+"""Where a stage stands in the matrices that it came from: axis -> its value, in a form fit for names."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of an axis, and where it stands in the document."""
+
+    label: str
+    value: Any
+    place: Path
+
+
+def base_of(name: str) -> str:
+    """`student` of `student/16[loss=l1,seed=2]`."""
+    return name.partition("[")[0].partition("/")[0]
+
+
+def is_link(name: str) -> bool:
+    """Whether it is of a chain's link: `student/16`."""
+    return "/" in name.partition("[")[0]
+
+
+def groups_of(name: str) -> set[str]:
+    """What is said for it and others at once: of `student/16[seed=2]` its base `student`, the link of all members
+    `student/16`, and the chain of one member `student[seed=2]`."""
+    base, (link, *rest) = base_of(name), name.partition("[")
+    return {base, link, base + "".join(rest)} - {name}
+
+
+def chosen(names: Sequence[str], asked: str) -> list[str]:
+    """The stages that a user means by `asked`: the one of that name, or all that its matrix or its chain came to."""
+    return [name for name in names if asked in {name, *groups_of(name)}]
+
+
+# --- A stage's own matrix, before anything is validated -----------------------------------------------
+
+
+def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
+    """Replace each stage that has a `matrix` by its members, in the document's value; say where each stands."""
+    stages = document.value.get("stages")
+    if not isinstance(stages, dict):
+        return {}
+    coordinates: dict[str, Coordinates] = {}
+    expanded: dict[str, Any] = {}
+    for base, stage in stages.items():
+        if not isinstance(stage, dict) or "matrix" not in stage:
+            expanded[base] = stage
+            continue
+        axes = _axes(base, stage["matrix"], document, problems)
+        if not axes:
+            continue
+        count = math.prod(map(len, axes.values()))
+        if len(expanded) + count > MOST:
+            text = f"comes to {count} stages; a manifest has {MOST} at most"
+            problems.append(document.problem(("stages", base, "matrix"), text))
+            continue
+        plain = {key: value for key, value in stage.items() if key != "matrix"}
+        for values in product(*axes.values()):
+            at = {axis: value.label for axis, value in zip(axes, values, strict=True)}
+            name = name_of(base, at)
+            if name in stages:
+                problems.append(document.problem(("stages", name), f"the matrix of {base} makes a stage of that name"))
+            expanded[name] = copy.deepcopy(plain)
+            coordinates[name] = at
+            document.origins["stages", name] = ("stages", base)
+            for axis, value in zip(axes, values, strict=True):
+                _put(expanded[name], axis.path, value, document, problems)
+                document.origins["stages", name, *axis.path] = value.place
+    document.value["stages"] = expanded
+    return coordinates
+
+
+def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> dict[Axis, list[Value]]:
+    where: Path = ("stages", base, "matrix")
+    axes: dict[Axis, list[Value]] = {}
+    for path, values, place in _lists(matrix, (), where):
+        if any(place[:length] in document.overrides for length in range(len(place) + 1)):
+            axes.pop(Axis(base, path), None)  # --set replaces the axis of the text
+        if not isinstance(values, list) or not values:
+            problems.append(document.problem(place, "a list of values is needed, such as `seed: [0, 1, 2]`"))
+        elif path[0] in ("kind", "matrix"):
+            problems.append(document.problem(place, f"{path[0]} cannot be varied"))
+        elif any(path[: len(a.path)] == a.path or a.path[: len(path)] == path for a in axes):
+            problems.append(document.problem(place, "another axis of the matrix varies the same setting"))
+        elif ("stages", base, *path) in document.overrides:
+            text = f"is varied by the matrix; set stages.{base}.matrix.{'.'.join(path)} to a list instead"
+            problems.append(document.problem(("stages", base, *path), text))
+        else:
+            named = [_named(item, (*place, i), document, problems) for i, item in enumerate(values)]
+            counts = Counter(map(repr, values))
+            shown = Counter(name or _label(value, i) for i, (name, value, _) in enumerate(named))
+            twice = [*(word for word in counts if counts[word] > 1), *(n for n, _, _ in named if n and shown[n] > 1)]
+            problems += [document.problem(place, f"{word} is given twice") for word in dict.fromkeys(twice)]
+            labels = _labels([value if name is None else name for name, value, _ in named])
+            axes[Axis(base, path)] = [
+                Value(label, value, at) for label, (_, value, at) in zip(labels, named, strict=True)
+            ]
+    if not isinstance(matrix, dict) or not matrix:
+        problems.append(document.problem(where, "names no setting; give some, such as `seed: [0, 1, 2]`"))
+    return axes
+
+
+def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tuple[str, ...], Any, Path]]:
+    """The lists of a matrix: `method.loss: [...]` and `method: {loss: [...]}` are the same."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _lists(inner, (*path, *str(key).split(".")), (*place, key))
+    elif path:
+        yield path, value, place
+
+
+def _named(item: Any, place: Path, document: Document, problems: list[str]) -> tuple[str | None, Any, Path]:
+    """The name that an item `{as: NAME, value: ...}` gives to its value, or None; the value, and its place."""
+    if not isinstance(item, dict) or "as" not in item:
+        return None, item, place
+    name = item["as"]
+    if set(item) != {"as", "value"}:
+        problems.append(document.problem(place, "a named value is `{as: NAME, value: ...}` and nothing more"))
+    elif not isinstance(name, str) or _label(name, 0) != name:
+        problems.append(document.problem((*place, "as"), "a name is at most 40 letters, digits, _ . + and -"))
+    return str(name), item.get("value"), (*place, "value")
+
+
+def _labels(values: Sequence[Any]) -> list[str]:
+    """Short, readable, unique names of the values of one axis."""
+    labels = [_label(value, i) for i, value in enumerate(values)]
+    counts = Counter(labels)
+    return [label if counts[label] == 1 else f"{label}-{i}" for i, label in enumerate(labels)]
+
+
+def _label(value: Any, place: int) -> str:
+    if isinstance(value, dict):
+        value = value.get("name", place)
+    if isinstance(value, dict | list):
+        value = place
+    word = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", word)[:40] or str(place)
+
+
+def name_of(base: str, at: Coordinates) -> str:
+    """Of the stage that stands there: `student/16[seed=2]`."""
+    base += "".join(f"/{value}" for axis, value in at.items() if not axis.path)
+    at = {axis: value for axis, value in at.items() if axis.path}
+    if not at:
+        return base
+    for spelling in range(3):
+        labels = [axis.spellings[spelling] for axis in at]
+        if len(set(labels)) == len(labels):
+            break
+    words = (re.sub(r"[^A-Za-z0-9_.]+", "-", label) for label in labels)
+    inside = ",".join(f"{word}={value}" for word, value in zip(words, at.values(), strict=True))
+    if len(inside) > LONGEST:  # a name is also that of a log file
+        inside = f"{inside[:LONGEST]}..{hashlib.sha256(inside.encode()).hexdigest()[:8]}"
+    return f"{base}[{inside}]"
+
+
+def _put(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document, problems: list[str]) -> None:
+    for i, part in enumerate(path[:-1]):
+        holder = holder.setdefault(part, {})
+        if not isinstance(holder, dict):
+            text = f"{'.'.join(path[: i + 1])} is no mapping here, so that {path[i + 1]} cannot be set in it"
+            problems.append(document.problem(value.place[:-1], text))
+            return
+    holder[path[-1]] = copy.deepcopy(value.value)
+
+
+# --- Stages that read a matrix ------------------------------------------------------------------------
+
+
+def follow(
+    stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document, problems: list[str]
+) -> dict[str, Stage]:
+    """Make each stage that reads an expanded one once for each member; references then name members.
+
+    A stage that reads two stages of one matrix gets pairs of members that stand at the same place in it.
+    """
+    at: dict[str, Coordinates] = {}
+    done: dict[str, dict[str, Stage]] = {}
+    of_base: dict[str, list[str]] = {}
+    for name in stages:
+        of_base.setdefault(base_of(name), []).append(name)
+
+    def made(name: str) -> dict[str, Stage]:
+        if name not in done:
+            done[name] = {}
+            for new, stage, place in once(name, stages[name]):
+                done[name][new], at[new] = stage, place
+                if new != name:
+                    document.origins["stages", new] = ("stages", name)
+        return done[name]
+
+    @cache
+    def members(reference: str) -> list[str]:
+        """What a reference stands for: a stage, all or a part of a matrix or a chain, or what one of these came to."""
+        if reference in stages:
+            return list(made(reference))
+        everything = (new for name in of_base.get(base_of(reference), []) for new in made(name))
+        return [new for new in everything if reference in groups_of(new)]
+
+    def places(reference: str) -> dict[str, Coordinates]:
+        """Where its members stand, but for what the reference itself settles: the link, or the member."""
+        names = members(reference)
+        if reference in (*stages, base_of(reference)):
+            return {name: at[name] for name in names}
+        settled = {
+            axis for name in names for axis, value in at[name].items() if all(at[n].get(axis) == value for n in names)
+        }
+        return {name: {axis: value for axis, value in at[name].items() if axis not in settled} for name in names}
+
+    def once(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
+        own = coordinates.get(name, {})
+        read = {field: places(reference) for field, reference in inputs_of(stage).items()}
+        read = {field: names for field, names in read.items() if names and [*names] != [inputs_of(stage)[field]]}
+        count = 0
+        for names in product(*read.values()):
+            if count == MOST:
+                text = f"would be made more than {MOST} times, for all combinations of what it reads"
+                problems.append(document.problem(("stages", name), text, at_key=True))
+                return
+            there = [of[n] for of, n in zip(read.values(), names, strict=True)]
+            found = _together([*(_without_links(one, own) for one in there), own])
+            if found is not None:
+                count += 1
+                new = name if found == own else name_of(base_of(name), found)
+                yield new, replaced(stage, dict(zip(read, names, strict=True))), found
+
+    return {new: stage for name in stages for new, stage in made(name).items()}
+
+
+def _without_links(at: Coordinates, own: Coordinates) -> Coordinates:
+    """A link that reads the one before it does not stand there."""
+    return {axis: value for axis, value in at.items() if axis.path or axis not in own}
+
+
+def _together(several: Sequence[Coordinates]) -> Coordinates | None:
+    """All of them at once; None if they contradict each other."""
+    merged: dict[Axis, str] = {}
+    for coordinates in several:
+        for axis, value in coordinates.items():
+            if merged.setdefault(axis, value) != value:
+                return None
+    return merged

@@ -1,0 +1,98 @@
+"""What stages say of each other: references that lead nowhere or to the wrong kind, cycles, an order."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from pipeline.errors import suggest
+from pipeline.manifest.document import Document
+from pipeline.manifest.fields import inputs_of, is_artifact_path, marked, parts_of
+from pipeline.manifest.matrix import base_of, groups_of
+from stages.base import Content, Input, Stage
+
+
+def cycles(stages: Mapping[str, Stage], document: Document) -> list[str]:
+    """A problem for each cycle."""
+    after: dict[str, set[str]] = {}
+    for name, stage in stages.items():
+        after.setdefault(name, set()).update(r for r in inputs_of(stage).values() if not is_artifact_path(r))
+        for group in groups_of(name):  # who reads the whole matrix, or chain, reads each of it
+            after.setdefault(group, set()).add(name)
+    problems: list[str] = []
+    while True:
+        try:
+            TopologicalSorter(after).prepare()
+            return problems
+        except CycleError as error:
+            *_, cycle = error.args  # each stage is read by the next
+            path = cycle[::-1]
+            problems.append(document.problem(("stages", path[0]), f"a cycle: {' -> '.join(path)}", at_key=True))
+            after[path[0]].discard(path[1])
+
+
+def wrong(stages: Mapping[str, Stage], lost: Collection[str], document: Document) -> dict[str, list[str]]:
+    """stage -> what is wrong with its references. `lost` are stages that are there, but not valid."""
+    found = {name: list(_wrong(name, stage, stages, lost, document)) for name, stage in stages.items()}
+    return {name: problems for name, problems in found.items() if problems}
+
+
+def _wrong(
+    name: str, stage: Stage, stages: Mapping[str, Stage], lost: Collection[str], document: Document
+) -> Iterator[str]:
+    for content in marked(stage, Content):
+        if not content.value.strip():
+            yield document.problem(("stages", name, *parts_of(content.path)), "empty; expected a path")
+    for field in marked(stage, Input):
+        reference, wanted = field.value, field.marker.kind
+        path = ("stages", name, *parts_of(field.path))
+        there = stages.get(reference)
+        if is_artifact_path(reference) or {reference, base_of(reference)} & {*lost, *map(base_of, lost)}:
+            continue
+        if there is None:
+            fitting = list(dict.fromkeys(n for n, s in stages.items() if s.kind == wanted))
+            yield document.problem(
+                path,
+                f"there is no stage {reference!r}{suggest(reference, fitting)}; "
+                f"give a stage of kind {wanted}, or the path of a sealed artifact",
+            )
+        elif there.kind != wanted:
+            yield document.problem(path, f"needs a stage of kind {wanted}; {reference!r} is of kind {there.kind}")
+
+
+def wrong_resources(
+    stages: Mapping[str, Stage], lost: Collection[str], resources: Mapping[str, Any], document: Document
+) -> Iterator[str]:
+    for name, given in resources.items():
+        path = ("resources", name)
+        meant = [stage for other, stage in stages.items() if name in {other, *groups_of(other)}]
+        if not meant and name not in {*lost, *map(base_of, lost)}:
+            hint = suggest(name, list(dict.fromkeys(map(base_of, stages))))
+            yield document.problem(path, f"there is no such stage{hint}", at_key=True)
+        elif meant and given.workers > 1 and not meant[0].PARALLEL:
+            yield document.problem((*path, "workers"), f"a stage of kind {meant[0].kind} runs on one worker")
+
+
+def order(stages: Mapping[str, Stage], left_out: Collection[str]) -> list[str]:
+    """Stages, each after all that it reads and soon after the last of them, else as in the manifest. `left_out`,
+    and all that reads one of them or itself, are not in it."""
+    missing = {
+        name: {r for r in inputs_of(stage).values() if not is_artifact_path(r)}
+        for name, stage in stages.items()
+        if name not in left_out
+    }
+    readers: dict[str, list[str]] = {}
+    for name, names in missing.items():
+        for other in names:
+            readers.setdefault(other, []).append(name)
+    ready = [name for name, names in missing.items() if not names][::-1]
+    found: list[str] = []
+    while ready:
+        name = ready.pop()
+        found.append(name)
+        for reader in reversed(readers.get(name, ())):
+            missing[reader].discard(name)
+            if not missing[reader]:
+                ready.append(reader)
+    return found

@@ -1,0 +1,27 @@
+"""How two plans differ, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.planning.fingerprint import differences
+
+PlanRecord = Mapping[str, Mapping[str, Any]]
+"""A plan as a run keeps it: stage -> PlannedStage.as_dict()."""
+
+
+def difference(before: PlanRecord, after: PlanRecord) -> dict[str, list[str]]:
+    """stage -> what is different about it, in words. Stages that are the same are left out."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*before, *after]):
+        if name not in after:
+            found[name] = ["removed"]
+        elif name not in before:
+            found[name] = ["added"]
+        elif before[name]["kind"] != after[name]["kind"]:
+            found[name] = [f"kind {before[name]['kind']} -> {after[name]['kind']}"]
+        elif before[name]["fingerprint"] != after[name]["fingerprint"]:
+            of, to = before[name]["identity"], after[name]["identity"]
+            found[name] = list(differences(of, to, after[name]["files"]))
+    return found

@@ -1,0 +1,146 @@
+"""Planning: from a manifest and what the store holds to what has to be done, and why. Nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import ManifestError, UsageError
+from pipeline.manifest import Loaded
+from pipeline.manifest.fields import inputs_of, is_artifact_path, marked
+from pipeline.manifest.problems import in_order
+from pipeline.planning.content import Contents, Unknown
+from pipeline.planning.fingerprint import differences, fingerprint, identity, pool_fingerprint
+from pipeline.store import Store, load_artifact
+from stages.base import Artifact, Content, Input
+
+State = Literal["reuse", "resume", "run", "blocked"]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What will be done for one stage, and why."""
+
+    name: str
+    state: State
+    why: str
+    artifact: Artifact
+    identity: Mapping[str, Any]
+    seed: int
+    contents: Mapping[str, str]
+    pool: Path
+    reads: Sequence[str]
+    """Stages of the same plan whose artifacts it reads."""
+    files: Mapping[str, str]
+    """What its `contents` are called: dotted path -> path or repository."""
+    forced: bool
+    """It is made again although it may be there."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "state": self.state,
+            "why": self.why,
+            "kind": self.artifact.kind,
+            "fingerprint": self.artifact.fingerprint,
+            "pool": self.pool.name,
+            "reads": list(self.reads),
+            "inputs": {field: str(artifact.folder) for field, artifact in self.artifact.inputs.items()},
+            "files": dict(self.files),
+            "identity": self.identity,
+        }
+
+
+Plan = Sequence[PlannedStage]
+"""In an order in which each stage comes after its inputs."""
+
+
+def make_plan(
+    loaded: Loaded,
+    contents: Contents,
+    store: Store,
+    previous: Mapping[str, Any] | None = None,
+    force: Collection[str] = (),
+) -> Plan:
+    """Plan every stage of the manifest. `previous` is the run's last plan, by stage, to say what changed; stages in
+    `force`, and all that depend on them, are to be made again.
+
+    Raises ManifestError for settings that contradict each other across stages, with whatever was wrong before.
+    """
+    planned: dict[str, PlannedStage] = {}
+    problems = list(loaded.problems)
+    for name in loaded.order:
+        stage = loaded.manifest.stages[name]
+        inputs: dict[str, Artifact] = {}
+        for field, reference in inputs_of(stage).items():
+            if reference in planned:
+                inputs[field] = planned[reference].artifact
+            if reference in planned or not is_artifact_path(reference):
+                continue
+            try:
+                kind = next(f.marker.kind for f in marked(stage, Input) if f.path == field)
+                inputs[field] = _named(Path(reference), kind, store)
+            except UsageError as error:
+                problems.append(loaded.problem(name, field, str(error)))
+        if len(inputs) < len(inputs_of(stage)):
+            continue  # nothing can be said of a stage whose inputs are wrong
+        problems += [loaded.problem(name, field, text) for field, text in stage.check(inputs)]
+        before = (previous or {}).get(name)
+        planned[name] = _plan_stage(name, loaded, inputs, contents[name], store, planned, before, name in force)
+    if problems:
+        raise ManifestError(in_order(problems))
+    return list(planned.values())
+
+
+def _named(folder: Path, kind: str, store: Store) -> Artifact:
+    """A sealed artifact given by its path. Raises UsageError if it is of another kind, or damaged."""
+    artifact = load_artifact(folder)
+    if artifact.kind != kind:
+        raise UsageError(f"needs an artifact of kind {kind}; {folder} is of kind {artifact.kind}")
+    damage = store.damage(artifact)
+    if damage:
+        raise UsageError(f"{folder} cannot be used: {damage}")
+    return artifact
+
+
+def _plan_stage(
+    name: str,
+    loaded: Loaded,
+    inputs: Mapping[str, Artifact],
+    contents: Mapping[str, str],
+    store: Store,
+    planned: Mapping[str, PlannedStage],
+    before: Mapping[str, Any] | None,
+    asked: bool,
+) -> PlannedStage:
+    stage, seed = loaded.manifest.stages[name], loaded.manifest.seed_of(name)
+    of = identity(stage, seed, {field: a.fingerprint for field, a in inputs.items()}, contents)
+    print_ = fingerprint(of)
+    artifact = Artifact(stage, print_, store.folder(stage.kind, print_), inputs, seed)
+    pool = store.pool(stage.kind, pool_fingerprint(stage, of))
+    unknown = [text for text in contents.values() if isinstance(text, Unknown)]
+    upstream = [planned[r] for r in dict.fromkeys(inputs_of(stage).values()) if r in planned]
+    forced = next((p.name for p in upstream if p.forced), None)
+    files = {f.path: str(f.value) for f in marked(stage, Content)}
+    state: State
+    if unknown:
+        state, why = "blocked", str(unknown[0])
+    elif any(p.state == "blocked" for p in upstream):
+        state, why = "blocked", f"waits for {next(p.name for p in upstream if p.state == 'blocked')}"
+    elif asked or forced:
+        state, why = "run", "forced" if asked else f"{forced} is made again"
+    else:
+        changed = "; ".join(differences(before["identity"], of, files)) if before else ""
+        state, why = _state(artifact, store, pool, changed or ("not finished yet" if before else "never made"))
+    reads, again = [p.name for p in upstream], asked or forced is not None
+    return PlannedStage(name, state, why, artifact, of, seed, contents, pool, reads, files, again)
+
+
+def _state(artifact: Artifact, store: Store, pool: Path, reason: str) -> tuple[State, str]:
+    damage = store.damage(artifact) if store.is_sealed(artifact) else None
+    if store.is_sealed(artifact) and damage is None:
+        return "reuse", "sealed"
+    left = None if store.outdated(artifact) else artifact.stage.progress_in(store.work(artifact), pool)
+    why = damage or reason
+    return ("resume", f"{why}; {left}") if left else ("run", why)

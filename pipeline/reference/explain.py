@@ -1,0 +1,256 @@
+"""What `retort explain` knows: every name that a manifest may use, and its settings, as data and as text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.manifest import Manifest
+from pipeline.manifest.matrix import Matrix
+from pipeline.manifest.settings import Setting, about, settings_of
+from stages import KINDS
+from stages.base import Config, Execution
+from stages.data.images.config import IMAGE_SETS
+from stages.data.triplets.config import TRIPLET_SETS
+from stages.losses.config import LOSSES
+from stages.methods import METHODS
+from stages.registry import PluginError, Registry
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "stage kinds": KINDS,
+    "methods": METHODS,
+    "losses": LOSSES,
+    "triplet sets": TRIPLET_SETS,
+    "image sets": IMAGE_SETS,
+}
+USED_AS = {
+    "stage kinds": "kind: {}",
+    "methods": "method: {{name: {}}}",
+    "losses": "loss: {{name: {}}}",
+    "triplet sets": "triplets: {{name: {}}}",
+    "image sets": "dataset or images: {}",
+}
+GROUPS = "settings"
+WIDEST = 100
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Something that can be explained. `used` says where in a manifest it stands."""
+
+    name: str
+    what: str
+    used: str
+    config: type[Config]
+    package: str | None = None
+    only: str | None = None
+    """One setting of it alone."""
+
+    def settings(self) -> list[Setting]:
+        return [s for s in settings_of(self.config) if self.only in (None, s.name)]
+
+    def as_dict(self) -> dict[str, Any]:
+        own = {"name": self.name, "what": self.what, "used": self.used, "package": self.package}
+        return {**own, "description": about(self.config), "settings": [_as_dict(s) for s in self.settings()]}
+
+
+def names() -> dict[str, list[str]]:
+    """All that can be asked for, by what it is. Imports no package that offers some of it."""
+    found = {what: list(registry) for what, registry in REGISTRIES.items()}
+    return {**found, GROUPS: ["manifest", "matrix", *sorted(_groups())]}
+
+
+def topics(asked: str) -> list[Topic]:
+    """All that `asked` may mean: a name of `names()`, a dotted path below one, or the name of a single setting.
+    Raises UsageError, with what was perhaps meant."""
+    first, _, path = asked.partition(".")
+    found = _inside(_named(first), path.split(".")) if path else _named(asked)
+    if not found and not path:
+        found = [topic for topic in _all() if any(s.name == asked for s in topic.settings())]
+        found = [Topic(t.name, t.what, t.used, t.config, t.package, only=asked) for t in found]
+    if found:
+        return found
+    known = [name for group in names().values() for name in group]
+    close = get_close_matches(asked, [*known, *_setting_names()], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    raise UsageError(f"nothing is called {asked!r}{hint} `retort explain` lists what there is")
+
+
+def _named(name: str) -> list[Topic]:
+    found = []
+    for what, registry in REGISTRIES.items():
+        if name in registry:
+            try:
+                found.append(Topic(name, what, USED_AS[what].format(name), registry[name], registry.package(name)))
+            except PluginError as error:
+                raise UsageError(str(error)) from error
+    if name == "manifest":
+        found.append(Topic(name, GROUPS, "the whole file", Manifest))
+    if name == "matrix":
+        found.append(Topic(name, GROUPS, "of any stage", Matrix))
+    return [*found, *(Topic(name, GROUPS, ", ".join(at), config) for config, at in _groups().get(name, {}).items())]
+
+
+def _inside(found: Sequence[Topic], path: Sequence[str]) -> list[Topic]:
+    """Follow a dotted path to settings, or to a single one."""
+    reached = []
+    for topic in found:
+        setting = next((s for s in settings_of(topic.config) if s.name == path[0]), None)
+        if setting is None:
+            continue
+        name = f"{topic.name}.{setting.name}"
+        if setting.config is None:
+            one = Topic(topic.name, topic.what, topic.used, topic.config, topic.package, only=setting.name)
+            reached += [one] if len(path) == 1 else []
+        else:
+            inner = Topic(name, GROUPS, name, setting.config, topic.package)
+            reached += _inside([inner], path[1:]) if len(path) > 1 else [inner]
+    return reached
+
+
+# --- Settings that have settings -----------------------------------------------------------------------
+
+
+@cache
+def _groups() -> dict[str, dict[type[Config], list[str]]]:
+    """Name of a field -> the classes of its settings -> where each stands, for all that is built in."""
+    groups: dict[str, dict[type[Config], list[str]]] = {}
+    for root, config in _roots():
+        for path, setting in _walk(config, root):
+            if setting.config:
+                groups.setdefault(setting.name, {}).setdefault(setting.config, []).append(path)
+    return groups
+
+
+def _roots() -> Iterator[tuple[str, type[Config]]]:
+    yield "manifest", Manifest
+    for registry in REGISTRIES.values():
+        yield from registry.built_in.items()
+
+
+def _walk(config: type[Config], path: str) -> Iterator[tuple[str, Setting]]:
+    for setting in settings_of(config):
+        yield f"{path}.{setting.name}", setting
+        if setting.config:
+            yield from _walk(setting.config, f"{path}.{setting.name}")
+
+
+def _all() -> list[Topic]:
+    """Everything that is built in, each class once."""
+    found = [topic for group in names().values() for name in group for topic in _built_in(name)]
+    return list({topic.config: topic for topic in found}.values())
+
+
+def _built_in(name: str) -> list[Topic]:
+    return [] if any(name in r and name not in r.built_in for r in REGISTRIES.values()) else _named(name)
+
+
+def _setting_names() -> set[str]:
+    return {setting.name for root, config in _roots() for _, setting in _walk(config, root)}
+
+
+def _shown_elsewhere(config: type[Config]) -> bool:
+    """Settings that several parts share are explained once, under their own name."""
+    places = [place for classes in _groups().values() for place in classes.get(config, [])]
+    return len(places) > 1 or issubclass(config, Execution)
+
+
+# --- As text -------------------------------------------------------------------------------------------
+
+
+def listing() -> str:
+    """All names, by what they are."""
+    lines = ["retort explain NAME says what NAME is and lists its settings. NAME is one of these, or a path such as"]
+    lines += ["pairs.sampler.steps."]
+    for what, found in names().items():
+        packages = {name: _package(what, name) for name in found}
+        shown = ", ".join(f"{name} ({packages[name]})" if packages[name] else name for name in found)
+        lines += ["", what, textwrap.fill(shown, _width(), initial_indent="  ", subsequent_indent="  ")]
+    return "\n".join(lines)
+
+
+def _package(what: str, name: str) -> str | None:
+    registry = REGISTRIES.get(what)
+    return registry.package(name) if registry else None
+
+
+def text(topic: Topic) -> str:
+    """A topic for the terminal."""
+    source = f", from the package {topic.package}" if topic.package else ""
+    used = "" if topic.used == topic.name else f" ({topic.used})"
+    lines = [f"{topic.name}: {_singular(topic.what)}{source}{used}", ""]
+    if topic.only is None:
+        for paragraph in about(topic.config).split("\n\n"):
+            lines += [textwrap.fill(paragraph, _width()), ""]
+    settings = topic.settings()
+    if settings:
+        lines += _lines(settings, "  ", topic.name)
+    if topic.what == "stage kinds" and topic.only is None:
+        lines.append("  As any stage it may also have a `matrix`: retort explain matrix")
+    return "\n".join(lines).rstrip()
+
+
+def _singular(what: str) -> str:
+    one = what.removesuffix("es" if what.endswith("sses") else "s")
+    return what if what == GROUPS else f"{'an' if what[0] in 'aeiou' else 'a'} {one}"
+
+
+def _lines(settings: Sequence[Setting], indent: str, path: str) -> list[str]:
+    width = max(len(setting.name) for setting in settings) + 2
+    lines: list[str] = []
+    for setting in settings:
+        margin = indent + " " * width
+        need = "required" if setting.required else _default(setting.default)
+        head = f"{indent}{setting.name.ljust(width)}"
+        lines += textwrap.wrap(f"{setting.allowed}; {need}", _width(), initial_indent=head, subsequent_indent=margin)
+        lines += textwrap.wrap(setting.description, _width(), initial_indent=margin, subsequent_indent=margin)
+        if setting.config is None:
+            continue
+        if _shown_elsewhere(setting.config):
+            lines.append(f"{margin}see: retort explain {_reference(setting, path)}")
+        else:
+            lines += _lines(list(settings_of(setting.config)), indent + "    ", f"{path}.{setting.name}")
+    return lines
+
+
+def _reference(setting: Setting, path: str) -> str:
+    """The name that leads to a setting's settings; with its path where that alone means several things."""
+    classes = list(_groups().get(setting.name, {}))
+    taken = any(setting.name in registry.built_in for registry in REGISTRIES.values())
+    return setting.name if classes == [setting.config] and not taken else f"{path}.{setting.name}"
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return "may be left out"
+    if isinstance(value, dict):
+        inside = ", ".join(f"{key}: {_word(inner)}" for key, inner in value.items())
+        return f"default {{{inside}}}" if inside else "may be left out"
+    return f"default {_word(value)}"
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _width() -> int:
+    return max(50, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns))
+
+
+def _as_dict(setting: Setting) -> dict[str, Any]:
+    inner = [_as_dict(s) for s in settings_of(setting.config)] if setting.config else []
+    return {
+        "name": setting.name,
+        "type": setting.allowed,
+        "required": setting.required,
+        "default": setting.default,
+        "description": setting.description,
+        **({"settings": inner} if inner else {}),
+    }

@@ -1,0 +1,92 @@
+"""Garbage: what no run refers to, and what killed attempts left behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Locked, UsageError
+from pipeline.runs.run import Run, all_runs
+from pipeline.store import Store, hold, holder
+from stages import KINDS
+from stages.data.files import is_temporary
+
+
+def collect(
+    store: Store, drop: Sequence[str] = (), delete: bool = False, waiting: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """What can go: {"found": [{path, bytes, what}], "bytes", "kept": [{path, why}]}; removed only with `delete`.
+
+    Runs named in `drop` count as gone. Raises UsageError for one that is not there, and for a run whose plan cannot be
+    read: it could refer to anything; Locked for one under way. While a plan is being made, `waiting` is called and
+    waited for, or Locked raised.
+    """
+    if not (store.root / "runs").is_dir():
+        raise UsageError(f"{store.root} is no store; name one with --store or RETORT_STORE")
+    dropped = [Run.find(store, name) for name in dict.fromkeys(drop)]
+    with ExitStack() as stack:
+        for run in dropped:
+            if driver := run.driver():
+                raise Locked(f"{driver} is under way; stop it first: retort stop {run.name} --store {store.root}")
+            stack.enter_context(run.held())
+        stack.enter_context(hold(store.collecting, "a plan", "gc", waiting))
+        # listed only now: until the lock was held, plans could be frozen
+        return _collect(store, [run for run in all_runs(store) if run.name not in drop], dropped, delete)
+
+
+def _collect(store: Store, runs: Sequence[Run], dropped: Sequence[Run], delete: bool) -> dict[str, Any]:
+    used = {path for run in runs for path in run.uses()}
+    found, kept = [], []
+    for path, what in [*_candidates(store, used), *((run.folder, "run") for run in dropped)]:
+        busy = holder(store.root / "locks" / _lock_name(store, path)) if what != "run" else None
+        if busy:
+            kept.append({"path": str(path), "why": f"held by {busy}"})
+            continue
+        found.append({"path": str(path), "what": what, "bytes": _size(path)})
+        if delete:
+            _remove(store, path)
+    return {"found": found, "bytes": sum(one["bytes"] for one in found), "kept": kept, "deleted": delete}
+
+
+def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str]]:
+    for kind in sorted(path.name for path in store.root.iterdir() if path.name in KINDS):
+        for folder in sorted((store.root / kind).iterdir()):
+            if folder.name != "pool" and folder.resolve() not in used:
+                yield folder, "artifact"
+        for pool in sorted((store.root / kind / "pool").glob("*")):
+            if pool.resolve() not in used:
+                yield pool, "pool"
+            else:
+                yield from ((left, "temporary") for left in sorted(filter(is_temporary, pool.rglob(".*"))))
+    for work in sorted((store.root / "work").iterdir()):
+        if work.resolve() not in used:
+            yield work, "temporary"
+    yield from ((left, "temporary") for left in sorted(filter(is_temporary, store.root.iterdir())))
+
+
+def _lock_name(store: Store, path: Path) -> str:
+    """The lock that whoever makes this holds."""
+    parts = path.relative_to(store.root).parts
+    if len(parts) == 1:
+        return parts[0]  # a temporary of the cache, which nobody locks
+    if parts[0] == "work":
+        return parts[1].removesuffix("-old")
+    return f"{parts[0]}-{parts[2] if parts[1] == 'pool' else parts[1]}"
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
+def _remove(store: Store, path: Path) -> None:
+    if path.is_dir():
+        gone = store.root / "work" / f"gone-{path.name}"  # first it stops existing, then it is emptied
+        shutil.rmtree(gone, ignore_errors=True)
+        path.replace(gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,108 @@
+"""Remake damaged parts of a sealed artifact's pool, such as shards of pairs, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.manifest import Loaded, Manifest, dump, loads
+from pipeline.manifest.fields import replaced
+from pipeline.manifest.model import Resources
+from pipeline.planning import make_plan, read_contents
+from pipeline.planning.content import HashCache
+from pipeline.planning.fingerprint import differences
+from pipeline.runs.run import REPAIR, Run
+from pipeline.store import RECORD, Store, hold, load_artifact, read_record
+from pipeline.store.artifacts import damaged_input, remade_input
+from stages.base import Artifact, StageError
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What is to be done: the artifact, the run that will do it, and the damaged parts, by path below the pool."""
+
+    artifact: Artifact
+    pool: Path
+    store: Store
+    loaded: Loaded
+    damaged: Sequence[str]
+    before: Mapping[str, str]
+    """Path below the pool -> sha256, as the artifact lists its parts."""
+
+    @property
+    def run_name(self) -> str:
+        return f"{REPAIR}{self.artifact.fingerprint}"
+
+    @property
+    def needed(self) -> bool:
+        return bool(self.damaged) or not self.store.is_sealed(self.artifact)
+
+    def unseal(self, waiting: Callable[[str], None] | None) -> None:
+        """First the artifact stops existing for everyone; then the damaged parts do. Killed at any moment, the
+        repair can be started again. Raises Locked while a run makes or reads the artifact or its pool."""
+        run = Run(self.store, self.run_name)
+        with run.making(self.artifact, self.pool, waiting), hold(self.store.collecting, "a plan", run.name, waiting):
+            run.refuse_others(self.artifact, self.pool, f"{self.artifact.kind}/{self.artifact.fingerprint}")
+            self.store.unseal(self.artifact)
+            self.artifact.stage.discard(self.pool, self.damaged)
+
+    def changed(self) -> list[str]:
+        """Parts whose bytes are not those that were sealed: on other hardware, or by other versions."""
+        now = self.artifact.stage.parts(self.artifact.folder)
+        return [path for path, sha256 in now.items() if self.before[path] != sha256]
+
+
+def plan_repair(folder: Path) -> Repair:
+    """Find the damaged parts of a sealed artifact, and how to mend them. Nothing is changed, but that a repair which
+    was killed as it sealed the artifact is finished.
+
+    Raises UsageError for an artifact without parts, and when the parts could not be the same again: what they are made
+    from, or Retort's own version, has changed since.
+    """
+    folder = folder.absolute()
+    store = Store(folder.parent.parent)
+    _finish_killed(store, folder)
+    artifact = load_artifact(folder, unsealed=True)
+    record = read_record(folder)
+    try:
+        before, damaged = artifact.stage.parts(folder), artifact.stage.damaged_parts(folder)
+    except StageError as error:
+        raise UsageError(str(error)) from None
+    if not before:
+        raise UsageError(f"{folder} is of kind {artifact.kind}; shards are part of pairs")
+    inputs = {field: str(source.folder) for field, source in artifact.inputs.items()}
+    wanted = Manifest(
+        name=f"{REPAIR}{artifact.fingerprint}",
+        seed=record["seed"],
+        store=str(store.root),
+        stages={artifact.kind: replaced(artifact.stage, inputs)},
+        resources={artifact.kind: Resources(**record["resources"])},
+    )
+    loaded = loads(dump(wanted), str(folder / RECORD))
+    (planned,) = make_plan(loaded, read_contents(loaded, store.hashes), store)
+    if planned.state == "blocked" or planned.artifact.fingerprint != artifact.fingerprint:
+        changes = "; ".join(differences(record["identity"], planned.identity, planned.files))
+        why = planned.why if planned.state == "blocked" else changes
+        raise UsageError(f"{folder} cannot be made again as it was: {why}")
+    if remade := remade_input(artifact, record):
+        raise UsageError(
+            f"{folder} cannot be made again as it was: its input {remade} was made again with other bytes; resume the "
+            "run that made it, which then makes all of it again"
+        )
+    if damage := damaged_input(artifact, HashCache(store.hashes).of):
+        raise UsageError(f"{folder} cannot be made again as it was: {damage}")
+    return Repair(artifact, planned.pool, store, loaded, [path for path in damaged if path in before], before)
+
+
+def _finish_killed(store: Store, folder: Path) -> None:
+    """A run that was killed while it put the new artifact in the place of the old one left neither there."""
+    work = store.root / "work" / f"{folder.parent.name}-{folder.name}"
+    if folder.exists() or not (work / RECORD).exists():
+        return
+    artifact = load_artifact(work)
+    pool = store.pool(artifact.kind, artifact.record["pool"] or artifact.fingerprint)
+    with Run(store, f"{REPAIR}{artifact.fingerprint}").making(artifact, pool):
+        if not folder.exists():
+            store.finish(folder, work)

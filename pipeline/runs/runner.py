@@ -1,0 +1,272 @@
+"""Carries out a plan: locks, runs and seals each stage in turn, and writes down what happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pipeline.engines import Engine, WorkerShape, describe
+from pipeline.errors import StageFailed
+from pipeline.manifest import Manifest
+from pipeline.manifest.fields import marked, plain
+from pipeline.manifest.model import Resources
+from pipeline.planning import Plan, PlannedStage
+from pipeline.planning.content import HashCache, identify
+from pipeline.runs.history import attempts, spent
+from pipeline.runs.run import Run
+from pipeline.store import RECORD
+from pipeline.store.artifacts import damaged_input
+from stages.base import Artifact, Content, Progress, StageError
+from stages.data.provenance import versions
+from stages.data.urls import redacted
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+EVENT_EVERY = 5.0
+"""Seconds between two progress events of one stage."""
+
+
+class Reporter(Protocol):
+    """Whom the runner tells what happens: `pipeline.views.progress` prints it."""
+
+    def started(self, stage: str, why: str) -> None: ...
+    def progress(self, stage: str, progress: Progress) -> None: ...
+    def note(self, stage: str, text: str) -> None: ...
+    def ended(self, stage: str, how: str) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Runner:
+    run: Run
+    manifest: Manifest
+    engine: Engine
+    reporter: Reporter
+    wait: bool = False
+
+    def execute(self, plan: Plan, chosen: Collection[str]) -> None:
+        """Make what `plan` says is to be made, of the `chosen` stages. Raises StageFailed, Locked or
+        KeyboardInterrupt; whatever it raises, the run can be resumed."""
+        self.run.event("run_started", pid=os.getpid(), stages=[s.name for s in plan if s.name in chosen])
+        for stage in plan:
+            if stage.name in chosen:
+                self._stage(stage)
+        self.run.event("run_done")
+
+    def _stage(self, stage: PlannedStage) -> None:
+        store = self.run.store
+
+        def waiting(text: str) -> None:
+            self.reporter.started(stage.name, f"waiting: {text}")
+
+        with self.run.making(stage.artifact, stage.pool, waiting if self.wait else None):
+            # Looked at again under the lock: another run may have made it since the plan was.
+            damage = store.damage(stage.artifact) if store.is_sealed(stage.artifact) else None
+            if store.is_sealed(stage.artifact) and damage is None:
+                self.reporter.ended(stage.name, "reused")
+                self._event("stage_reused", stage)
+                return
+            store.unseal(stage.artifact)  # damaged: it exists for nobody until it is whole
+            state, why = ("run", damage) if damage and stage.state == "reuse" else (stage.state, stage.why)
+            self.reporter.started(stage.name, f"{state}: {why}")
+            workers = self.manifest.resources_of(stage.name).workers
+            self._event("stage_started", stage, why=why, workers=workers)
+            started = time.monotonic()
+            with _log_to(self.run.log_file(stage.name)):
+                log.info("%s: %s", state, why)
+                try:
+                    self._make(stage, started)
+                    log.info("done in %.0f s: %s", _since(started), stage.artifact.folder)
+                except KeyboardInterrupt:
+                    self._event("stage_interrupted", stage, seconds=_since(started))
+                    raise
+                except Exception as error:
+                    log.exception("the stage failed")
+                    why = redacted(describe(error))
+                    with suppress(OSError):  # a full disk takes no events either; the message below still says why
+                        self._event("stage_failed", stage, seconds=_since(started), error=why)
+                    raise StageFailed(
+                        f"stage {stage.name} failed: {why}\n"
+                        f"log: {self.run.log_file(stage.name)}\n"
+                        f"carry on with: retort resume {self.run.name} --store {store.root}"
+                    ) from error
+            self.reporter.ended(stage.name, f"done in {_since(started):.0f} s")
+            self._event("stage_done", stage, seconds=_since(started))
+
+    def _event(self, event: str, stage: PlannedStage, **details: Any) -> None:
+        self.run.event(event, stage.name, fingerprint=stage.artifact.fingerprint, **details)
+
+    def _make(self, stage: PlannedStage, started: float) -> None:
+        store, artifact = self.run.store, stage.artifact
+        since = datetime.now(UTC)
+        if store.outdated(artifact):
+            log.info("what an attempt before left is dropped: it was made from inputs of other bytes")
+            store.drop_work(artifact)
+        if (store.work(artifact) / RECORD).exists():  # killed between the record and the move
+            store.finish(artifact.folder, store.work(artifact))
+            if store.damage(artifact) is None:
+                return
+            store.unseal(artifact)
+        inputs_sha256 = self._inputs_as_sealed(stage)
+        work = store.begin(artifact, inputs_sha256)
+        resources = self.manifest.resources_of(stage.name)
+        context = Context(self, stage, work, resources, started)
+        self._contents_are_as_planned(stage)
+        metrics = dict(artifact.stage.run(context))
+        self._contents_are_as_planned(stage)
+        tried = attempts(self.run.events()).get(stage.name, [])
+        before = spent(tried, artifact.fingerprint) - (tried[-1].device_seconds if tried else 0.0)
+        record = {
+            "kind": artifact.kind,
+            "fingerprint": artifact.fingerprint,
+            "settings": plain(artifact.stage),
+            "seed": stage.seed,
+            "inputs": {f: os.path.relpath(a.folder, artifact.folder) for f, a in artifact.inputs.items()},
+            "inputs_sha256": inputs_sha256,
+            "pool": stage.pool.name if stage.pool.exists() else None,
+            "identity": stage.identity,
+            "made_by": {"run": self.run.name, "host": platform.node(), "started": since.isoformat(timespec="seconds")},
+            "resources": resources.model_dump(),
+            "threads": context.threads,
+            "device": metrics.pop("device", "cpu"),
+            "seconds": _since(started),
+            "device_seconds": round(before + _since(started) * resources.workers, 3),
+            "versions": versions(),
+            "commit": _commit(),
+            "metrics": metrics,
+        }
+        store.seal(artifact, work, record)
+
+    def _inputs_as_sealed(self, stage: PlannedStage) -> dict[str, str]:
+        """Field -> sha256 of each input, once the sealed files of all that the stage may read are hashed, which is not
+        done twice while they stay as they are. Raises StageError for a file that is not what was sealed."""
+        cache = HashCache(self.run.store.hashes)
+        try:
+            if damage := damaged_input(stage.artifact, cache.of):
+                raise StageError(damage)
+        finally:
+            cache.save()
+        return {field: artifact.sha256 for field, artifact in stage.artifact.inputs.items()}
+
+    def _contents_are_as_planned(self, stage: PlannedStage) -> None:
+        """What was read must be what the fingerprint says. Raises StageError if a file changed in between."""
+        files = {field: value for field, value in stage.contents.items() if value.startswith("sha256:")}
+        now = identify(stage.artifact.stage, HashCache(self.run.store.hashes)) if files else {}
+        for field, value in files.items():
+            if now[field] != value:
+                path = next(f.value for f in marked(stage.artifact.stage, Content) if f.path == field)
+                raise StageError(f"{path} changed since the run was planned; resume to plan again with it as it is")
+
+
+class Context:
+    """What a stage sees of its runner: the StageContext of stages/base.py."""
+
+    def __init__(self, runner: Runner, stage: PlannedStage, work: Path, resources: Resources, started: float) -> None:
+        self._runner, self._stage, self._started = runner, stage, started
+        self._shape = WorkerShape(resources.workers, resources.gpus_per_worker)
+        self._last_event = 0.0
+        self.inputs: Mapping[str, Artifact] = stage.artifact.inputs
+        self.fingerprint = stage.artifact.fingerprint
+        self.seed = stage.seed
+        self.contents = stage.contents
+        self.output = work
+        self.pool = stage.pool
+        self.threads = stage.artifact.stage.execution.threads or max(1, (os.cpu_count() or 1) // resources.workers)
+
+    def map(
+        self, make_worker: Callable[[], Callable[[Item], Result]], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        return self._runner.engine.map(self.fingerprint, make_worker, items, self._shape, self._say)
+
+    def run(self, function: Callable[..., Generator[Progress, None, Result]], *arguments: Any) -> Result:
+        steps = self._runner.engine.run(function, arguments, self._shape, self._say)
+        while True:
+            try:
+                self.progress(next(steps))
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+
+    def progress(self, progress: Progress) -> None:
+        self._runner.reporter.progress(self._stage.name, progress)
+        now = time.monotonic()
+        if now - self._last_event >= EVENT_EVERY or progress.done == progress.total:
+            self._last_event = now
+            self._runner.run.event(
+                "progress",
+                self._stage.name,
+                fingerprint=self.fingerprint,
+                done=progress.done,
+                total=progress.total,
+                unit=progress.unit,
+                seconds=_since(self._started),
+                **progress.figures,
+            )
+
+    def _say(self, text: str) -> None:
+        log.warning("%s", text)
+        self._runner.reporter.note(self._stage.name, text)
+        self._runner.run.event("stage_waits", self._stage.name, why=text)
+
+    def warn(self, text: str) -> None:
+        log.warning("%s", text)
+        self._runner.reporter.note(self._stage.name, f"warning: {text}")
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 3)
+
+
+class _StageLog(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log line that a full disk does not take is no reason to print a traceback."""
+
+
+class _Redacting(logging.Formatter):
+    """Lines without the passwords and signatures of URLs: logs are shown to others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+@contextmanager
+def _log_to(file: Path) -> Iterator[None]:
+    """Everything that is logged or warned in this process goes to the stage's log, and not to the terminal."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = _StageLog(file, encoding="utf-8")
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _commit() -> str | None:
+    """The commit of Retort's own checkout; None for an installed package."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+    )
+    return found.stdout.strip() or None

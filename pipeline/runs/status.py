@@ -1,0 +1,91 @@
+"""Where runs stand, from their frozen plans, their events, the store and the locks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.runs.history import Attempt, attempts, spent
+from pipeline.runs.run import Run, all_runs
+from pipeline.store import RECORD, Store, holder
+
+ENDINGS = {
+    "interrupted": "resume to carry on",
+    None: "its driver is gone; resume to carry on",
+}
+
+
+def status_of(run: Run) -> dict[str, dict[str, Any]]:
+    """stage -> {state, kind, fingerprint, artifact, detail, progress, per_second, seconds_left, device_seconds}.
+
+    States: done, running (detail: by whom), failed (why), interrupted, stopped (its driver was killed), waiting.
+    """
+    tried = attempts(run.events())
+    return {name: _stage(run, planned, tried.get(name, ())) for name, planned in run.plan().items()}
+
+
+def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> dict[str, Any]:
+    kind, fingerprint = planned["kind"], planned["fingerprint"]
+    folder = run.store.folder(kind, fingerprint)
+    last = tried[-1] if tried and tried[-1].fingerprint == fingerprint else None
+    found: dict[str, Any] = {"kind": kind, "fingerprint": fingerprint, "artifact": str(folder)}
+    cost = spent(tried, fingerprint)
+    if (folder / RECORD).exists():
+        made = last is not None and last.ended == "done"
+        found |= {"state": "done", "detail": "" if made else "reused"}
+        cost = cost if made else _recorded(folder / RECORD)
+    else:
+        maker = holder(run.store.lock_of(kind, fingerprint))
+        state, detail = ("running", str(maker)) if maker else _ended(last)
+        found |= {"state": state, "detail": detail}
+        others = maker is not None and maker.run != run.name  # whose progress stands in their events
+        if last and last.progress and state != "waiting" and not others:
+            found |= _progress(last, running=state == "running")
+    return found | {"device_seconds": round(cost, 3)}
+
+
+def _ended(last: Attempt | None) -> tuple[str, str]:
+    if last is None:
+        return "waiting", ""
+    if last.ended == "failed":
+        return "failed", last.error
+    if last.ended == "done":  # sealed once, and removed or unsealed since
+        return "waiting", "its artifact is gone; resume to make it again"
+    return last.ended or "stopped", ENDINGS[last.ended]
+
+
+def _progress(last: Attempt, running: bool) -> dict[str, Any]:
+    newest, rate = last.progress[-1], last.rate()
+    found: dict[str, Any] = {"progress": {k: newest[k] for k in ("done", "total", "unit")}}
+    if rate is not None and running:
+        found["per_second"] = rate
+        found["seconds_left"] = round(max(0, newest["total"] - newest["done"]) / rate, 1)
+    return found
+
+
+def _recorded(record: Any) -> float:
+    """What it cost whoever made it; an artifact that cannot be read is no reason to show nothing of the others."""
+    try:
+        return float(json.loads(record.read_text(encoding="utf-8"))["device_seconds"])
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
+def runs_of(store: Store) -> dict[str, dict[str, Any]]:
+    """run -> {state, done, stages, last, driver}. `last` is the time of its newest event, in UTC."""
+    return {run.name: _run(run) for run in all_runs(store)}
+
+
+def _run(run: Run) -> dict[str, Any]:
+    driver, newest = run.driver(), None
+    for event in run.events():
+        newest = event["time"]
+    found = {"last": newest, "driver": driver and str(driver)}
+    try:
+        states = [stage["state"] for stage in status_of(run).values()]
+    except UsageError as error:
+        return {"state": "damaged", "done": 0, "stages": 0, **found, "driver": str(error)}
+    worst = next((s for s in ("failed", "interrupted", "stopped", "waiting", "running") if s in states), "done")
+    return {"state": "running" if driver else worst, "done": states.count("done"), "stages": len(states), **found}

@@ -1,0 +1,110 @@
+"""What `retort compare` puts side by side: the evaluations of runs, sealed or not made yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.runs import Run, status_of
+from pipeline.store import RECORD
+from pipeline.store.artifacts import changed_file
+from stages.evaluate import Evaluate
+from stages.reports.sections import Evaluated
+
+
+@dataclass(frozen=True)
+class NotMade:
+    """An evaluation of a run that cannot be compared yet, and why."""
+
+    run: Run
+    stage: str
+    why: str
+
+    def as_dict(self) -> dict[str, str]:
+        return {"run": self.run.name, "stage": self.stage, "why": self.why}
+
+
+def collect(runs: Sequence[Run]) -> tuple[list[Evaluated], list[NotMade]]:
+    """Raises UsageError for a run that evaluates nothing, and if nothing at all is sealed."""
+    found: list[Evaluated | NotMade] = []
+    for run in runs:
+        of_run = list(_of_run(run, f"{run.name}/" if len(runs) > 1 else ""))
+        if not of_run:
+            raise UsageError(f"run {run.name} evaluates nothing; add a stage of `kind: evaluate` to its manifest")
+        found += of_run
+    made = [one for one in found if isinstance(one, Evaluated)]
+    not_made = [one for one in found if isinstance(one, NotMade)]
+    if not made:
+        raise UsageError("\n".join(["nothing to compare yet", *remarks(not_made)]))
+    return made, not_made
+
+
+def remarks(not_made: Sequence[NotMade]) -> list[str]:
+    """What is missing, a line each, and the commands that make it."""
+    lines = [f"not made yet: stage {one.stage} of run {one.run.name} ({one.why})" for one in not_made]
+    again = dict.fromkeys(f"retort resume {one.run.name} --store {one.run.store.root}" for one in not_made)
+    return [*lines, *(f"carry on with: {command}" for command in again)]
+
+
+def _of_run(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:
+    stages = status_of(run)
+    names = {stage["fingerprint"]: f"{prefix}{name}" for name, stage in stages.items()}
+    for name, stage in stages.items():
+        if stage["kind"] != "evaluate":
+            continue
+        why = f"{stage['state']}: {stage['detail']}" if stage["detail"] else stage["state"]
+        if stage["state"] == "done":
+            try:
+                yield _evaluated(Path(stage["artifact"]), f"{prefix}{name}", names)
+                continue
+            except (OSError, ValueError, KeyError) as error:
+                why = f"made by an older version of Retort, or damaged: {error}"
+        yield NotMade(run, name, why)
+
+
+def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
+    """`names`: fingerprint -> what the run calls that artifact. Raises OSError, ValueError or KeyError for a folder
+    that does not hold what an evaluation leaves."""
+    record, metrics, shown = (_read(folder / file) for file in (RECORD, "metrics.json", "shown.json"))
+    version = record["identity"]["version"]
+    if version != Evaluate.VERSION:
+        raise ValueError(f"evaluations had VERSION {version}, and have {Evaluate.VERSION} now")
+    changed = changed_file(folder, record)
+    if changed:
+        raise ValueError(f"{folder / changed} is missing or changed")
+    origin = (
+        f"noises of {names.get(shown['pairs'], 'pairs/' + shown['pairs'])}, "
+        f"teacher {names.get(shown['teacher'], 'teacher/' + shown['teacher'])}"
+    )
+    student = metrics["student"]
+    training = _training(folder / record["inputs"]["student"] / RECORD) if student else {}
+    called = _in_steps(names[student], record["settings"].get("steps")) if student in names else name
+    return Evaluated(called, training, origin, folder, metrics, shown)
+
+
+def _in_steps(name: str, steps: int | None) -> str:
+    """student[seed=1] in other steps than its own: student[seed=1,steps=8]."""
+    if steps is None:
+        return name
+    head, _, inside = name.partition("[")
+    return f"{head}[{','.join(filter(None, [inside.removesuffix(']'), f'steps={steps}']))}]"
+
+
+def _training(path: Path) -> dict[str, Any]:
+    """How a student was trained, as its record says."""
+    record = _read(path)
+    return {
+        "method": record["settings"]["method"]["name"],
+        "training_steps": record["settings"]["training"]["steps"],
+        "trained_seconds": record["seconds"],
+        "device_seconds": record["device_seconds"],
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

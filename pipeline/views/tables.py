@@ -1,0 +1,261 @@
+"""Results as text tables. Every one has its --json twin, so nothing here is meant for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.planning import Plan
+from pipeline.views import graph
+from stages.evaluate import figures
+from stages.reports.sections import Section
+
+WIDEST_GRAPH = 60
+"""Columns; what is wider helps nobody, and --json has the edges."""
+
+NARROWEST = 24
+"""Columns in which the text of a last column can be broken into lines."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell. On a terminal that is too narrow the last column is broken into lines
+    or, where that is not enough, each row becomes a few lines of its own."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    room = terminal_width() - sum(widths[:-1]) - 2 * (len(head) - 1)
+    if widths[-1] <= room:
+        return "\n".join(_line(row, widths) for row in [head, *rows])
+    if room >= NARROWEST:
+        return "\n".join(line for row in [head, *rows] for line in _broken(row, widths, room))
+    return "\n".join(line for row in rows for line in _upright(head, row))
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that is printed on; elsewhere there is no end to a line."""
+    if os.environ.get("COLUMNS", "").isdecimal():
+        return int(os.environ["COLUMNS"])
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def signs() -> Mapping[str, str]:
+    """What graphs are drawn with: lines, where the output can show them."""
+    try:
+        "".join(graph.UNICODE.values()).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return graph.ASCII
+    return graph.UNICODE
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _broken(row: Sequence[str], widths: Sequence[int], room: int) -> Iterator[str]:
+    first, *more = textwrap.wrap(row[-1], room, break_long_words=False, break_on_hyphens=False) or [""]
+    yield _line([*row[:-1], first], widths)
+    for text in more:
+        yield " " * (sum(widths[:-1]) + 2 * (len(widths) - 1)) + text
+
+
+def _upright(head: Sequence[str], row: Sequence[str]) -> Iterator[str]:
+    yield row[0]
+    for name, cell in zip(head[1:], row[1:], strict=True):
+        if cell:
+            yield from textwrap.wrap(
+                f"{name}: {cell}",
+                max(terminal_width(), 24),
+                initial_indent="    ",
+                subsequent_indent="      ",
+                break_long_words=False,  # paths are to be copied
+                break_on_hyphens=False,
+            )
+
+
+def plan(planned: Plan) -> str:
+    """The graph, a line a stage, and beside it what will be done."""
+    names = {stage.name for stage in planned}
+    lines = graph.draw({s.name: [r for r in s.reads if r in names] for s in planned}, signs())
+    wide = max(map(len, lines.values())) > WIDEST_GRAPH
+    rows = [
+        [s.name if wide else f"{lines[s.name]} {s.name}", s.state, s.artifact.kind, s.artifact.fingerprint, s.why]
+        for s in planned
+    ]
+    counts = Counter(stage.state for stage in planned)
+    words = ", ".join(
+        f"{count} to {state}" if state != "blocked" else f"{count} blocked" for state, count in counts.items()
+    )
+    return f"{table(['stage', 'will', 'kind', 'fingerprint', 'why'], rows)}\n{words}"
+
+
+def difference(found: Mapping[str, Sequence[str]]) -> str:
+    rows = [[name, "; ".join(words)] for name, words in found.items()]
+    return table(["stage", "difference"], rows) if rows else "no difference"
+
+
+def status(run: str, store: str, stages: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [[name, *_status_cells(store, stage)] for name, stage in stages.items()]
+    cost = sum(stage["device_seconds"] for stage in stages.values())
+    counts = Counter(stage["state"] for stage in stages.values())
+    words = ", ".join(f"{count} {state}" for state, count in counts.items())
+    head = ["stage", "state", "progress", "rate", "left", "device", "artifact"]
+    lines = [f"run {run}: {words}; {duration(cost)} of devices", f"store {store}", table(head, rows)]
+    if counts.keys() - {"done", "running"} and not counts["running"]:
+        lines.append(f"carry on with: retort resume {run} --store {store}")
+    return "\n".join(lines)
+
+
+def _status_cells(store: str, stage: Mapping[str, Any]) -> list[str]:
+    progress = stage.get("progress")
+    done = f"{progress['done']:,}/{progress['total']:,} {progress['unit']}" if progress else ""
+    rate = f"{stage['per_second']:.3g}/s" if "per_second" in stage else ""
+    left = duration(stage["seconds_left"]) if "seconds_left" in stage else ""
+    cost = duration(stage["device_seconds"]) if stage["device_seconds"] else ""
+    place = [os.path.relpath(stage["artifact"], store)] if stage["state"] == "done" else []
+    return [stage["state"], done, rate, left, cost, ", ".join(filter(None, [*place, stage["detail"]]))]
+
+
+def runs(store: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        [name, run["state"], f"{run['done']}/{run['stages']}", (run["last"] or "")[:19], run["driver"] or ""]
+        for name, run in found.items()
+    ]
+    if not rows:
+        return f"no runs in {store}; `retort submit MANIFEST` makes one"
+    return f"store {store}\n" + table(["run", "state", "stages", "last event (UTC)", "driver"], rows)
+
+
+def garbage(found: Mapping[str, Any], deleted: bool) -> str:
+    rows = [[one["what"], size(one["bytes"]), one["path"]] for one in found["found"]]
+    rows += [["kept", "", f"{one['path']}: {one['why']}"] for one in found["kept"]]
+    verb = "removed" if deleted else "can go; --delete removes it"
+    if not rows:
+        return "nothing to remove"
+    return table(["what", "size", "path"], rows) + f"\n{size(found['bytes'])} {verb}"
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 5 s`, `5 h 12 min`, `3 d 4 h`: two units at most."""
+    left = round(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def done(planned: Plan) -> str:
+    """Where the artifacts lie, and for evaluations what they found."""
+    parts = [table(["stage", "artifact"], [[s.name, str(s.artifact.folder)] for s in planned])]
+    for stage in planned:
+        metrics = stage.artifact.folder / "metrics.json"
+        if stage.artifact.kind == "evaluate" and metrics.exists():
+            parts.append(evaluation(json.loads(metrics.read_text(encoding="utf-8"))))
+            parts.append(f"page: {stage.artifact.folder / 'index.html'}")
+    return "\n\n".join(parts)
+
+
+def evaluation(metrics: Mapping[str, Any]) -> str:
+    """A row a side, then the references."""
+    sides = {**metrics["sides"], **metrics.get("references", {})}
+    return figures_table([(figures.title(name, values), values) for name, values in sides.items()])
+
+
+def figures_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Names and figures as text, with a column for each figure that one of the rows has."""
+    shown = figures.columns(row for _, row in rows)
+    cells = [[name, *(" ".join(figures.words(row, key)).strip() for key in shown)] for name, row in rows]
+    return table(["", *(figures.FIGURES[key].title for key in shown)], cells)
+
+
+def compared(sections: Sequence[Section], missing: Sequence[str]) -> str:
+    """A table a section, then lines that say what is missing."""
+    parts = [f"{s.title}\n{figures_table([(row.label, row.figures) for row in s.rows])}" for s in sections]
+    return "\n\n".join([*parts, *(["\n".join(missing)] if missing else [])])
+
+
+def stats(found: Mapping[str, Any]) -> str:
+    """A line a fact; what is not there is not said."""
+    rows = [
+        ["pairs" if "members" not in found else "samples", f"{found['count']:,}"],
+        ["shards", f"{found['shards']:,}" + "".join(f", {found[k]:,} {k}" for k in SHARDS if found[k])],
+        ["bytes", f"{found['bytes']:,}"],
+        ["repeated noises", f"{found['repeated_noises']:,}"],
+    ]
+    prompts = found["prompts"]
+    lengths = [
+        f"{name} {s['mean']:.1f} on average, {s['most']:.0f} at most" for name, s in prompts.items() if _spread(s)
+    ]
+    empty = f", {prompts['empty']:,} empty" if prompts["empty"] else ""
+    rows.append(["prompts", f"{prompts['distinct']:,} distinct{empty}; {', '.join(lengths)}"])
+    for name, about in found.get("members", {}).items():
+        note = ", never opened: a pickle" if name in found["never_opened"] else ""
+        note += f", {found['not_looked_into'][name]:,} not looked into" if name in found["not_looked_into"] else ""
+        lacking = f", missing in {found['incomplete'][name]:,}" if name in found["incomplete"] else ""
+        rows.append([_printable(f".{name}"), f"{about['count']:,} of {about['bytes']:,} bytes{lacking}{note}"])
+    for name, about in found["arrays"].items():
+        rows.append([name, f"{about['dtype']} {'x'.join(map(str, about['shape']))}{_figures(about)}"])
+        rows += [
+            [f"  channel {i}", f"mean {c['mean']:+.4f}, std {c['std']:.4f}, largest {c['absmax']:.2f}"]
+            for i, c in enumerate(about.get("channels", [])[:8])
+            if name == "latent"
+        ]
+    rows += [[name.replace("_", " "), _value(value)] for name, value in found["provenance"].items()]
+    rows += [["DAMAGED", line] for line in _damaged(found)]
+    return table(["", ""], rows).lstrip("\n ")
+
+
+SHARDS = ("missing", "unreceipted", "corrupt", "extra")
+MOST_DAMAGED = 20
+
+
+def verified(found: Mapping[str, Any]) -> str:
+    if "kind" in found:
+        whole = f"{found['kind']}, {found['files']:,} files hashed"
+    else:
+        whole = f"{found['count']:,} samples in {found['shards']:,} whole shards"
+    lines = [f"{found['target']}: {whole}"]
+    return "\n".join([*lines, *(f"DAMAGED  {line}" for line in _damaged(found))])
+
+
+def _damaged(found: Mapping[str, Any]) -> list[str]:
+    lines = [_printable(f"{path}: {problem}") for path, problem in found["damaged"].items()]
+    more = len(lines) - MOST_DAMAGED
+    return lines if more <= 0 else [*lines[:MOST_DAMAGED], f"and {more:,} more; --json lists all"]
+
+
+def _printable(text: str) -> str:
+    """Names in tars of others may hold what a terminal obeys."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def _spread(value: Any) -> bool:
+    return isinstance(value, Mapping) and value["most"] > 0
+
+
+def _figures(about: Mapping[str, Any]) -> str:
+    if "mean" not in about:
+        return "".join(f", also {other}" for other in about.get("others", [])) + " (--deep reads the values)"
+    ks = f", KS distance to N(0, 1) {about['ks_distance']:.4f}" if about.get("ks_distance") is not None else ""
+    broken = f", {about['nonfinite']:,} NOT FINITE" if about["nonfinite"] else ""
+    others = "".join(f", also {other}" for other in about.get("others", []))
+    return f"{others}: mean {about['mean']:+.4f}, std {about['std']:.4f}, largest {about['absmax']:.2f}{ks}{broken}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return str(value)

@@ -1,1 +1,0 @@
-"""What `kind: distill` does: train a method's student, try it on the pairs held out, export it with its card."""

@@ -1,0 +1,115 @@
+"""The numbers of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from stages.base import Artifact, Progress, StageError
+from stages.data.images import digits
+from stages.data.images.config import Digits
+from stages.data.images.labelled import LabelledImages
+from stages.evaluate.config import MIN_SAMPLES
+from stages.evaluate.sides import Setting, Side
+from stages.metrics import distances
+from stages.networks.probe import SEEN_AT_ONCE, Classifier, accuracy, batches
+from stages.probe import Probe
+
+
+class RealSets(NamedTuple):
+    """Real images that share no original, equally many: what all distances are measured to, and those that are
+    measured against it as if they had been generated."""
+
+    reference: LabelledImages
+    other: LabelledImages
+
+
+def against_teacher(side: Side, teacher: Side) -> dict[str, Any]:
+    """Mean squared error to the teacher's own latents from the same noise, and the cost of both."""
+    errors = (side.latents - teacher.latents).square().mean((1, 2, 3)).double()
+    return {
+        "network_calls": side.calls,
+        "seconds_per_image": side.seconds,
+        "latent_mse": float(errors.mean()),
+        "latent_mse_se": float(errors.std() / len(errors) ** 0.5),
+    }
+
+
+def against_real(
+    metrics: dict[str, Any], sides: Sequence[Side], setting: Setting, probe: Artifact, images: RealSets
+) -> Generator[Progress, None, None]:
+    """Add distances, precision, recall, diversity and, where prompts say classes, prompt accuracy to each side of
+    `metrics`, and the two references: other real images, and those through the VAE alone. All distances are at one
+    number of samples. The probe was trained on none of `images`. Raises ValueError if the teacher's images are of
+    another size."""
+    assert isinstance(probe.stage, Probe)
+    real_set = probe.stage.images
+    size = setting.teacher.decode(torch.zeros(1, *setting.teacher.latent_shape)).shape[-2:]
+    if size != (real_set.size, real_set.size):
+        raise ValueError(f"the probe's are {real_set.size} pixels wide, the teacher's {size[1]} x {size[0]}")
+    classifier = Classifier.load(probe.folder, setting.teacher.device)
+    metrics["features"] = f"{real_set.name}_probe_{classifier.features}"
+    metrics["probe_accuracy"] = probe.record["metrics"]["caption_accuracy"]
+    asked = digits.prompt_labels(setting.prompts) if isinstance(real_set, Digits) else {}
+    reference, other = images
+    real, _ = classifier.look(batches(reference))
+    rebuilt = (setting.teacher.decode(setting.teacher.encode(x)) for x in batches(other))
+    metrics["distance_samples"] = len(real)
+    shown = {name: other.labels[name] for name in asked}
+    metrics["references"] = {
+        name: _measure(classifier, made, shown, other.captions, real, reference.origins, other.origins)
+        for name, made in (("real", batches(other)), ("vae_reconstruction", rebuilt))
+    }
+    for done, side in enumerate(sides, 1):
+        made = map(setting.teacher.decode, side.latents.split(SEEN_AT_ONCE))
+        metrics["sides"][side.name] |= _measure(classifier, made, asked, setting.prompts, real, reference.origins)
+        yield Progress(done, len(sides), "sides measured")
+
+
+def two_real_sets(images: LabelledImages, samples: int) -> RealSets:
+    """Two random sets that share no original, neither larger than half of what there is. Scenes count as originals,
+    though all are composed of the same scans and photographs: a teacher's samples are, too. Raises StageError if either
+    has fewer than MIN_SAMPLES."""
+    generator = np.random.default_rng(0)
+    known, original = np.unique(images.origins, return_inverse=True)
+    in_first = generator.permutation(len(known)) < len(known) // 2
+    index = generator.permutation(len(images))
+    first, second = index[in_first[original[index]]], index[~in_first[original[index]]]
+    n = min(samples, len(first), len(second))
+    if n < MIN_SAMPLES:
+        raise StageError(
+            f"the probe holds out {len(images)} real images, which make two sets of {n}; distances need at least "
+            f"{MIN_SAMPLES} in each. Raise the probe's `limit`, hold out more (images.hold_out_every), or give it more "
+            "images"
+        )
+    return RealSets(images.take(first[:n]), images.take(second[:n]))
+
+
+def _measure(
+    classifier: Classifier,
+    images: Iterable[torch.Tensor],
+    wanted: dict[str, np.ndarray],
+    captions: list[str],
+    real: np.ndarray,
+    real_origins: np.ndarray,
+    origins: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """The figures of one side or reference. `real` (N, F) are the features of the reference set; origins (N,) number
+    the originals of its images and of `images`, None where no two share one."""
+    features, predicted = classifier.look(images)
+    figures: dict[str, Any] = {}
+    if wanted:
+        right = accuracy(predicted, wanted)
+        spread = (right * (1 - right) / len(features)) ** 0.5
+        figures |= {"prompt_accuracy": right, "prompt_accuracy_se": spread}
+    features, captions = features[: len(real)], captions[: len(real)]
+    for name in ("frechet_distance", "kernel_distance"):
+        distance = getattr(distances, name)
+        error = distances.standard_error(distance, real, features, originals_of_a=real_origins, originals_of_b=origins)
+        figures |= {name: distance(real, features), f"{name}_se": error}
+    figures["precision"], figures["recall"] = distances.precision_recall(real, features)
+    diversity = distances.diversity(features, captions)
+    return figures if diversity is None else {**figures, "diversity": diversity}

@@ -1,0 +1,152 @@
+"""The sides of a comparison: the same prompts and noise through the teacher in full, in few steps, and the student."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stages.base import Artifact, Progress
+from stages.data.noise import noise_for
+from stages.data.pool import pool_of, read_list
+from stages.data.prompts.table import PromptTable
+from stages.data.reader import PairReader
+from stages.diffusion.config import Sampler
+from stages.evaluate.config import EvaluationExecution
+from stages.evaluate.noises import Noises
+from stages.networks.network import NetworkTeacher
+from stages.networks.student import Student
+from stages.networks.teachers import load_network, solve
+from stages.pairs import Pairs
+
+UNIT = "samples"
+
+Sample = Callable[[slice], Tensor]
+"""Latents (B, C, h, w) of a slice of the samples."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """latents (N, C, h, w), scaled, on the CPU; seconds an image, decoding left out."""
+
+    name: str
+    latents: Tensor
+    calls: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sides share. noise: (N, C, h, w) as stored in the pairs; samples: the N numbers it is drawn from."""
+
+    teacher: NetworkTeacher
+    samples: list[int]
+    prompts: list[str]
+    noise: np.ndarray
+    solved: Tensor
+    """The teacher's full-step latents of the first samples, taken from the pairs."""
+
+
+def sample_sides(
+    pairs: Artifact,
+    student: Artifact | None,
+    student_steps: int | None,
+    noises: Noises,
+    teacher_steps: list[int],
+    execution: EvaluationExecution,
+) -> Generator[Progress, None, tuple[list[Side], Setting]]:
+    """The teacher at full steps first, then in few, the student, if there is one, last."""
+    assert isinstance(pairs.stage, Pairs)
+    setting = _setting(pairs, noises, execution)
+    full = pairs.stage.sampler
+
+    def ode(sampler: Sampler) -> Sample:
+        return lambda rows: solve(setting.teacher, setting.noise[rows], setting.prompts[rows], sampler)
+
+    samplers = [full.model_copy(update={"steps": steps}) for steps in (full.steps, *teacher_steps)]
+    plans = [(f"teacher_{sampler.steps}", ode(sampler), sampler.network_calls) for sampler in samplers]
+    if student:
+        network = Student.load(student.folder, setting.teacher, student_steps)
+        if setting.teacher.dtype != torch.float32:
+            network.unet = _Computing(network.unet, setting.teacher.dtype)
+        plans.append(("student", _few_steps(network, setting, full.guidance_scale), network.form.steps))
+    sides: list[Side] = []
+    total = len(plans) * noises.count
+    for name, sampler, n_calls in plans:
+        known = setting.solved if not sides else setting.solved[:0]
+        latents, seconds = _sample(sampler, setting, known, execution.micro_batch)
+        sides.append(Side(name, latents, n_calls, seconds))
+        yield Progress(len(sides) * noises.count, total, UNIT, {"seconds_per_image": seconds})
+    return sides, setting
+
+
+class _Computing(nn.Module):
+    """A U-Net that computes in `dtype` between float32 states, as a teacher's does."""
+
+    def __init__(self, unet: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.unet, self.dtype, self.config = unet.to(dtype), dtype, unet.config
+
+    def forward(self, z: Tensor, timestep: Tensor, condition: Tensor | None, **further: Tensor) -> Any:
+        if condition is not None and condition.is_floating_point():
+            condition = condition.to(self.dtype)
+        further = {name: value.to(self.dtype) for name, value in further.items()}
+        output = self.unet(z.to(self.dtype), timestep, condition, **further)
+        output.sample = output.sample.float()
+        return output
+
+
+def _few_steps(student: Student, setting: Setting, guidance_scale: float) -> Sample:
+    """More noise that a sampler draws is a sample's own, whatever batch the sample is in."""
+    teacher = setting.teacher
+
+    def sampled(rows: slice) -> Tensor:
+        noise = teacher.to_device(setting.noise[rows])
+        w = torch.full((len(noise),), guidance_scale - 1, device=teacher.device)
+        generators = [torch.Generator().manual_seed(number) for number in setting.samples[rows]]
+        return student(noise, teacher.encode_prompts(setting.prompts[rows]), w, generators)
+
+    return sampled
+
+
+def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) -> Setting:
+    assert isinstance(pairs.stage, Pairs)
+    # the teacher as the factory ran it
+    teacher = load_network(pairs.inputs["teacher"].folder, execution, dtype=pairs.stage.dtype)
+    noise = np.empty((noises.count, *teacher.latent_shape), pairs.stage.storage_dtype)
+    solved: np.ndarray = noise[:0]
+    prompts: list[str] = []
+    if noises.stored:
+        held = PairReader(read_list(pairs.folder)).batch(noises.stored)
+        noise[: len(noises.stored)], solved, prompts = held.noise, held.latent, held.prompts
+    if noises.fresh:
+        prompts += PromptTable(pool_of(pairs.folder)).of(noises.fresh)
+    for place, number in enumerate(noises.fresh, len(noises.stored)):
+        noise[place] = noise_for(pairs.seed, number, teacher.latent_shape, noise.dtype)
+    return Setting(
+        teacher=teacher,
+        samples=[*noises.stored, *noises.fresh],
+        prompts=prompts,
+        noise=noise,
+        solved=torch.from_numpy(solved).float(),
+    )
+
+
+def _sample(sampler: Sample, setting: Setting, known: Tensor, micro_batch: int) -> tuple[Tensor, float]:
+    """Latents of all samples, those in `known` taken as they are; and seconds an image, of the second of two more
+    batches."""
+    latents = [known]
+    with torch.inference_mode():
+        for start in range(len(known), len(setting.noise), micro_batch):
+            latents.append(sampler(slice(start, start + micro_batch)).float().cpu())
+        first = slice(micro_batch)
+        sampler(first).cpu()
+        started = time.perf_counter()
+        sampler(first).cpu()
+        seconds = (time.perf_counter() - started) / min(micro_batch, len(setting.noise))
+    return torch.cat(latents), seconds

@@ -1,0 +1,148 @@
+"""`kind: evaluate`: a student beside its teacher, on the same prompts and noise, as JSON and as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages.base import Artifact, Input, Neutral, Stage, StageContext
+from stages.data.images.config import Digits
+from stages.distill import Distill, sources, teacher_of
+from stages.evaluate.config import MIN_SAMPLES, EvaluationExecution, Split
+from stages.evaluate.noises import held_out, overlap
+from stages.pairs import Pairs, guidance_scales
+from stages.probe import Probe
+
+
+def subject(inputs: Mapping[str, Artifact]) -> tuple[Artifact, Artifact | None]:
+    """The pairs that set the noises, prompts and teacher of a comparison, and the student if there is one."""
+    student = inputs.get("student")
+    return inputs.get("pairs") or sources(student.inputs if student else {})[0], student
+
+
+class Evaluate(Stage):
+    """A student beside its teacher, on the same prompts and noise; or, of `pairs` alone, the teacher that made them,
+    in full and in few steps. Writes metrics.json and a page.
+
+    A student is measured on noises that it was not trained on: those held out of the pairs that it was trained on, or
+    those of `pairs`; then fresh noises of the same seed. One that takes the strength of guidance as an input is given
+    that of the pairs. The student's network computes in the dtype of the pairs, as the teacher's does.
+
+    `real`, a probe, measures distances to real images that it was not trained on, in its features. Without it only
+    what needs no real images is measured: distance to the teacher's own output, seconds and network calls.
+
+    `split` keeps a choice apart from its report. Choose a setting by evaluations with `split: validation`, and report
+    the chosen student with `split: test`. No sample is in both: validation noises are numbered from 2^50 on, which no
+    pairs and no test noises reach. All of them are fresh, so each evaluation runs the teacher on them again.
+    """
+
+    VERSION: ClassVar[int] = 5
+    kind: Literal["evaluate"]
+    student: Annotated[str | None, Input("distill")] = Field(None, description="what is measured")
+    pairs: Annotated[str | None, Input("pairs")] = Field(
+        None,
+        description="whose noises, prompts, guidance and full-step images to compare on; default: the student's own; "
+        "without a student: the teacher alone",
+    )
+    real: Annotated[str | None, Input("probe")] = Field(
+        None, description="the probe of the real images to compare with; none: only what needs no real images"
+    )
+    samples: int = Field(2000, ge=20, description="of each side; held-out pairs first, then fresh noise")
+    split: Split = Field(
+        "test",
+        description="which noises: test, to report on; or validation, to choose settings by: they share no sample",
+    )
+    steps: Annotated[int | None, Neutral()] = Field(
+        None, ge=1, description="of the student's sampler, where its method leaves them open; default: its own"
+    )
+    teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="also sample the teacher in these; default: 4, 2 and 1, where the pairs took more"
+    )
+    execution: EvaluationExecution = Field(
+        EvaluationExecution(), description="how it is carried out; makes nothing stale"
+    )
+
+    @model_validator(mode="after")
+    def _a_subject(self) -> Self:
+        if self.student is None and self.pairs is None:
+            raise ValueError("give student, pairs or both")
+        if self.student is None and self.steps:
+            raise ValueError("steps are those of a student; the teacher's are teacher_steps")
+        return self
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        if self.student and not self.pairs and not sources(inputs["student"].inputs):
+            yield "student", "it was trained on latents; give `pairs`, whose noises and prompts are to be compared on"
+            return
+        found, student = subject(inputs)
+        pairs = found.stage
+        if student and isinstance(student.stage, Distill) and isinstance(pairs, Pairs):
+            yield from self._check_student(student, student.stage, found, pairs)
+        assert isinstance(pairs, Pairs)
+        probe = inputs["real"].stage if self.real else None
+        images = probe.images if isinstance(probe, Probe) else None
+        if isinstance(images, Digits) and (pairs.prompts is None or pairs.prompts.images != images):
+            yield "real", f"prompt accuracy needs pairs with prompts: {images.name}, not {str(pairs.prompts)!r}"
+        if getattr(found.inputs["teacher"].stage, "gaussian", None):
+            yield "pairs" if self.pairs else "student", "the teacher is `gaussian:`, which draws no images"
+        steps = self.teacher_steps or []
+        if len(set(steps)) < len(steps):
+            yield "teacher_steps", "a number of steps is given twice"
+        if steps and max(steps) >= pairs.sampler.steps:
+            yield (
+                "teacher_steps",
+                f"{max(steps)} is not fewer than the {pairs.sampler.steps} steps of the pairs themselves",
+            )
+        if self.real and self.samples < MIN_SAMPLES:
+            yield "samples", f"distances to real images need at least {MIN_SAMPLES} samples"
+
+    def _check_student(
+        self, student: Artifact, stage: Distill, found: Artifact, pairs: Pairs
+    ) -> Iterator[tuple[str, str]]:
+        if teacher_of(student.inputs).fingerprint != found.inputs["teacher"].fingerprint:
+            yield "pairs", f"they are of another teacher than {self.student}'s"
+        repeated = overlap(found, student) if self.pairs and self.split == "test" else None
+        if repeated:
+            yield (
+                "pairs",
+                f"{self.pairs} has {min(repeated.count, pairs.count)} of the noises of {repeated.name}, which "
+                f"{self.student} was trained on: both have seed {found.seed}; give {self.pairs} a `seed:` of its own",
+            )
+        other = stage.method.why_not_in(self.steps) if self.steps else None
+        if other:
+            yield "steps", other
+        scale, trained = pairs.sampler.guidance_scale, stage.method.form.w_range
+        own = guidance_scales(stage.method.form, sources(student.inputs))
+        if trained and not 1 + trained[0] <= scale <= 1 + trained[1]:
+            yield (
+                "pairs" if self.pairs else "student",
+                f"the pairs have guidance_scale: {scale:g}, w = {scale - 1:g}; the student was trained for w from "
+                f"{trained[0]:g} to {trained[1]:g}",
+            )
+        if own and own != [scale]:
+            yield (
+                "pairs" if self.pairs else "student",
+                f"the student has guidance_scale: {own[0]:g} built in; the pairs have {scale:g}",
+            )
+
+    def run(self, context: StageContext) -> Mapping[str, Any]:
+        from stages.evaluate.run import evaluate
+
+        found, student = subject(context.inputs)
+        assert isinstance(found.stage, Pairs)
+        full = found.stage.sampler.steps
+        return context.run(
+            evaluate,
+            found,
+            student,
+            self.steps,
+            held_out(found, student, self.split, self.samples),
+            self.split,
+            self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < full],
+            context.inputs.get("real"),
+            self.execution,
+            context.output,
+            context.threads,
+        )

@@ -1,0 +1,189 @@
+"""`kind: pairs`: the pair factory. Runs the teacher's ODE from stored noise and seals what came out.
+
+Shard k is a pure function of (settings, teacher, k): of its noise, keyed by sample, and of batches cut
+at fixed places inside the shard. Whoever makes it, and however often, its tar has the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages.base import Artifact, Extent, Input, Neutral, Progress, Stage, StageContext, StageError
+from stages.data import pool
+from stages.data.files import is_temporary
+from stages.data.pool import PROMPTS, ListedShard, ShardPlan, plan_shards, write_list
+from stages.data.prompts.config import Prompts
+from stages.data.prompts.read import read_prompts
+from stages.data.prompts.vocabulary import unknown_words
+from stages.diffusion.config import PairsExecution, Sampler
+from stages.diffusion.form import Form
+from stages.teacher import Teacher
+
+if TYPE_CHECKING:
+    from stages.data.records import ShardFacts
+
+SHARD_SIZE = 128
+"""Samples a shard, by default."""
+
+
+class Pairs(Stage):
+    """The teacher's ODE, solved once: (noise, latent, prompt) for each sample, in shards that workers share out."""
+
+    VERSION: ClassVar[int] = 2
+    PARALLEL: ClassVar[bool] = True
+    kind: Literal["pairs"]
+    teacher: Annotated[str, Input("teacher")] = Field(description="whose ODE is solved")
+    prompts: Prompts | None = Field(
+        None,
+        description="digits or digit_scenes, for their captions, or a path; sample i takes prompt i modulo their "
+        "number; none: for an unconditional teacher; every prompt is empty",
+    )
+    count: Annotated[int, Extent()] = Field(ge=1, description="of pairs; raised later, those that are there are reused")
+    shard_size: int = Field(
+        SHARD_SIZE, ge=1, description="pairs a file: what a worker makes at a time, and loses if killed"
+    )
+    sampler: Sampler = Field(Sampler(), description="how the ODE is solved: what a student learns to reproduce")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="what the network computes in")
+    storage_dtype: Literal["float16", "float32"] = Field("float16", description="of noises and latents in shards")
+    path_timesteps: Annotated[list[int], Neutral()] = Field(
+        [], description="of the sampler's grid, descending: also store the states z_t there, as path.npy"
+    )
+    text_embeddings: Annotated[bool, Neutral()] = Field(
+        False, description="also store the text encoder's states, as text_embedding.npy"
+    )
+    execution: PairsExecution = Field(PairsExecution(), description="how it is carried out; makes nothing stale")
+
+    @model_validator(mode="after")
+    def _path_descends(self) -> Self:
+        if self.path_timesteps != sorted(set(self.path_timesteps), reverse=True):
+            raise ValueError("path_timesteps are to descend, each given once")
+        return self
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        if self.shard_size > self.count and self.shard_size != SHARD_SIZE:  # nobody chose the default
+            yield "shard_size", f"{self.shard_size} pairs a shard, but only {self.count} in all: no shard would be full"
+        if self.prompts is None and self.sampler.guidance_scale != 1:
+            yield "sampler.guidance_scale", "there are no prompts to guide by; give prompts, or guidance_scale: 1"
+
+    def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
+        """Of the words in the first prompts of a file: image sets are slow to load."""
+        teacher = inputs["teacher"]
+        assert isinstance(teacher.stage, Teacher)
+        folder = teacher.stage.known(teacher.folder)
+        if not folder or not self.prompts or not self.prompts.path:
+            return
+        with suppress(StageError):  # prompts that cannot be read are an error once the stage runs
+            text = unknown_words(folder, [next(read_prompts(self.prompts))[: self.count]])
+            yield from [text] if text else []
+
+    def damage(self, folder: Path) -> str | None:
+        return pool.damage(folder)
+
+    def parts(self, folder: Path) -> Mapping[str, str]:
+        return pool.parts(folder)
+
+    def damaged_parts(self, folder: Path) -> Mapping[str, str]:
+        from stages.data.inspection import inspect_shards
+
+        damaged: Mapping[str, str] = inspect_shards(str(folder), deep=True)["damaged"]
+        return damaged
+
+    def discard(self, pool_folder: Path, parts: Sequence[str]) -> None:
+        pool.discard(pool_folder, parts)
+
+    def progress_in(self, work: Path, pool_folder: Path) -> str | None:
+        there = pool.receipted(pool_folder)
+        plans = plan_shards(self.count, self.shard_size) if there else []
+        done = sum(plan.place in there for plan in plans)
+        return f"{done} of {len(plans)} shards are there" if done else None
+
+    def run(self, context: StageContext) -> Mapping[str, Any]:
+        from stages.data.prompts.table import PromptTable, write_table
+        from stages.pairs.factory import ShardWorker
+
+        context.pool.mkdir(parents=True, exist_ok=True)
+        for left in list(filter(is_temporary, context.pool.rglob(".*"))):
+            left.unlink(missing_ok=True)  # a worker that outlived its driver may publish it just now
+        files = (context.contents.get(f"prompts.{field}") for field in ("path", "images.path"))
+        prompts_identity = next(filter(None, files), f"name:{self.prompts or ''}")
+        plans = plan_shards(self.count, self.shard_size)
+        teacher = context.inputs["teacher"].sha256
+        missing = [plan for plan in plans if _facts(context.pool / plan.place, teacher) is None]
+        if missing or not (context.pool / PROMPTS).exists():
+            write_table(self.prompts, context.contents, context.pool / PROMPTS)
+        if missing:
+            unknown = unknown_words(context.inputs["teacher"].folder, PromptTable(context.pool).batches(self.count))
+            if unknown:
+                context.warn(unknown)
+        done = self.count - sum(plan.stop - plan.start for plan in missing)
+        reused, started = done, time.monotonic()
+        context.progress(Progress(done, self.count, "pairs"))
+        make = partial(
+            ShardWorker,
+            teacher_artifact=context.inputs["teacher"],
+            teacher_sha256=teacher,
+            prompts_identity=prompts_identity,
+            sampler=self.sampler,
+            path_timesteps=self.path_timesteps,
+            text_embeddings=self.text_embeddings,
+            dtype=self.dtype,
+            storage_dtype=self.storage_dtype,
+            execution=self.execution,
+            pool=context.pool,
+            seed=context.seed,
+            threads=context.threads,
+        )
+        for plan, _ in context.map(make, missing):
+            done += plan.stop - plan.start
+            rate = (done - reused) / (time.monotonic() - started)
+            context.progress(Progress(done, self.count, "pairs", {"per_second": rate}))
+        return _seal(context, plans, teacher, reused)
+
+
+def _facts(tar: Path, teacher: str) -> ShardFacts | None:
+    """The facts of a shard that is there whole and comes from the teacher of this sha256; else None. A teacher that
+    was made again may have other bytes, and pairs of two teachers are never mixed."""
+    from stages.data.receipts import valid_facts
+
+    facts = valid_facts(tar)
+    return facts if facts and facts.provenance.get("teacher_sha256", teacher) == teacher else None
+
+
+def guidance_scales(form: Form, sources: Sequence[Artifact]) -> list[float]:
+    """Those that a student has built in: its own, or all that the pairs it is trained on have; none if it takes one as
+    an input, or nothing says."""
+    if form.guidance_scale is not None or form.w_range is not None:
+        return [] if form.guidance_scale is None else [form.guidance_scale]
+    return sorted({one.stage.sampler.guidance_scale for one in sources if isinstance(one.stage, Pairs)})
+
+
+def _seal(context: StageContext, plans: list[ShardPlan], teacher: str, reused: int) -> Mapping[str, Any]:
+    """List the shards, each checked once more, and summarise their receipts."""
+    from stages.data.statistics import Moments
+
+    listed: list[ListedShard] = []
+    moments: dict[str, list[Moments]] = {}
+    for plan in plans:
+        tar = context.pool / plan.place
+        facts = _facts(tar, teacher)
+        if facts is None:
+            raise StageError(f"{tar} was removed or changed while the stage ran; resume to make it again")
+        listed.append(ListedShard(tar, facts.count, facts.bytes, facts.sha256))
+        for name, array in facts.arrays.items():
+            moments.setdefault(name, []).append(array.moments)
+    write_list(context.output, context.pool, listed)
+    return {
+        "count": sum(s.count for s in listed),
+        "shards": len(listed),
+        "reused_count": reused,
+        "bytes": sum(s.bytes for s in listed),
+        **{f"{name}_mean": Moments.merged(parts).mean for name, parts in moments.items()},
+        **{f"{name}_std": Moments.merged(parts).std for name, parts in moments.items()},
+    }

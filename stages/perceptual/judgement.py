@@ -1,0 +1,51 @@
+"""Two-alternative forced choice: how often a distance takes the same image for the closer one as people did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.metrics import two_afc
+from stages.perceptual.seen import SeenTriplets
+
+BATCH = 64
+
+Metrics = dict[str, Callable[[Tensor, Tensor], Tensor]]
+"""Name -> a distance of each of two batches' samples: (B,). The first is the one that is judged, beside the others."""
+
+
+@torch.no_grad()
+def judged(metrics: Metrics, triplets: SeenTriplets, device: torch.device) -> dict[str, Any]:
+    """For each category, and for all: how many triplets, whether the heads never saw its like, and where people
+    voted their ceiling; of each metric its score with the standard error, and how far below the first metric's it is on
+    the same triplets."""
+    scores = {name: _scores(metric, triplets, device) for name, metric in metrics.items()}
+    first = next(iter(scores))
+    found: dict[str, Any] = {}
+    for category, places in {**triplets.categories, "all": range(len(triplets.votes))}.items():
+        index = slice(places.start, places.stop)
+        votes = triplets.votes[index]
+        found[category] = {"count": len(places), "unseen": category in triplets.unseen, "metrics": {}}
+        if ((votes > 0) & (votes < 1)).any():  # people disagree; a rule never does
+            found[category]["human_ceiling"] = two_afc.human_ceiling(votes)
+        for name, values in scores.items():
+            score, error = two_afc.score_with_error(values[index])
+            entry = {"score": score, "score_se": error}
+            if name != first:
+                below, error = two_afc.difference_with_error(scores[first][index], values[index])
+                entry |= {"below": below, "below_se": error}
+            found[category]["metrics"][name] = entry
+    return found
+
+
+def _scores(metric: Callable[[Tensor, Tensor], Tensor], triplets: SeenTriplets, device: torch.device) -> np.ndarray:
+    parts = []
+    for start in range(0, len(triplets.votes), BATCH):
+        batch = {name: x.to(device) for name, x in triplets.batch(slice(start, start + BATCH)).items()}
+        d0, d1 = (metric(batch["reference"], batch[name]).cpu().double().numpy() for name in ("first", "second"))
+        parts.append(two_afc.scores(d0, d1, triplets.votes[start : start + BATCH]))
+    return np.concatenate(parts)

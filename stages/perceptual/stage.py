@@ -1,0 +1,98 @@
+"""`kind: perceptual`: the network through which a perceptual loss looks, in a teacher's latent space or in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages.base import SCRATCH, Artifact, Choice, Content, Input, Stage, StageContext
+from stages.data.triplets.config import TRIPLET_SETS, TripletSet
+from stages.latents import Latents
+from stages.perceptual.config import Calibration, Classification, Recipe
+from stages.training import TrainingExecution
+from stages.training.players import training_progress
+
+SMALLEST = 32
+"""Pixels a side that VGG's five poolings leave anything of."""
+
+
+class Perceptual(Stage):
+    """Train a VGG-16 to classify latents, weight its channels by judgements of likeness, and test it (LatentLPIPS, Kang
+    et al. 2024, 2405.05967, section 3.1). Or take one with `from`.
+
+    `space: pixels` trains the same network on the images themselves, with all its pools: the reference where the
+    weights of the lpips package cannot be had.
+    """
+
+    VERSION: ClassVar[int] = 1
+    kind: Literal["perceptual"]
+    latents: Annotated[str | None, Input("latents")] = Field(
+        None, description="encoded images: what is learnt from, and whose latent space the network is for"
+    )
+    from_: Annotated[str | None, Content(files=("perceptual.json", "network.safetensors"))] = Field(
+        None, alias="from", description="instead of training: a folder that `retort import-weights` wrote"
+    )
+    space: Literal["latents", "pixels"] = Field("latents", description="what the network looks at")
+    width: int = Field(64, ge=4, description="channels of the first block, a quarter of the third's; VGG's are 64")
+    classification: Classification | None = Field(
+        None, description="how the trunk is trained; none: it stays random, which is recorded as such"
+    )
+    triplets: Annotated[TripletSet, Choice("name", TRIPLET_SETS)] | None = Field(
+        None, description="judgements that it is calibrated and tested on: synthetic, or BAPPS"
+    )
+    calibration: Calibration | None = Field(None, description="how the heads are trained")
+    execution: TrainingExecution = Field(TrainingExecution(), description="how it is carried out; makes nothing stale")
+
+    @model_validator(mode="after")
+    def _trained_or_taken(self) -> Self:
+        if self.from_ is None:
+            missing = [name for name in ("latents", "triplets", "calibration") if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"{' and '.join(missing)} missing: what is not taken `from` a folder is trained")
+        elif given := {"classification", "calibration", "width"} & self.model_fields_set:
+            raise ValueError(f"a network taken `from` a folder is what it is: leave {' and '.join(sorted(given))} out")
+        elif self.latents and not self.triplets:
+            raise ValueError("latents are for testing a network `from` a folder: give triplets, too, or leave them out")
+        elif self.triplets and not self.latents:
+            raise ValueError("to be tested on triplets it needs latents: they say with which VAE triplets are encoded")
+        return self
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        latents = inputs["latents"].stage if self.latents else None
+        if self.classification and isinstance(latents, Latents) and not latents.images.labelled:
+            yield "classification", f"the images of {self.latents}, {latents.images.name}, have no classes"
+        if (
+            self.classification
+            and self.space == "pixels"
+            and isinstance(latents, Latents)
+            and latents.images.size < SMALLEST
+        ):
+            yield (
+                "space",
+                f"pixels: five poolings leave nothing of images of {latents.images.size}; {SMALLEST} at least",
+            )
+
+    def progress_in(self, work: Path, pool: Path) -> str | None:
+        return training_progress(work / SCRATCH)
+
+    def run(self, context: StageContext) -> Mapping[str, Any]:
+        latents = context.inputs.get("latents")
+        recipe = Recipe(self.space, self.width, self.classification, self.triplets, self.calibration, latents)
+        if self.from_:
+            return context.run(_adopt, Path(self.from_), recipe, self.execution, context.output, context.threads)
+        return context.run(_train, recipe, self.execution, context.seed, context.output, context.threads)
+
+
+def _train(*arguments: Any) -> Any:
+    from stages.perceptual.train import train_perceptual
+
+    return train_perceptual(*arguments)
+
+
+def _adopt(*arguments: Any) -> Any:
+    from stages.perceptual.train import adopt_perceptual
+
+    return adopt_perceptual(*arguments)

@@ -1,0 +1,66 @@
+"""The parts of a `kind: teacher` manifest."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from stages.base import Choice, Config
+from stages.data.images.config import IMAGE_SETS, ImageSet
+from stages.diffusion.prediction import Prediction
+from stages.training import TrainingSettings
+
+TIMESTEPS = 1000
+"""Of a teacher trained here, whose schedule is Stable Diffusion's."""
+
+
+class VaeSettings(Config):
+    """The autoencoder between images and the latents that the denoiser works in."""
+
+    channels: list[int] = Field([32, 64], min_length=2, description="of each level; each halves the side once more")
+    training: TrainingSettings = Field(TrainingSettings(steps=400), description="how it is optimised")
+    max_mse: float = Field(0.01, gt=0, description="largest reconstruction error on held-out images in [-1, 1]")
+
+
+class DenoiserSettings(Config):
+    """The U-Net, and with it the text encoder, on the autoencoder's latents."""
+
+    channels: list[int] = Field([48, 96], min_length=1, description="of each U-Net level, the last with attention")
+    training: TrainingSettings = Field(TrainingSettings(steps=1000), description="how both are optimised")
+
+
+class TrainedTeacher(Config):
+    """A small pipeline trained here: VAE, tokenizer, text encoder, conditional U-Net, DDIM scheduler."""
+
+    dataset: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
+        description="the images it learns, and their captions"
+    )
+    prediction: Prediction = Field("v_prediction", description="what the U-Net puts out: the noise, v, or (sample) x0")
+    drop_text: float = Field(
+        0.1, ge=0, lt=1, description="share of prompts replaced by the empty one: guidance needs it above 0"
+    )
+    vae: VaeSettings = Field(VaeSettings(), description="the autoencoder, trained first")
+    denoiser: DenoiserSettings = Field(DenoiserSettings(), description="the U-Net, trained on its latents")
+
+    @model_validator(mode="after")
+    def _sizes_halve(self) -> Self:
+        step = 2 ** (len(self.vae.channels) + len(self.denoiser.channels) - 2)
+        if self.dataset.size % step:
+            raise ValueError(
+                f"images of {self.dataset.size} pixels cannot be halved as often: give a multiple of {step}"
+            )
+        return self
+
+    @property
+    def latent_size(self) -> int:
+        return self.dataset.size >> (len(self.vae.channels) - 1)
+
+
+class GaussianSettings(Config):
+    """The analytic teacher of N(mean, std^2); `delay` seconds a call stand for a network's work."""
+
+    mean: float = Field(0.0, description="of every element")
+    std: float = Field(1.0, gt=0, description="of every element")
+    shape: list[int] = Field([4, 8, 8], min_length=3, max_length=3, description="of a latent: channels, height, width")
+    delay: float = Field(0.0, ge=0, description="seconds slept at every network call")

@@ -1,0 +1,106 @@
+"""Train a complete, small Stable-Diffusion-layout pipeline on an image set."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from stages.base import SCRATCH, Progress, StageError
+from stages.data.images.labelled import LabelledImages
+from stages.data.images.load import load
+from stages.data.order import ShuffledOrder
+from stages.diffusion.schedule import NoiseSchedule
+from stages.networks import build
+from stages.networks.compute import prepare
+from stages.teacher.autoencoder import AutoencoderTraining, latents_of, reconstruction_mse
+from stages.teacher.config import TrainedTeacher
+from stages.teacher.denoiser import DenoiserTraining
+from stages.training import Batch, TrainingExecution
+from stages.training.loop import train
+
+log = logging.getLogger(__name__)
+
+
+def train_teacher(
+    config: TrainedTeacher, seed: int, execution: TrainingExecution, output: Path, threads: int
+) -> Generator[Progress, None, dict[str, Any]]:
+    """Autoencoder first, checked on images that it never saw; then the denoiser on its latents."""
+    prepare(threads)
+    torch.manual_seed(seed)
+    images, unseen = (load(config.dataset, held_out=held_out, scratch=output / SCRATCH) for held_out in (False, True))
+    tokenizer = build.word_tokenizer(images.captions)
+    networks = nn.ModuleDict(
+        {
+            "text_encoder": build.text_encoder(tokenizer),
+            "unet": build.unet(config.latent_size, build.TEXT_WIDTH, config.denoiser.channels),
+        }
+    )
+
+    order = ShuffledOrder(len(images), config.vae.training.batch_size, seed)
+    fitted = yield from train(
+        AutoencoderTraining(build.autoencoder(config.dataset.size, config.vae.channels), config.vae.training),
+        lambda step: {"images": torch.from_numpy(images.pixels(order.batch(step)))},
+        seed=seed,
+        checkpoints=output / SCRATCH / "vae",
+        execution=execution,
+        unit="VAE steps",
+    )
+    vae: Any = fitted.averages["vae"].cpu()
+    mse = reconstruction_mse(vae, unseen)
+    log.info("VAE reconstruction MSE on held-out images: %.5f", mse)
+    if mse > config.vae.max_mse:
+        raise StageError(
+            f"the VAE reconstructs held-out images with MSE {mse:.4f}, more than train.vae.max_mse = "
+            f"{config.vae.max_mse}; raise train.vae.training.steps, or accept it by raising max_mse"
+        )
+    latents = latents_of(vae, images)
+    factor = float(1.0 / latents.std())
+    vae.register_to_config(scaling_factor=factor)
+    latents = latents * factor
+
+    schedule = NoiseSchedule.stable_diffusion()
+    order = ShuffledOrder(len(images), config.denoiser.training.batch_size, seed + 1)
+    trained = yield from train(
+        DenoiserTraining(networks, tokenizer, schedule, config.prediction, config.drop_text, config.denoiser.training),
+        lambda step: _captioned(latents, images, order, step),
+        seed=seed + 1,
+        checkpoints=output / SCRATCH / "denoiser",
+        execution=execution,
+        unit="U-Net steps",
+    )
+    averages = trained.averages["denoiser"].cpu()
+    assert isinstance(averages, nn.ModuleDict)
+    _seal(vae, tokenizer, averages, config, output)
+    return {
+        "device": trained.device,
+        "vae_reconstruction_mse": mse,
+        "scaling_factor": factor,
+        "denoiser_loss": trained.history[-1]["loss"],
+        "parameters_millions": {name: build.parameters_millions(m) for name, m in {"vae": vae, **networks}.items()},
+    }
+
+
+def _captioned(latents: Tensor, images: LabelledImages, order: ShuffledOrder, step: int) -> Batch:
+    index = order.batch(step)
+    return {"latents": latents[index], "captions": [images.captions[i] for i in index]}
+
+
+def _seal(vae: nn.Module, tokenizer: Any, networks: nn.ModuleDict, config: TrainedTeacher, output: Path) -> None:
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=copy.deepcopy(networks["text_encoder"]),
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(networks["unet"]),
+        scheduler=build.ddim_scheduler(config.prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(output, safe_serialization=True)

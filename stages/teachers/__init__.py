@@ -1,1 +1,0 @@
-"""Where teachers come from: trained here, or adopted from a diffusers folder."""

@@ -1,0 +1,423 @@
+"""Ray, for real: warm workers, lost workers, the same bytes as inline. One embedded Ray for the module."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.engines import InlineEngine, WorkerShape, patience
+from pipeline.engines import ray as cluster
+from pipeline.engines.ray import RayEngine, fitting
+from stages.base import Progress, StageError
+from stages.data.files import sha256_of
+from tests.support.cli import ROOT, command, retort
+from tests.support.pipelines import GAUSSIAN, execute
+
+ONE, TWO = WorkerShape(1, 0.0), WorkerShape(2, 0.0)
+
+
+THEIRS = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "a-token-of-another-cluster"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def ray(home):
+    """With two GPUs, in name, and started by a user who has set Ray's variables for another cluster."""
+    engine = RayEngine()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**THEIRS, "HOME": str(home), "RAY_OVERRIDE_RESOURCES": '{"GPU": 2}'}.items():
+            patch.setenv(name, value)
+        list(engine.map("first", ProcessOf, [0], ONE))
+        assert {name: os.environ[name] for name in THEIRS} == THEIRS
+    yield engine
+    engine.close()
+
+
+class ProcessOf:
+    def __call__(self, item: int) -> int:
+        time.sleep(0.05)
+        return os.getpid()
+
+
+class Meeting:
+    """Returns its process once as many as `processes` have come."""
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        self.folder, self.processes = folder, processes
+
+    def __call__(self, item: int) -> int:
+        (self.folder / str(os.getpid())).touch()
+        until(lambda: len(list(self.folder.iterdir())) >= self.processes)
+        return os.getpid()
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def where(steps: int):
+    for step in range(steps):
+        yield Progress(step + 1, steps, "steps")
+    return os.getpid()
+
+
+def finish(steps):
+    seen = []
+    while True:
+        try:
+            seen.append(next(steps))
+        except StopIteration as end:
+            return seen, end.value
+
+
+def test_progress_comes_as_it_is_made_and_the_result_last(ray):
+    for engine in (ray, InlineEngine()):
+        seen, process = finish(engine.run(where, (3,), ONE))
+        assert [p.done for p in seen] == [1, 2, 3] and isinstance(process, int)
+
+
+def test_stages_share_warm_workers(ray, tmp_path):
+    _, trained_in = finish(ray.run(where, (1,), ONE))
+    processes = {process for _, process in ray.map("stage", ProcessOf, range(4), ONE)}
+    assert processes == {trained_in} != {os.getpid()}
+    two = {process for _, process in ray.map("meeting", Maker(Meeting, tmp_path, 2), range(4), TWO)}
+    assert len(two) == 2 and trained_in in two
+
+
+STRANGER = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print(ray.get(ray.remote(lambda: "ran").remote(), timeout=30))
+"""
+
+
+@pytest.mark.parametrize("credentials", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}], ids=["no", "a"])
+def test_a_stranger_with_no_token_or_another_one_runs_no_code(ray, tmp_path, credentials):
+    address = ray.start().get_runtime_context().gcs_address
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # It looks for the cluster at the loopback address too, and gives up after its second attempt.
+    search = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_NUM_REDIS_GET_RETRIES": "2", "HOME": str(tmp_path)}
+    stranger = subprocess.run(
+        [sys.executable, "-c", STRANGER, address], env={**own, **search, **credentials}, capture_output=True, text=True
+    )
+    assert stranger.returncode != 0 and "ran" not in stranger.stdout
+    assert "AuthenticationError" in stranger.stderr
+
+
+def test_no_server_of_ray_listens_on_another_address_of_the_machine(ray):
+    (node,) = ray.start().nodes()
+    gcs = ray.start().get_runtime_context().gcs_address.rpartition(":")[2]
+    ports = [int(gcs), *(node[name] for name in ("NodeManagerPort", "ObjectManagerPort", "MetricsExportPort"))]
+    for address in addresses():
+        for port in ports:
+            with socket.socket() as stranger:
+                assert stranger.connect_ex((address, port)) != 0, f"{address}:{port} takes connections"
+    with socket.socket() as own:
+        assert own.connect_ex(("127.0.0.1", int(gcs))) == 0
+
+
+def addresses() -> set[str]:
+    """Of this machine, but for the loopback address: those that it is reached at, as far as it knows."""
+    found = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        if probe.connect_ex(("192.0.2.1", 9)) == 0:  # an address of documents: nothing is sent
+            found.add(probe.getsockname()[0])
+    return {address for address in found if not address.startswith("127.")}
+
+
+class Token:
+    def __call__(self, item: int) -> str:
+        return os.environ["RAY_AUTH_TOKEN"]
+
+
+def test_the_token_stands_in_no_file_and_no_argument(ray, home):
+    ((_, token),) = ray.map("token", Token, [0], ONE)
+    assert len(token) == 64 and token not in os.environ.values()
+    assert not list(home.iterdir())
+    session = Path("/tmp/ray") / ray.start().get_runtime_context().get_session_name()
+    written = [path for path in session.rglob("*") if path.is_file()]
+    assert written and not [path for path in written if token.encode() in path.read_bytes()]
+    assert token not in subprocess.run(["ps", "-e", "-o", "args="], capture_output=True, text=True).stdout
+
+
+class Suicidal:
+    """Kills its own process at item 2, twice in all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, item: int) -> int:
+        deaths = len(list(self.folder.glob("death*")))
+        if item == 2 and deaths < 2:
+            (self.folder / f"death{deaths}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item * 10
+
+
+class Maker:
+    def __init__(self, kind, *arguments):
+        self.kind, self.arguments = kind, arguments
+
+    def __call__(self):
+        return self.kind(*self.arguments)
+
+
+def test_items_of_a_killed_worker_are_tried_again(ray, tmp_path):
+    done = dict(ray.map("suicidal", Maker(Suicidal, tmp_path), range(6), TWO))
+    assert done == {i: i * 10 for i in range(6)}
+    assert len(list(tmp_path.glob("death*"))) == 2
+
+
+class Deadly:
+    def __call__(self, item: str) -> str:
+        if item == "shard 7":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.1)
+        return item
+
+
+class Failing:
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self, item: str) -> None:
+        raise self.error
+
+
+def test_an_item_that_always_kills_its_worker_is_named_and_its_neighbours_are_not(ray):
+    with pytest.raises(StageError, match="shard 7 failed 3 times, the last time with: its worker process died"):
+        list(ray.map("deadly", Deadly, [f"shard {k}" for k in (6, 7, 8, 9)], ONE))
+
+
+@pytest.mark.parametrize(("workers", "gpus", "fit"), [(2, 9.0, 0), (3, 0.6, 2), (5, 0.5, 4)])
+def test_workers_that_do_not_fit_are_a_sentence_and_no_waiting(ray, workers, gpus, fit):
+    """Three times 0.6 GPU are less than 2 GPUs, but no GPU serves two of them."""
+    says = f"{workers} workers with {gpus:g} GPUs each do not fit: Ray found 2 GPUs, enough for {fit} "
+    with pytest.raises(StageError, match=re.escape(says)):
+        list(ray.map("many", ProcessOf, range(workers), WorkerShape(workers, gpus)))
+
+
+def test_workers_fit_node_by_node_and_gpu_by_gpu():
+    assert [fitting([1, 1], gpus) for gpus in (2, 1, 0.6, 0.5, 1 / 3)] == [0, 2, 2, 4, 6]
+    assert [fitting([3, 8, 0], gpus) for gpus in (2, 3, 4, 0.1)] == [5, 3, 2, 110]
+
+
+class Holder:
+    def ready(self) -> None: ...
+
+
+@pytest.fixture
+def taken(ray, monkeypatch):
+    """Have somebody else hold GPUs; waits are short."""
+    monkeypatch.setattr(cluster, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(cluster, "PENDING_AFTER", 0.2)
+    list(ray.map("free", ProcessOf, [0], ONE))  # workers with GPUs go
+    held = []
+
+    def take(gpus: int):
+        held.append(ray.start().remote(Holder).options(num_cpus=0, num_gpus=gpus).remote())
+        ray.start().get(held[0].ready.remote(), timeout=60)
+        return held[0]
+
+    yield take
+    ray.start().kill(held[0])
+
+
+def test_a_stage_goes_on_without_the_worker_whose_gpu_is_taken(ray, taken, tmp_path):
+    holder, said, items = taken(1), [], range(30)
+    done = list(ray.map("some", ProcessOf, items, WorkerShape(2, 1.0), said.append))
+    assert sorted(item for item, _ in done) == [*items] and len({process for _, process in done}) == 1
+    assert said[-1] == "worker 2 of 2 is waiting for 1 GPU; 1 works"
+    ray.start().kill(holder)
+    both = {process for _, process in ray.map("both", Maker(Meeting, tmp_path, 2), range(4), WorkerShape(2, 1.0))}
+    assert len(both) == 2
+
+
+def test_a_stage_none_of_whose_workers_starts_ends(ray, taken, monkeypatch):
+    monkeypatch.setattr(cluster, "START_WITHIN", 1.0)
+    taken(2)
+    said, says = [], "no worker started within 1 s: Ray found 2 GPUs, enough for 2 .* change `workers`"
+    with pytest.raises(StageError, match=says):
+        list(ray.map("none", ProcessOf, range(9), WorkerShape(2, 1.0), said.append))
+    assert "workers 1, 2 of 2 are waiting for 1 GPU each; none work" in said
+    with pytest.raises(StageError, match=says):
+        finish(ray.run(where, (1,), WorkerShape(1, 1.0), said.append))
+
+
+class Hanging:
+    """Does nothing for a minute at item 7, the first time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, item: int) -> int:
+        if item == 7 and not (self.folder / "seven").exists():
+            (self.folder / "seven").touch()
+            time.sleep(60)
+        return os.getpid()
+
+
+def test_a_call_that_takes_long_is_named_and_one_that_hangs_is_given_up(ray, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cluster, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(patience, "SLOW", patience.Limit(times=10, least=0.5, first=60))
+    monkeypatch.setattr(patience, "STUCK", patience.Limit(times=100, least=2, first=60))
+    done = dict(ray.map("hanging", Maker(Hanging, tmp_path), range(9), ONE))
+    assert [*sorted(done)] == [*range(9)] and done[6] != done[7]
+    host = f"process {done[6]} on node {os.uname().nodename}"
+    named = [m for m in caplog.messages if "no answer for" in m]
+    assert re.fullmatch(rf"7: no answer for \d s \(the median is \d+\.\d s\) from {host}", named[0])
+    assert any(re.match(rf"7: given up after \d s without an answer from {host}", m) for m in caplog.messages)
+
+
+@pytest.mark.parametrize("kind", ["ray", "inline"])
+def test_what_cannot_be_mended_is_not_tried_again(ray, kind):
+    engine = ray if kind == "ray" else InlineEngine()
+    with pytest.raises(StageError, match=r"^shard 7: a sentence$"):
+        list(engine.map("final", Maker(Failing, StageError("a sentence")), ["shard 7"], ONE))
+    with pytest.raises(StageError, match="shard 7 failed 3 times, the last time with: ValueError: odd"):
+        list(engine.map("odd", Maker(Failing, ValueError("odd")), ["shard 7"], ONE))
+
+
+def test_calls_are_judged_by_the_median_only_where_they_are_alike():
+    now, hour = time.monotonic(), 3600
+    for alike in (True, False):
+        watch = patience.Watch(alike)
+        first = patience.Call("first", None, "here", started=now - hour)
+        assert watch.look([first]) == [] and first.named
+        assert watch.look([patience.Call("ever", None, "here", started=now - 49 * hour)]) != []
+        for _ in range(3):
+            watch.finished(patience.Call("quick", None, "here"))
+        quick, slow, stuck = (patience.Call("later", None, "here", started=now - s) for s in (50, 70, 2 * hour))
+        assert watch.look([quick, slow, stuck]) == ([stuck] if alike else [])
+        assert (quick.named, slow.named) == (False, True)
+
+
+def killed_at(deaths: list[int], folder: Path):
+    """Six steps, from where the last attempt stopped; an attempt is killed once it was seen at the next of `deaths`."""
+    attempt = len(list(folder.glob("attempt*")))
+    (folder / f"attempt{attempt}").touch()
+    for step in range(deaths[attempt - 1] if attempt else 1, 7):
+        yield Progress(step, 6, "steps")
+        if attempt < len(deaths) and step == deaths[attempt]:
+            until((folder / f"seen {step} in attempt {attempt}").exists)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return attempt
+
+
+def watched(ray, deaths: list[int], folder: Path) -> int:
+    """The attempts that were lost."""
+    steps = ray.run(killed_at, (deaths, folder), ONE)
+    while True:
+        try:
+            progress = next(steps)
+        except StopIteration as end:
+            return end.value
+        attempt = len(list(folder.glob("attempt*"))) - 1
+        (folder / f"seen {progress.done} in attempt {attempt}").touch()
+
+
+def test_a_function_that_gets_further_between_losses_is_always_started_again(ray, tmp_path):
+    assert watched(ray, [1, 2, 3, 4], tmp_path) == 4
+
+
+def test_a_function_that_is_lost_three_times_without_getting_further_fails(ray, tmp_path):
+    says = r"^the work at 2 of 6 steps failed 3 times, the last time with: its worker process died"
+    with pytest.raises(StageError, match=says):
+        watched(ray, [1, 2, 2, 2], tmp_path)
+    assert len(list(tmp_path.glob("attempt*"))) == 4
+
+
+@pytest.mark.cluster
+def test_an_address_in_the_environment_is_not_followed(tmp_path):
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(GAUSSIAN)
+    done = retort("submit", manifest, "--store", tmp_path / "s", RAY_ADDRESS="ray://nowhere:1")
+    assert done.returncode == 0, done.stderr
+    assert "RAY_ADDRESS is set and ignored: this run starts a Ray of its own" in done.stderr
+
+
+def hashes(pool: Path) -> dict[str, str]:
+    return {str(tar.relative_to(pool)): sha256_of(tar) for tar in sorted(pool.rglob("*.tar"))}
+
+
+def test_ray_and_inline_make_the_same_bytes_also_with_workers_killed(ray, tiny, tmp_path):
+    """A real U-Net's shards from two Ray workers, one of them killed on the way, against the inline engine's."""
+    teacher = tiny[1]["teacher"].artifact.folder
+    text = f"""
+name: same
+stages:
+  pairs:
+    kind: pairs
+    teacher: {teacher}
+    prompts: digits
+    count: 80
+    shard_size: 8
+    sampler: {{steps: 20}}
+    execution: {{micro_batch: 4, threads: 1}}
+resources: {{pairs: {{workers: 2}}}}
+"""
+    inline = execute(text, tmp_path / "inline")["pairs"]
+    victims = [process for _, process in ray.map("who", ProcessOf, range(8), TWO)]
+    store = tmp_path / "ray"
+
+    def kill_one_at_work() -> None:
+        while not list(store.glob("pairs/pool/*/*.parquet")):
+            time.sleep(0.001)
+        os.kill(victims[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one_at_work)
+    killer.start()
+    parallel = execute(text, store, engine=ray)["pairs"]
+    killer.join()
+    assert hashes(parallel.pool) == hashes(inline.pool)
+    assert "the worker process died" in (store / "runs/same/logs/pairs.log").read_text()
+
+
+def working() -> set[int]:
+    """Processes of our workers; Ray's own helpers, which hold no model, may take longer to notice."""
+    names = subprocess.run(["ps", "-e", "-o", "pid=,stat=,args="], capture_output=True, text=True).stdout
+    lines = [line.split(maxsplit=2) for line in names.splitlines()]
+    return {int(pid) for pid, state, *name in lines if not state.startswith("Z") and "ray::Host" in " ".join(name)}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_driver_takes_its_ray_along_and_is_resumed(tmp_path, number):
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.05"))
+    store, others = tmp_path / "store", working()
+    process = subprocess.Popen(
+        command("submit", manifest, "--store", store),
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(store.glob("pairs/pool/*/*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = working() - others
+    assert workers
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert ("carry on with: retort resume" in stderr) == (number == signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while workers & working() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not workers & working()
+    assert retort("resume", "--store", store, "--engine", "inline").returncode == 0
+    whole = execute(manifest.read_text(), tmp_path / "whole")["pairs"]
+    (pool,) = (store / "pairs" / "pool").iterdir()
+    assert hashes(pool) == hashes(whole.pool)

@@ -1,0 +1,118 @@
+"""`retort explain`: every setting says what it means, and the command says it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.manifest import Manifest
+from pipeline.manifest.settings import about, settings_of, words
+from pipeline.reference.explain import REGISTRIES, names, text, topics
+from stages.methods import METHODS
+from tests.pipeline.planning.test_plan import BLOCKER
+from tests.support.cli import ROOT, retort
+
+
+def walk(config, path):
+    yield path, config
+    for setting in settings_of(config):
+        if setting.config:
+            yield from walk(setting.config, f"{path}.{setting.name}")
+
+
+BUILT_IN = [("manifest", Manifest), *(pair for registry in REGISTRIES.values() for pair in registry.built_in.items())]
+EVERYTHING = dict(found for name, config in BUILT_IN for found in walk(config, name))
+
+
+@pytest.mark.parametrize("path", EVERYTHING)
+def test_everything_says_what_it_is_and_what_each_setting_means(path):
+    config = EVERYTHING[path]
+    assert about(config), f"{path}: {config.__name__} has no docstring"
+    silent = [setting.name for setting in settings_of(config) if not setting.description]
+    assert not silent, f"{path}: Field(description=...) is missing of {', '.join(silent)}"
+    assert all("any value" not in setting.allowed for setting in settings_of(config))
+
+
+def of(path):
+    setting = next(s for topic in topics(path) for s in topic.settings() if s.name == path.rpartition(".")[2])
+    return setting.allowed, "required" if setting.required else setting.default
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed", "default"),
+    [
+        ("knowledge_distillation.loss", " | ".join(REGISTRIES["losses"]), "l1"),
+        ("pairs.sampler.steps", "integer, 1 to 1000", 50),
+        ("pairs.count", "integer >= 1", "required"),
+        ("training.ema_decay", "number >= 0 and < 1", 0.99),
+        ("training.betas", "[number, number]", [0.9, 0.99]),
+        ("pairs.teacher", "a stage of kind teacher, or the path of such an artifact", "required"),
+        ("teacher.from", "path or hub id", None),
+        ("webdataset.path", "path", "required"),
+        ("distill.method", " | ".join(METHODS.built_in), "required"),
+        ("evaluate.teacher_steps", "list: integer >= 1", None),
+        ("gaussian.shape", "list of 3: integer", [4, 8, 8]),
+        ("vae.channels", "list: integer; at least 2", [32, 64]),
+        ("teacher.train.vae.max_mse", "number > 0", 0.01),
+        ("pairs.text_embeddings", "true | false", False),
+        ("digits.size", "16 | 32", 16),
+        ("manifest.name", "text: letters, digits, - and _", "required"),
+        ("manifest.stages", "teacher | latents | pairs | perceptual | distill | probe | evaluate, by name", "required"),
+    ],
+)
+def test_types_and_defaults_in_words(path, allowed, default):
+    assert of(path) == (allowed, default)
+
+
+def test_words_of_other_annotations():
+    assert words(int | None) == "integer" and words(dict[str, int]) == "integer, by name"
+
+
+def test_a_name_with_several_meanings_gets_all_of_them():
+    assert [topic.used for topic in topics("pairs")] == ["kind: pairs", "distill.pairs"]
+    assert len(topics("execution")) == 4 and len(topics("distill.execution")) == 1
+    assert [topic.name for topic in topics("guidance_scale")] == ["progressive", "consistency", "sampler"]
+
+
+def test_every_name_that_is_listed_or_referred_to_is_explained():
+    for name in [name for group in names().values() for name in group]:
+        for topic in topics(name):
+            shown = text(topic)
+            assert shown.startswith(f"{name}: ")
+            for line in shown.splitlines():
+                if "see: retort explain " in line:
+                    assert topics(line.rpartition(" ")[2])
+
+
+def test_the_command_explains(tmp_path):
+    shown = retort("explain", "pairs", COLUMNS="100").stdout
+    assert shown.startswith("pairs: a stage kind (kind: pairs)\n\nThe teacher's ODE, solved once")
+    assert "\n  count            integer >= 1; required\n" in shown
+    assert "\n      steps             integer, 1 to 1000; default 50\n" in shown
+    assert "see: retort explain pairs.execution" in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "2101.02388" in retort("explain", "knowledge_distillation").stdout
+    found = json.loads(retort("explain", "distill", "--json").stdout)
+    assert [topic["name"] for topic in found] == ["distill"]
+    training = next(s for s in found[0]["settings"] if s["name"] == "training")
+    assert training["required"] and {"steps", "learning_rate"} <= {s["name"] for s in training["settings"]}
+    assert json.loads(retort("explain", "--json").stdout)["methods"] == list(METHODS.built_in)
+    assert "stage kinds\n  teacher, latents, pairs, perceptual, distill, probe, evaluate\n" in retort("explain").stdout
+
+
+def test_unknown_names_get_a_suggestion():
+    done = retort("explain", "trainig")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "retort: nothing is called 'trainig'; did you mean 'training'? `retort explain` lists what there is\n"
+    )
+    for name in ("pairs.nothing", "pairs.count.more", ".", ""):
+        with pytest.raises(UsageError, match="nothing is called"):
+            topics(name)
+
+
+def test_explaining_needs_no_torch():
+    done = subprocess.run([sys.executable, "-c", BLOCKER, "explain", "distill"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,209 @@
+"""status, runs and logs: where a run stands, what it cost, and following it while it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from pipeline.engines import InlineEngine
+from pipeline.runs import Run, status_of
+from pipeline.runs.history import attempts, spent
+from pipeline.runs.status import runs_of
+from pipeline.store import Store
+from pipeline.views.progress import Plain
+from pipeline.views.tables import duration
+from tests.support.cli import ROOT, command, retort
+from tests.support.pipelines import GAUSSIAN, execute
+
+SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.06")
+
+
+def started(store, *options, text=SLOW, shards=1):
+    """A driver in a process of its own, when so many shards are there."""
+    manifest = store.parent / "m.yaml"
+    manifest.write_text(text)
+    process = subprocess.Popen(
+        command("submit", manifest, "--store", store, "--engine", "inline", *options),
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while len(list(store.glob("pairs/pool/*/*.parquet"))) < shards:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    return process
+
+
+def test_a_run_under_way_shows_its_pace_and_a_finished_one_its_place_and_cost(tmp_path):
+    store = tmp_path / "store"
+    process = started(store, text=SLOW.replace("delay: 0.06", "delay: 0.15"))
+    deadline = time.monotonic() + 30
+    while "per_second" not in (pairs := status_of(run := Run(Store(store), "gaussian"))["pairs"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    assert pairs["state"] == "running" and pairs["progress"]["total"] == 40 and pairs["seconds_left"] > 0
+    pairs = status_of(run)["pairs"]
+    assert pairs["state"] == "stopped" and "per_second" not in pairs
+    before = pairs["device_seconds"]
+    assert before > 0, "a killed attempt costs what it did until its last sign of life"
+    assert retort("resume", "gaussian", "--store", store, "--engine", "inline").returncode == 0
+    pairs = status_of(run)["pairs"]
+    assert pairs["state"] == "done" and pairs["device_seconds"] > before
+    record = json.loads((store / "pairs" / pairs["fingerprint"] / "artifact.json").read_text())
+    assert (
+        record["device_seconds"] == pytest.approx(pairs["device_seconds"], abs=1.0)
+        and record["seconds"] < record["device_seconds"]
+    )
+    table = retort("status", "gaussian", "--store", store).stdout
+    assert f"pairs/{pairs['fingerprint']}" in table and "2 done" in table
+
+
+def test_what_another_run_made_is_shown_with_its_cost(tmp_path):
+    execute(GAUSSIAN, tmp_path, name="one")
+    execute(GAUSSIAN, tmp_path, name="two")
+    one, two = (status_of(Run(Store(tmp_path), name))["pairs"] for name in ("one", "two"))
+    assert (one["detail"], two["detail"]) == ("", "reused")
+    assert one["device_seconds"] == pytest.approx(two["device_seconds"], abs=1.0)
+
+
+def test_attempts_are_added_up_and_a_clock_that_jumps_changes_nothing():
+    def event(kind, **more):
+        return {
+            "time": more.pop("time", "2026-01-01T00:00:00"),
+            "event": kind,
+            "stage": "s",
+            "fingerprint": "f",
+            **more,
+        }
+
+    def progress(done, seconds, **more):
+        return event("progress", done=done, total=100, unit="pairs", seconds=seconds, **more)
+
+    events = [
+        event("stage_started", workers=4),
+        progress(0, 0.5),
+        progress(20, 10.5, time="1970-01-01T00:00:00"),  # killed here, and the clock was set back
+        event("stage_started", workers=2),
+        progress(20, 1.0, time="2090-01-01T00:00:00"),
+        progress(60, 5.0),
+        event("stage_interrupted", seconds=6.0),
+        {"time": "", "event": "run_done", "stage": None},
+        event("stage_reused"),
+    ]
+    first, second = attempts(events)["s"]
+    assert first.rate() == pytest.approx(2.0) and second.rate() == pytest.approx(10.0)
+    assert (first.ended, second.ended) == (None, "interrupted")
+    assert spent([first, second], "f") == pytest.approx(10.5 * 4 + 6.0 * 2)
+    assert spent([first, second], "another") == 0
+    again = [event("stage_started", workers=1), event("stage_done", seconds=3.0)]
+    assert spent(attempts([*events, *again, *again])["s"], "f") == pytest.approx(3.0), "forced: what it cost last"
+
+
+def test_what_a_crash_left_in_the_events_is_passed_over(tmp_path):
+    execute(GAUSSIAN, tmp_path)
+    file = tmp_path / "runs" / "gaussian" / "events.jsonl"
+    file.write_bytes(file.read_bytes() + b'123\n{}\n[]\n{"time": "x", "event": "progress", "stage": "pairs"}\n"caf\xc3')
+    for arguments in (["status"], ["runs"], ["logs", "gaussian"]):
+        done = retort(*arguments, "--store", tmp_path)
+        assert done.returncode == 0, done.stderr
+    execute(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=5"])
+    events = list(Run(Store(tmp_path), "gaussian").events())
+    assert [e["event"] for e in events if e["event"].startswith("run_")] == ["run_started", "run_done"] * 2
+
+
+def test_another_run_s_progress_is_not_mistaken_for_ours(tmp_path):
+    store = tmp_path / "store"
+    first = started(store)
+    first.kill()
+    first.communicate()
+    second = started(store, "--name", "second", shards=2)
+    ours = status_of(Run(Store(store), "gaussian"))["pairs"]
+    second.kill()
+    second.communicate()
+    assert ours["state"] == "running" and "run second" in ours["detail"] and "progress" not in ours
+    found = runs_of(Store(store))
+    assert {run["state"] for run in found.values()} == {"stopped"}
+
+
+def test_runs_and_status_agree(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(GAUSSIAN)
+    store = tmp_path / "store"
+    first = started(store)
+    first.send_signal(signal.SIGTERM)
+    first.communicate()
+    execute(SLOW, store, ["stages.pairs.sampler.steps=3"], only=["teacher"], name="gaussian")
+    assert status_of(Run(Store(store), "gaussian"))["pairs"]["state"] == "waiting"
+    assert runs_of(Store(store))["gaussian"]["state"] == "waiting"
+
+
+def test_runs_are_listed(tmp_path):
+    assert "no runs in" in retort("runs", "--store", tmp_path).stdout
+    execute(GAUSSIAN, tmp_path, name="whole")
+    execute(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=5"], only=["teacher"], name="part")
+    found = runs_of(Store(tmp_path))
+    assert (found["whole"]["state"], found["whole"]["done"], found["whole"]["stages"]) == ("done", 2, 2)
+    assert (found["part"]["state"], found["part"]["done"]) == ("waiting", 1)
+    lines = retort("runs", "--store", tmp_path).stdout.splitlines()
+    assert lines[2].split()[:3] == ["part", "waiting", "1/2"]
+
+
+def test_logs_and_events_are_followed_to_the_end(tmp_path):
+    store = tmp_path / "store"
+    process = started(store)
+    arguments = ("gaussian", "pairs", "--store", store, "-f")
+    follower = subprocess.Popen(
+        command("logs", *arguments, "--json"), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    watched = retort("status", "gaussian", "--store", store, "--watch")
+    out, _ = follower.communicate(timeout=60)
+    assert process.wait(timeout=60) == 0
+    events = [json.loads(line) for line in out.splitlines()]
+    assert events[0]["event"] == "stage_started" and events[-1]["event"] == "stage_done"
+    assert {event["stage"] for event in events} == {"pairs"}
+    written = [json.loads(line) for line in (store / "runs/gaussian/events.jsonl").read_text().splitlines()]
+    assert events == [event for event in written if event["stage"] == "pairs"]
+    assert "running" in watched.stdout and watched.stdout.count("run gaussian:") >= 2
+    assert "2 done" in watched.stdout.rsplit("run gaussian:", 1)[1]
+    words = retort("logs", "gaussian", "--store", store).stdout
+    assert "pairs: 40/40 pairs" in words and "run: run done" in words
+    done = retort("logs", "gaussian", "pears", "--store", store)
+    assert done.returncode == 2 and "run gaussian has: teacher, pairs" in done.stderr
+
+
+def test_a_stage_s_log_is_printed(tmp_path):
+    store = tmp_path / "store"
+    (store / "pairs").mkdir(parents=True)
+    (store / "pairs" / "pool").write_text("")  # nothing any stage foresees
+    path = tmp_path / "m.yaml"
+    path.write_text(GAUSSIAN)
+    assert retort("submit", path, "--store", store, "--engine", "inline").returncode == 1
+    assert "Not a directory" in retort("logs", "gaussian", "pairs", "--store", store).stdout
+    assert "stage failed: Not a directory" in retort("logs", "gaussian", "--store", store).stdout
+
+
+class WaitingEngine(InlineEngine):
+    def map(self, key, make_worker, items, shape, say):
+        say("worker 2 of 2 is waiting for 1 GPU; 1 works")
+        yield from super().map(key, make_worker, items, shape, say)
+
+
+def test_what_a_stage_waits_for_is_said_wherever_the_stage_is_followed(tmp_path, capsys):
+    execute(GAUSSIAN, tmp_path, engine=WaitingEngine(), reporter=Plain())
+    says = "worker 2 of 2 is waiting for 1 GPU; 1 works"
+    assert f"pairs: {says}\n" in capsys.readouterr().err
+    assert f"pairs: stage waits: {says}\n" in retort("logs", "gaussian", "--store", tmp_path).stdout
+    assert f"WARNING pipeline.runner: {says}\n" in retort("logs", "gaussian", "pairs", "--store", tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (3600, "1 h"), (3720, "1 h 2 min"), (90061, "1 d 1 h")],
+)
+def test_durations(seconds, words):
+    assert duration(seconds) == words

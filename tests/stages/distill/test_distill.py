@@ -1,0 +1,318 @@
+"""Students: their start, their export to plain diffusers, their resume after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import ManifestError
+from stages.data.files import sha256_of
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+from stages.diffusion.form import Form
+from stages.losses.regression import l1, mse, pseudo_huber
+from stages.networks.latent import LatentTeacher
+from stages.networks.student import Student
+from tests.support.cli import ROOT, command, retort
+from tests.support.pipelines import TINY, execute, plan_of
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
+
+
+def held_out(tiny):
+    return PairReader(read_list(tiny[1]["pairs"].artifact.folder)).batch(range(64, 96))
+
+
+def test_losses_in_closed_form():
+    a, b = torch.zeros(2, 1, 3, 3), torch.full((2, 1, 3, 3), 2.0)
+    assert l1(a, b).tolist() == [2.0, 2.0] and mse(a, b).tolist() == [4.0, 4.0]
+    far = torch.full((2, 1, 3, 3), 1e4)
+    assert pseudo_huber(a, far).tolist() == pytest.approx([1e4, 1e4], rel=1e-3)
+    near = pseudo_huber(a, a + 1e-6)
+    assert (near > 0).all() and (near < 1e-6).all()
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+def test_a_new_student_is_its_formula_on_the_teachers_weights(teacher, prediction, monkeypatch):
+    monkeypatch.setattr(teacher, "prediction", prediction)
+    student = Student.from_teacher(teacher, Form(prediction=prediction))
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    condition = teacher.encode_prompts(["a red handwritten seven", ""])
+    output = teacher.unet(noise, 999, condition).sample
+    alpha, sigma = teacher.schedule.at(999)
+    expected = alpha * noise - sigma * output if prediction == "v_prediction" else (noise - sigma * output) / alpha
+    torch.testing.assert_close(student(noise, condition), expected)
+
+
+def test_the_student_learns_what_it_never_saw(tiny, teacher):
+    held = held_out(tiny)
+    target = torch.from_numpy(held.latent).float()
+
+    def error(student):
+        x0 = student(teacher.to_device(held.noise), teacher.encode_prompts(held.prompts))
+        return float((x0 - target).square().mean())
+
+    with torch.no_grad():
+        before = error(Student.from_teacher(teacher, Form()))
+        after = error(Student.load(tiny[1]["student"].artifact.folder, teacher))
+    assert after < before
+    assert after == pytest.approx(tiny[1]["student"].artifact.record["metrics"]["held_out_mse"], rel=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_plain_diffusers_runs_the_export_in_one_step_at_any_guidance(tiny, teacher, guidance_scale):
+    from diffusers import DiffusionPipeline
+
+    folder = tiny[1]["student"].artifact.folder
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    held = held_out(tiny)
+    noise, prompts = teacher.to_device(held.noise[:3]), held.prompts[:3]
+    images = pipeline(
+        prompts, latents=noise, num_inference_steps=1, guidance_scale=guidance_scale, output_type="np"
+    ).images
+    with torch.no_grad():
+        x0 = Student.load(folder, teacher)(noise, teacher.encode_prompts(prompts))
+    ours = ((teacher.decode(x0) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(images, ours, atol=1e-5)
+
+
+def test_the_export_says_what_it_is(tiny):
+    student = tiny[1]["student"].artifact
+    card = (student.folder / "README.md").read_text()
+    assert "num_inference_steps=1" in card and student.fingerprint in card
+    assert tiny[1]["teacher"].artifact.fingerprint in card and "license: apache-2.0" in card
+    assert json.loads((student.folder / "student.json").read_text())["timesteps"] == [999]
+    assert not list(student.folder.rglob("*.bin")) and not (student.folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_an_epsilon_teacher_of_stable_diffusions_own_layout(tmp_path, prediction):
+    """CLIP's own tokenizer and PNDM's scheduler config, as in the published folders; the exported student of either
+    prediction is what plain diffusers runs."""
+    from diffusers import DiffusionPipeline
+
+    text = f"""
+name: sd
+stages:
+  teacher: {{kind: teacher, from: {stable_diffusion_layout(tmp_path / "sd")}}}
+  pairs: {{kind: pairs, teacher: teacher, prompts: digits, count: 40, sampler: {{steps: 2}}}}
+  student:
+    kind: distill
+    pairs: pairs
+    method: {{name: knowledge_distillation, prediction: {prediction}}}
+    training: {{steps: 2, batch_size: 8}}
+    held_out: 8
+"""
+    plan = execute(text, tmp_path / "store")
+    teacher = LatentTeacher(plan["teacher"].artifact.folder)
+    assert teacher.prediction == "epsilon" and teacher.tokenizer.model_max_length == 77
+    pipeline = DiffusionPipeline.from_pretrained(plan["student"].artifact.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, *teacher.latent_shape)
+    images = pipeline(["a b", "b"], latents=noise, num_inference_steps=1, output_type="np").images
+    with torch.no_grad():
+        student = Student.load(plan["student"].artifact.folder, teacher)
+        ours = teacher.decode(student(noise, teacher.encode_prompts(["a b", "b"])))
+    np.testing.assert_allclose(images, ((ours + 1) / 2).permute(0, 2, 3, 1).numpy(), atol=1e-4)
+
+
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+def stable_diffusion_layout(folder, unet=None):
+    """A random-weight pipeline as the published ones are laid out, of latents (4, 8, 8) and texts (77, 32). Its
+    scheduler's JSON is that of Stable Diffusion 1.5, which says no more than it must."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    from stages.networks import build
+
+    letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(letters)}, merges=[], model_max_length=77)
+    torch.manual_seed(0)
+    pipeline = StableDiffusionPipeline(
+        vae=build.autoencoder(16, (8, 16)),
+        text_encoder=build.text_encoder(tokenizer, width=32, layers=1),
+        tokenizer=tokenizer,
+        unet=unet or build.unet(8, 32, (16, 32)),
+        scheduler=PNDMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+    )
+    pipeline.save_pretrained(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    return folder
+
+
+def test_bf16_training_runs_and_leaves_conditions_in_float32(tiny):
+    bf16 = "training: {steps: 3, batch_size: 16, mixed_precision: bf16}"
+    plan = execute(TINY.replace("training: {steps: 24, batch_size: 16}", bf16), tiny[0])
+    assert plan["student"].artifact.record["metrics"]["held_out_mse"] > 0
+    teacher = LatentTeacher(tiny[1]["teacher"].artifact.folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = teacher.encode_prompts(["a red handwritten seven"])
+    fresh = LatentTeacher(tiny[1]["teacher"].artifact.folder).encode_prompts(["a red handwritten seven"])
+    assert torch.equal(inside, fresh)
+
+
+def test_training_twice_gives_the_same_bytes(tiny, tmp_path):
+    again = execute(TINY, tmp_path)
+    for name in ("teacher", "student"):
+        ours, theirs = again[name].artifact.folder, tiny[1][name].artifact.folder
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        assert sha256_of(ours / weights) == sha256_of(theirs / weights)
+
+
+def test_a_killed_driver_resumes_training_to_the_same_bytes(tiny, tmp_path):
+    """SIGKILL once two checkpoints have been seen; the resumed student equals the uninterrupted one."""
+    store = tmp_path / "store"
+    pairs = tiny[1]["pairs"].artifact.folder
+    text = TINY.replace("pairs: pairs", f"pairs: {pairs}")
+    start, end = text.index("  teacher:"), text.index("  student:")
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(text[:start] + text[end:])
+    submit = command("submit", manifest, "--store", store, "--engine", "inline")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(submit, cwd=ROOT, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        steps = [int(p.name[5:]) for p in store.glob("work/*/checkpoints/step-*")]
+        if steps and max(steps) >= 14:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not list(store.glob("distill/*/artifact.json"))
+    assert retort("resume", "--store", store, "--engine", "inline").returncode == 0
+    (student,) = (store / "distill").iterdir()
+    for file in ("unet/diffusion_pytorch_model.safetensors", "history.jsonl"):
+        assert sha256_of(student / file) == sha256_of(tiny[1]["student"].artifact.folder / file)
+
+
+def test_a_student_that_goes_on_from_another(tiny, teacher):
+    """With a learning rate of nothing it stays what the other was; its export runs as any other."""
+    text = TINY.replace("    held_out: 32\n", "    held_out: 32\n    start_from: first\n").replace(
+        "  student:\n", "  first:\n" + TINY.split("  student:\n")[1] + "  student:\n"
+    )
+    still = ["stages.student.training={steps: 1, batch_size: 16, learning_rate: 1e-30}"]
+    plan = execute(text, tiny[0], still, name="goes_on")
+    first, second = (plan[name].artifact for name in ("first", "student"))
+    assert first.fingerprint == tiny[1]["student"].artifact.fingerprint != second.fingerprint
+    assert second.inputs["start_from"].fingerprint == first.fingerprint
+    assert f"went on from distill/{first.fingerprint}" in (second.folder / "README.md").read_text()
+    ours, theirs = (Student.load(a.folder, teacher).state_dict() for a in (second, first))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+    third = TINY.split("  student:\n")[1].replace("held_out: 32", "held_out: 32\n    start_from: student")
+    still.append(still[0].replace("student", "third"))
+    third = execute(f"{text}  third:\n{third}", tiny[0], still, name="goes_on")["third"].artifact
+    seen = [(artifact.folder / "history.jsonl").read_text() for artifact in (second, third)]
+    assert seen[0] != seen[1], "the same weights, trained on other pairs"
+
+    with pytest.raises(ManifestError, match="to go on from has prediction: v_prediction, this one prediction: eps"):
+        plan_of(text, tiny[0], ["stages.student.method.prediction=epsilon"])
+    with pytest.raises(ManifestError, match="trained on 16 of the 48 noises that are held out, as part of pairs"):
+        plan_of(text, tiny[0], ["stages.student.held_out=48"])
+    sampler = "sampler: {steps: 2, guidance_scale: 2.0}"
+    big = f"  big: {{kind: pairs, teacher: teacher, prompts: digits, count: 200, {sampler}}}\n"
+    with pytest.raises(ManifestError, match="trained on 32 of the 32 noises that are held out, as part of big"):
+        plan_of(text + big, tiny[0], ["stages.first.pairs=big"])
+    other = text.replace("stages:\n", "stages:\n  other: {kind: teacher, from: digit_scenes}\n")
+    first_pairs = "  first:\n    kind: distill\n    pairs: more"
+    other = other.replace("  first:\n    kind: distill\n    pairs: pairs", first_pairs)
+    other = other.replace(
+        "  first:\n",
+        "  more: {kind: pairs, teacher: other, prompts: digits, count: 64, sampler: {steps: 2}}\n  first:\n",
+        1,
+    )
+    with pytest.raises(ManifestError, match="first is the student of another teacher than that of `pairs`"):
+        plan_of(other, tiny[0])
+
+
+def test_gradient_checkpointing_changes_no_byte(tiny, tmp_path):
+    text = TINY.replace("checkpoint_every: 7}", "checkpoint_every: 7, gradient_checkpointing: true}")
+    text = text.replace("pairs: pairs", f"pairs: {tiny[1]['pairs'].artifact.folder}")
+    start, end = text.index("  teacher:"), text.index("  student:")
+    student = execute(text[:start] + text[end:], tmp_path)["student"].artifact
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert sha256_of(student.folder / weights) == sha256_of(tiny[1]["student"].artifact.folder / weights)
+
+
+MIXED = TINY.replace(
+    "  student:\n    kind: distill\n    pairs: pairs\n",
+    """  more:
+    kind: pairs
+    teacher: teacher
+    prompts: digits
+    seed: 5
+    count: 64
+    shard_size: 32
+    sampler: {steps: 5, guidance_scale: 2.0}
+    execution: {micro_batch: 16, threads: 1}
+  student:
+    kind: distill
+    pairs: [pairs, more]
+""",
+)
+
+
+def test_a_student_of_several_pairs(tiny):
+    sources = "[{pairs: pairs, weight: 1.0}, {pairs: more, weight: 9.0}]"
+    plan = execute(MIXED, tiny[0], [f"stages.student.pairs={sources}"], name="mixed")
+    student = plan["student"].artifact
+    assert {field: a.fingerprint for field, a in student.inputs.items()} == {
+        "pairs.0.pairs": plan["pairs"].artifact.fingerprint,
+        "pairs.1.pairs": plan["more"].artifact.fingerprint,
+    }
+    assert plan["pairs"].artifact.fingerprint != plan["more"].artifact.fingerprint
+    assert f"from {96 + 64 - 32} pairs" in (student.folder / "README.md").read_text()
+    assert student.record["metrics"]["held_out_mse"] > 0
+
+
+def test_weights_are_part_of_what_a_student_is(tiny):
+    sources = "[{{pairs: pairs, weight: {}}}, {{pairs: more, weight: 1.0}}]"
+    weights = [plan_of(MIXED, tiny[0], [f"stages.student.pairs={sources.format(w)}"])["student"] for w in (3.0, 4.0)]
+    assert weights[0].artifact.fingerprint != weights[1].artifact.fingerprint
+
+
+def test_mixtures_that_would_mislead_are_refused_when_planning(tiny):
+    one_seed = MIXED.replace("    seed: 5\n", "    storage_dtype: float32\n")
+    with pytest.raises(ManifestError, match="two of them have one seed, and so start from the same noises"):
+        plan_of(one_seed, tiny[0])
+    for value, words in (
+        ("[{pairs: pairs, weight: 2.0}, more]", "give each of the pairs a weight, or none"),
+        ("[{pairs: pairs, weight: 1.0}, {pairs: more, weight: 0.0001}]", "more has less than 1/1024 of the weight"),
+        ("[{pairs: pairs, wieght: 1.0}, more]", "unknown key; did you mean 'weight'"),
+        ("[pairs, mor]", "did you mean 'more'"),
+    ):
+        with pytest.raises(ManifestError, match=words):
+            plan_of(MIXED, tiny[0], [f"stages.student.pairs={value}"])
+
+
+def test_pairs_of_several_teachers_are_refused(tiny):
+    text = MIXED.replace(
+        "  more:\n    kind: pairs\n    teacher: teacher", "  more:\n    kind: pairs\n    teacher: other"
+    )
+    text = text.replace("stages:\n", "stages:\n  other: {kind: teacher, from: digit_scenes}\n")
+    with pytest.raises(ManifestError, match="they are of several teachers; a student has one"):
+        plan_of(text, tiny[0])

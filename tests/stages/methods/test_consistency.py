@@ -1,0 +1,243 @@
+"""Consistency distillation: the boundary, the target, the averaged weights, and LCM's sampler in plain diffusers."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline.errors import ManifestError
+from stages.diffusion.consistency import boundary
+from stages.diffusion.few_step import sample
+from stages.diffusion.form import Form
+from stages.diffusion.grid import Grid
+from stages.methods.base import Materials
+from stages.methods.consistency.config import ConsistencyConfig
+from stages.networks.exporting import scheduler_of, why_not_plain
+from stages.networks.latent import LatentTeacher
+from stages.networks.student import Student, export
+from stages.training import TrainingExecution, TrainingSettings, checkpoint
+from stages.training.loop import train
+from tests.stages.methods.test_progressive import drawn, shaken
+from tests.support.cli import retort
+from tests.support.pipelines import TINY, execute, plan_of
+
+LCM = (
+    TINY.partition("  student:")[0]
+    + """
+  student:
+    kind: distill
+    pairs: pairs
+    method: {name: consistency, steps: 4, solver_steps: 20, w_range: [0.0, 4.0]}
+    training: {steps: 6, batch_size: 16, learning_rate: 1e-4, ema_decay: 0.9}
+    held_out: 32
+    execution: {threads: 1}
+  quality:
+    {kind: evaluate, student: student, samples: 20, teacher_steps: [], execution: {threads: 1}}
+  fewer:
+    {kind: evaluate, student: student, steps: 2, samples: 20, teacher_steps: [], execution: {threads: 1}}
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def plan(tiny):
+    return execute(LCM, tiny[0], name="lcm")
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
+
+
+def batch(teacher, count=6):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "latent": torch.randn(count, *teacher.latent_shape, generator=generator),
+        "prompts": ["a red handwritten seven"] * count,
+    }
+
+
+def method_of(teacher, **settings):
+    config = ConsistencyConfig(steps=2, solver_steps=10, **settings)
+    return config.create(Materials(teacher, TrainingSettings(steps=3, learning_rate=1e-3)))
+
+
+def test_the_function_is_the_identity_on_clean_data():
+    from diffusers import LCMScheduler
+
+    assert boundary(0.0) == (1.0, 0.0)
+    for t in (1, 249, 999):
+        skip, out = boundary(float(t))
+        assert (skip, out) == pytest.approx(LCMScheduler().get_scalings_for_boundary_condition_discrete(t))
+
+
+def test_the_sampler_noises_its_estimate_anew():
+    """Of N(m, S^2), with the exact end of the ODE at every point: the law of the data, whatever the steps."""
+    mean, std, grid, calls = 1.5, 0.6, Grid.cosine(4), []
+
+    def end(z, i):
+        calls.append(i)
+        alpha, sigma = grid.level(i)
+        return mean + std * (z - alpha * mean) / (alpha**2 * std**2 + sigma**2) ** 0.5
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200_000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    found = sample("consistency", end, noise, grid, generator)
+    assert calls == [4, 3, 2, 1]
+    assert float(found.mean()) == pytest.approx(mean, abs=0.005) and float(found.std()) == pytest.approx(std, abs=0.004)
+
+
+def test_a_student_is_trained_on_more_points_than_it_is_sampled_at(teacher):
+    student = method_of(teacher).student
+    assert student.grid.steps == 10 and student.form.steps == 2
+    called = []
+    student.unet.register_forward_pre_hook(lambda _, arguments: called.append(float(arguments[1])))
+    with torch.no_grad():
+        student(torch.randn(1, *teacher.latent_shape), teacher.encode_prompts([""]))
+    assert called == [999.0, 499.0]
+
+
+@pytest.mark.parametrize("guidance", [{"guidance_scale": 2.0}, {"w_range": (0.0, 4.0)}])
+def test_the_target_is_the_averaged_weights_where_the_teacher_leads(teacher, guidance):
+    """By hand, with the loop's own random numbers; at the last point before data it is the teacher's estimate. Of a
+    range, one w for teacher, target and student."""
+    method, given = method_of(teacher, **guidance), batch(teacher)
+    shaken(method.target)
+    shaken(shaken(method.student))
+    torch.manual_seed(5)
+    loss, _ = method.loss(given)
+    torch.manual_seed(5)
+    x, grid = given["latent"], method.student.grid
+    i, condition = torch.randint(1, 11, (6,)), teacher.encode_prompts(given["prompts"])
+    assert 1 in i
+    strengths = 4 * torch.rand(6) if "w_range" in guidance else None
+    noise = torch.randn_like(x)
+    distances = []
+    for k in range(6):
+        here, there = grid.level(int(i[k])), grid.level(int(i[k]) - 1)
+        z = noise[k : k + 1] if i[k] == 10 else here[0] * x[k : k + 1] + here[1] * noise[k : k + 1]
+        t, w = int(grid.timesteps[i[k]]), None if strengths is None else strengths[k : k + 1]
+        with torch.no_grad():
+            output = teacher.denoiser(given["prompts"][:1], 2.0 if w is None else 1 + float(w))(z, t)
+            x0 = here[0] * z - here[1] * output
+            nearer = there[0] * x0 + there[1] * (here[0] * output + here[1] * z)
+            target = x0 if i[k] == 1 else method.target.x0(nearer, i[k : k + 1] - 1, condition[:1], w)
+            distances.append(method.distance(method.student.x0(z, i[k : k + 1], condition[:1], w), target))
+    torch.testing.assert_close(loss, torch.cat(distances).mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_target_moves_by_its_share_of_the_way_to_the_student(teacher):
+    method = method_of(teacher, target_decay=0.75)
+    shaken(method.student)
+    before = [value.clone() for value in method.target.parameters()]
+    method.after_step(0)
+    for mean, old, value in zip(method.target.parameters(), before, method.student.parameters(), strict=True):
+        torch.testing.assert_close(mean, 0.75 * old + 0.25 * value)
+    assert [name for name, player in method.players.items() if player.averaged] == ["student"]
+
+
+def test_a_student_can_be_sampled_where_its_steps_divide_the_points():
+    config = ConsistencyConfig(steps=4, solver_steps=20)
+    assert [steps for steps in range(1, 21) if config.why_not_in(steps) is None] == [1, 2, 4, 5, 10, 20]
+
+
+def test_the_target_follows_the_student_and_is_kept_in_checkpoints(teacher, tmp_path):
+    def run():
+        torch.manual_seed(0)
+        method = method_of(teacher, target_decay=0.5)
+        start = method.student.unet.conv_out.weight.clone()
+        execution = TrainingExecution(device="cpu", checkpoint_every=1)
+        progress = train(method, lambda step: batch(teacher), seed=0, checkpoints=tmp_path / "c", execution=execution)
+        try:
+            while True:
+                next(progress)
+        except StopIteration:
+            pass
+        return method, start
+
+    method, start = run()
+    student, target = (m.unet.conv_out.weight for m in (method.student, method.target))
+    assert not torch.equal(target, start) and not torch.equal(target, student)
+    tensors, state = checkpoint.latest(tmp_path / "c")
+    assert state["step"] == 3 and torch.equal(tensors["target/module/unet.conv_out.weight"], target)
+    again, _ = run()  # from the last checkpoint: nothing is left to do
+    assert torch.equal(again.target.unet.conv_out.weight, target)
+
+
+def test_it_runs_and_is_measured(plan):
+    metrics = plan["quality"].artifact.record["metrics"]
+    assert metrics["sides"]["student"]["network_calls"] == 4 and metrics["sides"]["student"]["latent_mse"] > 0
+    about = json.loads((plan["student"].artifact.folder / "student.json").read_text())
+    assert about["timesteps"] == [999, 749, 499, 249] and about["w_range"] == [0.0, 4.0]
+    assert "held_out_mse" not in plan["student"].artifact.record["metrics"]  # its sampler draws noise of its own
+
+
+def test_its_steps_are_no_part_of_its_training(plan, tiny, tmp_path):
+    own, fewer = (plan[name].artifact.record["metrics"]["sides"]["student"] for name in ("quality", "fewer"))
+    assert (own["network_calls"], fewer["network_calls"]) == (4, 2) and own["latent_mse"] != fewer["latent_mse"]
+    found = json.loads(retort("compare", "lcm", "--store", tiny[0], "--html", tmp_path / "c.html", "--json").stdout)
+    names = [row["name"] for row in found["sections"][0]["rows"] if row["kind"] == "student"]
+    assert names == ["student", "student[steps=2]"]
+    other = "{name: consistency, steps: 10, solver_steps: 20, w_range: [0.0, 4.0]}, training: {steps: 1}, held_out: 32"
+    text = LCM + f"  other: {{kind: distill, pairs: pairs, start_from: student, method: {other}}}\n"
+    assert plan_of(text, tiny[0])["other"]
+    draw = ("sample", plan["student"].artifact.folder, "-p", "a red handwritten seven", "-n", 1, "--out")
+    images = [tmp_path / f"{steps}.png" for steps in (4, 2)]
+    assert retort(*draw, images[0]).returncode == retort(*draw, images[1], "--steps", 2).returncode == 0
+    assert images[0].read_bytes() != images[1].read_bytes()
+    done = retort(*draw, tmp_path / "no.png", "--steps", 3)
+    assert done.returncode == 2 and "was trained at 20 points, no multiple of 3 steps" in done.stderr
+
+
+@pytest.mark.parametrize(("steps", "prediction", "w"), [
+    (4, "v_prediction", 2.0), (1, "v_prediction", None), (8, "epsilon", None), (2, "sample", 0.0)
+])  # fmt: skip
+def test_plain_diffusers_samples_as_retort_does(teacher, tmp_path, steps, prediction, w):
+    """The same call, with the same generator: LCMScheduler on 999, 749, 499, 249."""
+    from diffusers import LCMScheduler
+
+    form = Form(steps=steps, sampler="consistency", prediction=prediction, w_range=None if w is None else (0.0, 4.0))
+    student = shaken(Student.from_teacher(teacher, form))
+    export(student, teacher, tmp_path, "a card")
+    scheduler = LCMScheduler.from_pretrained(tmp_path / "scheduler")
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == student.grid.timesteps[:0:-1].tolist()
+    prompts = ["a red handwritten seven", "a blue handwritten two"]
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    strength = None if w is None else torch.full((2,), w)
+    with torch.no_grad():
+        loaded, condition = Student.load(tmp_path, teacher), teacher.encode_prompts(prompts)
+        ours = loaded(noise, condition, strength, torch.Generator().manual_seed(3))
+    latents = drawn(
+        tmp_path, noise, prompts, num_inference_steps=steps, guidance_scale=7.5 if w is None else 1 + w,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    torch.testing.assert_close(latents, ours, atol=1e-3 if prediction == "epsilon" else 1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ("steps: 2, samples", "steps: 3, samples", "fewer.steps: the student was trained at 20 points, no multiple of 3"),
+    ("student: student, steps: 2", "pairs: pairs, steps: 2", "steps are those of a student"),
+    ("solver_steps: 20", "solver_steps: 18", "solver_steps: 18 is no multiple of steps: 4"),
+    ("w_range: [0.0, 4.0]", "w_range: [0.0, 4.0], guidance_scale: 2.0", "give either guidance_scale or w_range"),
+    ("w_range: [0.0, 4.0]", "w_range: [2.0, 4.0]", "w = 1; the student was trained for w from 2 to 4"),
+    ("w_range: [0.0, 4.0]", "guidance_scale: 3.0", "has guidance_scale: 3 built in; the pairs have 2"),
+])  # fmt: skip
+def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
+    assert old in LCM
+    with pytest.raises(ManifestError, match=words):
+        plan_of(LCM.replace(old, new), tmp_path)
+
+
+def test_more_steps_than_the_teacher_has_timesteps_are_an_error_of_the_plan(tmp_path):
+    text = LCM.replace("solver_steps: 20", "solver_steps: 1004")
+    with pytest.raises(ManifestError, match="solver_steps: 1004 are more than the teacher's 1000 timesteps"):
+        plan_of(text, tmp_path)
+
+
+def test_steps_that_miss_the_teachers_timesteps_are_not_for_plain_diffusers(teacher):
+    form = Form(steps=3, sampler="consistency")
+    student, grid = Student.from_teacher(teacher, form, 30), Grid.on(teacher.schedule, 3)
+    assert student.grid.every(10).timesteps.tolist() == grid.timesteps.tolist()
+    why = why_not_plain(form, grid, scheduler_of(form, grid, teacher.folder))
+    assert "rounds the timesteps of 3 steps otherwise" in why

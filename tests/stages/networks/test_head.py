@@ -1,0 +1,258 @@
+"""The last layer of a student whose prediction type is not its teacher's."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import ManifestError
+from stages.data.supply import PairSupply
+from stages.diffusion.form import Form
+from stages.diffusion.schedule import NoiseSchedule
+from stages.methods.base import Materials
+from stages.methods.progressive.config import ProgressiveConfig
+from stages.networks import build
+from stages.networks.head import convert, fit
+from stages.networks.latent import LatentTeacher
+from stages.networks.student import Student
+from stages.training import TrainingSettings
+from tests.support.pipelines import TINY, execute, plan_of
+
+NOISY = NoiseSchedule.stable_diffusion()
+EPSILON = TINY.replace("dataset: digits", "dataset: digits\n      prediction: epsilon")
+STUDENTS = """
+  latents: {kind: latents, teacher: teacher, images: digits, execution: {threads: 1}}
+  near:
+    kind: distill
+    latents: latents
+    method: {name: consistency, solver_steps: 8, guidance_scale: 2.0}
+    training: {steps: 2, batch_size: 8}
+    execution: {threads: 1}
+  fewer:
+    kind: distill
+    latents: latents
+    method: {name: progressive, start_steps: 2, match_first: true, guidance_scale: 2.0, training_steps: {2: 3}}
+    training: {steps: 2, batch_size: 8}
+    execution: {threads: 1}
+"""
+
+
+class PerfectUNet(nn.Module):
+    """The network of a teacher of N(0, 1): epsilon = sigma z, v = 0, x0 = alpha z, read off z by its last layer."""
+
+    def __init__(self, prediction):
+        super().__init__()
+        self.config = {"out_channels": 4}
+        self.conv_out = nn.Conv2d(4, 4, 3, padding=1)
+        alpha, sigma = NOISY.at(999)
+        with torch.no_grad():
+            factor = {"epsilon": sigma, "v_prediction": 0.0, "sample": alpha}[prediction]
+            self.conv_out.weight.copy_(factor * torch.eye(4)[..., None, None] * torch.eye(3)[1].outer(torch.eye(3)[1]))
+            self.conv_out.bias.zero_()
+
+    def forward(self, z, t, condition):
+        return SimpleNamespace(sample=self.conv_out(z))
+
+
+def perfect_teacher(prediction, schedule=NOISY):
+    return SimpleNamespace(unet=PerfectUNet(prediction), prediction=prediction, schedule=schedule)
+
+
+def noises(count=64):
+    return torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def error(student, noise):
+    """To the end of the ODE of N(0, 1), which is the noise itself."""
+    with torch.no_grad():
+        return float((student(noise, None) - noise).square().mean())
+
+
+@pytest.mark.parametrize("teacher", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("student", ["v_prediction", "sample"])
+def test_an_untrained_student_is_no_worse_than_one_step_of_its_teacher(teacher, student):
+    """One step of a perfect teacher of N(0, 1) makes alpha z, 0.87 from the end of the ODE. A student of x0 that knows
+    nothing makes 0, and is 1 from it. The weights of epsilon read as v were 3.7 from it."""
+    untrained = Student.from_teacher(perfect_teacher(teacher), Form(prediction=student))
+    alpha, _ = NOISY.at(999)
+    known = {"epsilon": 0.0, "v_prediction": 0.0, "sample": alpha}[teacher] if student == "sample" else alpha
+    if (teacher, student) == ("sample", "v_prediction"):
+        known = alpha + alpha * NOISY.at(999)[1]  # v = -x0 is right in pure noise alone
+    assert error(untrained, noises()) == pytest.approx((1 - known) ** 2, rel=0.05)
+    assert error(untrained, noises()) < 1.01
+
+
+def test_a_student_of_the_teachers_own_type_begins_as_the_teacher():
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        student = Student.from_teacher(perfect_teacher(prediction), Form(prediction=None))
+        assert student.form.prediction == prediction
+        alpha, _ = NOISY.at(999)
+        torch.testing.assert_close(student(noises(), None), alpha * noises(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [("epsilon", "v_prediction"), ("v_prediction", "epsilon")])
+def test_a_fitted_student_makes_what_its_features_can(teacher, student):
+    """Here the features are z, and the end of the ODE is linear in them: fitting finds it, on other noises too."""
+    fitted = Student.from_teacher(perfect_teacher(teacher), Form(prediction=student))
+    fitted.fit_head(noises(), noises(), None)
+    others = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert error(fitted, others) < 1e-3
+
+
+def test_fitting_finds_the_layer_that_made_its_targets():
+    torch.manual_seed(0)
+    true, layer = nn.Conv2d(6, 3, 3, padding=1), nn.Conv2d(6, 3, 3, padding=1)
+    features = torch.randn(40, 6, 5, 4)
+    fit(layer, [(features[:16], true(features[:16])), (features[16:], true(features[16:]))])
+    torch.testing.assert_close(layer.weight, true.weight, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(layer.bias, true.bias, atol=1e-3, rtol=1e-3)
+
+
+def test_zeros_are_kept_where_nothing_can_be_fitted():
+    """Targets that features say nothing of: any fit to few samples is worse than zeros on others."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 3, 3, padding=1)
+    fit(layer, [(torch.randn(4, 6, 4, 4), torch.randn(4, 3, 4, 4))])
+    assert not layer.weight.any() and not layer.bias.any()
+
+
+def test_epsilon_is_refused_where_sampling_begins_in_pure_noise():
+    with pytest.raises(ValueError, match="schedule: cosine begins in pure noise"):
+        Form(steps=4, schedule="cosine", prediction="epsilon")
+    ends_in_noise = NoiseSchedule.from_alphas_cumprod(torch.linspace(1, 0, 1001)[1:].numpy())
+    with pytest.raises(ValueError, match="ends in pure noise"):
+        Student.from_teacher(perfect_teacher("v_prediction", ends_in_noise), Form(prediction="epsilon"))
+
+
+@pytest.fixture(scope="module")
+def of_epsilon(tmp_path_factory):
+    store = tmp_path_factory.mktemp("epsilon")
+    return store, execute(EPSILON + STUDENTS, store)
+
+
+def test_students_of_a_teacher_of_epsilon(of_epsilon):
+    """A one-step student predicts v, from a fitted last layer; a consistency student predicts epsilon as its teacher
+    does; a chain's first link halves nothing and learns v, and what it comes to is halved."""
+    store, plan = of_epsilon
+    said = {
+        name: json.loads((stage.artifact.folder / "student.json").read_text())
+        for name, stage in plan.items()
+        if stage.artifact.kind == "distill"
+    }
+    assert {name: about["prediction"] for name, about in said.items()} == {
+        "student": "v_prediction", "near": "epsilon", "fewer/2": "v_prediction", "fewer/1": "v_prediction"
+    }  # fmt: skip
+    log = (store / "runs/tiny/logs/student.log").read_text()
+    assert "the student's last layer begins with" in log and "zeros" in log
+    assert not plan["fewer/2"].artifact.stage.method.halves and plan["fewer/1"].artifact.stage.method.halves
+    scheduler = json.loads((plan["near"].artifact.folder / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "epsilon"
+
+
+def test_the_first_link_learns_the_teachers_own_output(of_epsilon):
+    """Its target is x0 as the guided teacher has it at the same point, here by hand."""
+    _, plan = of_epsilon
+    teacher = LatentTeacher(plan["teacher"].artifact.folder)
+    config = ProgressiveConfig(start_steps=2, end_steps=2, match_first=True, guidance_scale=3.0)
+    method = config.create(Materials(teacher, TrainingSettings(steps=1)))
+    z, i = torch.randn(2, *teacher.latent_shape), torch.tensor([1, 2])
+    condition, empty = (teacher.encode_prompts([text] * 2) for text in ("a red handwritten seven", ""))
+    wanted = []
+    for row, point in enumerate(i.tolist()):
+        t, (alpha, sigma) = method.student.grid.timesteps[point], method.student.grid.level(point)
+        with torch.no_grad():
+            with_, without = (teacher.unet(z[row : row + 1], t, c[:1]).sample for c in (condition, empty))
+        wanted.append((z[row : row + 1] - sigma * (without + 3 * (with_ - without))) / alpha)
+    torch.testing.assert_close(method.target(z, i, condition, None).float(), torch.cat(wanted), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "factors"),
+    [
+        ("v_prediction", "v_prediction", (1,)),
+        ("epsilon", "epsilon", (1,)),
+        ("v_prediction", "sample", (-1,)),
+        ("v_prediction", "epsilon", (0,)),
+        ("v_prediction", "both", (-1, 1)),
+        ("epsilon", "v_prediction", (0,)),
+        ("epsilon", "sample", (0,)),
+        ("epsilon", "both", (0, 1)),
+        ("sample", "v_prediction", (-1,)),
+        ("sample", "epsilon", (0,)),
+        ("sample", "both", (1, 0)),
+    ],
+)
+def test_the_last_layer_is_that_of_the_teacher_times_what_is_known(teacher, student, factors):
+    """In pure noise v = -x0. Of the noise a teacher of x0 says nothing, nor one of the noise of x0 or v."""
+    unet = build.unet(4, 12, (8,))
+    layer = copy.deepcopy(unet.conv_out)
+    turned = convert(unet, teacher, student).conv_out
+    assert torch.equal(turned.weight, torch.cat([factor * layer.weight for factor in factors]))
+    assert torch.equal(turned.bias, torch.cat([factor * layer.bias for factor in factors]))
+
+
+def test_what_cannot_be_fitted_is_said_or_left():
+    layer = nn.Conv2d(6, 3, 3, padding=1)
+    before = layer.weight.clone()
+    fit(layer, [(torch.randn(1, 6, 4, 4), torch.randn(1, 3, 4, 4))])  # one sample: nothing to choose by
+    assert torch.equal(layer.weight, before)
+    with pytest.raises(ValueError, match="not finite"):
+        fit(layer, [(torch.full((4, 6, 4, 4), float("nan")), torch.randn(4, 3, 4, 4))])
+
+
+def test_the_last_layer_is_fitted_to_different_pairs_of_all_sources_but_none_held_out(of_epsilon):
+    _, plan = of_epsilon
+    folder = plan["pairs"].artifact.folder
+    supply = PairSupply([folder, folder], [None, None], 32, 8, 0)
+    read = []
+    supply.reader.batch = lambda indices, batch=supply.reader.batch: read.extend(indices) or batch(indices)
+    assert len(supply.examples(50)["prompts"]) == 50 == len(set(read))
+    assert not set(read) & set(supply.held) and min(read) < 64 and max(read) >= 96
+    assert len({index % 10 for index in read}) == 10, "prompts repeat at a stride"
+    read.clear()
+    assert len(supply.examples(10**6)["prompts"]) == len(read) == supply.count == 64 + 96
+
+
+def test_a_chain_that_halves_an_epsilon_teacher_at_once_is_refused(of_epsilon):
+    text = (
+        (EPSILON + STUDENTS)
+        .replace("match_first: true, ", "")
+        .replace("training_steps: {2: 3}", "training_steps: {1: 3}")
+    )
+    with pytest.raises(ManifestError, match=r"start_steps: the teacher predicts epsilon.*set match_first: true"):
+        plan_of(text, of_epsilon[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("start_steps: 2, match_first: yes", "match_first: "),
+        ("start_steps: 2, end_steps: 2", "nothing is halved: give fewer end_steps, or match_first: true"),
+    ],
+)
+def test_match_first_is_checked_as_a_setting(tiny, settings, words):
+    text = TINY + STUDENTS.replace("start_steps: 2, match_first: true", settings).replace(
+        ", training_steps: {2: 3}", ""
+    )
+    with pytest.raises(ManifestError, match=words):
+        plan_of(text, tiny[0])
+
+
+def test_a_consistency_student_of_epsilon_needs_a_teacher_of_epsilon(tiny):
+    text = TINY + STUDENTS.replace("name: consistency", "name: consistency, prediction: epsilon")
+    with pytest.raises(ManifestError, match=r"prediction: the teacher predicts v_prediction.*Leave prediction out"):
+        plan_of(text, tiny[0])
+
+
+def test_going_on_from_a_student_of_another_type_is_refused(of_epsilon):
+    """Where a manifest leaves the type to the teacher, the worker compares."""
+    _, plan = of_epsilon
+    teacher = LatentTeacher(plan["teacher"].artifact.folder)
+    student = Student.from_teacher(teacher, Form(prediction="epsilon"))
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match="to go on from predicts v_prediction, this one epsilon"):
+        student.go_on_from(plan["student"].artifact.folder)
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())

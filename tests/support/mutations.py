@@ -1,0 +1,95 @@
+"""Manifests as tired people write them: the shipped ones with lines lost, keys misspelt, values of the wrong sort."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from pipeline.errors import UsageError
+from pipeline.manifest.document import parse
+from pipeline.manifest.model import examine
+from pipeline.planning import make_plan, read_contents
+from pipeline.store import Store
+from tests.support.cli import ROOT
+from tests.support.pipelines import GAUSSIAN, TINY
+
+MATRIX = TINY.replace("    kind: distill", "    kind: distill\n    matrix: {method.loss: [l1, mse], seed: [0, 1]}")
+SHIPPED = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "manifests").glob("*.yaml"))]
+TEXTS = [*SHIPPED, GAUSSIAN, TINY, MATRIX]
+VALUES = ["-1", "0", "1e99", "nan", ".inf", "~", "true", "[]", "{}", "'x'", "[1, x]", "{a: 1}", "*a", "&a b", "!!set x",
+          "2.5", "''", "9" * 400, "digits", "teacher", "../x", "/zz/", "\t", '"', "|", "- 1", "\u00fc"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutation:
+    text: str
+    what: str
+    line: int | None = None
+    """Where a problem has to be found, counted from 1; None if the text may as well be valid."""
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> Mutation:
+    text = draw(st.sampled_from(TEXTS))
+    return draw(st.sampled_from([_misspelt, _replaced, _cut, _lines]))(draw, text)
+
+
+def _misspelt(draw: st.DrawFn, text: str) -> Mutation:
+    """A key that nobody knows, below the settings of a stage: it has to be found where it stands."""
+    document = parse(text, "m.yaml")
+    keys = [path for path in document.keys if len(path) > 2 and path[0] == "stages" and "matrix" not in path]
+    line, column = document.keys[draw(st.sampled_from(keys))]
+    lines = text.splitlines(keepends=True)
+    name = draw(st.from_regex(r"zz[a-z_]{1,8}", fullmatch=True))
+    lines[line] = lines[line][:column] + re.sub(r"^[\w.]+", name, lines[line][column:])
+    return Mutation("".join(lines), f"a key misspelt as {name}", line + 1)
+
+
+def _replaced(draw: st.DrawFn, text: str) -> Mutation:
+    document = parse(text, "m.yaml")
+    line, column = document.places[draw(st.sampled_from([path for path in document.places if path]))]
+    lines = text.splitlines(keepends=True)
+    value = draw(st.one_of(st.sampled_from(VALUES), st.text(max_size=6)))
+    lines[line] = lines[line][:column] + re.sub(r"^[^,}\]\s]+", lambda _: value, lines[line][column:])
+    return Mutation("".join(lines), f"a value replaced by {value!r}")
+
+
+def _cut(draw: st.DrawFn, text: str) -> Mutation:
+    start = draw(st.integers(0, len(text)))
+    stop = draw(st.integers(start, min(len(text), start + 40)))
+    return Mutation(text[:start] + draw(st.text(max_size=3)) + text[stop:], f"{start}:{stop} cut out")
+
+
+def _lines(draw: st.DrawFn, text: str) -> Mutation:
+    lines = text.splitlines(keepends=True)
+    one, other = (draw(st.integers(0, len(lines) - 1)) for _ in range(2))
+    how = draw(st.sampled_from(["lost", "twice", "moved", "indented"]))
+    line = lines[one]
+    if how in ("lost", "moved"):
+        del lines[one]
+    if how in ("twice", "moved"):
+        lines.insert(other, line)
+    if how == "indented":
+        lines[one] = " " * draw(st.integers(1, 3)) + line
+    return Mutation("".join(lines), f"line {one + 1} {how}")
+
+
+def check(mutation: Mutation, folder: Path) -> bool:
+    """Whether the manifest is valid; if not, every problem has its place. Anything else is raised."""
+    path = folder / "m.yaml"
+    path.write_bytes(mutation.text.encode("utf-8", "surrogatepass"))
+    try:
+        loaded = examine(path)
+        store = Store(folder / "store")
+        make_plan(loaded, read_contents(loaded, store.root / "contents.json"), store)
+    except UsageError as error:
+        problems = getattr(error, "problems", [str(error)])
+        assert problems and error.exit_code == 2
+        assert all(re.match(rf"{re.escape(str(path))}:\d+:\d+: .", problem) for problem in problems), problems
+        assert mutation.line is None or any(f"m.yaml:{mutation.line}:" in problem for problem in problems), problems
+        return False
+    assert mutation.line is None, f"{mutation.what} was not noticed"
+    return True

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from pipeline.store import load_artifact
-from stages.data.triplets.config import FAMILIES, Synthetic
+from stages.data.triplets.config import Synthetic
+from stages.data.triplets.families import FAMILIES
 from stages.losses.regression import mse
 from stages.networks import perceptual
 from stages.networks.perceptual import LPIPS

@@ -53,12 +53,12 @@ class Digits(ImageSet):
     def captions(self) -> Iterator[str]:
         from stages.data.images import digits
 
-        return iter(digits.captions(self))
+        return iter(digits.captions(self.digits_per_image))
 
     def load(self, held_out: bool) -> LabelledImages:
         from stages.data.images import digits
 
-        return digits.load(self, held_out)
+        return digits.load(self.digits_per_image, self.size, self.background, held_out)
 
 
 class DigitScenes(Digits):
@@ -87,10 +87,9 @@ class FileSet(ImageSet):
         return self.label is not None
 
     def examples(self) -> Iterator[Example]:
-        """All images, still encoded, in order. Raises StageError, also if there is none."""
-        from stages.data.images.files import examples
-
-        return examples(self)
+        """All images, still encoded, in order. Raises StageError for one that cannot be read, FileNotFoundError if the
+        path does not exist."""
+        raise TypeError(f"{type(self).__name__} does not say where its images are")
 
 
 class ImageFolder(FileSet):
@@ -109,6 +108,11 @@ class ImageFolder(FileSet):
         "none",
     )
 
+    def examples(self) -> Iterator[Example]:
+        from stages.data.images.files import folder
+
+        return folder(self.path, self.caption, self.label)
+
 
 class WebDataset(FileSet):
     """A .tar file, a folder of them or a glob: an image and further members a sample."""
@@ -117,6 +121,11 @@ class WebDataset(FileSet):
     path: Annotated[str, Content()] = Field(description="a .tar file, a folder of them or a glob")
     caption: str | None = Field("txt", description="txt, or a key of the .json member; null: there are none")
     label: str | None = Field(None, description="cls, or a key of the .json member; null: there are none")
+
+    def examples(self) -> Iterator[Example]:
+        from stages.data.images.files import webdataset
+
+        return webdataset(self.path, self.caption, self.label)
 
 
 class ParquetImages(FileSet):
@@ -127,6 +136,11 @@ class ParquetImages(FileSet):
     path: Annotated[str, Content()] = Field(description="a .parquet file, a folder of them or a glob")
     caption: str | None = Field("text", description="column of captions; null: there are none")
     label: str | None = Field(None, description="column of classes; null: there are none")
+
+    def examples(self) -> Iterator[Example]:
+        from stages.data.images.files import parquet
+
+        return parquet(self.path, self.image, self.caption, self.label)
 
 
 IMAGE_SETS: Registry[ImageSet] = Registry(

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.data.images import photographs
-from stages.data.images.config import Digits
 from stages.data.images.labelled import LabelledImages
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -33,11 +32,11 @@ DIM = 0.5
 """Brightness of photographs: digits in front of them stay legible."""
 
 
-def captions(config: Digits) -> list[str]:
+def captions(digits_per_image: int) -> list[str]:
     """All captions that the set can have. Those of two digits, 7,200, come in a fixed random order, so that the
     first of them are as varied as all."""
     tinted = [(c, d) for c in COLOURS for d in DIGITS]
-    if config.digits_per_image == 1:
+    if digits_per_image == 1:
         return [f"a {c} handwritten {d}" for c, d in tinted]
     texts = [f"a {c} {d} {how} a {k} {e}" for c, d in tinted for how in ARRANGEMENTS for k, e in tinted]
     return [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
@@ -68,19 +67,19 @@ _DIGIT = {name: i for i, name in enumerate(DIGITS)}
 
 
 @cache
-def load(config: Digits, held_out: bool = False) -> LabelledImages:
+def load(digits_per_image: int, size: int, background: str, held_out: bool = False) -> LabelledImages:
     """The training images, or with `held_out` those of the other scans. One digit on black: every scan in every
     colour (8,622 and 2,160 images). Otherwise SCENES images, image i a function of i alone, and a fifth as many."""
     scans, digit = _scans(held_out)
-    if config.digits_per_image == 1 and config.background == "plain":
-        return _all_tints(scans, digit, config.size)
-    texts = captions(config)
+    if digits_per_image == 1 and background == "plain":
+        return _all_tints(scans, digit, size)
+    texts = captions(digits_per_image)
     wanted = prompt_labels(texts)
     count = SCENES // HOLD_OUT_EVERY if held_out else SCENES
-    made = [_scene(config, i, held_out, wanted, scans, digit) for i in range(count)]
+    made = [_scene(i, size, background, held_out, wanted, scans, digit) for i in range(count)]
     place = np.array([p for _, p, _ in made])
     labels = {name: values[place] for name, values in wanted.items()}
-    if config.background == "photographs":
+    if background == "photographs":
         labels["photograph"] = np.array([b for _, _, b in made], dtype=np.int64)
     images = np.stack([image for image, _, _ in made])
     return LabelledImages(images, [texts[p] for p in place], labels, np.arange(count))
@@ -113,27 +112,28 @@ def _all_tints(scans: NDArray[np.float32], digit: NDArray[np.int64], size: int) 
 
 
 def _scene(
-    config: Digits,
     number: int,
+    size: int,
+    background: str,
     held_out: bool,
     wanted: dict[str, NDArray[np.int64]],
     scans: NDArray[np.float32],
     digit: NDArray[np.int64],
 ) -> tuple[NDArray[np.uint8], int, int]:
     """An image, the place of its caption, the number of the photograph behind it."""
-    size = config.size
     generator = np.random.default_rng([number, held_out])
     place = int(generator.integers(len(wanted["digit"])))
     behind = int(generator.integers(len(photographs.PHOTOGRAPHS)))
     image = np.zeros((3, size, size), dtype=np.float32)
-    if config.background == "photographs":
+    if background == "photographs":
         image += DIM * photographs.crop(behind, size, generator)
     tints = np.array(list(COLOURS.values()), dtype=np.float32)
-    for which in range(config.digits_per_image):
+    two = "digit_2" in wanted
+    for which in range(1 + two):
         suffix = "_2" if which else ""
         scan = generator.choice(np.flatnonzero(digit == wanted["digit" + suffix][place]))
-        side, top, left = _cell(config, which, int(wanted["arrangement"][place]) if "arrangement" in wanted else 0)
-        if config.digits_per_image == 2:
+        side, top, left = _cell(size, which, int(wanted["arrangement"][place])) if two else (size, 0, 0)
+        if two:
             top, left = (edge + int(generator.integers(-1, 2)) for edge in (top, left))
         ink = _enlarge(scans[scan], side)
         part = image[:, top : top + side, left : left + side]
@@ -141,12 +141,10 @@ def _scene(
     return _levels(image), place, behind
 
 
-def _cell(config: Digits, which: int, arrangement: int) -> tuple[int, int, int]:
-    """Side, top and left of a digit's square: the first of two is above, or left of, the second."""
-    if config.digits_per_image == 1:
-        return config.size, 0, 0
-    side = config.size // 2 - 2
-    near, far, middle = 1, config.size // 2 + 1, (config.size - side) // 2
+def _cell(size: int, which: int, arrangement: int) -> tuple[int, int, int]:
+    """Side, top and left of the square of one of two digits: the first is above, or left of, the second."""
+    side = size // 2 - 2
+    near, far, middle = 1, size // 2 + 1, (size - side) // 2
     along = far if which else near
     return (side, along, middle) if ARRANGEMENTS[arrangement] == "above" else (side, middle, along)
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from stages.base import StageError
 from stages.data import tars
 from stages.data.files import files_of
-from stages.data.images.config import FileSet, ImageFolder, ParquetImages, WebDataset
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -55,49 +54,36 @@ class Example:
         return np.asarray(square, dtype=np.uint8).transpose(2, 0, 1)
 
 
-def examples(config: FileSet) -> Iterator[Example]:
-    """All examples of the set, in order. Raises StageError, also if there is none."""
-    some = False
-    try:
-        for example in _READERS[type(config)](config):
-            some = True
-            yield example
-    except FileNotFoundError as error:
-        raise StageError(f"image set {error.filename or error}") from None
-    if not some:
-        raise StageError(f"image set {config.path}: there is no image")
-
-
-def _folder(config: ImageFolder) -> Iterator[Example]:
-    folder = Path(config.path)
-    metadata = next((folder / name for name in METADATA if (folder / name).exists()), None)
+def folder(path: str, caption: str | None, label: str | None) -> Iterator[Example]:
+    """Images below a folder, with their metadata or with text files beside them."""
+    root = Path(path)
+    metadata = next((root / name for name in METADATA if (root / name).exists()), None)
     if metadata is not None:
         for number, row in _rows(metadata):
             where = f"{metadata}, row {number}"
-            file = folder / _text(row, "file_name", where)
+            file = root / _text(row, "file_name", where)
             try:
-                inside = file.resolve().is_relative_to(folder.resolve()) and file.is_file()
+                inside = file.resolve().is_relative_to(root.resolve()) and file.is_file()
             except (OSError, ValueError):
                 inside = False
             if not inside:
-                raise StageError(f"{where}: file_name {row['file_name']!r:.80} is no file below {folder}")
-            yield Example(str(file), file, _caption(row, config, where), _label(row, config, where))
+                raise StageError(f"{where}: file_name {row['file_name']!r:.80} is no file below {root}")
+            yield Example(str(file), file, _caption(row, caption, where), _label(row, label, where))
         return
-    if config.label not in (None, BY_FOLDER) or config.caption not in (None, "txt"):
-        wanted = config.label if config.label not in (None, BY_FOLDER) else config.caption
+    if label not in (None, BY_FOLDER) or caption not in (None, "txt"):
+        wanted = label if label not in (None, BY_FOLDER) else caption
         raise StageError(
-            f"image set {folder}: column {wanted!r} needs {' or '.join(METADATA)}; for text files beside the images "
+            f"image set {root}: column {wanted!r} needs {' or '.join(METADATA)}; for text files beside the images "
             "give caption: txt, for no captions caption: null, for a folder a class label: folder"
         )
-    for name, file in files_of(config.path, tuple(f"**/*.{kind}" for kind in IMAGES)).items():
-        text, label = file.with_suffix(".txt"), None
-        if config.label:
-            if file.parent == folder:
-                raise StageError(f"{file}: expected it in a folder named by its class, as label: folder says")
-            label = file.parent.name
-        if config.caption and not text.is_file():
+    for name, file in files_of(path, tuple(f"**/*.{kind}" for kind in IMAGES)).items():
+        text = file.with_suffix(".txt")
+        if label and file.parent == root:
+            raise StageError(f"{file}: expected it in a folder named by its class, as label: folder says")
+        if caption and not text.is_file():
             raise StageError(f"{file}: expected its caption in {text.name} beside it")
-        yield Example(name, file, _decoded(text.read_bytes(), str(text)).strip() if config.caption else "", label)
+        words = _decoded(text.read_bytes(), str(text)).strip() if caption else ""
+        yield Example(name, file, words, file.parent.name if label else None)
 
 
 def _rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -119,20 +105,21 @@ def _rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise StageError(f"{metadata}, near row {max(1, number)}: cannot be read ({error})") from None
 
 
-def _webdataset(config: WebDataset) -> Iterator[Example]:
-    for path in files_of(config.path, ("**/*.tar",)).values():
+def webdataset(path: str, caption: str | None, label: str | None) -> Iterator[Example]:
+    """The samples of .tar files that have an image."""
+    for tar in files_of(path, ("**/*.tar",)).values():
         try:
-            with open(path, "rb") as file:
+            with open(tar, "rb") as file:
                 for sample in tars.walk(file):
                     kind = next((kind for kind in IMAGES if kind in sample.members), None)
                     if kind is None:
                         continue
-                    where = f"{path}, sample {sample.key!r}"
+                    where = f"{tar}, sample {sample.key!r}"
                     row = _fields(file, sample, where)
                     image = tars.read(file, sample.members[kind])
-                    yield Example(where, image, _caption(row, config, where), _label(row, config, where))
+                    yield Example(where, image, _caption(row, caption, where), _label(row, label, where))
         except ValueError as error:
-            raise StageError(f"{path}: {error}") from None
+            raise StageError(f"{tar}: {error}") from None
 
 
 def _fields(file: Any, sample: tars.TarSample, where: str) -> dict[str, Any]:
@@ -149,36 +136,34 @@ def _fields(file: Any, sample: tars.TarSample, where: str) -> dict[str, Any]:
     return {**(inside if isinstance(inside, dict) else {}), **row}
 
 
-def _parquet(config: ParquetImages) -> Iterator[Example]:
+def parquet(path: str, image: str, caption: str | None, label: str | None) -> Iterator[Example]:
+    """The rows of .parquet files."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = [name for name in (config.image, config.caption, config.label) if name is not None]
-    for path in files_of(config.path, ("**/*.parquet",)).values():
+    columns = [name for name in (image, caption, label) if name is not None]
+    for part in files_of(path, ("**/*.parquet",)).values():
         try:
-            file = pq.ParquetFile(path, memory_map=True)
+            file = pq.ParquetFile(part, memory_map=True)
             missing = next((name for name in columns if name not in file.schema_arrow.names), None)
             if missing is not None:
-                raise StageError(f"{path}: no column {missing!r}; it has: {', '.join(file.schema_arrow.names)}")
+                raise StageError(f"{part}: no column {missing!r}; it has: {', '.join(file.schema_arrow.names)}")
             number = 0
             for batch in file.iter_batches(ROWS, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
-                    where = f"{path}, row {number}"
-                    image = row[config.image]
-                    image = image.get("bytes") if isinstance(image, dict) else image
-                    if not isinstance(image, bytes):
-                        raise StageError(f"{where}: column {config.image!r} holds no encoded image")
-                    yield Example(where, image, _caption(row, config, where), _label(row, config, where))
+                    where = f"{part}, row {number}"
+                    encoded = row[image]
+                    encoded = encoded.get("bytes") if isinstance(encoded, dict) else encoded
+                    if not isinstance(encoded, bytes):
+                        raise StageError(f"{where}: column {image!r} holds no encoded image")
+                    yield Example(where, encoded, _caption(row, caption, where), _label(row, label, where))
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise StageError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
+            raise StageError(f"{part}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
 
 
-_READERS: dict[type[FileSet], Any] = {ImageFolder: _folder, WebDataset: _webdataset, ParquetImages: _parquet}
-
-
-def _caption(row: Mapping[str, Any], config: Any, where: str) -> str:
-    return "" if config.caption is None else _text(row, config.caption, where)
+def _caption(row: Mapping[str, Any], name: str | None, where: str) -> str:
+    return "" if name is None else _text(row, name, where)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -193,10 +178,10 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _label(row: Mapping[str, Any], config: Any, where: str) -> Any:
-    value = None if config.label is None else row.get(config.label)
-    if config.label is not None and not isinstance(value, str | int):
-        raise StageError(f"{where}: expected a class in {config.label!r}, a whole number or text, not {value!r:.40}")
+def _label(row: Mapping[str, Any], name: str | None, where: str) -> Any:
+    value = None if name is None else row.get(name)
+    if name is not None and not isinstance(value, str | int):
+        raise StageError(f"{where}: expected a class in {name!r}, a whole number or text, not {value!r:.40}")
     return value
 
 

@@ -19,12 +19,25 @@ IN_MEMORY = 2 * 1024**3
 """Bytes of decoded images that are held in memory; more of them go to a file."""
 
 
+def examples(config: FileSet) -> Iterator[Example]:
+    """All images of a set, still encoded, in order. Raises StageError, also if there is none."""
+    some = False
+    try:
+        for example in config.examples():
+            some = True
+            yield example
+    except FileNotFoundError as error:
+        raise StageError(f"image set {error.filename or error}") from None
+    if not some:
+        raise StageError(f"image set {config.path}: there is no image")
+
+
 def captions(config: ImageSet) -> Iterator[str]:
     """Every caption that a set can have; of a file set, each image's, held out or not."""
     if not isinstance(config, FileSet):
         yield from config.captions()
         return
-    for example in config.examples():
+    for example in examples(config):
         if not example.caption:
             raise StageError(f"image set {config.path} has no captions (caption: null)")
         yield example.caption
@@ -80,7 +93,7 @@ def batches(config: ImageSet, size: int, *, held_out: bool = False, start: int =
 
 def _split(config: FileSet, held_out: bool) -> Iterator[Example]:
     every, found = config.hold_out_every, False
-    for i, example in enumerate(config.examples()):
+    for i, example in enumerate(examples(config)):
         if (i % every == every - 1) == held_out:
             found = True
             yield example
@@ -97,7 +110,7 @@ def _some(length: int, limit: int | None) -> np.ndarray:
 def _class_numbers(config: FileSet) -> Mapping[str, int]:
     """The number of each class, the same for what is trained on and what is held out: by order of all names. None
     for a set without classes."""
-    names = {str(example.label) for example in config.examples()} if config.label is not None else set()
+    names = {str(example.label) for example in examples(config)} if config.label is not None else set()
     return {name: place for place, name in enumerate(sorted(names, key=lambda name: (len(name), name)))}
 
 

@@ -6,14 +6,13 @@ What is wrong is a StageError that names the path and what was expected there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.base import StageError
-from stages.data.triplets.config import Bapps
 
 LAYOUT = "expected PATH/train/CATEGORY and PATH/val/CATEGORY, each with ref/, p0/, p1/ (NAME.png) and judge/ (NAME.npy)"
 PARTS = ("ref", "p0", "p1")
@@ -26,16 +25,16 @@ class BappsTriplets:
     """The training categories, or with `held_out` those of the validation set. `votes`, `categories` and `unseen` are
     those of the interface Triplets."""
 
-    def __init__(self, config: Bapps, held_out: bool) -> None:
-        split, names = ("val", config.test) if held_out else ("train", config.train)
+    def __init__(self, path: str, train: Sequence[str], test: Sequence[str], held_out: bool) -> None:
+        split, names = ("val", test) if held_out else ("train", train)
         self._triplets: list[tuple[Path, str]] = []
         self.categories: dict[str, range] = {}
         for name in names:
-            folder = Path(config.path) / split / name
+            folder = Path(path) / split / name
             found = _names(folder)
             self.categories[name] = range(len(self._triplets), len(self._triplets) + len(found))
             self._triplets += [(folder, file) for file in found]
-        self.unseen = frozenset(config.test).difference(config.train) if held_out else frozenset()
+        self.unseen = frozenset(test).difference(train) if held_out else frozenset()
         self.votes = np.array([_vote(_judge(folder, file)) for folder, file in self._triplets], dtype=np.float32)
         self._first = self._triplets[0][0] / "ref" / self._triplets[0][1]
         self._shape = _pixels(self._first).shape

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from stages.base import Config, Content
+from stages.data.triplets.families import Family
 from stages.registry import Registry
 
 if TYPE_CHECKING:
     from stages.data.images.labelled import LabelledImages
     from stages.data.triplets.triplets import Triplets
-
-Family = Literal["blur", "noise", "warp", "shift", "colour", "compression"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
 
 Category = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -49,7 +47,7 @@ class Bapps(TripletSet):
     def load(self, images: Callable[[bool], LabelledImages], held_out: bool) -> Triplets:
         from stages.data.triplets.bapps import BappsTriplets
 
-        return BappsTriplets(self, held_out)
+        return BappsTriplets(self.path, self.train, self.test, held_out)
 
     @field_validator("train", "test")
     @classmethod
@@ -88,7 +86,14 @@ class Synthetic(TripletSet):
     def load(self, images: Callable[[bool], LabelledImages], held_out: bool) -> Triplets:
         from stages.data.triplets.synthetic import SyntheticTriplets
 
-        return SyntheticTriplets(self, images(held_out), held_out)
+        return SyntheticTriplets(
+            images(held_out),
+            self.test_count if held_out else self.count,
+            held_out=held_out,
+            held_out_family=self.held_out_family,
+            ratio=self.ratio,
+            misalignment=self.misalignment,
+        )
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, special
 
-from stages.data.triplets.config import Family
+from stages.data.triplets.families import Family
 
 Image = NDArray[np.uint8]
 Distortion = Callable[[Image, float, np.random.Generator], Image]

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.data.images.labelled import LabelledImages
-from stages.data.triplets.config import FAMILIES, Family, Synthetic
 from stages.data.triplets.distortions import DISTORTIONS, moved
+from stages.data.triplets.families import FAMILIES, Family
 
 LEAST = 0.25
 """The stronger distortion's strength is uniform from this to 1."""
@@ -33,17 +33,27 @@ class SyntheticTriplets:
     """Of all families but the held-out one, in equal shares; or with `held_out` of every family. `votes`, `categories`
     and `unseen` are those of the interface Triplets."""
 
-    def __init__(self, config: Synthetic, images: LabelledImages, held_out: bool) -> None:
-        self._images, self._misalignment = images.images, config.misalignment
-        families = [family for family in FAMILIES if held_out or family != config.held_out_family]
+    def __init__(
+        self,
+        images: LabelledImages,
+        count: int,
+        *,
+        held_out: bool,
+        held_out_family: Family,
+        ratio: tuple[float, float],
+        misalignment: float,
+    ) -> None:
+        """`count` is of all triplets, or with `held_out` of each family's."""
+        self._images, self._misalignment = images.images, misalignment
+        families = [family for family in FAMILIES if held_out or family != held_out_family]
         self.categories: dict[str, range] = {}
         self.recipes: list[Recipe] = []
         for place, family in enumerate(families):
-            share = config.test_count if held_out else len(range(place, config.count, len(families)))
+            share = count if held_out else len(range(place, count, len(families)))
             self.categories[family] = range(len(self.recipes), len(self.recipes) + share)
             keys = ((int(held_out), FAMILIES.index(family), number) for number in range(share))
-            self.recipes += [_recipe(key, config.ratio, len(images)) for key in keys]
-        self.unseen: frozenset[str] = frozenset([config.held_out_family]) if held_out else frozenset()
+            self.recipes += [_recipe(key, ratio, len(images)) for key in keys]
+        self.unseen: frozenset[str] = frozenset([held_out_family]) if held_out else frozenset()
         self.votes = np.array([recipe.strengths[1] < recipe.strengths[0] for recipe in self.recipes], dtype=np.float32)
 
     def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:

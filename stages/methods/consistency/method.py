@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,9 +10,11 @@ from torch import Tensor
 from stages.diffusion.few_step import ddim_step
 from stages.diffusion.guidance import draw
 from stages.methods.base import Materials
-from stages.methods.consistency.config import ConsistencyConfig
 from stages.networks.student import column
 from stages.training import Batch, Player, Turn
+
+if TYPE_CHECKING:
+    from stages.methods.consistency.config import ConsistencyConfig
 
 
 class Consistency:

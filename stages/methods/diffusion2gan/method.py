@@ -3,16 +3,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stages.losses.adversarial import discriminator_loss, generator_loss, mean_over_maps, r1_penalty
 from stages.methods.base import Materials
-from stages.methods.diffusion2gan.config import Diffusion2GANConfig
 from stages.methods.diffusion2gan.mix_and_match import mix_and_match
 from stages.networks.discriminator import DiffusionDiscriminator
 from stages.training import Batch, Player, Turn
+
+if TYPE_CHECKING:
+    from stages.methods.diffusion2gan.config import Diffusion2GANConfig
 
 
 class Diffusion2GAN:

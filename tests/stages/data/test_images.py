@@ -13,8 +13,7 @@ from PIL import Image
 from stages.base import StageError
 from stages.data.images import digits
 from stages.data.images.config import Digits, DigitScenes, ImageFolder, ParquetImages, WebDataset
-from stages.data.images.files import examples
-from stages.data.images.load import captions, load
+from stages.data.images.load import captions, examples, load
 from stages.data.prompts.config import Prompts
 from stages.data.prompts.read import read_prompts
 

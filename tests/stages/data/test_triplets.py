@@ -17,8 +17,9 @@ from stages.data.images import photographs
 from stages.data.images.config import Digits
 from stages.data.images.labelled import LabelledImages
 from stages.data.images.load import load as load_images
-from stages.data.triplets.config import FAMILIES, TRIPLET_SETS, Bapps, Synthetic, TripletSet
+from stages.data.triplets.config import TRIPLET_SETS, Bapps, Synthetic, TripletSet
 from stages.data.triplets.distortions import BLOCK, BLUR, DISTORTIONS, NOISE, QUANTISER, SHIFT, WARP
+from stages.data.triplets.families import FAMILIES
 from stages.metrics.two_afc import difference_with_error, human_ceiling, score_with_error, scores
 
 # --- The scorer --------------------------------------------------------------------------------------

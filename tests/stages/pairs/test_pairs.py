@@ -19,7 +19,6 @@ from stages.base import Execution
 from stages.data import receipts
 from stages.data.files import sha256_of
 from stages.data.images.config import Digits
-from stages.data.images.digits import captions
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.data.records import ShardFacts
@@ -70,7 +69,7 @@ def test_what_is_stored_is_what_was_solved_from(tiny):
     reader = PairReader(read_list(pairs.folder))
     teacher = teachers.load(pairs.inputs["teacher"].folder, Execution(device="cpu"))
     held = reader.batch(range(32, 48))
-    assert held.prompts == [captions(Digits())[i % 60] for i in range(32, 48)]
+    assert held.prompts == [list(Digits().captions())[i % 60] for i in range(32, 48)]
     with teacher.inference():
         again = teachers.solve(teacher, held.noise, held.prompts, pairs.stage.sampler)
     np.testing.assert_array_equal(teacher.to_numpy(again).astype(np.float16), held.latent)

@@ -1,0 +1,6 @@
+"""The families of distortions of synthetic triplets, by name. Imports no NumPy."""
+
+from typing import Literal, get_args
+
+Family = Literal["blur", "noise", "warp", "shift", "colour", "compression"]
+FAMILIES: tuple[Family, ...] = get_args(Family)

@@ -1,0 +1,1 @@
+"""Prompts: from files or from an image set's captions, checked and laid out once as a table that workers map into memory."""

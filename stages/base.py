@@ -1,8 +1,8 @@
-"""What a stage is, and what it may ask of whoever runs it.
+"""The stage interface: settings, inputs, artifacts, and the context that a stage runs in.
 
-A stage is a function from (its settings, sealed inputs, a seed) to a folder. Its class is both the
-settings, as a pydantic model that the manifest is validated against, and the function, as `run`.
-This module, and every module that defines a stage, imports no torch: planning must stay instant.
+A stage is a function of (settings, sealed inputs, seed) that fills a folder. Its class is a pydantic model of the
+settings, and its method `run` is the function. This module and all modules that define stages import no torch, so that
+planning stays fast.
 """
 
 from __future__ import annotations
@@ -24,60 +24,58 @@ Result = TypeVar("Result")
 
 
 SCRATCH = "checkpoints"
+"""A folder below a stage's output for its private files. It is removed when the artifact is sealed."""
 
 LARGEST_SEED = 2**63 - 1
-"""What random number generators take."""
+"""The largest seed that the random number generators accept."""
 
 
 class StageError(Exception):
-    """A stage cannot go on, for a reason its user can act on. Its message is all that is printed;
-    it is never retried, because it would happen again."""
+    """A problem that the user can act on. Only the message is printed. The stage is not retried."""
 
 
-# --- Markers: what the planner must know about a field, written where the field is declared ----------
+# --- Markers: annotations of a field that the planner reads -----------------------------------------
 
 
 @dataclass(frozen=True)
 class Input:
-    """The field names another stage of the manifest, or the path of a sealed artifact, of this kind."""
+    """The field names a stage of this kind in the manifest, or the path of a sealed artifact of this kind."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """The field may name a file, a folder or a hub repository: it enters the fingerprint by content.
-
-    A field that may name a hub repository, `owner/name`, says which field beside it holds the revision; one that
-    does not may be a glob.
-    """
+    """The field names a file, a folder or a hub repository. Its content enters the fingerprint, not its name."""
 
     revision_field: str | None = None
+    """The neighbouring field that holds the hub revision. If given, the value may be a hub repository `owner/name`.
+    If None, the value is a path and may be a glob."""
     files: tuple[str, ...] = ("**/*",)
-    """Of a folder, the patterns of what is read, and so of what counts."""
+    """Patterns of the files that are read from a folder. Only these enter the fingerprint."""
     shipped: Mapping[str, Path] = field(default_factory=dict, hash=False)
-    """Folders of this installation, by the names that stand for them. Settings keep the name: installations move."""
+    """Short names of folders that are installed with Retort. Settings keep the name, because the path may change."""
 
     def source(self, value: str) -> str:
-        """The path or hub repository that a value of the field stands for, here and now."""
+        """Return the path or hub repository for a value of the field. Shipped names become paths."""
         return str(self.shipped.get(value, value))
 
 
 @dataclass(frozen=True)
 class Neutral:
-    """The field was added after artifacts existed: at its default it leaves fingerprints unchanged."""
+    """The field was added later. At its default value it is left out of fingerprints, so old artifacts stay valid."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The field says how much, not what: it is left out of the identity of the pool of parts."""
+    """The field changes how many samples there are, not their values. It is left out of the pool's hash."""
 
 
 class Config(BaseModel):
-    """A part of the manifest: immutable, strictly typed, refusing keys that it does not know."""
+    """Base class of all settings: immutable and strictly typed. Unknown keys are errors."""
 
     VERSION: ClassVar[int] = 1
-    """Raised when the same settings come to give other results; above 1 it enters the identity."""
+    """Raise it when the same settings give different results. It enters the fingerprint if it is above 1."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
@@ -85,82 +83,101 @@ class Config(BaseModel):
 
 
 class Execution(Config):
-    """How a stage is carried out. Recorded in what it makes, and never a reason to make it again."""
+    """How a stage is run. These settings are recorded with the artifact, but changing them makes nothing stale."""
 
-    threads: int | None = Field(None, ge=1, description="CPU threads a worker; default: cores over workers")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of each worker; default: the cores divided by the workers"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="device that the stage computes on; auto uses a GPU if there is one"
+    )
 
 
 @dataclass(frozen=True)
 class Link:
-    """A stage of a chain, as it would be written by hand; `label` is a number: student/16."""
+    """One stage of a chain, such as student/16 of the chain student."""
 
     label: str
+    """The number in the stage's name: "16" in student/16."""
     settings: dict[str, Any]
-    """Not validated."""
+    """The settings of this stage, as in a manifest. Not validated."""
     previous: str
-    """The field that names the link before it; of the first link it is left as it is."""
+    """The field that names the link before this one. The first link keeps the value from the manifest."""
     origins: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
-    """Of settings that stand elsewhere in the chain's: path here -> path there."""
+    """Where settings of this link stand in the chain's settings: path in the link -> path in the chain. Only for
+    settings that have moved. Error messages use it to show the right line."""
 
 
 class Stage(Config):
-    """Base of all stage kinds. VERSION is raised when the same settings come to give other results."""
+    """Base class of all stage kinds."""
 
     VERSION: ClassVar[int]
+    """Raise it when the same settings give different results. It always enters the fingerprint."""
     PARALLEL: ClassVar[bool] = False
-    """Whether its work is spread over several workers, with `map`."""
+    """Whether the stage uses several workers, through `StageContext.map`."""
     kind: str
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="default: the manifest's seed")
-    execution: Execution = Field(Execution(), description="how it is carried out; makes nothing stale")
+    seed: int | None = Field(
+        None, ge=0, le=LARGEST_SEED, description="seed of all random numbers of the stage; default: the manifest's seed"
+    )
+    execution: Execution = Field(Execution(), description="how the stage is run; changing it makes nothing stale")
 
     @classmethod
     def chain(cls, settings: Mapping[str, Any]) -> Sequence[Link]:
-        """The stages that one with these settings, not validated yet, stands for, in order; none: it is one stage, or
-        makes no sense, which validation will say."""
+        """Return the links of the chain that these unvalidated settings describe, in order.
+
+        The result is empty if the settings describe a single stage, or are invalid. Validation reports errors later.
+        """
         return []
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        """Yield (field path, problem) for each setting that contradicts the stages it reads."""
+        """Yield (field path, problem) for each setting that does not fit the inputs."""
         yield from ()
 
     def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
-        """Yield what the user should know before it runs, as far as a quick look at the settings and inputs shows."""
+        """Yield warnings for the user before the stage runs. Only quick checks belong here."""
         yield from ()
 
     def damage(self, folder: Path) -> str | None:
-        """What is missing of the sealed `folder`, if it relies on files outside of it; None if nothing is. Reads no
-        more than their sizes."""
+        """Describe files outside the sealed `folder` that the artifact needs and that are missing or changed.
+
+        Returns None if there are none. This check must be fast: it compares sizes and does not hash files."""
         return None
 
     def parts(self, folder: Path) -> Mapping[str, str]:
-        """The files of the pool that the sealed `folder` lists: path below the pool -> sha256. Raises StageError."""
+        """Return the pool's files that the sealed `folder` lists: path below the pool -> sha256.
+
+        Raises StageError if the list cannot be read."""
         return {}
 
     def damaged_parts(self, folder: Path) -> Mapping[str, str]:
-        """Path below the pool -> what is wrong with it. Reads and hashes every part. Raises StageError."""
+        """Return the damaged files of the pool: path below the pool -> what is wrong.
+
+        Every part is read and hashed. Raises StageError if the list of parts cannot be read."""
         return {}
 
     def discard(self, pool: Path, parts: Sequence[str]) -> None:
-        """Remove parts from the pool. A part that is half removed when the process dies does not exist."""
+        """Remove parts from the pool. If the process dies midway, a half-removed part counts as removed."""
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
-        """What an interrupted attempt left that a new one will go on from, in words; None if nothing."""
+        """Describe the progress of an interrupted attempt that a new attempt resumes from, or return None."""
         return None
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
-        """Fill `context.output`; return figures for the artifact's record. Raises StageError."""
-        raise TypeError(f"{type(self).__name__} does not say how it runs")
+        """Fill the folder `context.output`. Return metrics for the artifact's record.
+
+        Raises StageError for problems that the user can act on."""
+        raise TypeError(f"{type(self).__name__} does not implement run()")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a stage came to, or will come to: its folder holds `artifact.json` if and only if it is sealed."""
+    """The result of a stage, made or planned. It is sealed if its folder holds `artifact.json`."""
 
     stage: Stage
     fingerprint: str
     folder: Path
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
+    """The artifacts that the stage reads, by the dotted path of the field that names them."""
     seed: int = 0
 
     @property
@@ -169,70 +186,81 @@ class Artifact:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The sealed record: config, inputs, versions, device, seconds, counts, hashes, metrics."""
+        """The content of `artifact.json`: settings, inputs, versions, times, file hashes, metrics.
+
+        Raises OSError or ValueError if it cannot be read."""
         record: dict[str, Any] = json.loads((self.folder / "artifact.json").read_text(encoding="utf-8"))
         return record
 
     @property
     def sha256(self) -> str:
-        """Hash of the names and hashes of the sealed files: it tells results apart that share a fingerprint, such as
-        those of two GPUs. Raises OSError, ValueError or KeyError if there is no record."""
+        """Hash of the names and contents of the sealed files.
+
+        It differs between results that share a fingerprint but not their bytes, for example from two GPU models.
+        Raises OSError, ValueError or KeyError if there is no valid record."""
         files = json.dumps(self.record["files"], sort_keys=True)
         return hashlib.sha256(files.encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` `unit`s are finished; `figures` are the numbers to show and to log beside it."""
+    """How far a stage is: `done` of `total` units."""
 
     done: int
     total: int
     unit: str
+    """What is counted, in the plural: "steps", "pairs"."""
     figures: Mapping[str, float] = field(default_factory=dict)
+    """Numbers to show and log with the progress, such as the loss."""
 
 
 class StageContext(Protocol):
-    """What a stage may ask for. It never learns who gives it: Ray, or the same process."""
+    """What a running stage can use. It is the same on every engine."""
 
     inputs: Mapping[str, Artifact]
+    """The sealed inputs, by the dotted path of the field that names them."""
     fingerprint: str
     seed: int
     contents: Mapping[str, str]
-    """What each `Content` field was found to hold when the plan was made: dotted path -> identity."""
+    """The identity of each `Content` field when the plan was made: dotted path -> `sha256:...` or `hub:COMMIT`."""
     output: Path
-    """The folder to fill. It survives a kill: a stage finds there what its last attempt left. What lies in its
-    folder SCRATCH is for the stage alone, and is dropped when the artifact is sealed; so are hidden files."""
+    """The folder to fill. It keeps what an interrupted attempt has written. Its subfolder SCRATCH and hidden files are
+    removed when the artifact is sealed."""
     pool: Path
-    """A folder shared by all artifacts that differ only in `Extent` fields: finished parts live there."""
+    """The folder of finished parts. All artifacts that differ only in `Extent` fields share it."""
     threads: int
-    """CPU threads that each worker may use."""
+    """The number of CPU threads that each worker may use."""
 
     def map(
         self, make_worker: Callable[[], Callable[[Item], Result]], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result]]:
-        """Run `make_worker()(item)` for each item on a pool of workers, which keep what they made.
-        Results come in the order of completion. Lost workers are replaced and their items tried again,
-        a bounded number of times; then StageError names the item."""
+        """Call `make_worker()(item)` for each item on a pool of workers. Yield (item, result) as items finish.
+
+        A worker calls `make_worker` once and keeps the result. A lost worker is replaced. A failed item is tried again
+        a limited number of times. Then StageError is raised, with the item in its message."""
 
     def run(self, function: Callable[..., Generator[Progress, None, Result]], *arguments: Any) -> Result:
-        """Run a generator function on one worker, passing on the progress it yields; return its result."""
+        """Run a generator function on one worker and return its result. The progress that it yields is shown.
+
+        If the worker is lost, the function is called again. It must resume from its files."""
 
     def progress(self, progress: Progress) -> None:
-        """Show and log how far the stage is."""
+        """Show and log the progress of the stage."""
 
     def warn(self, text: str) -> None:
-        """Tell the user something, on the terminal and in the stage's log."""
+        """Write a warning to the terminal and to the stage's log."""
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Annotates a field whose settings' class is `registry[value[key]]`; a bare word means `{key: word}`.
+    """Marks a field whose value is validated by the class `registry[value[key]]`. A bare word means `{key: word}`.
 
-    A registry instead of a union of types, so that another package may add an entry. One that cannot be used is a
-    problem of the manifest that names it.
+    A registry is used instead of a union of types, so that other packages can add classes. A class that cannot be
+    loaded is reported as an error of the manifest that names it.
     """
 
     key: str
+    """The key that selects the class: "name" for methods and losses."""
     registry: Mapping[str, type[Config]]
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
@@ -247,7 +275,9 @@ class Choice:
         )
 
     def of(self, value: Any) -> type[Config] | None:
-        """The class that `value`, not yet validated, asks for; None if nobody offers it. Raises PluginError."""
+        """Return the class that the unvalidated `value` selects, or None if the name is unknown.
+
+        Raises PluginError if the class cannot be loaded."""
         name = value.get(self.key) if isinstance(value, Mapping) else value
         return self.registry.get(name) if isinstance(name, str) else None
 
@@ -261,7 +291,7 @@ class Choice:
         if chosen is not None:
             return chosen.model_validate({self.key: value} if isinstance(value, str) else value)
         if not isinstance(value, Mapping | str):
-            raise PydanticCustomError("dict_type", "a mapping is needed here")
+            raise PydanticCustomError("dict_type", "should be a mapping")
         given = value.get(self.key) if isinstance(value, Mapping) else value
         raise self._refused(PydanticCustomError("unknown_choice", "unknown", {"allowed": sorted(self.registry)}), given)
 
@@ -269,6 +299,6 @@ class Choice:
         return ValidationError.from_exception_data(self.key, [{"type": error, "loc": (self.key,), "input": given}])
 
 
-def below(values: Mapping[str, Result], field: str) -> dict[str, Result]:
-    """Of values by dotted path, those that stand in the settings of `field`, by their path there."""
+def values_under(values: Mapping[str, Result], field: str) -> dict[str, Result]:
+    """Select the values whose dotted path starts with `field`, and remove that prefix from their paths."""
     return {path.removeprefix(f"{field}."): value for path, value in values.items() if path.startswith(f"{field}.")}

@@ -1,8 +1,9 @@
-"""Names that a manifest may use, and the classes they stand for: built in, or offered by other packages.
+"""Registries: the names that a manifest may use, and their classes.
 
-A package offers a class by an entry point (https://packaging.python.org/specifications/entry-points). Installed
-packages are looked through only when a name is not built in, or all names are wanted; a package's module is
-imported only when a name of it is asked for. So planning with what is built in pays for neither.
+A class is built in, or another installed package offers it by an entry point
+(https://packaging.python.org/specifications/entry-points). Packages are searched only for a name that is not built in,
+or to list all names. A package's module is imported only when one of its names is used. Plans that use built-in names
+only stay fast.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ NAME = r"[a-z][a-z0-9_]*"
 
 
 class PluginError(Exception):
-    """What a package offers cannot be used. The message names the package, the entry point and the reason."""
+    """Raised when a class from a package cannot be used. The message names the package, the entry point and the reason."""
 
 
 class Registry(Mapping[str, type[T]]):
-    """The subclasses of `base` by name. A built-in name is never looked for in packages, so none can replace it.
+    """A mapping from names to subclasses of `base`. Packages cannot replace built-in names.
 
-    `key` is the field of `base` that holds the name in a manifest; `reserved` names may not be offered.
+    `group` is the group of entry points. `key` is the field of `base` that holds the name in a manifest. Packages may
+    not offer `reserved` names.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class Registry(Mapping[str, type[T]]):
         self._loaded: dict[str, type[T]] = {}
 
     def __getitem__(self, name: str) -> type[T]:
-        """Raises KeyError for a name that nobody offers, PluginError for one that cannot be used."""
+        """Return the class. Raises KeyError for an unknown name, PluginError for a class that cannot be used."""
         if name in self.built_in:
             return self.built_in[name]
         if name not in self._loaded:
@@ -48,7 +50,7 @@ class Registry(Mapping[str, type[T]]):
         return name in self.built_in or name in self._offered
 
     def __iter__(self) -> Iterator[str]:
-        """Built-in names, then those that packages offer. Imports no package."""
+        """Yield the built-in names, then the names that packages offer. No package is imported."""
         yield from self.built_in
         yield from self._offered
 
@@ -56,7 +58,7 @@ class Registry(Mapping[str, type[T]]):
         return len(self.built_in) + len(self._offered)
 
     def package(self, name: str) -> str | None:
-        """The package, or packages, that offer a name; None if it is built in."""
+        """Return the package that offers a name, or several, joined by commas. None for a built-in name."""
         return None if name in self.built_in else ", ".join(sorted(map(_package, self._offered[name])))
 
     @cached_property
@@ -76,26 +78,26 @@ class Registry(Mapping[str, type[T]]):
                 "uninstall one of them, or have one renamed"
             )
         entry = entries[0]
-        reason = self._misnamed(name)
+        reason = self._name_error(name)
         if reason is None:
             try:
                 found = entry.load()
             except Exception as error:  # a package's module may fail in any way
                 reason = f"it cannot be imported ({type(error).__name__}: {_first_line(error)})"
             else:
-                reason = self._unfit(name, found)
+                reason = self._class_error(name, found)
         if reason is not None:
             where = f"entry point `{name} = {entry.value}` of {self.group}"
             raise PluginError(f"package {_package(entry)}, {where}: {reason}")
-        fitting: type[T] = found
-        return fitting
+        loaded: type[T] = found
+        return loaded
 
-    def _misnamed(self, name: str) -> str | None:
+    def _name_error(self, name: str) -> str | None:
         if not re.fullmatch(NAME, name):
-            return "a name is lower-case letters, digits and _, a letter first"
+            return "a name consists of lower-case letters, digits and _, and starts with a letter"
         return "Retort keeps that name for itself" if name in self._reserved else None
 
-    def _unfit(self, name: str, found: object) -> str | None:
+    def _class_error(self, name: str, found: object) -> str | None:
         wanted = f"{self.base.__module__}.{self.base.__name__}"
         if not isinstance(found, type) or not issubclass(found, self.base):
             return f"{found!r:.80} is no subclass of {wanted}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stages.base import SCRATCH, Artifact, Choice, Config, Input, Link, Neutral, Stage, StageContext, below
+from stages.base import SCRATCH, Artifact, Choice, Config, Input, Link, Neutral, Stage, StageContext, values_under
 from stages.data.shares import BLOCK
 from stages.distill.recipe import Recipe
 from stages.latents import Latents
@@ -123,7 +123,7 @@ class Distill(Stage):
         if self.pairs:
             yield from self._check_pairs(sources(inputs))
         yield from self._check_guidance(inputs)
-        yield from _of_method(self.method.check(below(inputs, "method")))
+        yield from _of_method(self.method.check(values_under(inputs, "method")))
         yield from self._check_teacher(given, teacher_of(inputs), inputs.get("latents"))
         yield from self._check_start(given, inputs)
 
@@ -232,8 +232,8 @@ class Distill(Stage):
             self.held_out,
             context.inputs.get("latents"),
             context.inputs.get("start_from"),
-            below(context.inputs, "method"),
-            below(context.contents, "method"),
+            values_under(context.inputs, "method"),
+            values_under(context.contents, "method"),
         )
         where = context.output, context.threads, context.fingerprint
         return context.run(_distill, recipe, self.execution, context.seed, *where)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.base import Artifact, Choice, Config, StageError, below
+from stages.base import Artifact, Choice, Config, StageError, values_under
 from stages.diffusion.form import Form
 from stages.diffusion.prediction import Prediction
 from stages.losses.config import LOSSES, LossConfig, LossMaterials
@@ -43,7 +43,9 @@ class Materials:
 
     def distance(self, loss: LossConfig, field: str = "loss") -> Distance:
         """The loss that stands in the method's `field`."""
-        return loss.create(LossMaterials(self.teacher, below(self.inputs, field), below(self.contents, field)))
+        return loss.create(
+            LossMaterials(self.teacher, values_under(self.inputs, field), values_under(self.contents, field))
+        )
 
     def one_step_student(self, prediction: OneStepPrediction) -> Student:
         """With the teacher's weights, or those of the student to go on from.
@@ -184,4 +186,4 @@ class OneStepConfig(MethodConfig):
         return Form(prediction=self.prediction)
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))
+        yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(values_under(inputs, "loss")))

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.base import Artifact, Choice, below
+from stages.base import Artifact, Choice, values_under
 from stages.diffusion.form import Form, WRange
 from stages.diffusion.prediction import Prediction
 from stages.losses.config import LOSSES, LossConfig, Regression
@@ -79,7 +79,7 @@ class ConsistencyConfig(MethodConfig):
             yield from differences(start.form, self.form, but=("steps",))  # of which its weights know nothing
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(below(inputs, "loss")))
+        yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(values_under(inputs, "loss")))
 
     def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
         if self.solver_steps > count:

@@ -21,7 +21,7 @@ NAME = r"[a-z][a-z0-9_]*"
 
 
 class PluginError(Exception):
-    """Raised when a class from a package cannot be used. The message names the package, the entry point and the reason."""
+    """A class that a package offers cannot be used. The message names the package, the entry point and the cause."""
 
 
 class Registry(Mapping[str, type[T]]):

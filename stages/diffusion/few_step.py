@@ -1,5 +1,8 @@
-"""How students of few steps go from noise to data. Their state is float64, of which the network sees float32: a step of
-8,192 is smaller than float32 resolves near data."""
+"""Samplers of few-step students.
+
+The state z is float64 between network calls, and is cast to the noise's dtype for each call. With thousands of steps, a
+step near the data is smaller than float32 resolves.
+"""
 
 from __future__ import annotations
 
@@ -14,44 +17,52 @@ from stages.diffusion.grid import Grid
 from stages.diffusion.prediction import Array
 
 Denoise = Callable[[Tensor, int], Tensor]
-"""x0 as estimated from z at a point of the grid."""
+"""(z, i) -> the network's estimate of x0 at point i of the grid, shaped as z."""
 Level = tuple[Any, Any]
-"""(alpha, sigma), numbers or what broadcasts against z."""
-Fresh = Callable[[], Tensor]
+"""(alpha, sigma): numbers, or arrays that broadcast against z."""
+DrawNoise = Callable[[], Tensor]
+"""Returns new standard normal noise, shaped as z."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One for all samples, or one for each, as diffusers' pipelines take them."""
+"""One generator for the batch, or one for each sample, as in diffusers' pipelines. None: torch's global generator."""
 
 
-def ddim_step(z: Array, x0: Array, here: Level, there: Level) -> Array:
-    """One deterministic step (Salimans and Ho 2022, 2202.00512, eq. 8): z at `here` to z at `there`."""
-    (alpha, sigma), (alpha_s, sigma_s) = here, there
+def ddim_step(z: Array, x0: Array, level_t: Level, level_s: Level) -> Array:
+    """One deterministic DDIM step from z_t to z_s, given an estimate of x0.
+
+    z_s = alpha_s x0 + (sigma_s / sigma_t) (z_t - alpha_t x0) (Salimans and Ho 2022, 2202.00512, eq. 8)."""
+    (alpha, sigma), (alpha_s, sigma_s) = level_t, level_s
     return alpha_s * x0 + (sigma_s / sigma) * (z - alpha * x0)
 
 
-def implied_x0(z: Array, z_there: Array, here: Level, there: Level) -> Array:
-    """The x0 with which `ddim_step` leads from z to `z_there` at once (2202.00512, algorithm 2); `z_there` itself
-    where `there` is clean data."""
-    (alpha, sigma), (alpha_s, sigma_s) = here, there
+def implied_x0(z: Array, z_s: Array, level_t: Level, level_s: Level) -> Array:
+    """The x0 for which one `ddim_step` leads from z_t to z_s. It is z_s itself if level_s is clean data.
+
+    x0 = (z_s - r z_t) / (alpha_s - r alpha_t) with r = sigma_s / sigma_t (2202.00512, algorithm 2)."""
+    (alpha, sigma), (alpha_s, sigma_s) = level_t, level_s
     ratio = sigma_s / sigma
-    return (z_there - ratio * z) / (alpha_s - ratio * alpha)
+    return (z_s - ratio * z) / (alpha_s - ratio * alpha)
 
 
-def noising(from_: Level, to: Level) -> tuple[float, float]:
-    """(scale, standard deviation) of the noise that leads from a level to a noisier one: alpha_s / alpha_k, and
-    sigma_{s|k} with sigma^2_{s|k} = (1 - e^{lambda_s - lambda_k}) sigma_s^2 (2210.03142, section 3.3)."""
-    scale = to[0] / from_[0]
-    return scale, max(to[1] ** 2 - (scale * from_[1]) ** 2, 0.0) ** 0.5
+def noising(level_k: Level, level_s: Level) -> tuple[float, float]:
+    """Return (scale, std) such that z_s = scale z_k + std noise leads from level k to the noisier level s.
+
+    scale = alpha_s / alpha_k and std^2 = (1 - e^{lambda_s - lambda_k}) sigma_s^2 (2210.03142, section 3.3)."""
+    scale = level_s[0] / level_k[0]
+    return scale, max(level_s[1] ** 2 - (scale * level_k[1]) ** 2, 0.0) ** 0.5
 
 
 def sample(name: StudentSampler, denoise: Denoise, noise: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
-    """x0 (B, C, H, W) of noise (B, C, H, W), in its dtype, by N calls of `denoise`. `generator` draws what further
-    noise there is, on its own device; of a list each draws one sample's, whatever the batch; None: torch's own."""
+    """Sample x0 (B, C, H, W) from noise (B, C, H, W) of the same dtype, with one call of `denoise` for each grid step.
+
+    `ddim` is deterministic (2202.00512, eq. 8). `stochastic` is the N-step stochastic sampler of 2210.03142,
+    section 3.3. `consistency` is multistep consistency sampling (2303.01469, algorithm 1). The last two draw more noise
+    from `generator`, on the generator's device. With one generator a sample, a sample does not depend on its batch."""
 
     def draw(shape: torch.Size, one: torch.Generator | None) -> Tensor:
         device = "cpu" if one is None else one.device
         return torch.randn(shape, generator=one, device=device, dtype=noise.dtype).to(noise.device)
 
-    def fresh() -> Tensor:
+    def draw_noise() -> Tensor:
         if isinstance(generator, Sequence):
             return torch.stack([draw(noise.shape[1:], one) for one in generator])
         return draw(noise.shape, generator)
@@ -61,22 +72,22 @@ def sample(name: StudentSampler, denoise: Denoise, noise: Tensor, grid: Grid, ge
         x0 = denoise(z.to(noise.dtype), i)
         if i == 1:
             return x0
-        z = step(z, x0.double(), grid, i, fresh)
-    raise AssertionError("a grid has a step at least")
+        z = step(z, x0.double(), grid, i, draw_noise)
+    raise AssertionError("a grid has at least one step")
 
 
-def _ddim(z: Tensor, x0: Tensor, grid: Grid, i: int, fresh: Fresh) -> Tensor:
+def _ddim(z: Tensor, x0: Tensor, grid: Grid, i: int, draw_noise: DrawNoise) -> Tensor:
     return ddim_step(z, x0, grid.level(i), grid.level(i - 1))
 
 
-def _stochastic(z: Tensor, x0: Tensor, grid: Grid, i: int, fresh: Fresh) -> Tensor:
-    """A deterministic step of double length, then one back by noising (2210.03142, section 3.3, after Karras)."""
+def _stochastic(z: Tensor, x0: Tensor, grid: Grid, i: int, draw_noise: DrawNoise) -> Tensor:
+    """A DDIM step of twice the length, then one step back by adding noise (2210.03142, section 3.3)."""
     far = ddim_step(z, x0, grid.level(i), grid.level(i - 2))
     scale, std = noising(grid.level(i - 2), grid.level(i - 1))
-    return scale * far + std * fresh()
+    return scale * far + std * draw_noise()
 
 
-def _consistency(z: Tensor, x0: Tensor, grid: Grid, i: int, fresh: Fresh) -> Tensor:
-    """Noise the estimate anew (Song et al. 2023, 2303.01469, algorithm 1)."""
+def _consistency(z: Tensor, x0: Tensor, grid: Grid, i: int, draw_noise: DrawNoise) -> Tensor:
+    """Add new noise to the estimate: z = alpha x0 + sigma noise (Song et al. 2023, 2303.01469, algorithm 1)."""
     alpha, sigma = grid.level(i - 1)
-    return alpha * x0 + sigma * fresh()
+    return alpha * x0 + sigma * draw_noise()

@@ -1,4 +1,4 @@
-"""What a student is, as `student.json` beside it says. Imports no torch and no NumPy."""
+"""How a student is sampled, as stored in its `student.json`. Imports neither torch nor NumPy."""
 
 from __future__ import annotations
 
@@ -13,37 +13,43 @@ Schedule = Literal["teacher", "cosine"]
 StudentSampler = Literal["ddim", "stochastic", "consistency"]
 
 
-def _a_range(value: tuple[float, float]) -> tuple[float, float]:
+def _valid_range(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= value[0] < value[1]:
-        raise ValueError("w_range is to be two numbers, the first at least 0 and less than the second")
+        raise ValueError("w_range should be two numbers: the first at least 0, the second greater than the first")
     return value
 
 
-WRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_a_range)]
-"""The least and the greatest w = guidance_scale - 1 that a student takes as an input."""
+WRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_valid_range)]
+"""[w_min, w_max]: the range of w = guidance_scale - 1 that a student takes as an input."""
 
 
 class Form(Config):
-    """How often a student is called, at which levels of noise, and what its outputs mean."""
+    """How a student is sampled: its number of steps, noise levels, prediction type, sampler and guidance.
 
-    steps: int = Field(1, ge=1, description="calls of its network for one sample")
+    A method's form may leave `prediction` and `guidance_scale` open (None). They are filled in for training.
+    """
+
+    steps: int = Field(1, ge=1, description="network calls for one sample")
     prediction: StudentPrediction | None = Field(
-        "v_prediction", description="what its network puts out; null, of a method: what its teacher's does"
+        "v_prediction", description="what the network predicts; null in a method's form: the same as its teacher"
     )
-    schedule: Schedule = Field("teacher", description="the levels of noise: its teacher's, or alpha = cos(pi t / 2)")
-    sampler: StudentSampler = Field("ddim", description="how it goes from one level to the next")
+    schedule: Schedule = Field(
+        "teacher", description="noise levels: those of the teacher, or cosine, alpha = cos(pi t / 2) (2202.00512)"
+    )
+    sampler: StudentSampler = Field(
+        "ddim", description="how a step is taken: ddim, stochastic (2210.03142) or consistency (2303.01469)"
+    )
     guidance_scale: float | None = Field(
         None,
-        description="of the teacher, built into the student, as diffusers counts it; null: w_range instead, or, of a "
-        "method, that of its pairs",
+        description="the teacher's guidance scale that is built into the student, as in diffusers; null: the student "
+        "takes w instead, or, in a method's form, the scale of its pairs",
     )
     w_range: WRange | None = Field(
-        None,
-        description="the least and the greatest w = guidance_scale - 1 that it takes as an input; null: it takes none",
+        None, description="range of w = guidance_scale - 1 that the student takes as an input; null: it takes no w"
     )
 
     @model_validator(mode="after")
-    def _defined_in_pure_noise(self) -> Self:
+    def _predicts_x0_in_pure_noise(self) -> Self:
         if self.prediction == "epsilon" and self.schedule == "cosine":
-            raise ValueError("schedule: cosine begins in pure noise, where epsilon says nothing of x0")
+            raise ValueError("schedule: cosine starts in pure noise, where x0 cannot be computed from epsilon")
         return self

@@ -1,4 +1,4 @@
-"""What a student of N steps is to estimate so that one step of it is two of its teacher's."""
+"""The target of progressive distillation: one student step replaces two teacher steps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from stages.diffusion.grid import Grid
 def two_step_target(
     denoise: Callable[[Tensor, Tensor], Tensor], z: Tensor, i: Tensor, grid: Grid, stochastic: bool = False
 ) -> Tensor:
-    """x0 (B, C, H, W), float64, for z (B, C, H, W) at points i (B,) of 1..N (2202.00512, algorithm 2).
+    """Return the student's target x0 (B, C, H, W), float64, for z (B, C, H, W) at points i (B,) of its grid.
 
-    `denoise(z, j)` is the teacher's estimate at points j (B,) of its `grid`, of 2 N. A student that is to be sampled
-    stochastically jumps twice as far, but for its last step (2210.03142, section 3.3). In float64: with thousands of
-    steps, numerator and denominator are differences of nearly equal numbers."""
+    The teacher takes two DDIM steps from z_t, to z_t' and to z_t''. The target is the x0 for which one DDIM step leads
+    from z_t to z_t'' (Salimans and Ho 2022, 2202.00512, algorithm 2):
+
+        x0 = (z_t'' - (sigma_t''/sigma_t) z_t) / (alpha_t'' - (sigma_t''/sigma_t) alpha_t)
+
+    `grid` is the teacher's, of 2N steps. `denoise(z, j)` is the teacher's estimate of x0 at points j (B,) of that grid.
+    i is a point of the student's grid, from 1 to N, which is point 2i of the teacher's. For a student with the
+    stochastic sampler (`stochastic`), each teacher step is twice as long, except at i = 1 (2210.03142, section 3.3).
+    The target is computed in float64, because with thousands of steps it is a quotient of differences of nearly equal
+    numbers."""
     alpha, sigma = (torch.from_numpy(table).to(z.device) for table in (grid.alpha, grid.sigma))
     here, middle, there = 2 * i, 2 * i - 1, 2 * i - 2
     if stochastic:

@@ -1,4 +1,4 @@
-"""Deterministic samplers: solve the probability-flow ODE from noise to data."""
+"""DDIM: solves the probability-flow ODE from noise to data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ Spacing = Literal["trailing", "leading"]
 
 
 def timesteps(train_steps: int, steps: int, spacing: Spacing = "trailing") -> list[int]:
-    """The `steps` timesteps at which the network is called, descending.
+    """Return the `steps` timesteps at which the network is called, descending. T is `train_steps`.
 
-    `trailing` starts at T - 1, where the noise was; `leading` is diffusers' grid for Stable Diffusion
-    with `steps_offset=1`, which never sees it (Lin et al. 2023, 2305.08891, table 2).
+    trailing: round(T (N - i) / N) - 1 for i = 0, ..., N - 1. It starts at T - 1, the noisiest timestep. leading:
+    floor(T / N) i + 1 for i = N - 1, ..., 0, as diffusers does with `steps_offset=1`. It starts at a less noisy
+    timestep (Lin et al. 2023, 2305.08891, table 2). Raises ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps must be between 1 and {train_steps}, not {steps}")
@@ -31,12 +32,12 @@ def ddim(
     prediction: Prediction,
     grid: list[int],
 ) -> Iterator[tuple[int, Array]]:
-    """DDIM with eta = 0 (Song et al. 2021, 2010.02502, eq. 12), ending at clean data.
+    """DDIM with eta = 0, from noise to clean data: z_s = alpha_s x0 + sigma_s noise, with the network's estimates.
 
-    Yields (t, z_t) at each t of `grid`, before the network is called there, and at last (-1, x0).
-    `denoise(z, t)` is the network's output, guided if it is to be, of the shape of `z`. It is called
-    once for each t in `grid`. Each step goes to the next point of the grid itself: diffusers' DDIMScheduler
-    goes to `t - T // steps`, which misses its own grid unless `steps` divides T.
+    (Song et al. 2021, 2010.02502, eq. 12.) Yields (t, z_t) for each t of `grid`, before the network is called there,
+    and finally (-1, x0). `denoise(z, t)` returns the network's output, guided if needed, shaped as `z`. It is called
+    once for each t. Each step goes to the next point of `grid`. This differs from diffusers' DDIMScheduler, which goes
+    to t - T // steps and leaves its own grid unless `steps` divides T.
     """
     z = noise
     for t, s in zip(grid, [*grid[1:], -1], strict=True):

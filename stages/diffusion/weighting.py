@@ -1,4 +1,4 @@
-"""How much an error in x0 counts at each level of noise (Salimans and Ho 2022, 2202.00512, section 4)."""
+"""Loss weights by noise level (Salimans and Ho 2022, 2202.00512, section 4)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ Weighting = Literal["snr", "truncated_snr", "snr_plus_one"]
 
 
 def weights(name: Weighting, alpha: Any, sigma: Any) -> Any:
-    """By which squared errors of x0, as tensors of levels, are multiplied. With `snr` they are those of the noise, with
-    `snr_plus_one` those of v; `truncated_snr` takes the larger of those of x0 and of the noise."""
+    """Return the weights of squared errors of x0, shaped as the tensors alpha and sigma. SNR = alpha^2 / sigma^2.
+
+    snr: SNR, which makes the error that of the noise. truncated_snr: max(SNR, 1), the larger of the errors of x0 and of
+    the noise. snr_plus_one: SNR + 1, which makes it the error of v. sigma must not be 0."""
     snr = (alpha / sigma) ** 2
     return {"snr": snr, "truncated_snr": snr.clip(1.0), "snr_plus_one": snr + 1.0}[name]

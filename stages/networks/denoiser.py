@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.base import StageError
 from stages.diffusion.grid import Grid
-from stages.diffusion.guidance import guide_by
+from stages.diffusion.guidance import guide_by_w
 from stages.diffusion.prediction import to_x0
 from stages.networks.network import NetworkTeacher
 from stages.networks.student import column
@@ -62,7 +62,7 @@ class ManyStep:
         both = torch.cat([empty.expand_as(condition), condition])
         unconditional, conditional = self._call(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
         strength = self.default_w if w is None else column(w, z)
-        return to_x0(self.teacher.prediction, guide_by(unconditional, conditional, strength), z, alpha, sigma)
+        return to_x0(self.teacher.prediction, guide_by_w(unconditional, conditional, strength), z, alpha, sigma)
 
     def _call(self, z: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         with torch.autocast(self.teacher.device.type, enabled=False):

@@ -118,7 +118,7 @@ class Student(nn.Module):
         def denoise(z: Tensor, i: int) -> Tensor:
             return self.x0(z, i * stride, condition, w)
 
-        return few_step.sample(self.form.sampler, denoise, noise, self.grid.every(stride), generator)
+        return few_step.sample(self.form.sampler, denoise, noise, self.grid.subsample(stride), generator)
 
     def x0(self, z: Tensor, i: int | Tensor, condition: Tensor | None, w: Tensor | None = None) -> Tensor:
         """x0 (B, C, H, W) as estimated from z (B, C, H, W) at point i, or at points i (B,)."""

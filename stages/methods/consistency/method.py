@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.few_step import ddim_step
-from stages.diffusion.guidance import draw
+from stages.diffusion.guidance import draw_w
 from stages.methods.base import Materials
 from stages.networks.student import column
 from stages.training import Batch, Player, Turn
@@ -42,7 +42,7 @@ class Consistency:
         """`batch`: latent (B, C, H, W), prompts (B strings)."""
         x, condition = batch["latent"], self.encode(batch["prompts"])
         i = torch.randint(1, self.student.grid.steps + 1, (len(x),)).to(x.device)
-        w = draw(self.config.w_range, len(x)).to(x.device) if self.config.w_range else None
+        w = draw_w(self.config.w_range, len(x)).to(x.device) if self.config.w_range else None
         z = self.student.noised(x, torch.randn_like(x), i)
         with torch.no_grad():
             end = self.teacher.x0(z, i, condition, w)

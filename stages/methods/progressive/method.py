@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.base import StageError
-from stages.diffusion.guidance import draw
+from stages.diffusion.guidance import draw_w
 from stages.diffusion.halving import two_step_target
 from stages.diffusion.weighting import weights
 from stages.methods.base import Materials
@@ -39,7 +39,7 @@ class Progressive:
         evenly."""
         x, condition, w_range = batch["latent"], self.encode(batch["prompts"]), self.student.form.w_range
         i = torch.randint(1, self.student.form.steps + 1, (len(x),)).to(x.device)
-        w = draw(w_range, len(x)).to(x.device) if w_range else None
+        w = draw_w(w_range, len(x)).to(x.device) if w_range else None
         z = self.student.noised(x, torch.randn_like(x), i)
         # a target is a difference of nearly equal numbers: in full precision, whatever the student trains in
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -237,7 +237,7 @@ def test_more_steps_than_the_teacher_has_timesteps_are_an_error_of_the_plan(tmp_
 
 def test_steps_that_miss_the_teachers_timesteps_are_not_for_plain_diffusers(teacher):
     form = Form(steps=3, sampler="consistency")
-    student, grid = Student.from_teacher(teacher, form, 30), Grid.on(teacher.schedule, 3)
-    assert student.grid.every(10).timesteps.tolist() == grid.timesteps.tolist()
+    student, grid = Student.from_teacher(teacher, form, 30), Grid.trailing(teacher.schedule, 3)
+    assert student.grid.subsample(10).timesteps.tolist() == grid.timesteps.tolist()
     why = why_not_plain(form, grid, scheduler_of(form, grid, teacher.folder))
     assert "rounds the timesteps of 3 steps otherwise" in why

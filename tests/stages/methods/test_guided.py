@@ -15,7 +15,7 @@ from stages.base import StageError
 from stages.diffusion.few_step import noising, sample
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
-from stages.diffusion.guidance import embed, guide_by
+from stages.diffusion.guidance import embed, guide_by_w
 from stages.diffusion.halving import two_step_target
 from stages.methods.guided.config import GuidedConfig
 from stages.networks.denoiser import ManyStep
@@ -77,11 +77,11 @@ def test_guidance_of_equal_normals_shifts_the_mean_alone():
         of, none = (denoised(z, alpha, sigma, mean) for mean in (MEAN, OTHER_MEAN))
         for w in (0.0, 1.0, 4.0):
             shifted = denoised(z, alpha, sigma, MEAN + w * (MEAN - OTHER_MEAN))
-            torch.testing.assert_close(guide_by(none, of, w), shifted, atol=1e-12, rtol=0)
-        assert torch.equal(guide_by(none, of, 0.0), of)
+            torch.testing.assert_close(guide_by_w(none, of, w), shifted, atol=1e-12, rtol=0)
+        assert torch.equal(guide_by_w(none, of, 0.0), of)
         wide = denoised(z, alpha, sigma, OTHER_MEAN, std=1.2)
         gains = [alpha * s**2 / (alpha**2 * s**2 + sigma**2) for s in (STD, 1.2)]
-        found = guide_by(wide, of, 2.0)
+        found = guide_by_w(wide, of, 2.0)
         assert float((found[-1] - found[0]) / (z[-1] - z[0])) == pytest.approx(3 * gains[0] - 2 * gains[1])
 
 
@@ -89,7 +89,7 @@ def test_a_linear_student_of_every_strength_finds_the_guided_gain_affine_in_w():
     """Fitted exactly to its targets: (1 + w) times one class's own gain, less w times that without a class."""
     alpha, sigma, wide = 0.6, 0.8, 1.2
     z, w = (torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(2, -1) * 4).unbind()
-    target = guide_by(denoised(z, alpha, sigma, OTHER_MEAN, wide), denoised(z, alpha, sigma, MEAN), w)
+    target = guide_by_w(denoised(z, alpha, sigma, OTHER_MEAN, wide), denoised(z, alpha, sigma, MEAN), w)
     gain, by_w, *_ = torch.linalg.lstsq(torch.stack([z, w * z, torch.ones_like(z), w], 1), target[:, None]).solution
     own, none = (alpha * std**2 / (alpha**2 * std**2 + sigma**2) for std in (STD, wide))
     assert float(gain) == pytest.approx(own, abs=1e-10) and float(by_w) == pytest.approx(own - none, abs=1e-10)
@@ -108,7 +108,7 @@ def test_the_stronger_guidance_the_surer_the_class_and_the_narrower_it_is():
         def denoise(z, i):
             first, second = (denoised(z, *grid.level(i), mean) for mean in (1.0, -1.0))
             p = classes(z, *grid.level(i))
-            return guide_by(p * first + (1 - p) * second, first, w)
+            return guide_by_w(p * first + (1 - p) * second, first, w)
 
         noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return sample("ddim", denoise, noise, grid)
@@ -192,7 +192,7 @@ def test_the_first_link_takes_as_many_steps_as_the_teacher():
 
 
 def test_without_guidance_the_target_is_the_conditional_output_bit_for_bit(teacher):
-    grid, z = Grid.on(teacher.schedule, 4), torch.randn(3, *teacher.latent_shape)
+    grid, z = Grid.trailing(teacher.schedule, 4), torch.randn(3, *teacher.latent_shape)
     condition, i = teacher.encode_prompts(["a red handwritten seven"] * 3), torch.tensor([4, 2, 1])
     many = ManyStep(teacher, grid)
     batch = torch.cat([teacher.encode_prompts([""] * 3), condition])
@@ -294,7 +294,7 @@ def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
 @pytest.mark.parametrize(("old", "new", "words"), [
     ("[1.0, 3.0]", "[1.0, 5.5]", "guidance_scale: 5.5, w = 4.5; the student was trained for w from 0 to 4"),
     ("w_range: [0.0, 4.0]", "w_range: 4.0", "method.w_range: should be a list, not 4.0"),
-    ("w_range: [0.0, 4.0]", "w_range: [4.0, 4.0]", "w_range is to be two numbers"),
+    ("w_range: [0.0, 4.0]", "w_range: [4.0, 4.0]", "w_range should be two numbers"),
     ("start_steps: 4", "start_steps: 5", "end_steps: should be what start_steps: 5 comes to by halving, not 2"),
     ("    latents: latents\n", "    latents: latents\n    start_from: student\n", "the student to go on from takes 1"),
 ])  # fmt: skip

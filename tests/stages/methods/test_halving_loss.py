@@ -100,7 +100,7 @@ def test_progressive(teachers, of, to, weighting):
     torch.manual_seed(2)
     points, noise = torch.randint(1, 5, (COUNT,)).tolist(), torch.randn_like(batch["latent"]).double().numpy()
     assert set(points) == {1, 2, 3, 4}
-    coarse, fine = Grid.on(teacher.schedule, 4), Grid.on(teacher.schedule, 8)
+    coarse, fine = Grid.trailing(teacher.schedule, 4), Grid.trailing(teacher.schedule, 8)
     errors, losses = [], []
     for k, i in enumerate(points):
         condition = teacher.encode_prompts(batch["prompts"][k : k + 1])
@@ -122,7 +122,7 @@ def test_guided(teachers, of, to, weighting):
     method, batch = config.create(Materials(teacher, TrainingSettings(steps=1))), batch_of(teacher)
     before = shaken(Student.from_teacher(teacher, config.form.model_copy(update={"steps": 8})))
     shaken(method.student)
-    grid = Grid.on(teacher.schedule, 4)
+    grid = Grid.trailing(teacher.schedule, 4)
 
     def embedded(w):
         return {"timestep_cond": StableDiffusionPipeline.get_guidance_scale_embedding(None, w, embedding_dim=256)}

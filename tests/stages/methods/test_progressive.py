@@ -229,17 +229,17 @@ def test_few_steps_of_a_mixture_follow_the_ode_and_one_step_follows_it_worse():
 
 def test_grids_halve():
     own = NoiseSchedule.stable_diffusion()
-    for make in (lambda n: Grid.on(own, n), Grid.cosine):
+    for make in (lambda n: Grid.trailing(own, n), Grid.cosine):
         for n in (1, 3, 16, 125):
             fine, coarse = make(2 * n), make(n)
             for name in ("timesteps", "alpha", "sigma"):
-                np.testing.assert_allclose(getattr(fine.every(2), name), getattr(coarse, name), atol=1e-15)
+                np.testing.assert_allclose(getattr(fine.subsample(2), name), getattr(coarse, name), atol=1e-15)
             assert fine.train_steps == coarse.train_steps
-    assert Grid.on(own, 4).timesteps.tolist() == [-1, 249, 499, 749, 999]
+    assert Grid.trailing(own, 4).timesteps.tolist() == [-1, 249, 499, 749, 999]
     assert Grid.cosine(4).timesteps.tolist() == [-1, 255, 511, 767, 1023] and Grid.cosine(8192).train_steps == 1024
     assert Grid.cosine(8).level(8) == (0.0, 1.0) and Grid.cosine(8).level(0) == (1.0, 0.0)
     with pytest.raises(ValueError, match="has 1000 timesteps, too few for 1024 steps"):
-        Grid.on(own, 1024)
+        Grid.trailing(own, 1024)
 
 
 def test_the_last_point_is_trained_on_noise_alone_whatever_the_schedule_ends_in(teacher):
@@ -254,7 +254,7 @@ def test_the_last_point_is_trained_on_noise_alone_whatever_the_schedule_ends_in(
     condition = teacher.encode_prompts(["a red handwritten seven"] * 3)
     first = teacher.denoiser(["a red handwritten seven"] * 3, 1.0)(noise, 999)
     alpha, sigma = teacher.schedule.at(999)
-    for grid in (Grid.on(teacher.schedule, 4), Grid.cosine(4)):
+    for grid in (Grid.trailing(teacher.schedule, 4), Grid.cosine(4)):
         x0 = ManyStep(teacher, grid).x0(noise, torch.full((3,), 4), condition)
         torch.testing.assert_close(x0, alpha * noise - sigma * first, atol=1e-5, rtol=1e-5)
 
@@ -265,15 +265,15 @@ def test_a_teacher_is_asked_where_its_ratio_of_data_to_noise_is_the_grids(teache
     grid, known = Grid.cosine(64), teacher.schedule.log_snr
     wanted = (2 * np.log(grid.alpha[1:-1] / grid.sigma[1:-1])).clip(known[-1])
     torch.testing.assert_close(log_snr[1:-1], torch.from_numpy(wanted), atol=1e-9, rtol=0)
-    own = ManyStep(teacher, Grid.on(teacher.schedule, 50))
-    assert own.timesteps[1:].tolist() == Grid.on(teacher.schedule, 50).timesteps[1:].tolist()
+    own = ManyStep(teacher, Grid.trailing(teacher.schedule, 50))
+    assert own.timesteps[1:].tolist() == Grid.trailing(teacher.schedule, 50).timesteps[1:].tolist()
 
 
 def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
     """An epsilon teacher is asked for x0."""
     of_noise = LatentTeacher(stable_diffusion_layout(tmp_path / "sd"))
     z, i = torch.randn(3, *of_noise.latent_shape), torch.tensor([2, 3, 4])
-    condition, grid = of_noise.encode_prompts(["a", "b", ""]), Grid.on(of_noise.schedule, 4)
+    condition, grid = of_noise.encode_prompts(["a", "b", ""]), Grid.trailing(of_noise.schedule, 4)
     x0 = ManyStep(of_noise, grid).x0(z, i, condition)
     for k in range(3):
         alpha, sigma = grid.level(int(i[k]))
@@ -296,7 +296,7 @@ def test_beyond_its_cleanest_level_a_teacher_is_read_at_the_grids(teacher, monke
 
 def test_a_teacher_computes_in_its_own_precision_whatever_the_student_trains_in(teacher):
     z, condition = torch.randn(2, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 2)
-    many, i = ManyStep(teacher, Grid.on(teacher.schedule, 4), 5.0), torch.tensor([4, 2])
+    many, i = ManyStep(teacher, Grid.trailing(teacher.schedule, 4), 5.0), torch.tensor([4, 2])
     wanted = many.x0(z, i, condition)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(many.x0(z, i, condition), wanted)
@@ -389,7 +389,7 @@ def test_it_learns_what_its_teacher_does_in_twice_the_steps(tiny, teacher):
     prompts = read_latents(plan["latents"].artifact.folder, held_out=True).captions[:32]
     noise = torch.randn(32, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     condition = teacher.encode_prompts(prompts)
-    eight = Grid.on(teacher.schedule, 8)
+    eight = Grid.trailing(teacher.schedule, 8)
     many = ManyStep(teacher, eight, 2.0)
     with torch.no_grad():
         wanted = sample("ddim", lambda z, j: many.x0(z, torch.full((len(z),), j), condition), noise, eight)

@@ -137,7 +137,7 @@ class Distill(Stage):
             pixels = f"images of {latents.stage.images.size} pixels, but the teacher makes {size[0]} x {size[1]}"
             yield given, f"they are of {pixels}, and so will its student; encode images of that size"
         as_input = self.method.form.w_range is not None
-        unguided = known.why_unguided(as_input, teacher.folder) if self.method.guided else None
+        unguided = known.why_unguided(as_input, teacher.folder) if self.method.uses_guidance else None
         if unguided:
             yield "method", f"it needs guidance, but {unguided}"
         timesteps = known.timesteps(teacher.folder)

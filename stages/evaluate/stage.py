@@ -110,7 +110,7 @@ class Evaluate(Stage):
                 f"{self.pairs} has {min(repeated.count, pairs.count)} of the noises of {repeated.name}, which "
                 f"{self.student} was trained on: both have seed {found.seed}; give {self.pairs} a `seed:` of its own",
             )
-        other = stage.method.why_not_in(self.steps) if self.steps else None
+        other = stage.method.step_count_error(self.steps) if self.steps else None
         if other:
             yield "steps", other
         scale, trained = pairs.sampler.guidance_scale, stage.method.form.w_range

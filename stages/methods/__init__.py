@@ -1,4 +1,4 @@
-"""Distillation methods, by the name that a manifest calls them."""
+"""Distillation methods, by their names in a manifest."""
 
 from stages.methods.base import MethodConfig
 from stages.methods.consistency.config import ConsistencyConfig

@@ -1,4 +1,4 @@
-"""What a method tells the training loop: its players, and for each step whose turn it is with which loss."""
+"""The base classes of distillation methods: their settings, and what they are given to train a student."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ OneStepPrediction = Literal["v_prediction", "epsilon"]
 
 @dataclass(frozen=True)
 class Materials:
-    """What a distillation method is given to work with."""
+    """What a method is given to train a student: the teacher, settings and inputs."""
 
     teacher: NetworkTeacher
-    """Frozen; `teacher.unet` may be copied, and then retired, not changed."""
+    """The frozen teacher. A method may copy `teacher.unet` and then call `teacher.retire()`, but must not change it."""
     training: TrainingSettings
     start: Artifact | None = None
-    """The student to go on from; None: the teacher."""
+    """The student whose weights training starts from. None: the teacher's weights."""
     guidance_scale: float = 1.0
-    """That the student has built in, where its form does not say."""
+    """The guidance scale to build into the student if its form gives none."""
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
-    """What the method's fields name, by their dotted path in its settings."""
+    """The sealed artifacts that the method's fields name, by dotted path in its settings."""
     contents: Mapping[str, str] = field(default_factory=dict)
-    """What the method's `Content` fields were found to hold, likewise."""
+    """The identities of the method's `Content` fields, by dotted path in its settings."""
     examples: Callable[[], Batch] | None = None
-    """Gives a few hundred of the pairs that are trained on; None where there are no pairs."""
+    """Returns a few hundred of the training pairs. None if the student is trained on latents."""
 
     def distance(self, loss: LossConfig, field: str = "loss") -> Distance:
-        """The loss that stands in the method's `field`."""
+        """Create the loss that is set in the method's `field`."""
         return loss.create(
             LossMaterials(self.teacher, values_under(self.inputs, field), values_under(self.contents, field))
         )
 
     def one_step_student(self, prediction: OneStepPrediction) -> Student:
-        """With the teacher's weights, or those of the student to go on from.
+        """Create a one-step student with the weights of `start`, or of the teacher.
 
-        A teacher's last layer is of no use to a student of another prediction type. That of the student is then
-        fitted to a few hundred of the pairs that it is trained on."""
+        If the teacher's last layer cannot be converted to the student's prediction type, the student's last layer is
+        fitted to a few hundred of the training pairs. Raises StageError as `student` does."""
         from stages.networks.head import begins_at_zero
 
         student = self.student(Form(prediction=prediction))
@@ -64,8 +64,10 @@ class Materials:
         return student
 
     def student(self, form: Form, grid_steps: int | None = None) -> Student:
-        """The same, of any form; `grid_steps`: a multiple of its steps, where it is trained at more points. Raises
-        StageError if the teacher's schedule has fewer."""
+        """Create a student of the given form, with the weights of `start`, or of the teacher.
+
+        `grid_steps` is the number of points that it is trained at, a multiple of its steps; None: its steps. Raises
+        StageError if the teacher's schedule has too few timesteps, or `start` has another prediction type."""
         from stages.networks.student import Student
 
         try:
@@ -76,9 +78,10 @@ class Materials:
             raise StageError(str(error)) from None
         return student
 
-    def many_step(self, form: Form) -> Denoiser:
-        """The teacher at the points of the grid of such a student, guided as it is to be. Raises StageError as
-        `student`."""
+    def teacher_denoiser(self, form: Form) -> Denoiser:
+        """Return the teacher as a denoiser on the time grid of `form`, with the form's guidance scale.
+
+        Raises StageError if the teacher's schedule has too few timesteps."""
         from stages.diffusion.grid import Grid
         from stages.networks.denoiser import ManyStep
 
@@ -88,8 +91,10 @@ class Materials:
             raise StageError(str(error)) from None
         return ManyStep(self.teacher, grid, form.guidance_scale or self.guidance_scale)
 
-    def before(self) -> Student | None:
-        """The student to go on from, as it was left, which then teaches in the teacher's place; None: there is none."""
+    def previous_student(self) -> Student | None:
+        """Return the frozen student of the previous round, used as the teacher. None if there is no `start`.
+
+        The original teacher's U-Net is moved to the CPU."""
         from stages.networks.student import Student
 
         if self.start is None:
@@ -100,85 +105,93 @@ class Materials:
 
 @dataclass(frozen=True)
 class Round:
-    """A part of a method that takes rounds: a stage of its own."""
+    """One round of a method that distils in several rounds. Each round is a stage."""
 
     steps: int
-    """Of its student: what it is called by."""
+    """The student's number of steps. It is the label of the stage: student/16."""
     method: dict[str, Any]
-    """The method's settings in it, as in a manifest."""
+    """The method's settings for this round, as in a manifest."""
     training_steps: Any = None
-    """Instead of the stage's; None: the stage's."""
+    """The round's `training.steps`. None: as in the manifest."""
 
 
 class MethodConfig(Config):
-    """A method's part of the manifest."""
+    """Base class of the settings of distillation methods."""
 
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("pairs",)
-    """What it can be trained on."""
+    """The kinds of data that the method can be trained on."""
     name: str
 
     @classmethod
-    def rounds(cls, settings: Mapping[str, Any], goes_on: bool) -> list[Round]:
-        """What these settings, not validated yet, come to, in order, each going on from the student before; none: it
-        takes no rounds, or they make no sense, which validation will say. `goes_on`: the stage has a `start_from`."""
+    def rounds(cls, settings: Mapping[str, Any], has_start: bool) -> list[Round]:
+        """Return the rounds that these unvalidated settings describe, in order. `has_start`: `start_from` is set.
+
+        Each round starts from the student of the round before. The result is empty if the method has no rounds, or the
+        settings are invalid. Validation reports errors later."""
         return []
 
     @property
     def form(self) -> Form:
-        """Of its student."""
+        """The form of the student."""
         return Form()
 
     @property
-    def guided(self) -> bool:
-        """Whether it asks the teacher with and without a prompt."""
+    def uses_guidance(self) -> bool:
+        """Whether training calls the teacher with and without a prompt."""
         return self.form.w_range is not None or (self.form.guidance_scale or 1.0) > 1.0
 
-    def why_not_in(self, steps: int) -> str | None:
-        """Why its student cannot be sampled in so many steps; None if it can."""
+    def step_count_error(self, steps: int) -> str | None:
+        """Say why the student cannot be sampled in `steps` steps, or return None if it can."""
         return None if steps == self.form.steps else f"the student's steps are {self.form.steps}, not {steps}"
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        """Yield (field path, problem) for each setting that contradicts the stages that its fields name."""
+        """Yield (field path, problem) for each setting that does not fit the stages that its fields name."""
         yield from ()
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
-        """The same for the method of the student to go on from; None: it begins with the teacher."""
+        """Yield (field path, problem) for each setting that does not fit the method of the `start_from` student.
+
+        `start` is None if training starts from the teacher's weights."""
         if start is not None:
-            yield from differences(start.form, self.form)
+            yield from form_mismatches(start.form, self.form)
 
     def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:
-        """The same, given how many timesteps the teacher's schedule has."""
+        """Yield (field path, problem) for each setting that does not fit a teacher of `count` timesteps."""
         yield from ()
 
-    def check_prediction(self, teacher: Prediction, begins: bool) -> Iterator[tuple[str, str]]:
-        """The same, given the teacher's prediction type. `begins`: the student begins with the teacher's weights."""
+    def check_prediction(self, teacher: Prediction, from_teacher: bool) -> Iterator[tuple[str, str]]:
+        """Yield (field path, problem) for each setting that does not fit the teacher's prediction type.
+
+        `from_teacher`: training starts from the teacher's weights."""
         yield from ()
 
     def create(self, materials: Materials) -> Method:
-        """The method itself; this is where torch is imported."""
-        raise TypeError(f"{type(self).__name__} does not say how it is made")
+        """Create the method. Torch may be imported only here and below."""
+        raise TypeError(f"{type(self).__name__} does not implement create()")
 
 
-def differences(start: Form, own: Form, but: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """A problem for each way, but for some, in which the student to go on from is of another form. Its guidance may be
-    that of its pairs, which only the stage knows."""
+def form_mismatches(start: Form, own: Form, ignore: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """Yield (field, problem) for each field in which the form of the `start_from` student differs from `own`.
+
+    Fields in `ignore` are not compared. The guidance scale is not compared either: it may come from the pairs, and the
+    stage compares it."""
     for name in Form.model_fields:
-        there, here = getattr(start, name), getattr(own, name)
-        open_ = name == "prediction" and None in (there, here)  # the teacher's, which the worker compares
-        if name not in (*but, "guidance_scale") and not open_ and there != here:
-            yield name, f"the student to go on from has {name}: {there}, this one {name}: {here}"
+        theirs, ours = getattr(start, name), getattr(own, name)
+        unknown = name == "prediction" and None in (theirs, ours)  # the teacher's; compared when training starts
+        if name not in (*ignore, "guidance_scale") and not unknown and theirs != ours:
+            yield name, f"the student in start_from has {name}: {theirs}, this one has {name}: {ours}"
 
 
 class OneStepConfig(MethodConfig):
-    """What all methods have in common whose student maps a stored noise to its stored image in one call."""
+    """Base class of methods whose student maps a stored noise to its stored latent in one network call."""
 
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
-        description="the distance of the student's output to the teacher's"
+        description="distance between the student's output and the teacher's"
     )
     prediction: OneStepPrediction = Field(
         "v_prediction",
-        description="what the student's U-Net puts out; v is well-behaved at the noisiest timestep; where the teacher "
-        "predicts epsilon, the last layer of a v student is first fitted to a few hundred pairs (ridge regression)",
+        description="what the student predicts; v, unlike epsilon, does not amplify errors at the noisiest timestep; a "
+        "v student of an epsilon teacher starts with a last layer fitted to a few hundred pairs by ridge regression",
     )
 
     @property

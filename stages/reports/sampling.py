@@ -43,7 +43,7 @@ def draw(
     folder = kinds[artifact.kind](artifact).folder
     if not (folder / "unet").exists():
         raise StageError(f"{folder} is an analytic teacher: it has no images to draw")
-    other = artifact.stage.method.why_not_in(steps) if isinstance(artifact.stage, Distill) and steps else None
+    other = artifact.stage.method.step_count_error(steps) if isinstance(artifact.stage, Distill) and steps else None
     if other:
         raise StageError(other)
     unknown = unknown_words(folder, [prompts])

@@ -9,16 +9,16 @@ from stages.base import Artifact, Choice, values_under
 from stages.diffusion.form import Form, WRange
 from stages.diffusion.prediction import Prediction
 from stages.losses.config import LOSSES, LossConfig, Regression
-from stages.methods.base import Materials, MethodConfig, differences
+from stages.methods.base import Materials, MethodConfig, form_mismatches
 from stages.training import Method
 
 
 class ConsistencyConfig(MethodConfig):
-    """Consistency distillation (Song et al. 2023, 2303.01469), and its latent, guided form, LCM (Luo et al. 2023,
-    2310.04378): wherever on the teacher's ODE it is called, the student is to name the same end.
+    """Consistency distillation (Song et al. 2023, 2303.01469) and latent consistency models (LCM, Luo et al. 2023,
+    2310.04378). The student learns to predict the end of the teacher's ODE path from every point of the path.
 
-    Neighbouring points are one step of `solver_steps` apart: at 40 of 1,000 timesteps, 25 are skipped. `w_range` makes
-    the student take the strength of guidance as an input, as LCM does; otherwise `guidance_scale` is built in.
+    Neighbouring points are one DDIM step of `solver_steps` apart: with 40 steps and 1,000 timesteps, 25 timesteps. With
+    `w_range` the student takes the guidance strength w as an input, as in LCM. Otherwise `guidance_scale` is built in.
     """
 
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
@@ -27,29 +27,33 @@ class ConsistencyConfig(MethodConfig):
     steps: int = Field(
         4,
         ge=1,
-        description="in which the student is sampled if nothing else is said, and for which it is exported; no part of "
-        "the training: `steps` of an evaluate stage, or of retort sample, tries others",
+        description="default number of sampling steps, for which the student is exported; does not affect training; "
+        "`steps` of an evaluate stage or of retort sample overrides it",
     )
-    solver_steps: int = Field(40, ge=2, description="of the teacher's DDIM, which skips timesteps; a multiple of steps")
+    solver_steps: int = Field(40, ge=2, description="DDIM steps of the teacher, evenly spaced; a multiple of steps")
     guidance_scale: float | None = Field(
         None,
         ge=1,
-        description="of the teacher, built into the student, as diffusers counts it: 1 is none; default: that of the "
-        "pairs",
+        description="the teacher's guidance scale that is built into the student, as in diffusers; 1 means no "
+        "guidance; default: the scale of the pairs",
     )
     w_range: WRange | None = Field(
-        None, description="instead: the least and the greatest w = guidance_scale - 1 as an input"
+        None,
+        description="range of w = guidance_scale - 1 that the student takes as an input, instead of guidance_scale",
     )
     target_decay: float = Field(
-        0.95, ge=0, lt=1, description="of the averaged weights whose output is the target; 0: the student's own"
+        0.95,
+        ge=0,
+        lt=1,
+        description="EMA decay of the weights that compute the target; 0 uses the student's own weights",
     )
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
-        Regression(name="pseudo_huber"), description="the distance of the two outputs"
+        Regression(name="pseudo_huber"), description="distance between the student's output and the target"
     )
     prediction: Prediction | None = Field(
         None,
-        description="what the student's U-Net puts out: the noise (epsilon), v, or x0 (sample); default: what the "
-        "teacher's does, whose weights then mean what they did",
+        description="what the student predicts: the noise (epsilon), v, or x0 (sample); default: what the teacher "
+        "predicts, so that its last layer can be reused",
     )
 
     @property
@@ -65,18 +69,19 @@ class ConsistencyConfig(MethodConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.solver_steps % self.steps:
-            raise ValueError(f"solver_steps: {self.solver_steps} is no multiple of steps: {self.steps}")
+            raise ValueError(f"solver_steps: {self.solver_steps} is not a multiple of steps: {self.steps}")
         if self.w_range and self.guidance_scale:
             raise ValueError("give either guidance_scale or w_range")
         return self
 
-    def why_not_in(self, steps: int) -> str | None:
-        found = self.solver_steps % steps
-        return f"the student was trained at {self.solver_steps} points, no multiple of {steps} steps" if found else None
+    def step_count_error(self, steps: int) -> str | None:
+        if self.solver_steps % steps == 0:
+            return None
+        return f"the student was trained at {self.solver_steps} points, which is not a multiple of {steps} steps"
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
         if start is not None:
-            yield from differences(start.form, self.form, but=("steps",))  # of which its weights know nothing
+            yield from form_mismatches(start.form, self.form, ignore=("steps",))  # weights do not depend on steps
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(values_under(inputs, "loss")))
@@ -85,12 +90,12 @@ class ConsistencyConfig(MethodConfig):
         if self.solver_steps > count:
             yield "solver_steps", f"{self.solver_steps} are more than the teacher's {count} timesteps"
 
-    def check_prediction(self, teacher: Prediction, begins: bool) -> Iterator[tuple[str, str]]:
-        if begins and self.prediction == "epsilon" != teacher:
+    def check_prediction(self, teacher: Prediction, from_teacher: bool) -> Iterator[tuple[str, str]]:
+        if from_teacher and self.prediction == "epsilon" != teacher:
             yield (
                 "prediction",
-                f"the teacher predicts {teacher}; its student would begin with a last layer of zeros, which says "
-                "nothing of epsilon. Leave prediction out: the student then predicts what its teacher does",
+                f"the teacher predicts {teacher}, and its last layer cannot be converted to epsilon; leave prediction "
+                f"out, so that the student predicts {teacher} too",
             )
 
     def create(self, materials: Materials) -> Method:

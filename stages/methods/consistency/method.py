@@ -18,28 +18,33 @@ if TYPE_CHECKING:
 
 
 class Consistency:
-    """Song et al. 2023, 2303.01469, algorithm 2, with LCM's guided solver and skipped steps (2310.04378, algorithm 1):
+    """Consistency distillation (Song et al. 2023, 2303.01469, algorithm 2) with the guided solver and the skipped steps
+    of LCM (Luo et al. 2023, 2310.04378, algorithm 1).
 
-    minimise d(f(z_{n+k}, w), f-(z_n, w)), z_n being where one step of the teacher leads from z_{n+k}; f- are the
-    averaged weights, and f is the identity on clean data."""
+    Minimises d(f(z_{n+k}, c, w), f-(z_n, c, w)). z_n is the result of one guided DDIM step of the teacher from
+    z_{n+k}, k timesteps noisier. f is the student, with the identity as its boundary condition at clean data, and f-
+    has the exponential moving average of its weights. No gradient flows through f-. At the point next to clean data the
+    target is the teacher's own estimate of x0."""
 
     def __init__(self, config: ConsistencyConfig, materials: Materials) -> None:
         self.config, self.encode = config, materials.teacher.encode_prompts
         self.student = materials.student(config.form, config.solver_steps)
-        self.teacher = materials.many_step(config.form.model_copy(update={"steps": config.solver_steps}))
+        self.teacher = materials.teacher_denoiser(config.form.model_copy(update={"steps": config.solver_steps}))
         self.distance = materials.distance(config.loss)
         self.target = copy.deepcopy(self.student).requires_grad_(False)
         training = materials.training
         self.players = {
             "student": Player(self.student, training),
-            "target": Player(self.target, training, averaged=False),  # never its turn; checkpoints keep it
+            "target": Player(self.target, training, averaged=False),  # never trained; checkpoints keep it
         }
 
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("student", self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch`: latent (B, C, H, W), prompts (B strings)."""
+        """Return the loss, a scalar. `batch`: latent (B, C, H, W), prompts (B strings).
+
+        The points i are drawn uniformly from 1 to `solver_steps`, and w from U[w_min, w_max] if the student takes w."""
         x, condition = batch["latent"], self.encode(batch["prompts"])
         i = torch.randint(1, self.student.grid.steps + 1, (len(x),)).to(x.device)
         w = draw_w(self.config.w_range, len(x)).to(x.device) if self.config.w_range else None
@@ -51,6 +56,7 @@ class Consistency:
         return self.distance(self.student.x0(z, i, condition, w), target).mean(), {}
 
     def after_step(self, step: int) -> None:
+        """Update the target weights: theta- = decay theta- + (1 - decay) theta."""
         with torch.no_grad():
             for mean, value in zip(self.target.parameters(), self.student.parameters(), strict=True):
                 mean.lerp_(value, 1 - self.config.target_decay)

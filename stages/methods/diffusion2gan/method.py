@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 class Diffusion2GAN:
-    """Kang et al. 2024, 2405.05967, section 3:
+    """Diffusion2GAN: a one-step student G and a conditional discriminator D (Kang et al. 2024, 2405.05967, section 3).
 
     L_G = d(G(z, c), x) + gan_weight * E[-log D(c, z, G(z, c))]
     L_D = E[-log D(c, z, x)] + E[-log(1 - D(c, z, G(z, c)))] + r1_weight / 2 |grad_x D(c, z, x)|^2
 
-    The discriminator judges the very latents that the student was taught on in the same step: they are made once.
+    z is the noise, c the prompt and x the stored latent. The discriminator's turn reuses the latents that the student
+    generated in its turn of the same step.
     """
 
     def __init__(self, config: Diffusion2GANConfig, materials: Materials) -> None:
@@ -32,46 +33,50 @@ class Diffusion2GAN:
         self.distance, self.teacher = materials.distance(config.loss), materials.teacher
         self.student = materials.one_step_student(config.prediction)
         self.players = {"student": Player(self.student, materials.training)}
-        self._made: deque[Tensor] = deque()
+        self._generated: deque[Tensor] = deque()
         if self.gan_weight:
-            its = self.settings
+            settings = self.settings
             self.discriminator = DiffusionDiscriminator.from_teacher(
-                self.teacher, its.weights, its.noise, its.multi_scale
+                self.teacher, settings.weights, settings.noise, settings.multi_scale
             )
-            self.players["discriminator"] = Player(self.discriminator, its.training(materials.training), averaged=False)
+            training = settings.training(materials.training)
+            self.players["discriminator"] = Player(self.discriminator, training, averaged=False)
         self.teacher.retire()
 
     def turns(self, step: int) -> Sequence[Turn]:
         turns = [Turn("student", self.student_loss)]
         if self.gan_weight:
-            penalised = step % self.settings.r1_every == 0 and self.settings.r1_weight > 0
-            turns.append(Turn("discriminator", partial(self.discriminator_loss, penalised=penalised)))
+            with_r1 = step % self.settings.r1_every == 0 and self.settings.r1_weight > 0
+            turns.append(Turn("discriminator", partial(self.discriminator_loss, with_r1=with_r1)))
         return turns
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch`: noise and latent (B, C, H, W), prompts (B strings)."""
+        """Return L_G and its two terms. `batch`: noise and latent (B, C, H, W), prompts (B strings)."""
         z, c = batch["noise"], self.teacher.encode_prompts(batch["prompts"])
         x = self.student(z, c)
         distance = self.distance(x, batch["latent"]).mean()
         if not self.gan_weight:
             return distance, {}
-        self._made.append(x.detach())
+        self._generated.append(x.detach())
         gan = generator_loss(self.discriminator(x, z, c))
         return distance + self.gan_weight * gan, {"distance": distance, "gan": gan}
 
-    def discriminator_loss(self, batch: Batch, penalised: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same batch as the student's turn had; `penalised`: whether R1 falls due."""
+    def discriminator_loss(self, batch: Batch, with_r1: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return L_D, the mean logits of real and fake latents, and the R1 penalty if `with_r1`.
+
+        `batch` must be the one of the student's turn. The R1 penalty is computed on one sample and multiplied by
+        `r1_every` (section 3.3)."""
         z, c, x = batch["noise"], self.teacher.encode_prompts(batch["prompts"]), batch["latent"]
         false_x, false_z, false_c = mix_and_match(
-            self._made.popleft(), x, z, c, self.settings.mix_and_match, self.settings.noise
+            self._generated.popleft(), x, z, c, self.settings.mix_and_match, self.settings.noise
         )
         conditions = None if c is None or false_c is None else torch.cat([c, false_c])
         both = self.discriminator(torch.cat([x, false_x]), torch.cat([z, false_z]), conditions)
         real, false = zip(*(logits.chunk(2) for logits in both), strict=True)
         loss = discriminator_loss(real, false)
         figures = {"real": mean_over_maps(real).mean(), "false": mean_over_maps(false).mean()}
-        if penalised:
-            # one sample of each (micro-)batch, and rarely (section 3.3): a second derivative costs more than the rest
+        if with_r1:
+            # One sample of each micro-batch, every r1_every steps: the second derivative is expensive.
             one = torch.randint(len(x), (1,), device=x.device)
             z, c = z[one], None if c is None else c[one]
             r1 = r1_penalty(lambda real: self.discriminator(real, z, c), x[one], self.settings.r1_weight)

@@ -1,4 +1,4 @@
-"""False triples for the discriminator: real latents whose noise or text is another's."""
+"""Mix-and-match: fake triples for the discriminator, made of real latents with the wrong noise or text."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ TARGET, TEXT, NOISE = range(3)
 
 
 def mix_and_match(
-    made: Tensor, real: Tensor, noise: Tensor, condition: Tensor | None, share: float, sees_noise: bool
+    generated: Tensor, real: Tensor, noise: Tensor, condition: Tensor | None, share: float, sees_noise: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The false half of the discriminator's batch: generated latents with their noise and condition, of which each
-    with probability `share` is replaced by real ones that do not belong to theirs (2405.05967, section 3.3).
+    """Return the (latents, noise, condition) of the fake half of the discriminator's batch (2405.05967, section 3.3).
 
-    In equal parts: an unrelated target for this noise and text; this target with another's text; with another's
-    noise. The paper publishes neither share nor parts. Never is the truth called false: another's noise only for a
-    discriminator that sees it, another's text only if it differs; a row for which nothing is left, and a batch of
-    one, stays as it is. All tensors (B, ...), none changed.
+    Each generated latent is replaced with probability `share` by a real latent that does not match its noise and text.
+    It is another row's latent, or this row's latent with another row's text or noise. All kinds that are possible for
+    the batch are equally likely. The paper publishes neither the share nor the probabilities.
+
+    A matching triple is never called fake. The noise is swapped only if the discriminator takes noise (`sees_noise`),
+    and the text only if the other text differs. Rows without a possible mismatch keep the generated latent, as does a
+    batch of one. latents and noise are (B, C, H, W), condition is (B, ...) or None. The inputs are not changed.
     """
     rows, device = len(real), real.device
     if rows == 1:
-        return made, noise, condition
-    other = (torch.arange(rows, device=device) + torch.randint(1, rows, (rows,), device=device)) % rows  # never itself
+        return generated, noise, condition
+    other = (torch.arange(rows, device=device) + torch.randint(1, rows, (rows,), device=device)) % rows  # another row
     kind = torch.randint(3 if sees_noise else 2, (rows,), device=device)
     same_text = torch.ones(rows, dtype=torch.bool, device=device)
     if condition is not None:
@@ -35,5 +37,5 @@ def mix_and_match(
         rows_of_kind = (mixed & (kind == which)).view(-1, *[1] * (values.ndim - 1))
         return torch.where(rows_of_kind, values[other], values)
 
-    x = torch.where(mixed.view(-1, 1, 1, 1), swapped(TARGET, real), made)
+    x = torch.where(mixed.view(-1, 1, 1, 1), swapped(TARGET, real), generated)
     return x, swapped(NOISE, noise), None if condition is None else swapped(TEXT, condition)

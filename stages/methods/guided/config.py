@@ -13,27 +13,26 @@ from stages.training import Method
 
 
 class GuidedConfig(HalvingConfig):
-    """Distillation of guided diffusion models (Meng et al. 2023, 2210.03142), in two stages that make one chain.
+    """Distillation of guided diffusion models (Meng et al. 2023, 2210.03142): one student for all guidance strengths.
 
-    The first link learns, in as many steps, what the teacher puts out under guidance, for every strength w of a range;
-    the others halve its steps, with w drawn for each sample. One student serves every w. The paper's w counts from 0,
-    plain conditional output; diffusers' guidance_scale is w + 1, and its pipelines feed the network guidance_scale - 1.
+    The first link of the chain learns the teacher's guided output for every strength w of `w_range`, in `start_steps`
+    steps. The other links halve the steps, as in progressive distillation. w is drawn for each sample and is an input
+    of the student. w = 0 is the plain conditional output. diffusers' guidance_scale is w + 1, and its pipelines pass
+    guidance_scale - 1 to the network.
 
-    A stage with `start_from`, a student for the same w, has no first link: it goes on halving.
+    With `start_from`, a student with the same `w_range`, the chain has no first link and only halves.
     """
 
     VERSION: ClassVar[int] = 2
     name: Literal["guided"] = "guided"
     match_first: Annotated[Literal[True], Neutral()] = Field(
-        True, description="it begins with a link that halves nothing and learns guidance; with start_from it does not"
+        True, description="always true: the first link learns guidance in start_steps steps; not used with start_from"
     )
-    w_range: WRange = Field(
-        (0.0, 4.0), description="the least and the greatest w that the student learns; guidance_scale - 1"
-    )
+    w_range: WRange = Field((0.0, 4.0), description="range of w = guidance_scale - 1 that the student learns")
     sampler: Literal["ddim", "stochastic"] = Field(
         "ddim",
-        description="how the student is sampled: deterministically, or by a step of twice the length and noise for one "
-        "back, which is Retort's own and not in diffusers",
+        description="how the student is sampled: ddim; or stochastic, which takes a step of twice the length and adds "
+        "noise for one step back (2210.03142, section 3.3), and which diffusers does not have",
     )
 
     @property
@@ -43,7 +42,7 @@ class GuidedConfig(HalvingConfig):
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
         yield from super().check_start(start)
         if start is None and self.halves:
-            yield "start_steps", "a student that takes w is needed to go on from; start_from names none"
+            yield "start_steps", "this round needs a student that takes w; name one in start_from"
 
     def create(self, materials: Materials) -> Method:
         from stages.methods.progressive.method import Progressive

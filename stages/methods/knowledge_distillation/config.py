@@ -11,17 +11,18 @@ from stages.training import Method
 
 
 class KnowledgeDistillationConfig(OneStepConfig):
-    """One-step knowledge distillation (Luhman and Luhman 2021, 2101.02388): regress the teacher's ODE map.
+    """One-step knowledge distillation (Luhman and Luhman 2021, 2101.02388): regression on the teacher's ODE map.
 
-    The paper sums the loss over pixels, L1 for CIFAR-10 and L2 elsewhere; here it is averaged, so that a
-    learning rate carries over between resolutions. The paper's student is `x_T - net(x_T)`; ours predicts
-    v by default: an epsilon student's errors are multiplied by sigma/alpha, 14.6 at Stable Diffusion's t = 999.
+    The paper sums the loss over pixels, with L1 for CIFAR-10 and L2 elsewhere. Retort averages it, so that a learning
+    rate can be used at other resolutions. The paper's student computes x_T - net(x_T). Retort's student predicts v by
+    default, because the errors of an epsilon student are multiplied by sigma / alpha, which is 14.6 at Stable
+    Diffusion's t = 999.
     """
 
     VERSION: ClassVar[int] = 2
     name: Literal["knowledge_distillation"] = "knowledge_distillation"
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
-        Regression(name="l1"), description="the distance of the student's output to the teacher's"
+        Regression(name="l1"), description="distance between the student's output and the teacher's"
     )
 
     def create(self, materials: Materials) -> Method:

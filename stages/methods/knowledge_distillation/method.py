@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class KnowledgeDistillation:
-    """Luhman and Luhman 2021, 2101.02388, section 3: minimise d(F(x_T), T(x_T)) over stored pairs."""
+    """Minimises E[d(G(z, c), x)] over stored pairs of noise z and latent x = T(z, c) (2101.02388, section 3)."""
 
     def __init__(self, distance: Distance, prediction: OneStepPrediction, materials: Materials) -> None:
         self.distance, self.teacher = distance, materials.teacher
@@ -25,7 +25,7 @@ class KnowledgeDistillation:
         return [Turn("student", self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch`: noise and latent (B, C, H, W), prompts (B strings)."""
+        """Return the loss, a scalar. `batch`: noise and latent (B, C, H, W), prompts (B strings)."""
         x0 = self.student(batch["noise"], self.teacher.encode_prompts(batch["prompts"]))
         return self.distance(x0, batch["latent"]).mean(), {}
 

@@ -11,24 +11,24 @@ from stages.training import Method
 
 
 class ProgressiveConfig(HalvingConfig):
-    """Progressive distillation (Salimans and Ho 2022, 2202.00512): a student learns to do in one DDIM step what its
-    teacher does in two, then becomes the teacher.
+    """Progressive distillation (Salimans and Ho 2022, 2202.00512): a student learns to do two DDIM steps of its teacher
+    in one step, and then becomes the teacher of the next student.
 
-    A stage `student` from 32 steps to 1 is a chain of stages, student/16 to student/1, each with its own optimizer.
-    At the noisiest point it is trained on pure noise, on which sampling begins, whatever the schedule ends in. The
-    paper trains without averaged weights: `training.ema_decay: 0`.
+    A stage `student` from 32 steps to 1 is a chain of stages, student/16 to student/1, each with a new optimizer. At
+    the last point of the time grid students are trained on pure noise, as sampling starts from it, even if the
+    schedule's last alpha is above 0. The paper trains without averaged weights: `training.ema_decay: 0`.
 
-    Students predict v, x0 or both: epsilon with truncated SNR diverges (the paper's table 1). A teacher that predicts
-    epsilon needs `match_first: true`: the first link, student/32, takes as many steps as its teacher and learns to put
-    out v in place of epsilon.
+    Students predict v, x0 or both, because epsilon with truncated SNR diverges (table 1). A teacher that predicts
+    epsilon needs `match_first: true`. The first link, student/32, then learns to predict v in as many steps as its
+    teacher.
     """
 
     name: Literal["progressive"] = "progressive"
     guidance_scale: float | None = Field(
         None,
         ge=1,
-        description="of the teacher, built into the student, as diffusers counts it: 1 is none; default: that of the "
-        "pairs",
+        description="the teacher's guidance scale that is built into the student, as in diffusers; 1 means no "
+        "guidance; default: the scale of the pairs",
     )
 
     @property

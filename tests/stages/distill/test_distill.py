@@ -229,7 +229,7 @@ def test_a_student_that_goes_on_from_another(tiny, teacher):
     seen = [(artifact.folder / "history.jsonl").read_text() for artifact in (second, third)]
     assert seen[0] != seen[1], "the same weights, trained on other pairs"
 
-    with pytest.raises(ManifestError, match="to go on from has prediction: v_prediction, this one prediction: eps"):
+    with pytest.raises(ManifestError, match="in start_from has prediction: v_prediction, this one has prediction: eps"):
         plan_of(text, tiny[0], ["stages.student.method.prediction=epsilon"])
     with pytest.raises(ManifestError, match="trained on 16 of the 48 noises that are held out, as part of pairs"):
         plan_of(text, tiny[0], ["stages.student.held_out=48"])

@@ -427,7 +427,7 @@ def test_a_discriminator_learns_to_tell_and_the_student_to_please_it(teacher, ba
     seen = []
     for _ in range(12):
         method.student_loss(rows)
-        loss, figures = method.discriminator_loss(rows, penalised=False)
+        loss, figures = method.discriminator_loss(rows, with_r1=False)
         critic.zero_grad()
         loss.backward()
         critic.step()
@@ -457,10 +457,10 @@ def test_every_third_step_is_penalised_beginning_with_the_first(teacher, batch):
             torch.manual_seed(0)
             student.loss(batch(range(8)))
             torch.manual_seed(0)
-            unpenalised, _ = method.discriminator_loss(batch(range(8)), penalised=False)
+            unpenalised, _ = method.discriminator_loss(batch(range(8)), with_r1=False)
             student.loss(batch(range(8)))
             torch.manual_seed(0)
-            again, figures = method.discriminator_loss(batch(range(8)), penalised=True)
+            again, figures = method.discriminator_loss(batch(range(8)), with_r1=True)
             assert float(again - unpenalised) == pytest.approx(3 * float(figures["r1"]), rel=1e-2, abs=1e-6)
     assert due == [True, False, False, True, False, False, True]
     method = made(teacher, r1_weight=0)
@@ -489,7 +489,7 @@ def test_two_halves_accumulated_are_one_whole_batch(teacher, batch, tmp_path):
     whole = trained(made(teacher, 3, **switches), lambda step: batch(range(16)), tmp_path / "whole")
     halves = made(teacher, 3, accumulate=2, **switches)
     parts = trained(halves, lambda i: batch(range(8) if i % 2 == 0 else range(8, 16)), tmp_path / "halves")
-    assert not halves._made
+    assert not halves._generated
     for name, value in weights(parts).items():
         torch.testing.assert_close(value, weights(whole)[name], atol=2e-5, rtol=1e-3)
 

@@ -243,7 +243,7 @@ def test_match_first_is_checked_as_a_setting(tiny, settings, words):
 
 def test_a_consistency_student_of_epsilon_needs_a_teacher_of_epsilon(tiny):
     text = TINY + STUDENTS.replace("name: consistency", "name: consistency, prediction: epsilon")
-    with pytest.raises(ManifestError, match=r"prediction: the teacher predicts v_prediction.*Leave prediction out"):
+    with pytest.raises(ManifestError, match=r"prediction: the teacher predicts v_prediction.*leave prediction out"):
         plan_of(text, tiny[0])
 
 

@@ -1,7 +1,8 @@
-"""The one training loop, and what it is told.
+"""The training loop of teachers, perceptual networks and students.
 
-`players` says who is trained and with which loss: a method's whole interface to the loop. `loop` runs it, `checkpoint`
-keeps its state, `figures` what it logs. Methods of distillation are in `stages.methods`. These names import no torch.
+`players` defines the interface between a method and the loop, `loop` runs the training, `checkpoint` saves its state,
+and `figures` holds the numbers that it logs. Distillation methods are in `stages.methods`. The names exported here
+import no torch.
 """
 
 from stages.training.players import Batch, Method, Player, TrainingExecution, TrainingSettings, Turn

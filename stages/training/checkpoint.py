@@ -1,7 +1,7 @@
-"""A training run's state on disk: tensors as safetensors, the rest as JSON, and the hashes of both.
+"""Training checkpoints: tensors as safetensors, other state as JSON, and the hashes of both files.
 
-The last two checkpoints are kept, so that a damaged one costs the steps between them and not the whole training.
-`sha256sum -c SHA256SUMS` checks one by hand.
+The last two checkpoints are kept. If the newest one is damaged, training resumes from the one before.
+`sha256sum -c SHA256SUMS` in a checkpoint's folder verifies it by hand.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from stages.data.files import fsync_folder, publish, sha256_of
 log = logging.getLogger(__name__)
 
 KEPT = 2
+"""The number of checkpoints that are kept."""
 TENSORS, STATE, HASHES = "tensors.safetensors", "state.json", "SHA256SUMS"
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Publish `folder/step-N` whole, then remove all checkpoints but it and the one before."""
+    """Write the checkpoint `folder/step-N` atomically, and remove all but the newest two."""
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -37,7 +38,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     (temporary / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
     (temporary / HASHES).write_bytes(_hashes(temporary))
     fsync_folder(temporary)
-    if final.exists():  # the same step, written by a worker that outlived its driver: the same state
+    if final.exists():  # another worker, whose driver died, has saved the same step with the same state
         shutil.rmtree(temporary)
     else:
         publish(temporary, final)
@@ -46,17 +47,17 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
 
 
 def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The (tensors, state) of the newest checkpoint that is whole, or None if there is no checkpoint.
+    """Load (tensors, state) of the newest intact checkpoint. Returns None if there is no checkpoint.
 
-    Damaged ones that are newer are removed with a warning: training makes them again. Raises StageError if all are
-    damaged: only the user knows whether there is a copy, and training anew may take weeks of GPU time."""
+    Newer, damaged checkpoints are removed with a warning. If all checkpoints are damaged, StageError is raised instead
+    of starting from the first step, because the user may have a copy and training may take weeks."""
     damaged: dict[Path, str] = {}
     for path in _newest_first(folder):
         damage = _damage(path)
         if damage is None:
             for newer, why in damaged.items():
                 log.warning(
-                    "the checkpoint %s is damaged (%s) and is removed; training goes on from %s", newer, why, path
+                    "the checkpoint %s is damaged (%s) and is removed; training resumes from %s", newer, why, path
                 )
                 shutil.rmtree(newer, ignore_errors=True)
             state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -65,14 +66,14 @@ def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if damaged:
         listed = "; ".join(f"{path} ({why})" for path, why in damaged.items())
         raise StageError(
-            f"every checkpoint of this training is damaged: {listed}. Put one back from a copy, or remove {folder} to "
-            "train from the first step"
+            f"every checkpoint of this training is damaged: {listed}. Restore one from a copy, or remove {folder} to "
+            "start from the first step"
         )
     return None
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint's folder, or None. It is not checked."""
+    """Return the folder of the newest checkpoint, or None. Its hashes are not checked."""
     return next(iter(_newest_first(folder)), None)
 
 
@@ -85,7 +86,7 @@ def _hashes(checkpoint: Path) -> bytes:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with its files, in words; None if they are as they were written."""
+    """Describe what is wrong with the checkpoint's files, or return None if they match their hashes."""
     try:
         intact = (checkpoint / HASHES).read_bytes() == _hashes(checkpoint)
     except FileNotFoundError as error:
@@ -94,16 +95,18 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's state as `prefix/NAME` -> tensor on the CPU."""
     return {f"{prefix}/{name}": tensor.detach().cpu() for name, tensor in module.state_dict().items()}
 
 
 def load_module(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load the module's state from `module_tensors` with the same prefix."""
     start = len(prefix) + 1
     module.load_state_dict({name[start:]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")})
 
 
 def optimizer_tensors(prefix: str, optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer whose state is tensors alone, as Adam's is."""
+    """Return the optimizer's state as `prefix/PARAMETER/NAME` -> tensor. All state must be tensors, as in Adam."""
     return {
         f"{prefix}/{index}/{name}": torch.as_tensor(value).cpu()
         for index, values in optimizer.state_dict()["state"].items()
@@ -112,6 +115,7 @@ def optimizer_tensors(prefix: str, optimizer: optim.Optimizer) -> dict[str, Tens
 
 
 def load_optimizer(prefix: str, optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load the optimizer's state from `optimizer_tensors` with the same prefix."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(f"{prefix}/"):

@@ -1,5 +1,7 @@
-"""What training logs: figures as last computed, and which of them went wrong first. Nothing waits for the GPU until
-numbers are asked for."""
+"""The figures (scalars) that training logs, and the detection of invalid ones.
+
+Values stay on the GPU until they are read, so that training steps need not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +10,41 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-EXPLODED = 1e6
-"""A loss above this is no use any more: all of Retort's are averages, of order one."""
+MAX_LOSS = 1e6
+"""A loss with a larger magnitude counts as diverged. All of Retort's losses are averages of order one."""
 NEVER = -1
+"""The step of a figure that was never invalid."""
 
 
 class Figures:
-    """By name, in the order in which they are computed; a step need not give each of them."""
+    """The last value of each figure by name, and the first invalid one. A step may omit figures."""
 
     def __init__(self) -> None:
         self._last: dict[str, Tensor] = {}
-        self._wrong: dict[str, tuple[Tensor, Tensor]] = {}
-        """The step at which a figure first went wrong, or NEVER, and what it was then."""
+        self._invalid: dict[str, tuple[Tensor, Tensor]] = {}
+        """Name -> the first step at which the figure was invalid, or NEVER, and its value at that step."""
 
     def add(self, figures: Mapping[str, Tensor], step: int) -> None:
-        """Those of one step: scalars."""
+        """Add the figures of one step, all scalars. This does not wait for the GPU."""
         for name, value in figures.items():
             self._last[name] = value
-            since, was = self._wrong.get(name, (torch.full_like(value, NEVER), value))
-            good = value.isfinite() & (value.abs() <= EXPLODED) if name.endswith("loss") else value.isfinite()
-            now = (since == NEVER) & ~good
-            self._wrong[name] = torch.where(now, step, since), torch.where(now, value, was)
+            since, was = self._invalid.get(name, (torch.full_like(value, NEVER), value))
+            valid = value.isfinite() & (value.abs() <= MAX_LOSS) if name.endswith("loss") else value.isfinite()
+            now = (since == NEVER) & ~valid
+            self._invalid[name] = torch.where(now, step, since), torch.where(now, value, was)
 
     def numbers(self) -> dict[str, float]:
+        """Return the last value of each figure. This waits for the GPU."""
         return {name: float(value) for name, value in self._last.items()}
 
-    def first_wrong(self) -> tuple[str, int, float] | None:
-        """The name, the step and the value of the first that was not finite, or a loss out of all proportion."""
-        wrong = [(int(since), name, float(was)) for name, (since, was) in self._wrong.items() if since != NEVER]
-        if not wrong:
+    def first_invalid(self) -> tuple[str, int, float] | None:
+        """Return (name, step, value) of the first figure that was not finite, or a loss above MAX_LOSS, else None."""
+        invalid = [(int(since), name, float(was)) for name, (since, was) in self._invalid.items() if since != NEVER]
+        if not invalid:
             return None
-        step, name, value = min(wrong, key=lambda found: found[0])  # of one step, the one that was computed first
+        step, name, value = min(invalid, key=lambda found: found[0])  # within a step: the one computed first
         return name, step, value
 
     def restore(self, numbers: Mapping[str, float]) -> None:
+        """Set the last values to those of a checkpoint."""
         self._last = {name: torch.tensor(number) for name, number in numbers.items()}

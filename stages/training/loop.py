@@ -1,4 +1,4 @@
-"""The one training loop: for teachers, perceptual networks and students alike."""
+"""The training loop of teachers, perceptual networks and students."""
 
 from __future__ import annotations
 
@@ -25,22 +25,27 @@ from stages.training.players import Batch, Method, Player, TrainingExecution, Tu
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 10
-"""Steps between two lines of the history."""
+"""Training steps between two lines of the history."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Averaged (EMA) weights of each player that keeps them, the figures logged on the way, and the device's name."""
+    """The result of a training."""
 
     averages: dict[str, nn.Module]
+    """The averaged (EMA) networks, for all players with `averaged`."""
     losses: dict[str, float]
-    """The last of each player that had turns."""
+    """The last loss of each player that had turns."""
     history: list[dict[str, float]]
+    """The logged figures, every LOG_EVERY steps, with the number of finished steps as `step`."""
     device: str
+    """The name of the device."""
 
 
 def step_seed(seed: int, *counters: int) -> int:
-    """A seed for this one step: with every step seeded, a resumed run needs no generator's state."""
+    """Derive a seed from `seed` and counters, such as the step.
+
+    As each step is seeded by its number, a resumed training needs no state of random number generators."""
     return int(np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -53,10 +58,11 @@ def train(
     execution: TrainingExecution,
     unit: str = "steps",
 ) -> Generator[Progress, None, Trained]:
-    """Optimise `method.players` on `batches(0), batches(1), ...`, from the last checkpoint if there is one.
+    """Train `method.players` on `batches(0), batches(1), ...`, starting from the newest checkpoint if there is one.
 
-    On CPU the result is the same bit for bit wherever it was interrupted, at an equal number of threads.
-    Raises StageError when a loss or a gradient is not finite.
+    Yields progress every LOG_EVERY steps. The number of steps is that of the first player. On the CPU, with the same
+    number of threads, an interrupted and resumed training gives the same result bit for bit. Raises StageError if a
+    loss or another figure is not finite, or a loss is above 1e6.
     """
     run = _Run(method, execution)
     total = next(iter(method.players.values())).training.steps
@@ -65,29 +71,29 @@ def train(
     for step in range(start, total):
         turns = method.turns(step)
         for place, turn in enumerate(turns):
-            run.figures.add(run.take(turn, batches, step, step_seed(seed, step, place)), step)
+            run.figures.add(run.run_turn(turn, batches, step, step_seed(seed, step, place)), step)
         method.after_step(step)
         for turn in turns:
-            run.average(turn.player)  # what is averaged is what the method leaves
+            run.average(turn.player)  # after after_step, which may change the weights
         done = step + 1
         if done % LOG_EVERY == 0 or done == total:
-            run.history.append({"step": done, **run.checked(checkpoints)})
+            run.history.append({"step": done, **run.checked_figures(checkpoints)})
             rate = (done - start) / (time.monotonic() - started)
             yield Progress(done, total, unit, {**run.history[-1], "per_second": rate})
         if done % execution.checkpoint_every == 0 or done == total:
-            run.save(checkpoints, done, run.checked(checkpoints))
+            run.save(checkpoints, done, run.checked_figures(checkpoints))
     last = run.history[-1]
     losses = {name: last[key] for name in run.players if (key := f"{run.prefix(name)}loss") in last}
     return Trained(run.averages, losses, run.history, device_name(run.accelerator.device.type))
 
 
 class _Run:
-    """Players, their optimizers and averages, on their device: what a checkpoint holds."""
+    """The state of a training: players, optimizers and averages on their device. It is saved in checkpoints."""
 
     def __init__(self, method: Method, execution: TrainingExecution) -> None:
         self.players = dict(method.players)
         settings = next(iter(self.players.values())).training
-        AcceleratorState._reset_state(reset_partial_state=True)  # a warm worker may have trained otherwise before
+        AcceleratorState._reset_state(reset_partial_state=True)  # a reused worker may have trained with other settings
         self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=device_of(execution) == "cpu")
         self.optimizers = {name: _optimizer(player) for name, player in self.players.items()}
         for player in self.players.values():
@@ -99,27 +105,30 @@ class _Run:
             for name, player in self.players.items()
             if player.averaged
         }
-        self.averaged = dict.fromkeys(self.averages, 0)
-        """How often each average has moved."""
+        self.average_updates = dict.fromkeys(self.averages, 0)
+        """The number of updates of each average."""
         self.figures = Figures()
         self.history: list[dict[str, float]] = []
 
-    def checked(self, checkpoints: Path) -> dict[str, float]:
-        """The figures as numbers: read now and then only, since reading waits for the GPU. Raises StageError if one
-        has not been finite, or a loss was out of all proportion, at any step since."""
-        wrong = self.figures.first_wrong()
-        if wrong is None:
+    def checked_figures(self, checkpoints: Path) -> dict[str, float]:
+        """Return the figures as numbers. Raises StageError if one was invalid at any step so far.
+
+        This waits for the GPU, so it is not called in each step."""
+        invalid = self.figures.first_invalid()
+        if invalid is None:
             return self.figures.numbers()
-        name, step, value = wrong
+        name, step, value = invalid
         kept = checkpoint.newest(checkpoints)
         raise StageError(
             f"the {name.replace('_', ' ')} is {value:.4g} at step {step}"
             f"{f' ({kept} is the last good checkpoint)' if kept else ', before the first checkpoint'}; lower "
-            "learning_rate, or see what is in the training data (`retort stats` for pairs)"
+            "learning_rate, or check the training data (`retort stats` for pairs)"
         )
 
-    def take(self, turn: Turn, batches: Callable[[int], Batch], step: int, seed: int) -> dict[str, Tensor]:
-        """One optimizer step of `turn.player`, all others frozen."""
+    def run_turn(self, turn: Turn, batches: Callable[[int], Batch], step: int, seed: int) -> dict[str, Tensor]:
+        """Take one optimizer step of `turn.player`, with all other players frozen. Return its figures.
+
+        Loss and figures are averaged over the `accumulate` batches."""
         player, optimizer = self.players[turn.player], self.optimizers[turn.player]
         for name, other in self.players.items():
             other.module.requires_grad_(name == turn.player).train(name == turn.player)
@@ -141,40 +150,41 @@ class _Run:
         return {self.prefix(turn.player) + name: value for name, value in sums.items()}
 
     def prefix(self, player: str) -> str:
-        """Of its figures' names: none if there is no other."""
+        """The prefix of a player's figures: `PLAYER_`, or nothing if there is one player only."""
         return "" if len(self.players) == 1 else f"{player}_"
 
     @torch.no_grad()
     def average(self, name: str) -> None:
-        """Move the player's EMA, if it keeps one, towards its weights, once for each of its turns.
+        """Update the player's EMA, if it has one: average = d average + (1 - d) weights. Called once for each turn.
 
-        The decay is at most (1 + n) / (10 + n) after n turns of that player, as in TensorFlow's warm-up. A player that
-        had several turns in a step is averaged as often, each time with the weights that the step leaves."""
+        At the n-th update d = min(ema_decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage. If a
+        player has several turns in a step, all their updates use the weights at the end of the step."""
         if name not in self.averages:
             return
-        self.averaged[name] += 1
-        n, player, average = self.averaged[name], self.players[name], self.averages[name]
+        self.average_updates[name] += 1
+        n, player, average = self.average_updates[name], self.players[name], self.averages[name]
         decay = min(player.training.ema_decay, (1 + n) / (10 + n))
         for mean, value in zip(average.parameters(), player.module.parameters(), strict=True):
             mean.lerp_(value, 1 - decay)
         for kept, now in zip(average.buffers(), player.module.buffers(), strict=True):
-            if kept.is_floating_point():  # statistics of batch norms belong to the weights of their time
+            if kept.is_floating_point():  # batch-norm statistics are averaged like the weights
                 kept.lerp_(now, 1 - decay)
             else:
                 kept.copy_(now)
 
     def save(self, folder: Path, step: int, figures: dict[str, float]) -> None:
+        """Save a checkpoint after `step` steps."""
         tensors: dict[str, Tensor] = {}
         for name, player in self.players.items():
             tensors |= checkpoint.module_tensors(f"{name}/module", player.module)
             tensors |= checkpoint.optimizer_tensors(f"{name}/optimizer", self.optimizers[name])
         for name, average in self.averages.items():
             tensors |= checkpoint.module_tensors(f"{name}/average", average)
-        state = {"figures": figures, "history": self.history, "averaged": self.averaged, **self._machine()}
+        state = {"figures": figures, "history": self.history, "averaged": self.average_updates, **self._machine()}
         checkpoint.save(folder, step, tensors, state)
 
     def restore(self, folder: Path) -> int:
-        """Load the newest checkpoint; return the step to go on from."""
+        """Load the newest checkpoint, if there is one. Return the next step, 0 without a checkpoint."""
         found = checkpoint.latest(folder)
         if found is None:
             return 0
@@ -182,8 +192,8 @@ class _Run:
         for name, now in self._machine().items():
             if state[name] != now:
                 log.warning(
-                    "the checkpoint was made with %s %s and training goes on with %s: results will differ "
-                    "in the last bits from an uninterrupted run",
+                    "the checkpoint was made with %s %s and training resumes with %s: results will differ in the last "
+                    "bits from an uninterrupted run",
                     *(name, state[name], now),
                 )
         for name, player in self.players.items():
@@ -192,11 +202,11 @@ class _Run:
         for name, average in self.averages.items():
             checkpoint.load_module(f"{name}/average", average, tensors)
         self.figures.restore(state["figures"])
-        self.history, self.averaged = state["history"], state["averaged"]
+        self.history, self.average_updates = state["history"], state["averaged"]
         return int(state["step"])
 
     def _machine(self) -> dict[str, Any]:
-        """What must be equal for equal bits."""
+        """The properties of the machine that must be equal for bit-identical results."""
         return {"threads": torch.get_num_threads(), "device": device_name(self.accelerator.device.type)}
 
     def _on_device(self, batch: Batch) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the training loop is told: players, and for each step whose turn it is with which loss. Imports no torch."""
+"""The interface between a method and the training loop: players, turns and settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,33 +15,40 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
+"""A batch by name: tensors (B, ...) such as `latent`, and lists of B strings such as `prompts`."""
 
 
 class TrainingSettings(Config):
-    """How the networks of a stage are optimised: AdamW, linear warm-up, then constant or falling to zero."""
+    """How networks are optimised: AdamW with a linear warm-up and a decay of the learning rate."""
 
-    steps: int = Field(ge=1, description="optimizer steps, each of `accumulate` batches")
-    batch_size: int = Field(64, ge=1, description="samples a batch; a step sees `accumulate` times as many")
-    learning_rate: float = Field(1e-3, gt=0, description="its peak: after the warm-up, before the decay")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly to its peak")
+    steps: int = Field(ge=1, description="optimizer steps; each uses `accumulate` batches")
+    batch_size: int = Field(64, ge=1, description="samples in a batch; a step uses `accumulate` times as many")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate, after the warm-up and before the decay")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly to its peak")
     decay: Literal["constant", "cosine", "linear", "ramp"] = Field(
         "cosine",
-        description="of the learning rate after the warm-up: none, half a cosine to zero at the last step, linearly to "
-        "zero over the second half of the steps, or (ramp) over all of them",
+        description="decay of the learning rate: constant: none; cosine: half a cosine to zero at the last step; "
+        "linear: linearly to zero over the second half of the steps; ramp: linearly to zero over all steps",
     )
     betas: tuple[float, float] = Field(
-        (0.9, 0.99), strict=False, description="AdamW's decay of its averages of gradients and of their squares"
+        (0.9, 0.99), strict=False, description="AdamW's decay rates of the means of gradients and of squared gradients"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled: times the learning rate, at every step")
-    clip_norm: float = Field(1.0, gt=0, description="largest norm of a player's gradient")
-    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are what is kept")
-    accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's decoupled weight decay; multiplied by the learning rate in each step"
+    )
+    clip_norm: float = Field(1.0, gt=0, description="maximum norm of a network's gradient; larger ones are scaled down")
+    ema_decay: float = Field(
+        0.99, ge=0, lt=1, description="decay of the exponential moving average of the weights, which is the result"
+    )
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged for one step")
     mixed_precision: Literal["no", "bf16"] = Field(
-        "no", description="bf16: compute in bfloat16, weights stay float32; for GPUs that have it"
+        "no", description="bf16: compute in bfloat16 and keep weights in float32; for GPUs that support it"
     )
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of the 0-based `step`: a function of the step alone, so that resuming needs no state."""
+        """The learning rate of the 0-based `step`. It depends on the step only, so that resuming needs no state.
+
+        It is learning_rate * min(1, (step + 1) / (warmup_steps + 1)) * decay(step / steps)."""
         from math import cos, pi
 
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
@@ -56,20 +63,20 @@ class TrainingSettings(Config):
 
 
 class TrainingExecution(Execution):
-    """How a stage that trains is carried out. Recorded in what it makes, and never a reason to make it again."""
+    """How a training stage is run. These settings are recorded, but changing them makes nothing stale."""
 
     checkpoint_every: int = Field(
-        250, ge=1, description="training steps between two checkpoints, of which the last two are kept"
+        250, ge=1, description="training steps between two checkpoints; the last two checkpoints are kept"
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="compute activations again in the backward pass instead of keeping them: far less memory for about "
-        "a third more time",
+        description="recompute activations in the backward pass instead of storing them: much less memory, about a "
+        "third more time",
     )
 
 
 def training_progress(checkpoints: Path) -> str | None:
-    """The newest checkpoint below a folder, in words."""
+    """Describe the newest checkpoint in `checkpoints` or its subfolders, or return None if there is none."""
     newest = max(checkpoints.rglob("step-*"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         return None
@@ -79,31 +86,34 @@ def training_progress(checkpoints: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Player:
-    """A trainable module and how it is optimised."""
+    """A network that is trained, and its training settings."""
 
     module: nn.Module
     training: TrainingSettings
     averaged: bool = True
-    """Whether an average (EMA) of its weights is kept: not of one that only serves another's training."""
+    """Whether an exponential moving average (EMA) of the weights is kept. Networks that only help to train another,
+    such as a discriminator, need none."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimizer step of one player. `loss(batch)` gives the scalar loss and further figures to log."""
+    """One optimizer step of one player."""
 
     player: str
+    """The name of the player."""
     loss: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+    """batch -> (scalar loss, further scalars to log by name)."""
 
 
 class Method(Protocol):
-    """Everything that the training loop needs to know. It never asks which method it runs."""
+    """What the training loop needs from a method. The loop is the same for all methods."""
 
     @property
     def players(self) -> Mapping[str, Player]:
-        """By name; a distillation method's result is its player `student`."""
+        """The players by name. The result of a distillation method is the player `student`."""
 
     def turns(self, step: int) -> Sequence[Turn]:
-        """Who is optimised in this step, in order. All turns of a step see the same batch."""
+        """Return the turns of the 0-based `step`, in order. All turns of a step get the same batch."""
 
     def after_step(self, step: int) -> None:
-        """Called when all turns of `step` are done: for targets that follow the players."""
+        """Called after all turns of `step`, for example to update an averaged target network."""

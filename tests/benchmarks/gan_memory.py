@@ -125,7 +125,7 @@ def gigabytes(
         for step in range(2):
             held.most = held.now
             for turn in method.turns(step):
-                run.take(turn, lambda _: batch, step, 0)
+                run.run_turn(turn, lambda _: batch, step, 0)
     return held.now / 1e9, held.most / 1e9
 
 

@@ -1,4 +1,4 @@
-"""The stages of a distillation pipeline, by the kind that a manifest calls them. Importing them imports no torch."""
+"""The built-in stage kinds, by their names in a manifest. Importing this module imports no torch."""
 
 from stages.base import Stage
 from stages.distill import Distill

@@ -1,7 +1,7 @@
-"""Stage kind `distill`: a student trained by a method, and exported as a diffusers pipeline.
+"""Stage kind `distill`: a student, trained by a method and exported as a diffusers pipeline.
 
-`stage` holds its settings, `train` runs them, `card` writes the model card. Methods are in `stages.methods`, the
-training loop in `stages.training`.
+`stage` holds the settings, `train` runs the training, and `card` writes the model card. Methods are in
+`stages.methods`, and the training loop is in `stages.training`.
 """
 
 from stages.distill.stage import Distill, Trained, sources, teacher_of

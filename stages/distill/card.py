@@ -1,4 +1,4 @@
-"""The model card of a student, which its folder's README is."""
+"""The student's model card, written as README.md of its folder."""
 
 from __future__ import annotations
 

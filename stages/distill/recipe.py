@@ -1,4 +1,4 @@
-"""What `kind: distill` hands to the worker that trains."""
+"""The settings and inputs that `kind: distill` sends to the training worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kind: distill`: train a student with one of the methods, and export it for plain diffusers."""
+"""`kind: distill`: trains a student with one of the methods and exports it for plain diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training itself, on a worker."""
+"""Trains and exports a student. Runs on a worker."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Stage kind `evaluate`: student and teacher sampled from the same held-out noises, measured and drawn.
+"""Stage kind `evaluate`: samples student and teacher from the same held-out noises, and measures and shows the results.
 
-`stage` holds its settings; `run` goes through `noises`, `sides`, `measure` and `page`. Comparisons of several
-evaluations are in `stages.reports`, distances between sets of features in `stages.metrics`.
+`stage` holds the settings. `run` calls `noises`, `sides`, `measure` and `page`. Comparisons of several evaluations are
+in `stages.reports`, and distances between sets of features in `stages.metrics`.
 """
 
 from stages.evaluate.stage import Evaluate

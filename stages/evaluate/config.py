@@ -1,4 +1,4 @@
-"""The parts of a `kind: evaluate` manifest."""
+"""Settings inside `kind: evaluate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: their columns, order and words. Without numpy, for whoever only shows them."""
+"""The columns of an evaluation's table: their names, order and texts. Needs no NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a comparison."""
+"""Computes the metrics of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which noises an evaluation samples: those that its student was not trained on. Without NumPy, for the planner."""
+"""Chooses the noises of an evaluation: noises that the student was not trained on. Needs no NumPy, for planning."""
 
 from __future__ import annotations
 

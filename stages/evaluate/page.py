@@ -1,4 +1,4 @@
-"""What an evaluation leaves to look at: a strip of images a side, the grid of them, one self-contained page."""
+"""Writes the images of an evaluation: a strip for each side, a grid of all sides, and a self-contained HTML page."""
 
 from __future__ import annotations
 

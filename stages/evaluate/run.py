@@ -1,4 +1,4 @@
-"""What `kind: evaluate` does: sample every side, measure it, draw the page."""
+"""Runs an evaluation: samples every side, measures it, and writes the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The sides of a comparison: the same prompts and noise through the teacher in full, in few steps, and the student."""
+"""Samples the sides of an evaluation from the same prompts and noises: the teacher, the teacher in fewer steps, and the
+student.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kind: evaluate`: a student beside its teacher, on the same prompts and noise, as JSON and as one page."""
+"""`kind: evaluate`: compares a student with its teacher on the same prompts and noises, as JSON and as an HTML page."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Stage kind `latents`: an image set encoded once by the teacher's VAE.
+"""Stage kind `latents`: an image set, encoded by the teacher's VAE.
 
-`stage` holds its settings, `encoding` does the work. Image sets themselves are in `stages.data.images`.
+`stage` holds the settings and `encoding` does the work. Image sets are in `stages.data.images`.
 """
 
 from stages.latents.stage import Latents

@@ -1,4 +1,4 @@
-"""What `kind: latents` does: an image set through a teacher's VAE, a batch at a time."""
+"""Encodes an image set with a teacher's VAE, batch by batch."""
 
 from __future__ import annotations
 

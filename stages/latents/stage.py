@@ -1,4 +1,4 @@
-"""`kind: latents`: an image set, encoded once by a teacher's VAE, for all that trains on real latents."""
+"""`kind: latents`: an image set, encoded once by a teacher's VAE, for all stages that train on real latents."""
 
 from __future__ import annotations
 

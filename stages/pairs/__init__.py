@@ -1,6 +1,7 @@
-"""Stage kind `pairs`: the teacher's ODE solved from random noise, written as shards of (noise, latent, prompt).
+"""Stage kind `pairs`: solves the teacher's ODE from random noise and writes shards of (noise, latent, prompt).
 
-`stage` plans the shards, `factory` is the worker that makes one. The format of shards and receipts is in `stages.data`.
+`stage` plans the shards. `factory` is the worker that makes one shard. The format of shards and receipts is in
+`stages.data`.
 """
 
 from stages.pairs.stage import Pairs, guidance_scales

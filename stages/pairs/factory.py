@@ -1,4 +1,4 @@
-"""The pair factory's worker: from a shard's number to a published shard."""
+"""The worker of the pair factory: makes and publishes one shard."""
 
 from __future__ import annotations
 

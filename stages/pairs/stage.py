@@ -1,7 +1,7 @@
-"""`kind: pairs`: the pair factory. Runs the teacher's ODE from stored noise and seals what came out.
+"""`kind: pairs`: the pair factory. Solves the teacher's ODE from random noise and stores noise, latent and prompt.
 
-Shard k is a pure function of (settings, teacher, k): of its noise, keyed by sample, and of batches cut
-at fixed places inside the shard. Whoever makes it, and however often, its tar has the same bytes.
+Shard k depends only on the settings, the teacher and k. Each sample's noise is drawn from its own number, and batches
+are cut at fixed places in the shard. The tar has the same bytes, whichever worker makes it and however often.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""Calibration of a perceptual distance on triplets of images and their votes."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

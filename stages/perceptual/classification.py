@@ -1,3 +1,5 @@
+"""Training of the perceptual network as a classifier."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""How a perceptual network is trained, as a manifest says it. Imports no torch."""
+"""Settings of the training of a perceptual network. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Perceptual networks that others published, brought into Retort's own form: E-LatentLPIPS of Kang et al. 2024
-(2405.05967), for the latents of five models (https://github.com/mingukkang/elatentlpips, CC BY-NC 4.0).
+"""Converts published perceptual networks to Retort's format.
 
-The one place that reads a pickle, and only with torch's loader of tensors alone, which runs nothing.
+These are E-LatentLPIPS networks (Kang et al. 2024, 2405.05967) for the latents of five models
+(https://github.com/mingukkang/elatentlpips, CC BY-NC 4.0).
+
+This is the only module that reads pickles. It uses `torch.load(weights_only=True)`, which runs no code of the file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two-alternative forced choice: how often a distance takes the same image for the closer one as people did."""
+"""The two-alternative forced choice (2AFC) score: how often a distance agrees with the votes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and triplets as a perceptual network sees them: as latents of a teacher, or as they are."""
+"""The inputs of a perceptual network: images and triplets as teacher latents, or as pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a perceptual network's images and triplets come from."""
+"""Loads the images and triplets that a perceptual network is trained and tested on."""
 
 from __future__ import annotations
 

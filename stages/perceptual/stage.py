@@ -1,4 +1,4 @@
-"""`kind: perceptual`: the network through which a perceptual loss looks, in a teacher's latent space or in pixels."""
+"""`kind: perceptual`: the network of a perceptual loss, for a teacher's latents or for pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A perceptual network trained and tested, or taken from elsewhere and tested."""
+"""Trains and tests a perceptual network, or tests an imported one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Stage kind `probe`: a classifier of real images, trained once and shared by evaluations.
+"""Stage kind `probe`: a classifier of real images, trained once and used by many evaluations.
 
-`stage` holds its settings. The network is in `stages.networks.probe`.
+`stage` holds the settings. The network is in `stages.networks.probe`.
 """
 
 from stages.probe.stage import Probe

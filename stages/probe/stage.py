@@ -1,4 +1,4 @@
-"""`kind: probe`: a classifier of real images, trained once, through which any number of evaluations look."""
+"""`kind: probe`: a classifier of real images, whose features and labels evaluations use."""
 
 from __future__ import annotations
 

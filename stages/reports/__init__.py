@@ -1,4 +1,4 @@
-"""Pages and figures made of sealed artifacts: comparisons of evaluations, samples of datasets, images on demand.
+"""Pages and figures of sealed artifacts: comparisons of evaluations, samples of datasets, images on demand.
 
-Nothing here is a stage, and nothing here is ever sealed. An evaluation's own page is in `stages.evaluate`.
+No module here is a stage, and none of their outputs is sealed. The page of a single evaluation is in `stages.evaluate`.
 """

@@ -1,4 +1,4 @@
-"""Quality against steps as inline SVG: a panel a figure, a line for the teacher and for each student."""
+"""Draws quality against steps as inline SVG: one panel for each metric, one line for the teacher and each student."""
 
 from __future__ import annotations
 

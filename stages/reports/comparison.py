@@ -1,4 +1,4 @@
-"""The page of `retort compare`, from strips of images as they were stored."""
+"""Writes the page of `retort compare` from the stored strips of images."""
 
 from __future__ import annotations
 

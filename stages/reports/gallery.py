@@ -1,4 +1,4 @@
-"""Samples of a dataset of pairs as images with their prompts, and the page that `retort stats --html` writes."""
+"""Draws samples of a dataset of pairs with their prompts, and writes the page of `retort stats --html`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw images with a sealed teacher or student."""
+"""Samples images from a sealed teacher or student, for `retort sample`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations of many students, side by side: those that share teacher, noises and prompts make one section."""
+"""Groups evaluations for comparison. A section holds evaluations with the same teacher, noises and prompts."""
 
 from __future__ import annotations
 

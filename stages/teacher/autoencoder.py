@@ -1,3 +1,5 @@
+"""Training of the teacher's VAE."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The parts of a `kind: teacher` manifest."""
+"""Settings inside `kind: teacher`."""
 
 from __future__ import annotations
 

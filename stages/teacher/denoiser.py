@@ -1,3 +1,5 @@
+"""Training of the teacher's U-Net and text encoder."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

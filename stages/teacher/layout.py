@@ -1,4 +1,4 @@
-"""Which diffusers folders Retort can take as a teacher. Reads JSON only: planning needs no torch."""
+"""Checks which diffusers folders can be a teacher. Reads JSON files only, so that planning needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kind: teacher`: the many-step model to distil, sealed as a stock diffusers folder."""
+"""`kind: teacher`: the many-step model to distil, saved as a plain diffusers folder."""
 
 from __future__ import annotations
 

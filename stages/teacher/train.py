@@ -1,4 +1,4 @@
-"""Train a complete, small Stable-Diffusion-layout pipeline on an image set."""
+"""Trains a complete, small pipeline in Stable Diffusion's layout on an image set."""
 
 from __future__ import annotations
 

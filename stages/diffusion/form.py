@@ -51,5 +51,5 @@ class Form(Config):
     @model_validator(mode="after")
     def _predicts_x0_in_pure_noise(self) -> Self:
         if self.prediction == "epsilon" and self.schedule == "cosine":
-            raise ValueError("schedule: cosine starts in pure noise, where x0 cannot be computed from epsilon")
+            raise ValueError("schedule: cosine ends in pure noise, where x0 cannot be computed from epsilon")
         return self

@@ -129,7 +129,7 @@ class HalvingConfig(MethodConfig):
     @model_validator(mode="after")
     def _weight_is_positive(self) -> Self:
         if self.weighting == "snr" and self.schedule == "cosine":
-            raise ValueError("weighting: snr is 0 in pure noise, where a cosine schedule starts")
+            raise ValueError("weighting: snr is 0 in pure noise, where a cosine schedule ends")
         return self
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:

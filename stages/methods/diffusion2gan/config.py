@@ -53,8 +53,8 @@ class Diffusion2GANConfig(OneStepConfig):
     The paper does not publish these values, so they are Retort's choice: gan_weight (0.3, chosen from 0.1, 0.3 and 1 in
     manifests/digit_scenes_gan_sweep.yaml); r1_weight (0.001, chosen from 0, 0.001, 0.01, 0.1 and 1 in
     digit_scenes_r1.yaml; larger weights made the discriminator weaker and the student no better); the share of
-    mix-and-match (0.25; 0.5 was worse in the gan_sweep); learning rates, betas and clipping; equal weights for all maps
-    of logits; and which features are judged without `multi_scale`.
+    mix-and-match (0.25; 0.5 was worse in digit_scenes_gan_sweep.yaml); learning rates, betas and clipping; equal
+    weights for all maps of logits; and which features are judged without `multi_scale`.
     """
 
     VERSION: ClassVar[int] = 2

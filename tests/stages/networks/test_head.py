@@ -120,7 +120,7 @@ def test_zeros_are_kept_where_nothing_can_be_fitted():
 
 
 def test_epsilon_is_refused_where_sampling_begins_in_pure_noise():
-    with pytest.raises(ValueError, match="schedule: cosine starts in pure noise"):
+    with pytest.raises(ValueError, match="schedule: cosine ends in pure noise"):
         Form(steps=4, schedule="cosine", prediction="epsilon")
     ends_in_noise = NoiseSchedule.from_alphas_cumprod(torch.linspace(1, 0, 1001)[1:].numpy())
     with pytest.raises(ValueError, match="ends in pure noise"):

@@ -53,19 +53,26 @@ def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
 
 @click.command(short_help="Say what a setting means.")
 @click.argument("name", required=False, shell_complete=complete_explained)
+@click.option("--markdown", is_flag=True, help="Print everything that is built in, as a page: docs/manifest.md.")
 @json_option
-def explain(name: str | None, as_json: bool) -> None:
+def explain(name: str | None, markdown: bool, as_json: bool) -> None:
     """Say what NAME is and list its settings: a stage kind, a method, an image set, `sampler`, `training`, ...
 
     Without NAME, list all that can be explained. NAME may be a path, too: pairs.sampler.steps.
     """
     from pipeline.reference import explain as explained
 
-    if name is None:
+    if markdown:
+        if name is not None or as_json:
+            raise click.UsageError("--markdown prints everything; leave NAME and --json away")
+        from pipeline.reference.markdown import page
+
+        click.echo(page(), nl=False)
+    elif name is None:
         print_result(as_json, explained.names(), explained.listing)
-        return
-    found = explained.topics(name)
-    print_result(as_json, [t.as_dict() for t in found], lambda: "\n\n".join(map(explained.text, found)))
+    else:
+        found = explained.topics(name)
+        print_result(as_json, [t.as_dict() for t in found], lambda: "\n\n".join(map(explained.text, found)))
 
 
 @click.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -75,7 +76,7 @@ def words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin in (Union, UnionType):
         return " | ".join(words(one, metadata) for one in inside if one is not NoneType)
     if origin is Literal:
-        return " | ".join(map(str, inside))
+        return " | ".join(one if isinstance(one, str) else json.dumps(one) for one in inside)
     if origin is list:
         return _list_words(words(inside[0]), metadata)
     if origin is tuple:

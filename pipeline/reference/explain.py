@@ -35,7 +35,7 @@ USED_AS = {
     "methods": "method: {{name: {}}}",
     "losses": "loss: {{name: {}}}",
     "triplet sets": "triplets: {{name: {}}}",
-    "image sets": "dataset or images: {}",
+    "image sets": "dataset: {0} or images: {0}",
 }
 GROUPS = "settings"
 WIDEST = 100
@@ -73,7 +73,8 @@ def topics(asked: str) -> list[Topic]:
     first, _, path = asked.partition(".")
     found = _inside(_named(first), path.split(".")) if path else _named(asked)
     if not found and not path:
-        found = [topic for topic in _all() if any(s.name == asked for s in topic.settings())]
+        classes = {topic.config: topic for topic in built_in()}
+        found = [topic for topic in classes.values() if any(s.name == asked for s in topic.settings())]
         found = [Topic(t.name, t.what, t.used, t.config, t.package, only=asked) for t in found]
     if found:
         return found
@@ -142,14 +143,16 @@ def _walk(config: type[Config], path: str) -> Iterator[tuple[str, Setting]]:
             yield from _walk(setting.config, f"{path}.{setting.name}")
 
 
-def _all() -> list[Topic]:
-    """Everything that is built in, each class once."""
-    found = [topic for group in names().values() for name in group for topic in _built_in(name)]
-    return list({topic.config: topic for topic in found}.values())
-
-
-def _built_in(name: str) -> list[Topic]:
-    return [] if any(name in r and name not in r.built_in for r in REGISTRIES.values()) else _named(name)
+def built_in() -> list[Topic]:
+    """Every name and part that is built in, by what it is, in the order of `names()`."""
+    return [
+        topic
+        for what, found in names().items()
+        for name in found
+        if not _package(what, name)
+        for topic in _named(name)
+        if topic.what == what
+    ]
 
 
 def _setting_names() -> set[str]:
@@ -207,7 +210,8 @@ def _lines(settings: Sequence[Setting], indent: str, path: str) -> list[str]:
     lines: list[str] = []
     for setting in settings:
         margin = indent + " " * width
-        need = "required" if setting.required else _default(setting.default)
+        default = default_text(setting)
+        need = "required" if setting.required else f"default {default}" if default else "may be left out"
         head = f"{indent}{setting.name.ljust(width)}"
         lines += textwrap.wrap(f"{setting.allowed}; {need}", _width(), initial_indent=head, subsequent_indent=margin)
         lines += textwrap.wrap(setting.description, _width(), initial_indent=margin, subsequent_indent=margin)
@@ -227,13 +231,13 @@ def _reference(setting: Setting, path: str) -> str:
     return setting.name if classes == [setting.config] and not taken else f"{path}.{setting.name}"
 
 
-def _default(value: Any) -> str:
-    if value is None:
-        return "may be left out"
+def default_text(setting: Setting) -> str:
+    """The default as a manifest would have it; empty if there is none, or it is that of each setting inside."""
+    value = setting.default
     if isinstance(value, dict):
         inside = ", ".join(f"{key}: {_word(inner)}" for key, inner in value.items())
-        return f"default {{{inside}}}" if inside else "may be left out"
-    return f"default {_word(value)}"
+        return f"{{{inside}}}" if inside else ""
+    return "" if value is None else _word(value)
 
 
 def _word(value: Any) -> str:

@@ -1,6 +1,7 @@
 """`retort explain`: every setting says what it means, and the command says it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -100,6 +101,23 @@ def test_the_command_explains(tmp_path):
     assert training["required"] and {"steps", "learning_rate"} <= {s["name"] for s in training["settings"]}
     assert json.loads(retort("explain", "--json").stdout)["methods"] == list(METHODS.built_in)
     assert "stage kinds\n  teacher, latents, pairs, perceptual, distill, probe, evaluate\n" in retort("explain").stdout
+
+
+def test_the_page_of_all_settings_is_current():
+    printed = retort("explain", "--markdown")
+    assert printed.stdout == (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8"), (
+        "docs/manifest.md is not current; run: retort explain --markdown > docs/manifest.md"
+    )
+    assert retort("explain", "pairs", "--markdown").returncode == 2
+
+
+def test_the_page_has_each_class_of_settings_once_under_a_heading_of_its_own():
+    page = (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8")
+    headings = re.findall("^#+ (.+)$", page, re.M)
+    assert len(headings) == len(set(headings))
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    settings = [setting.name for config in set(EVERYTHING.values()) for setting in settings_of(config)]
+    assert sorted(rows) == sorted(settings)
 
 
 def test_unknown_names_get_a_suggestion():

@@ -97,7 +97,7 @@ def _list_words(of: str, metadata: Sequence[Any]) -> str:
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
-    if any(isinstance(marker, StringConstraints) for marker in metadata):
+    if any(isinstance(marker, StringConstraints) and "a-z" in str(marker.pattern) for marker in metadata):
         return ": letters, digits, - and _"
     low, high = _bound(metadata, bounds.Ge, "ge"), _bound(metadata, bounds.Le, "le")
     if low is not None and high is not None:

@@ -24,9 +24,11 @@ from stages.training.players import training_progress
 class Source(Config):
     """Pairs to train on, and their share of every batch."""
 
-    pairs: Annotated[str, Input("pairs")] = Field(description="where they come from")
+    pairs: Annotated[str, Input("pairs")] = Field(description="stage that makes the pairs")
     weight: float | None = Field(
-        None, gt=0, description="relative to the others'; default: each by its number of pairs"
+        None,
+        gt=0,
+        description="share of every batch, relative to the other sources; default: the number of pairs of each",
     )
 
 
@@ -72,20 +74,25 @@ class Distill(Stage):
     VERSION: ClassVar[int] = 3
     kind: Literal["distill"]
     pairs: Annotated[list[Source] | None, BeforeValidator(_sources)] = Field(
-        None, min_length=1, description="what it is trained on: a stage, or a list of several and their weights"
+        None, min_length=1, description="pairs to train on: one stage, or a list of stages and their weights"
     )
     latents: Annotated[str | None, Input("latents"), Neutral()] = Field(
-        None, description="instead of pairs, for methods that noise images themselves: those of an image set"
+        None, description="latents of real images to train on, in place of pairs, for methods that add noise themselves"
     )
-    method: Annotated[MethodConfig, Choice("name", METHODS)] = Field(description="how the student is taught")
+    method: Annotated[MethodConfig, Choice("name", METHODS)] = Field(description="the distillation method")
     start_from: Annotated[str | None, Input("distill"), Neutral()] = Field(
-        None, description="a student of the same teacher to go on from; default: the teacher's own weights"
+        None,
+        description="student of the same teacher to start from; default: the teacher's weights",
     )
-    training: TrainingSettings = Field(description="how the student is optimised")
+    training: TrainingSettings = Field(description="how the student is trained")
     held_out: int = Field(
-        256, ge=1, description="the first source's last pairs, never trained on: for held-out loss and evaluation"
+        256,
+        ge=1,
+        description="number of pairs kept for held-out loss and evaluation: the last ones of the first source",
     )
-    execution: TrainingExecution = Field(TrainingExecution(), description="how it is carried out; makes nothing stale")
+    execution: TrainingExecution = Field(
+        TrainingExecution(), description="how the stage is run; changing it makes nothing stale"
+    )
 
     @classmethod
     def chain(cls, settings: Mapping[str, Any]) -> list[Link]:

@@ -18,4 +18,6 @@ singular."""
 class EvaluationExecution(Execution):
     """How an evaluation is carried out. Recorded in what it makes, and never a reason to make it again."""
 
-    micro_batch: int = Field(64, ge=1, description="samples drawn at once; seconds an image are those of such batches")
+    micro_batch: int = Field(
+        64, ge=1, description="samples drawn at once; the seconds for an image are measured in such batches"
+    )

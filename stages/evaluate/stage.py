@@ -40,28 +40,35 @@ class Evaluate(Stage):
 
     VERSION: ClassVar[int] = 5
     kind: Literal["evaluate"]
-    student: Annotated[str | None, Input("distill")] = Field(None, description="what is measured")
+    student: Annotated[str | None, Input("distill")] = Field(None, description="student to measure")
     pairs: Annotated[str | None, Input("pairs")] = Field(
         None,
-        description="whose noises, prompts, guidance and full-step images to compare on; default: the student's own; "
-        "without a student: the teacher alone",
+        description="pairs whose noises, prompts, guidance and images to compare on; default: those of the student; "
+        "without a student, the teacher alone is measured",
     )
     real: Annotated[str | None, Input("probe")] = Field(
-        None, description="the probe of the real images to compare with; none: only what needs no real images"
+        None, description="probe of the real images to compare with; if left out, nothing is compared with real images"
     )
-    samples: int = Field(2000, ge=20, description="of each side; held-out pairs first, then fresh noise")
+    samples: int = Field(
+        2000,
+        ge=20,
+        description="number of samples, of the student and of the teacher",
+    )
     split: Split = Field(
         "test",
-        description="which noises: test, to report on; or validation, to choose settings by: they share no sample",
+        description="noises to measure on: validation to choose settings, test to report; no sample is in both",
     )
     steps: Annotated[int | None, Neutral()] = Field(
-        None, ge=1, description="of the student's sampler, where its method leaves them open; default: its own"
+        None,
+        ge=1,
+        description="number of sampling steps, where the student's method leaves it open; default: the method's",
     )
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="also sample the teacher in these; default: 4, 2 and 1, where the pairs took more"
+        None,
+        description="further numbers of steps to sample the teacher in; default: 4, 2 and 1, if the pairs took more",
     )
     execution: EvaluationExecution = Field(
-        EvaluationExecution(), description="how it is carried out; makes nothing stale"
+        EvaluationExecution(), description="how the stage is run; changing it makes nothing stale"
     )
 
     @model_validator(mode="after")

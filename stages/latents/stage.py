@@ -26,9 +26,9 @@ class Latents(Stage):
 
     VERSION: ClassVar[int] = 1
     kind: Literal["latents"]
-    teacher: Annotated[str, Input("teacher")] = Field(description="whose VAE encodes")
-    images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(description="what is encoded")
-    storage_dtype: Literal["float16", "float32"] = Field("float16", description="of the stored latents")
+    teacher: Annotated[str, Input("teacher")] = Field(description="teacher whose VAE encodes the images")
+    images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(description="image set to encode")
+    storage_dtype: Literal["float16", "float32"] = Field("float16", description="precision of the stored latents")
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         teacher = inputs["teacher"].stage

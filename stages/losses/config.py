@@ -49,7 +49,7 @@ class Regression(LossConfig):
     """Absolute, squared, or pseudo-Huber difference (between the two: large errors count linearly), averaged over
     elements. Pseudo-Huber is that of Song and Dhariwal 2023, 2310.14189, section 3.3."""
 
-    name: Literal["l1", "mse", "pseudo_huber"] = Field(description="which of them")
+    name: Literal["l1", "mse", "pseudo_huber"] = Field(description="which of the three")
 
     def create(self, materials: LossMaterials) -> Distance:
         from stages.losses import regression
@@ -60,7 +60,9 @@ class Regression(LossConfig):
 
 class _InSpace(LossConfig):
     SPACE: ClassVar[str] = "latents"
-    perceptual: Annotated[str, Input("perceptual")] = Field(description="the network that it looks through")
+    perceptual: Annotated[str, Input("perceptual")] = Field(
+        description="perceptual network whose features are compared"
+    )
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         space = getattr(inputs["perceptual"].stage, "space", self.SPACE)
@@ -73,7 +75,9 @@ class LatentLPIPS(_InSpace):
     paper's ablation, which leaves artefacts that the metric does not see."""
 
     name: Literal["latent_lpips"] = "latent_lpips"
-    l1_weight: float = Field(0.0, ge=0, description="of the mean absolute difference, added; the paper has none")
+    l1_weight: float = Field(
+        0.0, ge=0, description="weight of the mean absolute difference, which is added; the paper adds none"
+    )
 
     def create(self, materials: LossMaterials) -> Distance:
         return self._create(materials, None)
@@ -97,8 +101,8 @@ class ELatentLPIPS(LatentLPIPS):
     name: Literal["e_latent_lpips"] = "e_latent_lpips"  # type: ignore[assignment]
     augment: Annotated[str, StringConstraints(pattern="^b?g?c?o?$", min_length=1)] = Field(
         "bg",
-        description="groups of transformations: b mirrors, turns and shifts by whole pixels, g scales, rotates and "
-        "shifts, c changes colours, o cuts a square out; bg is what the authors' package does",
+        description="groups of transformations, in the order bgco: b mirrors, turns and shifts by whole pixels; g "
+        "scales, rotates and shifts; c changes colours; o cuts a square out; the authors' package uses bg",
     )
 
     def create(self, materials: LossMaterials) -> Distance:
@@ -108,10 +112,8 @@ class ELatentLPIPS(LatentLPIPS):
 class _Decoded(LossConfig):
     tiny_vae: Annotated[
         str | None, Content(revision_field="tiny_vae_revision", files=("config.json", "*.safetensors"))
-    ] = Field(
-        None, description="an AutoencoderTiny to decode with, a folder or a hub id; default: the teacher's own VAE"
-    )
-    tiny_vae_revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
+    ] = Field(None, description="AutoencoderTiny to decode with, as a folder or a hub id; default: the teacher's VAE")
+    tiny_vae_revision: str | None = Field(None, description="branch, tag or commit of the hub id")
 
     @model_validator(mode="after")
     def _revision_of_something(self) -> Self:
@@ -134,7 +136,9 @@ class PublishedLPIPS(_Decoded):
     downloaded by torchvision."""
 
     name: Literal["lpips"] = "lpips"
-    net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="the trunk; vgg is what distillation uses")
+    net: Literal["vgg", "alex", "squeeze"] = Field(
+        "vgg", description="network of the lpips package; distillation uses vgg"
+    )
 
     def create(self, materials: LossMaterials) -> Distance:
         from stages.losses import decoded

@@ -39,26 +39,32 @@ class Pairs(Stage):
     VERSION: ClassVar[int] = 2
     PARALLEL: ClassVar[bool] = True
     kind: Literal["pairs"]
-    teacher: Annotated[str, Input("teacher")] = Field(description="whose ODE is solved")
+    teacher: Annotated[str, Input("teacher")] = Field(description="teacher whose ODE is solved")
     prompts: Prompts | None = Field(
         None,
-        description="digits or digit_scenes, for their captions, or a path; sample i takes prompt i modulo their "
-        "number; none: for an unconditional teacher; every prompt is empty",
+        description="digits or digit_scenes for their captions, or a path; sample i takes prompt i modulo the number "
+        "of prompts; left out for an unconditional teacher: every prompt is then empty",
     )
-    count: Annotated[int, Extent()] = Field(ge=1, description="of pairs; raised later, those that are there are reused")
+    count: Annotated[int, Extent()] = Field(
+        ge=1, description="number of pairs; if you raise it later, full shards are reused"
+    )
     shard_size: int = Field(
-        SHARD_SIZE, ge=1, description="pairs a file: what a worker makes at a time, and loses if killed"
+        SHARD_SIZE, ge=1, description="pairs in a file; a killed worker loses the files that it is making"
     )
-    sampler: Sampler = Field(Sampler(), description="how the ODE is solved: what a student learns to reproduce")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="what the network computes in")
-    storage_dtype: Literal["float16", "float32"] = Field("float16", description="of noises and latents in shards")
+    sampler: Sampler = Field(Sampler(), description="how the ODE is solved; a student learns to reproduce its results")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="precision in which the network computes"
+    )
+    storage_dtype: Literal["float16", "float32"] = Field("float16", description="precision of the arrays in the shards")
     path_timesteps: Annotated[list[int], Neutral()] = Field(
-        [], description="of the sampler's grid, descending: also store the states z_t there, as path.npy"
+        [], description="timesteps of the sampler's grid, in descending order, at which z_t is also stored, as path.npy"
     )
     text_embeddings: Annotated[bool, Neutral()] = Field(
-        False, description="also store the text encoder's states, as text_embedding.npy"
+        False, description="whether the text encoder's states are also stored, as text_embedding.npy"
     )
-    execution: PairsExecution = Field(PairsExecution(), description="how it is carried out; makes nothing stale")
+    execution: PairsExecution = Field(
+        PairsExecution(), description="how the stage is run; changing it makes nothing stale"
+    )
 
     @model_validator(mode="after")
     def _path_descends(self) -> Self:

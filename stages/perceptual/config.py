@@ -19,12 +19,16 @@ class Classification(Config):
     up to 1/16 of their side, in whole pixels, with reflected borders (latents of fewer than 16 a side: not at all).
     """
 
-    training: TrainingSettings = Field(description="how trunk and classifier are optimised")
+    training: TrainingSettings = Field(description="how the trunk and the classifier are trained")
     dropout: float = Field(
-        0.5, ge=0, lt=1, description="after each of the head's hidden layers, as in VGG; hinders narrow networks"
+        0.5,
+        ge=0,
+        lt=1,
+        description="dropout after each hidden layer of the classifier, as in VGG; narrow networks are better with 0",
     )
     mirror: bool = Field(
-        False, description="mirror half of the images: not where left and right matter, as they do to digits"
+        False,
+        description="whether half of the images are mirrored; leave it off where left and right matter, as for digits",
     )
 
 
@@ -33,13 +37,16 @@ class CalibrationTraining(TrainingSettings):
     at 1e-4, constant for half of the steps and then falling linearly; theirs are some 30,000 steps of 50 triplets.
     Unlike there the gradient is clipped and weights are averaged, as everywhere here."""
 
-    batch_size: int = Field(50, ge=1, description="triplets a batch; a step sees `accumulate` times as many")
-    learning_rate: float = Field(1e-4, gt=0, description="its peak: after the warm-up, before the decay")
+    batch_size: int = Field(50, ge=1, description="triplets in a batch; an optimizer step uses `accumulate` batches")
+    learning_rate: float = Field(1e-4, gt=0, description="learning rate after the warm-up and before the decay")
     decay: Literal["constant", "cosine", "linear"] = Field(
-        "linear", description="of the learning rate: none, half a cosine, or over the second half linearly to zero"
+        "linear",
+        description="fall of the learning rate: none, half a cosine, or linear to zero over the second half",
     )
     betas: tuple[float, float] = Field(
-        (0.5, 0.999), strict=False, description="Adam's decay of its averages of gradients and of their squares"
+        (0.5, 0.999),
+        strict=False,
+        description="Adam's decay rates of the averages of gradients and of squared gradients",
     )
 
 
@@ -47,8 +54,10 @@ class Calibration(Config):
     """The heads' training: weights of channels with which distances agree with judgements of which of two distorted
     images is the closer one."""
 
-    training: CalibrationTraining = Field(description="how the heads are optimised")
-    dropout: float = Field(0.5, ge=0, lt=1, description="of squared differences, before they are weighted")
+    training: CalibrationTraining = Field(description="how the heads are trained")
+    dropout: float = Field(
+        0.5, ge=0, lt=1, description="dropout of the squared differences, before the heads weight them"
+    )
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,27 @@ class Perceptual(Stage):
     VERSION: ClassVar[int] = 1
     kind: Literal["perceptual"]
     latents: Annotated[str | None, Input("latents")] = Field(
-        None, description="encoded images: what is learnt from, and whose latent space the network is for"
+        None, description="encoded images to train on; their latent space is the one that the network is for"
     )
     from_: Annotated[str | None, Content(files=("perceptual.json", "network.safetensors"))] = Field(
-        None, alias="from", description="instead of training: a folder that `retort import-weights` wrote"
+        None, alias="from", description="folder that `retort import-weights` wrote, used in place of training"
     )
-    space: Literal["latents", "pixels"] = Field("latents", description="what the network looks at")
-    width: int = Field(64, ge=4, description="channels of the first block, a quarter of the third's; VGG's are 64")
+    space: Literal["latents", "pixels"] = Field("latents", description="input of the network")
+    width: int = Field(
+        64,
+        ge=4,
+        description="channels of the first block; the others have 2, 4, 8 and 8 times as many, and VGG-16 has 64",
+    )
     classification: Classification | None = Field(
-        None, description="how the trunk is trained; none: it stays random, which is recorded as such"
+        None, description="how the trunk is trained; if left out, its weights stay random"
     )
     triplets: Annotated[TripletSet, Choice("name", TRIPLET_SETS)] | None = Field(
-        None, description="judgements that it is calibrated and tested on: synthetic, or BAPPS"
+        None, description="judgements to calibrate and test on"
     )
     calibration: Calibration | None = Field(None, description="how the heads are trained")
-    execution: TrainingExecution = Field(TrainingExecution(), description="how it is carried out; makes nothing stale")
+    execution: TrainingExecution = Field(
+        TrainingExecution(), description="how the stage is run; changing it makes nothing stale"
+    )
 
     @model_validator(mode="after")
     def _trained_or_taken(self) -> Self:

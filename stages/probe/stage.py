@@ -21,10 +21,10 @@ class Probe(Stage):
     VERSION: ClassVar[int] = 1
     kind: Literal["probe"]
     images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
-        description="real images with classes: what it learns, and what evaluations compare with"
+        description="image set with classes: the probe learns them, and evaluations compare with these images"
     )
-    limit: int = Field(20_000, ge=200, description="of images, at most: to train on, and as many of those held out")
-    steps: int = Field(1200, ge=100, description="of training, on 128 images each")
+    limit: int = Field(20_000, ge=200, description="largest number of training images, and also of held-out images")
+    steps: int = Field(1200, ge=100, description="training steps of 128 images each")
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         if not self.images.labelled:

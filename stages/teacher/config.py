@@ -18,30 +18,43 @@ TIMESTEPS = 1000
 class VaeSettings(Config):
     """The autoencoder between images and the latents that the denoiser works in."""
 
-    channels: list[int] = Field([32, 64], min_length=2, description="of each level; each halves the side once more")
-    training: TrainingSettings = Field(TrainingSettings(steps=400), description="how it is optimised")
-    max_mse: float = Field(0.01, gt=0, description="largest reconstruction error on held-out images in [-1, 1]")
+    channels: list[int] = Field(
+        [32, 64], min_length=2, description="channels of each level; each level after the first halves the side"
+    )
+    training: TrainingSettings = Field(TrainingSettings(steps=400), description="how the autoencoder is trained")
+    max_mse: float = Field(0.01, gt=0, description="largest mean squared error allowed on held-out images in [-1, 1]")
 
 
 class DenoiserSettings(Config):
     """The U-Net, and with it the text encoder, on the autoencoder's latents."""
 
-    channels: list[int] = Field([48, 96], min_length=1, description="of each U-Net level, the last with attention")
-    training: TrainingSettings = Field(TrainingSettings(steps=1000), description="how both are optimised")
+    channels: list[int] = Field(
+        [48, 96], min_length=1, description="channels of each U-Net level; the last level has attention"
+    )
+    training: TrainingSettings = Field(
+        TrainingSettings(steps=1000), description="how U-Net and text encoder are trained"
+    )
 
 
 class TrainedTeacher(Config):
     """A small pipeline trained here: VAE, tokenizer, text encoder, conditional U-Net, DDIM scheduler."""
 
     dataset: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
-        description="the images it learns, and their captions"
+        description="image set to train on, with its captions"
     )
-    prediction: Prediction = Field("v_prediction", description="what the U-Net puts out: the noise, v, or (sample) x0")
+    prediction: Prediction = Field(
+        "v_prediction", description="what the U-Net predicts: the noise (epsilon), v, or x0 (sample)"
+    )
     drop_text: float = Field(
-        0.1, ge=0, lt=1, description="share of prompts replaced by the empty one: guidance needs it above 0"
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of prompts that training replaces by the empty prompt; guidance needs it above 0",
     )
-    vae: VaeSettings = Field(VaeSettings(), description="the autoencoder, trained first")
-    denoiser: DenoiserSettings = Field(DenoiserSettings(), description="the U-Net, trained on its latents")
+    vae: VaeSettings = Field(VaeSettings(), description="the autoencoder; it is trained first")
+    denoiser: DenoiserSettings = Field(
+        DenoiserSettings(), description="the U-Net; it is trained on the autoencoder's latents"
+    )
 
     @model_validator(mode="after")
     def _sizes_halve(self) -> Self:
@@ -60,7 +73,9 @@ class TrainedTeacher(Config):
 class GaussianSettings(Config):
     """The analytic teacher of N(mean, std^2); `delay` seconds a call stand for a network's work."""
 
-    mean: float = Field(0.0, description="of every element")
-    std: float = Field(1.0, gt=0, description="of every element")
-    shape: list[int] = Field([4, 8, 8], min_length=3, max_length=3, description="of a latent: channels, height, width")
-    delay: float = Field(0.0, ge=0, description="seconds slept at every network call")
+    mean: float = Field(0.0, description="mean of every element")
+    std: float = Field(1.0, gt=0, description="standard deviation of every element")
+    shape: list[int] = Field(
+        [4, 8, 8], min_length=3, max_length=3, description="shape of a latent: channels, height, width"
+    )
+    delay: float = Field(0.0, ge=0, description="seconds to sleep at each call, in place of a network's work")

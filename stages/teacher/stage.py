@@ -31,15 +31,21 @@ class Teacher(Stage):
 
     VERSION: ClassVar[int] = 2
     kind: Literal["teacher"]
-    train: TrainedTeacher | None = Field(None, description="train a small one here, on an image set")
+    train: TrainedTeacher | None = Field(None, description="trains a small teacher on an image set")
     from_: Annotated[str | None, FROM] = Field(
-        None, alias="from", description="a diffusers folder, a hub id such as owner/name, or digit_scenes, which ships"
+        None,
+        alias="from",
+        description="a diffusers folder, a hub id such as owner/name, or the shipped teacher digit_scenes",
     )
     revision: str | None = Field(
-        None, description="of a hub id: a branch, tag or commit; a commit needs no network to plan"
+        None, description="branch, tag or commit of a hub id; with a full commit, planning needs no network"
     )
-    gaussian: GaussianSettings | None = Field(None, description="an analytic teacher without a network, for tests")
-    execution: TrainingExecution = Field(TrainingExecution(), description="how it is carried out; makes nothing stale")
+    gaussian: GaussianSettings | None = Field(
+        None, description="an exact teacher of normal data without a network, for tests"
+    )
+    execution: TrainingExecution = Field(
+        TrainingExecution(), description="how the stage is run; changing it makes nothing stale"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

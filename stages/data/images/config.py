@@ -42,9 +42,13 @@ class Digits(ImageSet):
     """Real scanned handwriting in six colours, embedded: nothing is downloaded. "a red handwritten seven"."""
 
     name: Literal["digits"] = "digits"
-    digits_per_image: Literal[1, 2] = Field(1, description="two stand above or left of one another")
+    digits_per_image: Literal[1, 2] = Field(
+        1, description="number of digits in an image; two stand side by side or one above the other"
+    )
     size: Literal[16, 32] = Field(16, description="width and height in pixels")
-    background: Literal["plain", "photographs"] = Field("plain", description="black, or crops of real photographs")
+    background: Literal["plain", "photographs"] = Field(
+        "plain", description="plain is black; photographs are crops of real ones"
+    )
 
     @property
     def labelled(self) -> bool:
@@ -76,11 +80,11 @@ class FileSet(ImageSet):
     `caption` and `label` name where in the data they stand; null: there are none.
     """
 
-    size: int = Field(ge=8, description="width and height in pixels that images are scaled and cut to")
-    path: Annotated[str, Content()] = Field(description="where the images are")
-    hold_out_every: int = Field(10, ge=2, description="every so many-th image is never trained on")
-    caption: str | None = Field(None, description="where the caption stands; null: there are none")
-    label: str | None = Field(None, description="where the class stands; null: there are none")
+    size: int = Field(ge=8, description="width and height in pixels; images are scaled, and the middle square is kept")
+    path: Annotated[str, Content()] = Field(description="path of the images")
+    hold_out_every: int = Field(10, ge=2, description="interval of held-out images: 10 holds out every tenth")
+    caption: str | None = Field(None, description="place of the caption; null if there are none")
+    label: str | None = Field(None, description="place of the class; null if there are none")
 
     @property
     def labelled(self) -> bool:
@@ -98,14 +102,15 @@ class ImageFolder(FileSet):
     `label` null or "folder", as ImageNet lies on disks: CLASS/NAME.JPEG."""
 
     name: Literal["image_folder"] = "image_folder"
-    path: Annotated[str, Content()] = Field(description="the folder")
+    path: Annotated[str, Content()] = Field(description="folder of the images")
     caption: str | None = Field(
-        "text", description="column of the metadata; txt: a text file beside each image; null: there are none"
+        "text",
+        description="metadata column with the caption; txt for a text file beside each image; null if there are none",
     )
     label: str | None = Field(
         None,
-        description="column of the metadata with the class; folder: the folder that an image lies in; null: there are "
-        "none",
+        description="column of the metadata with the class; folder for the name of the image's folder; null if there "
+        "are none",
     )
 
     def examples(self) -> Iterator[Example]:
@@ -119,8 +124,12 @@ class WebDataset(FileSet):
 
     name: Literal["webdataset"] = "webdataset"
     path: Annotated[str, Content()] = Field(description="a .tar file, a folder of them or a glob")
-    caption: str | None = Field("txt", description="txt, or a key of the .json member; null: there are none")
-    label: str | None = Field(None, description="cls, or a key of the .json member; null: there are none")
+    caption: str | None = Field(
+        "txt", description="member with the caption: txt, or a key of the .json member; null if there are none"
+    )
+    label: str | None = Field(
+        None, description="member with the class: cls, or a key of the .json member; null if there are none"
+    )
 
     def examples(self) -> Iterator[Example]:
         from stages.data.images.files import webdataset
@@ -132,10 +141,10 @@ class ParquetImages(FileSet):
     """A .parquet file, a folder of them or a glob, as Hugging Face stores image data sets."""
 
     name: Literal["parquet"] = "parquet"
-    image: str = Field("image", description="column of encoded images: binary, or a struct with `bytes`")
+    image: str = Field("image", description="column of encoded images: binary, or a struct with the field `bytes`")
     path: Annotated[str, Content()] = Field(description="a .parquet file, a folder of them or a glob")
-    caption: str | None = Field("text", description="column of captions; null: there are none")
-    label: str | None = Field(None, description="column of classes; null: there are none")
+    caption: str | None = Field("text", description="column of captions; null if there are none")
+    label: str | None = Field(None, description="column of classes; null if there are none")
 
     def examples(self) -> Iterator[Example]:
         from stages.data.images.files import parquet

@@ -25,11 +25,13 @@ class Prompts(Config):
     """
 
     path: Annotated[str | None, Content(files=PATTERNS)] = Field(
-        None, description="a file, a folder or a glob such as prompts/*.parquet"
+        None, description="a file, a folder or a glob such as `prompts/*.parquet`"
     )
-    column: str | None = Field(None, description=f"of .csv, .jsonl and .parquet; default: {DEFAULT_COLUMN}")
+    column: str | None = Field(
+        None, description=f"column or key of the prompts in .csv, .jsonl and .parquet files; default: {DEFAULT_COLUMN}"
+    )
     images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] | None = Field(
-        None, description="instead of `path`: an image set, whose captions are the prompts"
+        None, description="image set whose captions are the prompts, in place of a path"
     )
 
     @model_validator(mode="before")

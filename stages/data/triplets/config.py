@@ -34,14 +34,14 @@ class Bapps(TripletSet):
     PATH/train/CATEGORY and PATH/val/CATEGORY, each with ref, p0, p1 (NAME.png) and judge (NAME.npy)."""
 
     name: Literal["bapps"] = "bapps"
-    path: Annotated[str, Content()] = Field(description="the folder that holds train and val: dataset/2afc")
+    path: Annotated[str, Content()] = Field(description="folder that holds train and val, such as dataset/2afc")
     train: list[Category] = Field(
-        ["traditional", "cnn", "mix"], min_length=1, description="folders of train that are calibrated on"
+        ["traditional", "cnn", "mix"], min_length=1, description="folders below train to calibrate on"
     )
     test: list[Category] = Field(
         ["traditional", "cnn", "superres", "deblur", "color", "frameinterp"],
         min_length=1,
-        description="folders of val that are measured on",
+        description="folders below val to measure on",
     )
 
     def load(self, images: Callable[[bool], LabelledImages], held_out: bool) -> Triplets:
@@ -69,18 +69,24 @@ class Synthetic(TripletSet):
     """
 
     name: Literal["synthetic"] = "synthetic"
-    count: int = Field(20_000, ge=50, description="triplets to calibrate on, of all families but the held-out one")
-    test_count: int = Field(2_000, ge=10, description="triplets of each family to measure on, of held-out images")
-    held_out_family: Family = Field("warp", description="the family that nothing is calibrated on")
+    count: int = Field(
+        20_000, ge=50, description="number of triplets to calibrate on, of all families except the held-out one"
+    )
+    test_count: int = Field(
+        2_000, ge=10, description="number of triplets to measure on, for each family, of held-out images"
+    )
+    held_out_family: Family = Field("warp", description="family that is measured on only")
     ratio: tuple[float, float] = Field(
-        (0.5, 0.9), strict=False, description="range of the weaker strength over the stronger; near 1 is hard to tell"
+        (0.5, 0.9),
+        strict=False,
+        description="range of the weaker strength divided by the stronger; values near 1 are hard to tell apart",
     )
     misalignment: float = Field(
         1 / 32,
         ge=0,
         le=0.25,
-        description="each image is moved by up to this share of its width before it is distorted, which counts for "
-        "nothing (not in the family shift, whose strength it is): such a change of every pixel must be overlooked",
+        description="each image is first shifted by up to this share of its width; the judgement ignores it, so a "
+        "good distance must too; triplets of the family shift are not moved",
     )
 
     def load(self, images: Callable[[bool], LabelledImages], held_out: bool) -> Triplets:

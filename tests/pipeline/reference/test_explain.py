@@ -60,6 +60,8 @@ def of(path):
         ("pairs.text_embeddings", "true | false", False),
         ("digits.size", "16 | 32", 16),
         ("manifest.name", "text: letters, digits, - and _", "required"),
+        ("e_latent_lpips.augment", "text", "bg"),
+        ("guided.match_first", "true", True),
         ("manifest.stages", "teacher | latents | pairs | perceptual | distill | probe | evaluate, by name", "required"),
     ],
 )

@@ -403,6 +403,7 @@ def anchors(file: Path) -> set[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_sentences_name_what_there_is_and_links_lead_somewhere(path: Path) -> None:
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    assert "```" not in text, "a fence is indented, or not closed: its block is not checked"
     wrong = []
     for code in re.findall(r"`([^`]+)`", text):
         with noting(wrong, code):

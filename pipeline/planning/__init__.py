@@ -1,6 +1,6 @@
-"""From a manifest and a store to a plan: which stages are reused, which run, and why.
+"""Planning: which stages of a manifest are reused, which run, and why.
 
-Planning reads and hashes, and changes nothing. A plan is carried out in `runs`.
+Planning reads and hashes files. It makes no artifact and no run. Plans are carried out by `pipeline.runs`.
 """
 
 from pipeline.planning.content import read_contents

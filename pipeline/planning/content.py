@@ -1,4 +1,4 @@
-"""What outside files and repositories hold: a sha256 of their bytes, or a hub repository's commit."""
+"""What outside files and repositories hold: the sha256 of their bytes, or the commit of a hub repository."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stages.data.files import EVERYTHING, sha256_of, sha256_of_all, stamp_of, wr
 
 
 class Unknown(str):
-    """A content that cannot be known now; the text says why and what to do."""
+    """Stands in for an identity that cannot be determined now. The text says why, and what to do."""
 
 
 Contents = Mapping[str, Mapping[str, str]]
-"""stage -> path of the field -> identity (`sha256:...`, `hub:COMMIT`), or Unknown."""
+"""stage -> path of the field -> identity: `sha256:HEX`, `hub:COMMIT`, or Unknown."""
 
 
 def read_contents(loaded: Loaded, cache_file: Path) -> Contents:
-    """Identify all that the manifest's stages read from outside."""
+    """Identify everything that the manifest's stages read from outside the store. Hashes are cached in `cache_file`."""
     cache = HashCache(cache_file)
     contents = {name: identify(stage, cache) for name, stage in loaded.manifest.stages.items()}
     cache.save()
@@ -31,12 +31,13 @@ def read_contents(loaded: Loaded, cache_file: Path) -> Contents:
 
 
 def identify(stage: Stage, cache: HashCache) -> Mapping[str, str]:
-    """Path of the field -> identity, for all that one stage reads from outside."""
-    return {field.path: _identify(field, cache) for field in marked(stage, Content)}
+    """Path of the field -> identity, for everything that one stage reads from outside the store."""
+    return {field.path: _identify_field(field, cache) for field in marked(stage, Content)}
 
 
 def pinned(manifest: Manifest, contents: Contents) -> Manifest:
-    """The manifest with each hub revision replaced by the commit that was found, so that resuming asks no hub."""
+    """Return the manifest with each hub revision replaced by the commit that was found. A resumed run then asks no
+    hub."""
     stages = dict(manifest.stages)
     for name, stage in manifest.stages.items():
         commits = {}
@@ -49,12 +50,12 @@ def pinned(manifest: Manifest, contents: Contents) -> Manifest:
     return manifest.model_copy(update={"stages": stages})
 
 
-def _identify(field: Marked, cache: HashCache) -> str:
+def _identify_field(field: Marked, cache: HashCache) -> str:
     revision_field = field.marker.revision_field
     source = field.marker.source(field.value)
     if Path(source).is_absolute() or revision_field is None:
         try:
-            return f"sha256:{cache.of(source, field.marker.files)}"
+            return f"sha256:{cache.sha256_of(source, field.marker.files)}"
         except FileNotFoundError as error:
             return Unknown(str(error))
         except OSError as error:
@@ -63,25 +64,26 @@ def _identify(field: Marked, cache: HashCache) -> str:
 
 
 def _hub_commit(repository: str, revision: str | None) -> str:
-    """The commit that a hub id stands for now. A full commit is taken at its word, without a network."""
+    """The commit that a hub id stands for now. A full commit is returned unchecked, without a network call."""
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return f"hub:{revision}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        return Unknown(f"{repository!r} is neither a folder nor a hub id such as owner/name")
+        return Unknown(f"{repository!r} is neither a folder nor a hub id; give a folder that exists, or owner/name")
     from huggingface_hub import HfApi
 
     try:
         return f"hub:{HfApi().model_info(repository, revision=revision, timeout=10).sha}"
-    except Exception as error:  # the hub's client raises many kinds, all meaning: not reached or not there
+    except Exception as error:  # the hub's client raises many types, all of which mean: not reached, or not found
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return Unknown(
             f"the commit of {repository} cannot be looked up ({first}); give `revision:` a full commit, "
-            "or a folder you have downloaded"
+            "or give the path of a downloaded folder"
         )
 
 
 class HashCache:
-    """sha256 of files, remembered in one JSON file while size, time of change and inode stay the same."""
+    """The sha256 of files, cached in one JSON file. A cached hash is used while the file's size, modification time and
+    inode are unchanged. A cache file that cannot be read counts as empty."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -91,10 +93,10 @@ class HashCache:
         except (OSError, ValueError, RecursionError):
             known = None
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}
-        """Path -> [*stamp, sha256]; whatever else the file holds is not used."""
+        """Path -> [*stamp, sha256]. Entries of another form are ignored."""
 
-    def of(self, source: str | Path, patterns: Sequence[str] = EVERYTHING) -> str:
-        """As `sha256_of_all`."""
+    def sha256_of(self, source: str | Path, patterns: Sequence[str] = EVERYTHING) -> str:
+        """As `stages.data.files.sha256_of_all`, with cached hashes."""
         return sha256_of_all(str(source), patterns, self._file_hash)
 
     def _file_hash(self, path: Path) -> str:
@@ -107,7 +109,7 @@ class HashCache:
         return found
 
     def save(self) -> None:
-        """A cache: where it cannot be written, nothing is lost but time."""
+        """Write the cache if it changed. A cache that cannot be written is skipped: it only saves time."""
         if self._changed and self._file.parent.exists():
             try:
                 write_atomically(self._file, json.dumps(self._known).encode())

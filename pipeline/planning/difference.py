@@ -1,18 +1,18 @@
-"""How two plans differ, stage by stage."""
+"""Compare two plans, stage by stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.planning.fingerprint import differences
+from pipeline.planning.fingerprint import changes
 
 PlanRecord = Mapping[str, Mapping[str, Any]]
-"""A plan as a run keeps it: stage -> PlannedStage.as_dict()."""
+"""A plan as a run's plan.json holds it: stage -> PlannedStage.as_dict()."""
 
 
 def difference(before: PlanRecord, after: PlanRecord) -> dict[str, list[str]]:
-    """stage -> what is different about it, in words. Stages that are the same are left out."""
+    """stage -> its changes, in words. Stages without a change are left out."""
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys([*before, *after]):
         if name not in after:
@@ -22,6 +22,6 @@ def difference(before: PlanRecord, after: PlanRecord) -> dict[str, list[str]]:
         elif before[name]["kind"] != after[name]["kind"]:
             found[name] = [f"kind {before[name]['kind']} -> {after[name]['kind']}"]
         elif before[name]["fingerprint"] != after[name]["fingerprint"]:
-            of, to = before[name]["identity"], after[name]["identity"]
-            found[name] = list(differences(of, to, after[name]["files"]))
+            old, new = before[name]["identity"], after[name]["identity"]
+            found[name] = list(changes(old, new, after[name]["files"]))
     return found

@@ -1,4 +1,4 @@
-"""What makes an artifact what it is, and the hash of it."""
+"""The identity of an artifact, its hash (the fingerprint), and the changes between two identities."""
 
 from __future__ import annotations
 
@@ -13,56 +13,63 @@ from stages.base import Config, Content, Extent, Input, Neutral, Stage
 DIGITS = 20
 """Hexadecimal digits of a fingerprint: 80 bits."""
 
-NOT_SCIENCE = ("kind", "seed", "execution")
-"""Fields of every stage that stand elsewhere in the identity, or nowhere."""
+NOT_IN_SETTINGS = ("kind", "seed", "execution")
+"""Fields of every stage that are not among the settings of its identity. `kind` and `seed` have keys of their own
+there. `execution` is left out: it must not change a result."""
 
 
 def identity(stage: Stage, seed: int, inputs: Mapping[str, str], contents: Mapping[str, str]) -> dict[str, Any]:
-    """All that decides a stage's result: its kind and VERSION, validated settings (with the VERSION of those inside
-    them, such as a method's, once it is above 1), seed, and the identities of what it reads. How it is executed is
-    not among them."""
+    """Everything that decides a stage's result: its kind, its VERSION, its seed, its validated settings, the
+    fingerprints of its `inputs`, and the identities of the outside `contents` that it reads.
+
+    Settings classes inside the stage, such as a method's, add their own VERSION when it is above 1. The execution
+    settings are left out.
+    """
     return {
         "kind": stage.kind,
         "version": stage.VERSION,
         "seed": seed,
-        "settings": _settings(stage, set(NOT_SCIENCE), extents=True),
+        "settings": _settings(stage, set(NOT_IN_SETTINGS), extents=True),
         "inputs": dict(inputs),
         "contents": dict(contents),
     }
 
 
-def fingerprint(of: Mapping[str, Any]) -> str:
-    """Hash of an identity, independent of the order of its keys."""
-    text = json.dumps(of, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Hash an identity: DIGITS hexadecimal digits, whatever the order of the keys."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:DIGITS]
 
 
-def pool_fingerprint(stage: Stage, of: Mapping[str, Any]) -> str:
-    """As `fingerprint`, but the same for settings that differ only in how much is made."""
-    return fingerprint({**of, "settings": _settings(stage, set(NOT_SCIENCE), extents=False)})
+def pool_fingerprint(stage: Stage, identity: Mapping[str, Any]) -> str:
+    """Hash a stage's identity without its `Extent` settings, such as the number of pairs. Artifacts that differ only in
+    those settings share a pool."""
+    return fingerprint({**identity, "settings": _settings(stage, set(NOT_IN_SETTINGS), extents=False)})
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any], files: Mapping[str, str]) -> Iterator[str]:
-    """What changed between two identities, in words: `sampler.steps 50 -> 25`, `prompts.parquet changed`. `files`
-    says what the contents of the second are called."""
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], files: Mapping[str, str]) -> Iterator[str]:
+    """The changes from one identity to another, in words: `sampler.steps 50 -> 25`, `prompts.parquet changed`.
+
+    `files` gives the path or repository of each of the second identity's contents, by field path.
+    """
     old, new = dict(_flat(before)), dict(_flat(after))
     for path in sorted({*old, *new}):
         if old.get(path) == new.get(path):
             continue
         group, _, name = path.partition(".")
         if group == "inputs":
-            yield f"its input {name} is another"
+            yield f"its input {name} changed"
         elif group == "contents":
             yield f"{Path(files.get(name, name)).name} changed"
         elif group == "version":
-            yield f"{before['kind']} stages are made another way (VERSION {before['version']} -> {after['version']})"
+            yield f"the code of {before['kind']} stages changed (VERSION {before['version']} -> {after['version']})"
         else:
             yield f"{name or group} {_word(old, path)} -> {_word(new, path)}"
 
 
 def _word(values: Mapping[str, Any], path: str) -> str:
-    first = "1" if path.endswith(".VERSION") else "(none)"
-    return first if path not in values else str(values[path])
+    absent = "1" if path.endswith(".VERSION") else "(none)"
+    return absent if path not in values else str(values[path])
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -73,8 +80,9 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _elsewhere(config: Config) -> Iterator[str]:
-    """Inputs and contents enter by what they hold, not by what they are called."""
+def _input_and_content_fields(config: Config) -> Iterator[str]:
+    """Names of the fields that are left out of the settings: inputs, outside contents and hub revisions. The identity
+    has their fingerprints and hashes instead of their names."""
     for name, info in type(config).model_fields.items():
         for marker in info.metadata:
             if isinstance(marker, Input | Content):
@@ -85,7 +93,7 @@ def _elsewhere(config: Config) -> Iterator[str]:
 
 def _settings(config: Config, left_out: set[str], extents: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {}
-    left_out = {*left_out, *_elsewhere(config)}
+    left_out = {*left_out, *_input_and_content_fields(config)}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         markers = {type(marker) for marker in info.metadata}

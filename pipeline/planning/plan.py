@@ -1,4 +1,4 @@
-"""Planning: from a manifest and what the store holds to what has to be done, and why. Nothing is changed."""
+"""Make a plan: compare a manifest with the store, and say what each stage needs and why. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pipeline.manifest import Loaded
 from pipeline.manifest.fields import inputs_of, is_artifact_path, marked
 from pipeline.manifest.problems import in_order
 from pipeline.planning.content import Contents, Unknown
-from pipeline.planning.fingerprint import differences, fingerprint, identity, pool_fingerprint
+from pipeline.planning.fingerprint import changes, fingerprint, identity, pool_fingerprint
 from pipeline.store import Store, load_artifact
 from stages.base import Artifact, Content, Input
 
 State = Literal["reuse", "resume", "run", "blocked"]
+"""reuse: the artifact is sealed and whole. resume: an unfinished attempt, or parts of the pool, can be continued. run:
+it is made from the start. blocked: an outside content is unknown, or an input is blocked."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,21 @@ class PlannedStage:
     name: str
     state: State
     why: str
+    """The reason for `state`, in words."""
     artifact: Artifact
     identity: Mapping[str, Any]
+    """Everything that decides the result; see `fingerprint.identity`."""
     seed: int
     contents: Mapping[str, str]
+    """Identity of each of its outside contents, by field path."""
     pool: Path
+    """The folder of parts that artifacts with other `Extent` settings share."""
     reads: Sequence[str]
-    """Stages of the same plan whose artifacts it reads."""
+    """The stages of the same plan whose artifacts this stage reads."""
     files: Mapping[str, str]
-    """What its `contents` are called: dotted path -> path or repository."""
+    """Path or repository of each of its outside contents, by field path."""
     forced: bool
-    """It is made again although it may be there."""
+    """Whether it is made again even if a whole artifact exists."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -53,7 +59,7 @@ class PlannedStage:
 
 
 Plan = Sequence[PlannedStage]
-"""In an order in which each stage comes after its inputs."""
+"""Each stage comes after its inputs."""
 
 
 def make_plan(
@@ -63,10 +69,13 @@ def make_plan(
     previous: Mapping[str, Any] | None = None,
     force: Collection[str] = (),
 ) -> Plan:
-    """Plan every stage of the manifest. `previous` is the run's last plan, by stage, to say what changed; stages in
-    `force`, and all that depend on them, are to be made again.
+    """Plan every stage of the manifest.
 
-    Raises ManifestError for settings that contradict each other across stages, with whatever was wrong before.
+    `previous` is the run's last plan, by stage; reasons name what changed since. Stages in `force`, and all stages that
+    depend on them, are made again.
+
+    Raises ManifestError with all problems: those of `loaded`, inputs that cannot be used, and settings that contradict
+    settings of other stages.
     """
     planned: dict[str, PlannedStage] = {}
     problems = list(loaded.problems)
@@ -80,11 +89,11 @@ def make_plan(
                 continue
             try:
                 kind = next(f.marker.kind for f in marked(stage, Input) if f.path == field)
-                inputs[field] = _named(Path(reference), kind, store)
+                inputs[field] = _artifact_at(Path(reference), kind, store)
             except UsageError as error:
                 problems.append(loaded.problem(name, field, str(error)))
         if len(inputs) < len(inputs_of(stage)):
-            continue  # nothing can be said of a stage whose inputs are wrong
+            continue  # a stage with wrong inputs cannot be checked further
         problems += [loaded.problem(name, field, text) for field, text in stage.check(inputs)]
         before = (previous or {}).get(name)
         planned[name] = _plan_stage(name, loaded, inputs, contents[name], store, planned, before, name in force)
@@ -93,8 +102,8 @@ def make_plan(
     return list(planned.values())
 
 
-def _named(folder: Path, kind: str, store: Store) -> Artifact:
-    """A sealed artifact given by its path. Raises UsageError if it is of another kind, or damaged."""
+def _artifact_at(folder: Path, kind: str, store: Store) -> Artifact:
+    """Load a sealed artifact given by its path. Raises UsageError if it is of another kind than `kind`, or damaged."""
     artifact = load_artifact(folder)
     if artifact.kind != kind:
         raise UsageError(f"needs an artifact of kind {kind}; {folder} is of kind {artifact.kind}")
@@ -112,29 +121,29 @@ def _plan_stage(
     store: Store,
     planned: Mapping[str, PlannedStage],
     before: Mapping[str, Any] | None,
-    asked: bool,
+    force: bool,
 ) -> PlannedStage:
     stage, seed = loaded.manifest.stages[name], loaded.manifest.seed_of(name)
-    of = identity(stage, seed, {field: a.fingerprint for field, a in inputs.items()}, contents)
-    print_ = fingerprint(of)
-    artifact = Artifact(stage, print_, store.folder(stage.kind, print_), inputs, seed)
-    pool = store.pool(stage.kind, pool_fingerprint(stage, of))
+    its_identity = identity(stage, seed, {field: a.fingerprint for field, a in inputs.items()}, contents)
+    its_fingerprint = fingerprint(its_identity)
+    artifact = Artifact(stage, its_fingerprint, store.folder(stage.kind, its_fingerprint), inputs, seed)
+    pool = store.pool(stage.kind, pool_fingerprint(stage, its_identity))
     unknown = [text for text in contents.values() if isinstance(text, Unknown)]
     upstream = [planned[r] for r in dict.fromkeys(inputs_of(stage).values()) if r in planned]
-    forced = next((p.name for p in upstream if p.forced), None)
+    forced_input = next((p.name for p in upstream if p.forced), None)
     files = {f.path: str(f.value) for f in marked(stage, Content)}
     state: State
     if unknown:
         state, why = "blocked", str(unknown[0])
     elif any(p.state == "blocked" for p in upstream):
         state, why = "blocked", f"waits for {next(p.name for p in upstream if p.state == 'blocked')}"
-    elif asked or forced:
-        state, why = "run", "forced" if asked else f"{forced} is made again"
+    elif force or forced_input:
+        state, why = "run", "forced" if force else f"{forced_input} is made again"
     else:
-        changed = "; ".join(differences(before["identity"], of, files)) if before else ""
+        changed = "; ".join(changes(before["identity"], its_identity, files)) if before else ""
         state, why = _state(artifact, store, pool, changed or ("not finished yet" if before else "never made"))
-    reads, again = [p.name for p in upstream], asked or forced is not None
-    return PlannedStage(name, state, why, artifact, of, seed, contents, pool, reads, files, again)
+    reads, forced = [p.name for p in upstream], force or forced_input is not None
+    return PlannedStage(name, state, why, artifact, its_identity, seed, contents, pool, reads, files, forced)
 
 
 def _state(artifact: Artifact, store: Store, pool: Path, reason: str) -> tuple[State, str]:

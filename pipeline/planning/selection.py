@@ -1,4 +1,4 @@
-"""Which stages of a plan a command is about: --only, --from, --force."""
+"""The stages of a plan that a command carries out or makes again: --only, --from and --force."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from pipeline.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Selection:
-    """Stages by name; the name of a matrix means all its members."""
+    """Stage names as a user gave them. The name of a matrix or of a chain stands for all its stages."""
 
     only: Sequence[str] = ()
-    """These alone."""
+    """--only: carry out these stages alone."""
     onward: Sequence[str] = ()
-    """These, and all that depends on them."""
+    """--from: carry out these stages and all stages that depend on them."""
     force: Sequence[str] = ()
-    """Make these again, and so all that depends on them."""
+    """--force: make these stages again, and all stages that depend on them."""
 
     @property
     def given(self) -> bool:
-        """Whether stages were chosen at all."""
+        """Whether --only or --from was given. Otherwise all stages are carried out."""
         return bool(self.only or self.onward)
 
     def forced(self, names: Sequence[str]) -> set[str]:
+        """Those of `names` that --force asks for. Raises UsageError for a name that matches none."""
         return _resolve(names, self.force)
 
     def of(self, plan: Plan) -> set[str]:
-        """The stages to carry out. Raises UsageError for a name that the plan does not have, a stage that is
-        blocked, or one whose inputs neither are there nor are to be made."""
+        """Names of the stages to carry out.
+
+        Raises UsageError for a name that matches no stage of the plan, for a blocked stage, and for a stage that reads
+        an artifact that is neither sealed nor about to be made.
+        """
         names = [stage.name for stage in plan]
         wanted = _resolve(names, self.only)
         onward = _resolve(names, self.onward)
@@ -60,6 +64,6 @@ def _check(plan: Plan, found: Collection[str]) -> None:
         missing = next((by_name[r] for r in stage.reads if r not in found and by_name[r].state != "reuse"), None)
         if missing:
             raise UsageError(
-                f"stage {stage.name} needs {missing.name}, which is not made yet ({missing.why}); make it first, "
-                "or leave the choice of stages away"
+                f"stage {stage.name} needs {missing.name}, which is not made yet ({missing.why}); "
+                f"choose {missing.name} too, or choose no stages to carry out all of them"
             )

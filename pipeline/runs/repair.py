@@ -12,7 +12,7 @@ from pipeline.manifest.fields import replaced
 from pipeline.manifest.model import Resources
 from pipeline.planning import make_plan, read_contents
 from pipeline.planning.content import HashCache
-from pipeline.planning.fingerprint import differences
+from pipeline.planning.fingerprint import changes
 from pipeline.runs.run import REPAIR, Run
 from pipeline.store import RECORD, Store, hold, load_artifact, read_record
 from pipeline.store.artifacts import damaged_input, remade_input
@@ -83,15 +83,15 @@ def plan_repair(folder: Path) -> Repair:
     loaded = loads(dump(wanted), str(folder / RECORD))
     (planned,) = make_plan(loaded, read_contents(loaded, store.hashes), store)
     if planned.state == "blocked" or planned.artifact.fingerprint != artifact.fingerprint:
-        changes = "; ".join(differences(record["identity"], planned.identity, planned.files))
-        why = planned.why if planned.state == "blocked" else changes
+        changed = "; ".join(changes(record["identity"], planned.identity, planned.files))
+        why = planned.why if planned.state == "blocked" else changed
         raise UsageError(f"{folder} cannot be made again as it was: {why}")
     if remade := remade_input(artifact, record):
         raise UsageError(
             f"{folder} cannot be made again as it was: its input {remade} was made again with other bytes; resume the "
             "run that made it, which then makes all of it again"
         )
-    if damage := damaged_input(artifact, HashCache(store.hashes).of):
+    if damage := damaged_input(artifact, HashCache(store.hashes).sha256_of):
         raise UsageError(f"{folder} cannot be made again as it was: {damage}")
     return Repair(artifact, planned.pool, store, loaded, [path for path in damaged if path in before], before)
 

@@ -154,7 +154,7 @@ class Runner:
         done twice while they stay as they are. Raises StageError for a file that is not what was sealed."""
         cache = HashCache(self.run.store.hashes)
         try:
-            if damage := damaged_input(stage.artifact, cache.of):
+            if damage := damaged_input(stage.artifact, cache.sha256_of):
                 raise StageError(damage)
         finally:
             cache.save()

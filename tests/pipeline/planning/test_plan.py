@@ -62,7 +62,7 @@ def test_what_is_sealed_is_reused_and_what_changed_says_why(tmp_path):
     assert (plan["pairs"].state, plan["pairs"].why) == ("run", "dtype float32 -> float16; sampler.steps 10 -> 25")
     plan = plan_of(GAUSSIAN, tmp_path, ["stages.teacher.gaussian.std=0.7"])
     assert plan["teacher"].why == "gaussian.std 0.6 -> 0.7"
-    assert plan["pairs"].why == "its input teacher is another"
+    assert plan["pairs"].why == "its input teacher changed"
     assert plan_of(GAUSSIAN, tmp_path, ["seed=5"])["teacher"].why == "seed 0 -> 5"
 
 
@@ -114,11 +114,11 @@ def test_links_are_followed_when_a_folder_is_hashed(tmp_path):
     (folder / "unet").symlink_to(real / "unet")
     (real / "unet" / "config.json").write_text("1")
     (folder / "notes.txt").write_text("x")
-    before = HashCache(tmp_path / "none").of(folder, ["unet/config.json"])
+    before = HashCache(tmp_path / "none").sha256_of(folder, ["unet/config.json"])
     (folder / "notes.txt").write_text("y")
-    assert HashCache(tmp_path / "none").of(folder, ["unet/config.json"]) == before
+    assert HashCache(tmp_path / "none").sha256_of(folder, ["unet/config.json"]) == before
     (real / "unet" / "config.json").write_text("2")
-    assert HashCache(tmp_path / "none").of(folder, ["unet/config.json"]) != before
+    assert HashCache(tmp_path / "none").sha256_of(folder, ["unet/config.json"]) != before
 
 
 def test_links_that_loop_are_followed_once(tmp_path):

@@ -124,7 +124,7 @@ def test_differences_between_a_manifest_and_a_run_and_between_runs(made):
     assert json.loads(shown.stdout) == {"pairs": ["sampler.steps 10 -> 5"], "extra": ["added"]}
     execute(CHAIN, store, ["stages.teacher.gaussian.std=0.7"], name="other")
     shown = json.loads(retort("plan", "other", "--store", store, "--diff", "gaussian", "--json").stdout)
-    assert shown["teacher"] == ["gaussian.std 0.6 -> 0.7"] and shown["pairs"] == ["its input teacher is another"]
+    assert shown["teacher"] == ["gaussian.std 0.6 -> 0.7"] and shown["pairs"] == ["its input teacher changed"]
     assert "no difference" in retort("plan", "gaussian", "--store", store, "--diff", "gaussian").stdout
     assert retort("plan", path, "--store", store, "--diff", "nobody").returncode == 2
 

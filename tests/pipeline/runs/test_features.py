@@ -75,7 +75,7 @@ FEATURES = [
     Feature("graph", "plan {m} --store {s}", r"● teacher .*\n╰─● pairs"),
     Feature("why a stage is stale", "plan {m} --store {s} --set seed=4", r"seed 0 -> 4"),
     Feature("parameter invalidation", "plan {m} --store {s} --set stages.pairs.sampler.steps=5", r"sampler.steps 10 -> 5"),
-    Feature("code invalidation", "NEW_CODE plan {m} --store {s}", r"made another way \(VERSION \d -> 99\)"),
+    Feature("code invalidation", "NEW_CODE plan {m} --store {s}", r"the code of pairs stages changed \(VERSION \d -> 99\)"),
     Feature("input content hash", "plan {m} --store {s}", r"p.txt changed", before=edit_prompts),
     Feature("nothing done twice", "submit {m} --store {s} --engine inline", r"pairs: reused"),
     Feature("force", "submit {m} --store {s} --engine inline --force pairs", r"pairs: run: forced"),

@@ -97,13 +97,13 @@ def test_a_file_that_was_replaced_is_hashed_again(tmp_path):
     file, other, cache = tmp_path / "file", tmp_path / "other", tmp_path / "contents.json"
     file.write_text("one")
     first = HashCache(cache)
-    assert first.of(file) == sha256_of(file)
+    assert first.sha256_of(file) == sha256_of(file)
     first.save()
     time = file.stat().st_mtime_ns
     other.write_text("two")
     os.utime(other, ns=(time, time))
     other.replace(file)
-    assert HashCache(cache).of(file) == sha256_of(file)
+    assert HashCache(cache).sha256_of(file) == sha256_of(file)
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "3", "[" * 100_000, '{"PATH": null}', '{"PATH": [STAMP, 5]}'])

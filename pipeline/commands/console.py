@@ -177,7 +177,7 @@ def held(loaded: Loaded, run: Run, selection: Selection, wait: bool) -> Iterator
     run.store.create()
     waiting = say_waiting if wait else None
     with run.held(waiting):
-        with share(run.store.collecting):  # what is to be reused is not collected before the plan is frozen
+        with share(run.store.garbage_lock):  # what is to be reused is not collected before the plan is frozen
             planned = plan_run(loaded, run, selection.forced(loaded.order))
             chosen = selection.of(planned)
             force.check(run, planned, chosen)

@@ -11,7 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.planning import Plan, PlannedStage
 from pipeline.runs.run import Run
 from pipeline.store import read_record
-from pipeline.store.artifacts import UNREADABLE
+from pipeline.store.artifacts import READ_ERRORS
 
 
 def check(run: Run, plan: Plan, chosen: Collection[str]) -> None:
@@ -39,7 +39,7 @@ def _sharers(run: Run, stage: PlannedStage) -> Iterator[Path]:
         try:
             if read_record(folder)["pool"] == stage.pool.name:
                 yield folder
-        except UNREADABLE:  # no artifact, or a damaged one, which has to be made again anyhow
+        except READ_ERRORS:  # no artifact, or a damaged one, which has to be made again anyhow
             continue
 
 

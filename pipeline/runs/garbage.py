@@ -32,7 +32,7 @@ def collect(
             if driver := run.driver():
                 raise Locked(f"{driver} is under way; stop it first: retort stop {run.name} --store {store.root}")
             stack.enter_context(run.held())
-        stack.enter_context(hold(store.collecting, "a plan", "gc", waiting))
+        stack.enter_context(hold(store.garbage_lock, "a plan is being made", "gc", waiting))
         # listed only now: until the lock was held, plans could be frozen
         return _collect(store, [run for run in all_runs(store) if run.name not in drop], dropped, delete)
 

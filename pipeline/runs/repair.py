@@ -43,7 +43,10 @@ class Repair:
         """First the artifact stops existing for everyone; then the damaged parts do. Killed at any moment, the
         repair can be started again. Raises Locked while a run makes or reads the artifact or its pool."""
         run = Run(self.store, self.run_name)
-        with run.making(self.artifact, self.pool, waiting), hold(self.store.collecting, "a plan", run.name, waiting):
+        with (
+            run.making(self.artifact, self.pool, waiting),
+            hold(self.store.garbage_lock, "a plan is being made", run.name, waiting),
+        ):
             run.refuse_others(self.artifact, self.pool, f"{self.artifact.kind}/{self.artifact.fingerprint}")
             self.store.unseal(self.artifact)
             self.artifact.stage.discard(self.pool, self.damaged)
@@ -88,7 +91,7 @@ def plan_repair(folder: Path) -> Repair:
         raise UsageError(f"{folder} cannot be made again as it was: {why}")
     if remade := remade_input(artifact, record):
         raise UsageError(
-            f"{folder} cannot be made again as it was: its input {remade} was made again with other bytes; resume the "
+            f"{folder} cannot be made again as it was: its input {remade} was made again with different bytes; resume the "
             "run that made it, which then makes all of it again"
         )
     if damage := damaged_input(artifact, HashCache(store.hashes).sha256_of):

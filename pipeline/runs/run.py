@@ -63,7 +63,7 @@ class Run:
     @contextmanager
     def held(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
         """Be the only driver of this run. Raises Locked, naming the other, or waits as `hold` does."""
-        with hold(self.folder / "lock", f"run {self.name}", self.name, waiting):
+        with hold(self.folder / "lock", f"run {self.name} is being carried out", self.name, waiting):
             yield
 
     @contextmanager
@@ -73,7 +73,7 @@ class Run:
         with ExitStack() as stack:
             for fingerprint in dict.fromkeys((artifact.fingerprint, pool.name)):
                 file = self.store.lock_of(artifact.kind, fingerprint)
-                stack.enter_context(hold(file, f"{artifact.kind}/{fingerprint}", self.name, waiting))
+                stack.enter_context(hold(file, f"{artifact.kind}/{fingerprint} is being made", self.name, waiting))
             yield
 
     def driver(self) -> Holder | None:

@@ -1,7 +1,7 @@
-"""The store: sealed artifacts in folders, and the locks that protect them.
+"""The store: a folder of sealed artifacts, and the locks that protect them.
 
-`artifacts` finds, seals and checks artifacts. `locks` are released by the operating system when their holder dies.
-Runs live in the same store; their folders are described in `runs`.
+`artifacts` finds, seals and checks artifacts. `locks` are file locks of the operating system. The folders of runs lie
+in the store too; `pipeline.runs` reads and writes them.
 """
 
 from pipeline.store.artifacts import RECORD, Store, load_artifact, read_record

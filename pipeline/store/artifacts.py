@@ -1,10 +1,11 @@
-"""The store: sealed artifacts by content, work in progress, pools of parts, locks, runs.
+"""The store: sealed artifacts, work in progress, pools of parts, locks and runs.
 
-STORE/KIND/FINGERPRINT/      a sealed artifact; artifact.json is written last
-STORE/KIND/pool/FINGERPRINT/ finished parts that several artifacts of a kind may share
-STORE/work/KIND-FINGERPRINT/ what an unfinished attempt has so far
-STORE/locks/                 a file for each artifact and pool, locked by whoever makes it
-STORE/runs/NAME/             see runs.py
+STORE/KIND/FINGERPRINT/      a sealed artifact; its artifact.json is written last
+STORE/KIND/pool/FINGERPRINT/ finished parts, such as shards; several artifacts of a kind may share them
+STORE/work/KIND-FINGERPRINT/ what an unfinished attempt has made so far
+STORE/locks/                 one file for each artifact and pool, locked while it is being made
+STORE/runs/NAME/             a run; see runs/run.py
+STORE/contents.json          cached hashes of files
 """
 
 from __future__ import annotations
@@ -26,39 +27,46 @@ from stages.registry import PluginError
 
 RECORD = "artifact.json"
 UNSEALED = "unsealed.json"
-"""The record of an artifact whose parts are being mended."""
-BEGUN = ".inputs.json"
-"""In a work folder: the sha256 of each input that the attempt reads."""
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-"""What reading a damaged record raises."""
-NOT_INSTALLED = "which no installed package offers; install the one that it was made with"
+"""The record of an artifact that is being repaired or made again."""
+INPUT_HASHES = ".inputs.json"
+"""A file in a work folder: the sha256 of each input that the attempt reads."""
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""The errors of reading a damaged record."""
+NOT_INSTALLED = "which no installed package offers; install the package that it was made with"
 
 
 def is_url(root: Path | str) -> bool:
+    """Whether a store is given by a URL, such as s3://BUCKET/PREFIX, and not by a path."""
     return "://" in str(root)
 
 
 class Store:
-    """A folder, on a disk of this machine or shared by all nodes of a cluster."""
+    """A store in a folder. The folder is on a disk of this machine, or shared by all nodes of a cluster.
+
+    Raises UsageError for a URL.
+    """
 
     def __init__(self, root: Path | str) -> None:
         if is_url(root):
             raise UsageError(
-                f"store {root}: this version keeps its store in a folder; on a cluster, one that all share"
+                f"store {root}: this version keeps its store in a folder; give a path, on a cluster a shared one"
             )
         self.root = Path(root).expanduser().absolute()
 
     def folder(self, kind: str, fingerprint: str) -> Path:
+        """Where the artifact of this kind and fingerprint lies, or will lie."""
         return self.root / kind / fingerprint
 
     def pool(self, kind: str, fingerprint: str) -> Path:
+        """Where the parts with this pool fingerprint lie."""
         return self.root / kind / "pool" / fingerprint
 
     def work(self, artifact: Artifact) -> Path:
+        """Where an attempt makes the artifact."""
         return self.root / "work" / f"{artifact.kind}-{artifact.fingerprint}"
 
     def create(self) -> None:
-        """Make the folder. Raises UsageError where that is not possible."""
+        """Make the store's folders. Raises UsageError if they cannot be written."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             for name in ("work", "locks", "runs"):
@@ -67,39 +75,44 @@ class Store:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UsageError(f"store {self.root} cannot be written: {error.strerror}") from None
+            raise UsageError(
+                f"store {self.root} cannot be written: {error.strerror}; give another with --store"
+            ) from None
 
     @property
     def hashes(self) -> Path:
-        """The file in which hashes are cached."""
+        """The file of cached hashes."""
         return self.root / "contents.json"
 
     # --- Artifacts ---
 
     def is_sealed(self, artifact: Artifact) -> bool:
+        """Whether the artifact has its record, artifact.json, and so is finished."""
         return (artifact.folder / RECORD).exists()
 
     def damage(self, artifact: Artifact) -> str | None:
-        """Why a sealed artifact cannot be reused: a file is missing or of another size, or an input was made again
-        with other bytes. None if it can. No file is hashed: whoever reads an artifact does that, and
-        `retort verify`."""
+        """Say why a sealed artifact cannot be reused, or return None if it can.
+
+        A file may be missing or have another size, or an input may have been made again with different bytes. No file
+        is hashed here. Files are hashed when a stage reads the artifact, and by `retort verify`.
+        """
         try:
             record = artifact.record
             changed, remade = changed_file(artifact.folder, record), remade_input(artifact, record)
-        except UNREADABLE:
+        except READ_ERRORS:
             return f"its {RECORD} cannot be read"
         if changed:
             return f"{changed} is missing or changed"
         if remade:
-            return f"its input {remade} was made again with other bytes"
+            return f"its input {remade} was made again with different bytes"
         return artifact.stage.damage(artifact.folder)
 
     def seal(self, artifact: Artifact, work: Path, record: Mapping[str, Any]) -> None:
-        """Turn `work` into the artifact: hash the files, write the record, move the folder into its place."""
+        """Turn the folder `work` into the artifact: hash its files, write the record, move the folder into place."""
         files = {
             str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             for path in sorted(work.rglob("*"))
-            if path.is_file() and path.name != RECORD and not _is_left(path.relative_to(work))
+            if path.is_file() and path.name != RECORD and not _is_scratch(path.relative_to(work))
         }
         text = json.dumps({**record, "files": files}, indent=2, ensure_ascii=False) + "\n"
         fsync_folder(work)
@@ -107,71 +120,75 @@ class Store:
         self.finish(artifact.folder, work)
 
     def finish(self, folder: Path, work: Path) -> None:
-        """The end of sealing, which may be done again: from here on `work` holds a record, and only moves."""
+        """The last step of sealing. `work` holds the record by now: it is cleaned and moved. After a kill it can be
+        repeated."""
         for path in list(work.rglob("*")):
-            if _is_left(path.relative_to(work)):
+            if _is_scratch(path.relative_to(work)):
                 _remove(path)
         folder.parent.mkdir(parents=True, exist_ok=True)
         old = work.with_name(f"{work.name}-old")
-        if folder.exists():  # damaged, or it would not have been made again
+        if folder.exists():  # a damaged artifact, which this one replaces
             shutil.rmtree(old, ignore_errors=True)
             folder.replace(old)
         work.replace(folder)
         shutil.rmtree(old, ignore_errors=True)
 
     def outdated(self, artifact: Artifact) -> bool:
-        """Whether what is there of it, sealed or unfinished, was made from inputs that were made again since, with
-        other bytes."""
+        """Whether the artifact, sealed or unfinished, was made from inputs that have since been remade with different
+        bytes."""
         work = self.work(artifact)
-        for file in (artifact.folder / RECORD, work / RECORD, work / BEGUN):
+        for file in (artifact.folder / RECORD, work / RECORD, work / INPUT_HASHES):
             try:
                 if remade_input(artifact, json.loads(file.read_text(encoding="utf-8"))):
                     return True
-            except UNREADABLE:
+            except READ_ERRORS:
                 continue
         return False
 
     def begin(self, artifact: Artifact, inputs_sha256: Mapping[str, str]) -> Path:
-        """The folder to make the artifact in. It may hold what an attempt before left, without the temporaries."""
+        """Return the folder to make the artifact in. Files of an earlier attempt stay there, except temporary files."""
         work = self.work(artifact)
         work.mkdir(parents=True, exist_ok=True)
         for left in list(filter(is_temporary, work.rglob(".*"))):
             left.unlink(missing_ok=True)
-        if not (work / BEGUN).exists():
-            write_atomically(work / BEGUN, json.dumps({"inputs_sha256": inputs_sha256}).encode("utf-8"))
+        if not (work / INPUT_HASHES).exists():
+            write_atomically(work / INPUT_HASHES, json.dumps({"inputs_sha256": inputs_sha256}).encode("utf-8"))
         return work
 
     def drop_work(self, artifact: Artifact) -> None:
-        """Remove what an unfinished attempt left. The record goes first: without it, nothing counts as sealed."""
+        """Remove the files of an unfinished attempt. The record goes first, so that a half-removed attempt is never
+        sealed."""
         (self.work(artifact) / RECORD).unlink(missing_ok=True)
         shutil.rmtree(self.work(artifact), ignore_errors=True)
 
     def unseal(self, artifact: Artifact) -> None:
-        """From now on the artifact does not exist; its record is kept aside, for whoever mends it."""
+        """Make the artifact unsealed: readers no longer find it. Its record is kept as UNSEALED, for a repair."""
         if self.is_sealed(artifact):
             (artifact.folder / RECORD).replace(artifact.folder / UNSEALED)
 
     # --- Locks ---
 
     @property
-    def collecting(self) -> Path:
-        """The file to lock alone while garbage is collected, together while a plan is made and frozen."""
+    def garbage_lock(self) -> Path:
+        """The lock file of garbage collection. `retort gc` holds it alone; commands that make and freeze a plan share
+        it."""
         return self.root / "locks" / "garbage"
 
     def lock_of(self, kind: str, fingerprint: str) -> Path:
-        """The file to lock while an artifact, or a pool, of this kind is being made."""
+        """The file to lock while the artifact or pool with this fingerprint is being made."""
         return self.root / "locks" / f"{kind}-{fingerprint}"
 
 
 def changed_file(folder: Path, record: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None) -> str | None:
-    """The first of `changed_files`; None if there is none."""
+    """The first of `changed_files`, or None."""
     return next(changed_files(folder, record, hash_file), None)
 
 
 def changed_files(
     folder: Path, record: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None
 ) -> Iterator[str]:
-    """The sealed files that are missing or of another size or, with `hash_file`, of another sha256."""
+    """Yield the sealed files that are missing or of another size. With `hash_file`, also yield those of another
+    sha256."""
     for name, about in record["files"].items():
         path = folder / name
         if (
@@ -183,12 +200,14 @@ def changed_files(
 
 
 def remade_input(artifact: Artifact, record: Mapping[str, Any]) -> str | None:
-    """The first input that no longer holds the bytes which the artifact was made from, as the path of its field; of an
-    input's own inputs, `pairs.teacher`. None if there is none. Inputs that are not sealed now are not compared."""
+    """Field path of the first input whose bytes differ from those that the artifact was made from, or None.
+
+    Inputs of inputs are compared too: `pairs.teacher`. Inputs that are not sealed now are skipped.
+    """
     for field, source in artifact.inputs.items():
         try:
             now, its_record = source.sha256, source.record
-        except UNREADABLE:
+        except READ_ERRORS:
             continue
         if record.get("inputs_sha256", {}).get(field, now) != now:
             return field
@@ -198,26 +217,28 @@ def remade_input(artifact: Artifact, record: Mapping[str, Any]) -> str | None:
 
 
 def damaged_input(artifact: Artifact, hash_file: Callable[[Path], str]) -> str | None:
-    """A sentence about the first sealed file, of all that the artifact is made from, that is not what was sealed; None
-    if all are. What its inputs were made from may have been removed since."""
+    """Hash everything that the artifact is made from. Return a sentence about the first damaged file, or None.
+
+    Direct inputs must be there. Inputs of inputs may have been removed since.
+    """
     for folder, source in _ancestry(artifact).items():
         if not (folder / RECORD).exists() and source not in artifact.inputs.values():
             continue
         try:
             record = source.record
-        except UNREADABLE as error:
+        except READ_ERRORS as error:
             return f"{source.kind}/{source.fingerprint} is damaged: its {RECORD} cannot be read ({error})"
         if changed := changed_file(folder, record, hash_file):
             return (
-                f"{source.kind}/{source.fingerprint} is damaged: {folder / changed} is missing or not what was sealed. "
-                f"Put it back as it was; or remove it and make it again: retort resume {record['made_by']['run']} "
-                f"--store {folder.parent.parent}"
+                f"{source.kind}/{source.fingerprint} is damaged: {folder / changed} is missing or changed since it was "
+                "sealed. Restore the file; or delete it and make it again with: "
+                f"retort resume {record['made_by']['run']} --store {folder.parent.parent}"
             )
     return None
 
 
 def _ancestry(artifact: Artifact) -> dict[Path, Artifact]:
-    """Folder -> artifact: its inputs, and theirs."""
+    """Folder -> artifact, of all inputs and their inputs."""
     found: dict[Path, Artifact] = {}
     for source in artifact.inputs.values():
         found |= {source.folder: source, **_ancestry(source)}
@@ -225,24 +246,28 @@ def _ancestry(artifact: Artifact) -> dict[Path, Artifact]:
 
 
 def lineage(folder: Path) -> Iterator[Path]:
-    """An artifact's folder and those of all that it was made from, with their pools. Raises UsageError for a record
-    that cannot be read."""
+    """Yield the folder of an artifact and the folders of everything that it was made from, with their pools.
+
+    Raises UsageError for a record that cannot be read.
+    """
     yield folder
     try:
         record = read_record(folder)
         pool, inputs = record["pool"], record["inputs"].values()
     except FileNotFoundError:
         return  # not made yet
-    except UNREADABLE as error:
-        raise UsageError(f"{folder} is damaged ({error}) and could refer to anything: resume its run first") from None
+    except READ_ERRORS as error:
+        raise UsageError(
+            f"{folder} is damaged: what it was made from cannot be read ({error}); resume its run first"
+        ) from None
     if pool:
         yield folder.parent / "pool" / pool
     for place in inputs:
         yield from lineage((folder / place).resolve())
 
 
-def _is_left(inside: Path) -> bool:
-    """Whether a path below a work folder belongs to the attempt alone, and not to what it made."""
+def _is_scratch(inside: Path) -> bool:
+    """Whether a path in a work folder is scratch: checkpoints and hidden files, which no artifact keeps."""
     return SCRATCH in inside.parts or any(part.startswith(".") for part in inside.parts)
 
 
@@ -254,8 +279,10 @@ def _remove(path: Path) -> None:
 
 
 def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:
-    """The sealed artifact in `folder`, with all that it was made from; with `unsealed` also one that is being
-    mended. Raises UsageError."""
+    """Load the sealed artifact in `folder`, with everything that it was made from.
+
+    With `unsealed`, an artifact under repair is loaded too. Raises UsageError.
+    """
     try:
         record = read_record(folder) if unsealed else json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["kind"] not in KINDS:
@@ -267,25 +294,25 @@ def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:
         raise UsageError(f"{folder / RECORD}: {_unreadable(error)}") from None
     except FileNotFoundError:
         raise UsageError(f"{folder} is no sealed artifact: it has no {RECORD}") from None
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise UsageError(f"{folder / RECORD} cannot be read: {error}") from None
     inputs = {field: load_artifact((folder / place).resolve()) for field, place in record["inputs"].items()}
     return Artifact(stage, record["fingerprint"], folder, inputs, record["seed"])
 
 
 def _unreadable(error: ValidationError) -> str:
-    """The first thing that is wrong with recorded settings."""
+    """Say what is wrong with the settings of a record."""
     first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"])) or "settings"
     if first["type"] == "unknown_choice":
         return f"{field} is {first['input']!r}, {NOT_INSTALLED}"
     if first["type"] == "plugin":
         return f"{field}: {first['msg']}"
-    return f"{field}: {first['msg']}; another version of Retort, or of a package it uses, made it"
+    return f"{field}: {first['msg']}; another version of Retort, or of a package that it uses, made the artifact"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of an artifact that is sealed, or is being mended. Raises OSError or ValueError."""
+    """The record of an artifact that is sealed or under repair. Raises OSError or ValueError."""
     path = folder / RECORD
     record: dict[str, Any] = json.loads((path if path.exists() else folder / UNSEALED).read_text(encoding="utf-8"))
     return record

@@ -1,4 +1,5 @@
-"""Locks of the operating system: free the moment their holder dies, and they say who it is."""
+"""File locks of the operating system. They are free as soon as their holder's process ends, and they name the
+holder."""
 
 from __future__ import annotations
 
@@ -16,31 +17,35 @@ from typing import IO
 
 from pipeline.errors import Locked
 
-PATIENCE = 1.0
-"""Seconds for which a lock without a holder's name is tried again: somebody only looks at it."""
+RETRY_UNNAMED_FOR = 1.0
+"""Seconds for which a lock without a named holder is retried: a call of `holder` locks the file for a moment."""
 
 WAIT_EVERY = 1.0
-"""Seconds between two tries of a lock that is waited for."""
+"""Seconds between two attempts at a lock that is waited for."""
 
 
 @contextmanager
 def hold(file: Path, what: str, run: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold `file`'s lock for `run`; the file is made if it is not there. If another process has the lock: without
-    `waiting` raises Locked, with `what` and the holder; with it, calls it once with that text and waits."""
+    """Hold the lock of `file` for `run`. The file is made if it does not exist.
+
+    `what` is a clause such as "run digits is being carried out". If another process has the lock, the reason is `what`
+    followed by "by" and the holder. Without `waiting`, Locked is raised with that reason. With it, it is called once
+    with the reason, and the lock is waited for.
+    """
     with ExitStack() as stack:
-        deadline, told = time.monotonic() + PATIENCE, False
+        deadline, told = time.monotonic() + RETRY_UNNAMED_FOR, False
         opened = stack.enter_context(_open(file))
         while not _locked(opened, fcntl.LOCK_EX) or not _is_at(opened, file):
-            if not _is_at(opened, file):  # removed by the last holder: its lock means nothing any more
+            if not _is_at(opened, file):  # the last holder removed the file: lock the new one
                 opened = stack.enter_context(_open(file))
                 continue
             other = holder(file)
             if other is None and time.monotonic() < deadline:
                 time.sleep(0.02)
                 continue
-            text = f"{what} is being made by {other or 'another process'}"
+            text = f"{what} by {other or 'another process'}"
             if waiting is None:
-                raise Locked(f"{text}; wait for it (--wait), or stop it")
+                raise Locked(f"{text}; wait for it (--wait), or stop it (retort stop)")
             if not told:
                 waiting(text)
                 told = True
@@ -57,7 +62,7 @@ def hold(file: Path, what: str, run: str, waiting: Callable[[str], None] | None 
 
 @contextmanager
 def share(file: Path) -> Iterator[None]:
-    """Hold `file`'s lock together with all others who share it; wait while somebody holds it alone."""
+    """Hold the lock of `file` together with others that share it. Wait while a process holds it alone."""
     with open(file, "a+", encoding="utf-8") as opened:
         fcntl.flock(opened, fcntl.LOCK_SH)
         yield
@@ -69,7 +74,7 @@ def _open(file: Path) -> IO[str]:
 
 
 def _is_at(opened: IO[str], file: Path) -> bool:
-    """Whether `file` is still the one that was opened."""
+    """Whether `file` is still the file that was opened."""
     try:
         return os.path.samestat(os.fstat(opened.fileno()), os.stat(file))
     except FileNotFoundError:
@@ -86,7 +91,7 @@ def _locked(opened: IO[str], how: int) -> bool:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """The holder of a lock. `since` is a UTC time in ISO 8601."""
 
     run: str
     pid: int
@@ -98,7 +103,7 @@ class Holder:
 
 
 def holder(file: Path) -> Holder | None:
-    """Who holds the lock; None if nobody does, or if the holder has not yet written who it is."""
+    """The holder of the lock; None if it is free, or if the holder has not written its name yet."""
     if not file.exists():
         return None
     with open(file, encoding="utf-8") as opened:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.planning.fingerprint import differences, fingerprint, identity
+from pipeline.planning.fingerprint import changes, fingerprint, identity
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
 from tests.support.cli import ROOT, command, retort
 from tests.support.packages import PACKAGES, install
@@ -180,7 +180,7 @@ def test_a_version_above_1_is_part_of_the_identity(installed, tmp_path):
     before, after = of(First()), of(Raised())
     assert "VERSION" not in before["settings"]["method"]
     assert fingerprint(before) != fingerprint(after)
-    assert list(differences(before, after, {})) == ["method.VERSION 1 -> 2"]
+    assert list(changes(before, after, {})) == ["method.VERSION 1 -> 2"]
 
 
 def test_raising_a_packages_version_makes_its_students_stale(installed, good, tiny, tmp_path):

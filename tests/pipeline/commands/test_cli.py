@@ -118,7 +118,10 @@ def test_a_locked_stage_is_exit_3(gaussian, tmp_path):
         assert holder.poll() is None
         time.sleep(0.01)
     same = retort("resume", "gaussian", "--store", store, "--engine", "inline")
-    assert same.returncode == 3 and f"run gaussian is being made by run gaussian (process {holder.pid}" in same.stderr
+    assert (
+        same.returncode == 3
+        and f"run gaussian is being carried out by run gaussian (process {holder.pid}" in same.stderr
+    )
     done = retort("submit", gaussian, "--store", store, "--engine", "inline", "--name", "second")
     status = json.loads(retort("status", "gaussian", "--store", store, "--json").stdout)["stages"]["pairs"]
     holder.kill()

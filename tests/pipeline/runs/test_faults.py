@@ -20,7 +20,7 @@ def test_a_second_driver_waits_when_asked_to(tmp_path):
     second = retort("resume", "gaussian", "--store", store, "--engine", "inline", "--wait")
     out, _ = first.communicate(timeout=60)
     assert first.returncode == 0 and second.returncode == 0, out + second.stderr
-    assert f"waiting: run gaussian is being made by run gaussian (process {first.pid}" in second.stderr
+    assert f"waiting: run gaussian is being carried out by run gaussian (process {first.pid}" in second.stderr
     events = [json.loads(line) for line in (store / "runs/gaussian/events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events if event["stage"] == "pairs"].count("stage_started") == 1
 

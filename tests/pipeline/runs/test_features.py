@@ -87,7 +87,7 @@ FEATURES = [
     Feature("matrix", "plan {m} --store {s} --set stages.pairs.matrix.seed=[1,2]", r"pairs\[seed=2\]"),
     Feature("parameter diff", "plan {m} --store {s} --diff other", r"pairs +sampler.steps 5 -> 10", before=second_run),
     Feature("diff of two runs", "plan gaussian --store {s} --diff other", r"sampler.steps 5 -> 10", before=second_run),
-    Feature("visible lock", "LOCKED submit {m} --store {s} --engine inline", r"made by run mine \(process \d+ on .*--wait", 3),
+    Feature("visible lock", "LOCKED submit {m} --store {s} --engine inline", r"carried out by run mine \(process \d+ on .*--wait", 3),
     Feature("garbage collection", "gc --store {s} --drop other --delete", r"removed", before=second_run),
     Feature("stage logs", "logs gaussian --store {s}", r"pairs: stage done"),
     Feature("JSON", "status gaussian --store {s} --json", r'"state": "done"'),

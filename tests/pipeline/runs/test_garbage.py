@@ -134,7 +134,7 @@ def test_what_is_planned_while_collecting_waits_is_kept(tmp_path):
         planning.close()
 
     planning = ExitStack()
-    planning.enter_context(share(store.collecting))
+    planning.enter_context(share(store.garbage_lock))
     assert collect(store, delete=True, waiting=waiting)["found"] == []
 
 
@@ -154,7 +154,7 @@ def test_a_run_that_is_dropped_leaves_no_lock_that_two_could_hold(tmp_path):
         planning.close()
 
     thread = threading.Thread(target=wait_for_the_run)
-    planning.enter_context(share(store.collecting))
+    planning.enter_context(share(store.garbage_lock))
     collect(store, ["gaussian"], delete=True, waiting=waiting)
     thread.join(30)
     assert drivers and drivers[0] is not None and drivers[0].run == "gaussian"
@@ -169,7 +169,7 @@ def test_odd_folders_among_the_runs_break_nothing(tmp_path):
 
 def test_nothing_is_collected_while_a_plan_is_made(tmp_path):
     execute(GAUSSIAN, tmp_path)
-    with share(Store(tmp_path).collecting), pytest.raises(Locked, match="a plan is being made"):
+    with share(Store(tmp_path).garbage_lock), pytest.raises(Locked, match="a plan is being made"):
         collect(Store(tmp_path))
 
 

@@ -198,7 +198,7 @@ def test_what_a_stage_waits_for_is_said_wherever_the_stage_is_followed(tmp_path,
     says = "worker 2 of 2 is waiting for 1 GPU; 1 works"
     assert f"pairs: {says}\n" in capsys.readouterr().err
     assert f"pairs: stage waits: {says}\n" in retort("logs", "gaussian", "--store", tmp_path).stdout
-    assert f"WARNING pipeline.runner: {says}\n" in retort("logs", "gaussian", "pairs", "--store", tmp_path).stdout
+    assert f"WARNING pipeline.runs.runner: {says}\n" in retort("logs", "gaussian", "pairs", "--store", tmp_path).stdout
 
 
 @pytest.mark.parametrize(

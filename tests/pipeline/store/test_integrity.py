@@ -65,7 +65,7 @@ def test_a_teacher_that_was_edited_at_equal_size_makes_no_pairs(store):
     before = file.read_bytes()
     edit(file)
     assert plan_of(GAUSSIAN, store, MORE)["teacher"].state == "reuse", "a plan looks at sizes alone"
-    words = rf"teacher/{plan['teacher'].artifact.fingerprint} is damaged: {file} is missing or not what was sealed.*"
+    words = rf"teacher/{plan['teacher'].artifact.fingerprint} is damaged: {file} is missing or changed since.*"
     with pytest.raises(StageFailed, match=rf"{words}retort resume gaussian --store {store}"):
         execute(GAUSSIAN, store, MORE)
     assert len(list(plan["pairs"].pool.rglob("*.tar"))) == 3
@@ -80,7 +80,7 @@ def test_what_an_input_was_made_from_is_checked_too(tiny, tmp_path):
     vae = next(store.glob("teacher/*/vae/*.safetensors"))
     flip(vae, vae.stat().st_size - 9)
     text = f"{TINY}  quality: {{kind: evaluate, pairs: pairs, student: student, samples: 20}}\n"
-    with pytest.raises(StageFailed, match=rf"is damaged: {vae} is missing or not what was sealed"):
+    with pytest.raises(StageFailed, match=rf"is damaged: {vae} is missing or changed since it was sealed"):
         execute(text, store)
 
 
@@ -152,7 +152,7 @@ def test_pairs_of_a_teacher_that_was_made_again_with_other_bytes_are_made_again(
     before = latents(pairs, 40)
     made_again(teacher, "gaussian.json", (teacher / "gaussian.json").read_bytes().replace(b"0.5", b"0.9"))
     now = plan_of(GAUSSIAN, store)["pairs"]
-    assert (now.state, now.why) == ("run", "its input teacher was made again with other bytes")
+    assert (now.state, now.why) == ("run", "its input teacher was made again with different bytes")
     assert now.artifact.fingerprint == plan["pairs"].artifact.fingerprint
     more = execute(GAUSSIAN, store, MORE)["pairs"].artifact
     assert more.record["metrics"]["reused_count"] == 0, "no shard of the first teacher among those of the second"
@@ -169,11 +169,11 @@ def test_what_depends_on_them_is_made_again_too(tiny, tmp_path):
     made_again(plan["teacher"].artifact.folder, "README.md", b"another")
     plan = plan_of(TINY, store)
     assert [(s.state, s.why) for s in plan.values()][1:] == [
-        ("run", "its input teacher was made again with other bytes"),
-        ("run", "its input pairs.0.pairs.teacher was made again with other bytes"),
+        ("run", "its input teacher was made again with different bytes"),
+        ("run", "its input pairs.0.pairs.teacher was made again with different bytes"),
     ]
     evaluate = f"name: x\nstages:\n  quality: {{kind: evaluate, student: {student}, samples: 20}}\n"
-    with pytest.raises(ManifestError, match=r"its input pairs\.0\.pairs\.teacher was made again with other bytes"):
+    with pytest.raises(ManifestError, match=r"its input pairs\.0\.pairs\.teacher was made again with different bytes"):
         plan_of(evaluate, store)
 
 
@@ -248,7 +248,9 @@ def test_repair_touches_nothing_if_the_teacher_is_another(store, made):
     else:
         edit(teacher / "gaussian.json")
     done = retort("shards", "repair", pairs.artifact.folder, "--engine", "inline")
-    words = "its input teacher was made again with other bytes" if made else "gaussian.json is missing or not what was"
+    words = (
+        "its input teacher was made again with different bytes" if made else "gaussian.json is missing or changed since"
+    )
     assert done.returncode == 2 and "cannot be made again as it was" in done.stderr and words in done.stderr
     assert (pairs.artifact.folder / "artifact.json").exists() and (pairs.pool / "00000.parquet").exists()
 

@@ -17,8 +17,8 @@ from tests.support.pipelines import GAUSSIAN, execute, plan_of
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.locks import hold
-with hold(Path(sys.argv[1]), "the thing", "other"):
+from pipeline.store import hold
+with hold(Path(sys.argv[1]), "the thing is being made", "other"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -56,11 +56,11 @@ def test_a_lock_names_its_holder_and_a_killed_holder_frees_it_at_once(tmp_path):
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     words = rf"^the thing is being made by run other \(process {process.pid} on .*; wait for it"
-    with pytest.raises(Locked, match=words), hold(file, "the thing", "mine"):
+    with pytest.raises(Locked, match=words), hold(file, "the thing is being made", "mine"):
         pass
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with hold(file, "the thing", "mine"):
+    with hold(file, "the thing is being made", "mine"):
         assert "run mine" in str(holder(file))
     assert holder(file) is None
 
@@ -77,7 +77,7 @@ def test_looking_at_a_lock_does_not_make_it_fail(tmp_path):
     for thread in threads:
         thread.start()
     for _ in range(200):
-        with hold(file, "the thing", "mine"):
+        with hold(file, "the thing is being made", "mine"):
             pass
     stop.set()
     for thread in threads:

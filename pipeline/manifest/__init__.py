@@ -1,7 +1,7 @@
-"""From the YAML text of a manifest to validated settings. Each problem names its file, line and column.
+"""Manifests: from YAML text to validated settings. Each problem names its file, line and column.
 
-The text is parsed (`document`), matrices and chains are expanded into single stages (`matrix`, `chain`), and the result
-is validated (`model`). Nothing here looks at a store: what has to be run is decided in `planning`.
+`document` parses the text. `matrix` and `chain` expand it into single stages. `model` validates the result. Nothing
+here reads a store: what has to run is decided in `pipeline.planning`.
 """
 
 from pipeline.manifest.model import Loaded, Manifest, dump, examine, load, loads

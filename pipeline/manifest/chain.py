@@ -1,7 +1,9 @@
-"""A stage that takes rounds is a chain: its class says which stages it comes to, each reading the one before.
+"""Chains: a stage with several rounds becomes several stages, its links. Each link reads the link before it.
 
 student:
   method: {name: progressive, start_steps: 32, end_steps: 1}    # student/16, student/8, student/4, student/2, student/1
+
+The class of the stage's kind says which links there are: `Stage.chain`.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ from stages.registry import PluginError
 
 
 def expand(document: Document, coordinates: Mapping[str, Coordinates], problems: list[str]) -> dict[str, Coordinates]:
-    """Replace each stage that stands for a chain by its links, in the document's value; add where these stand to
-    `coordinates`, those of the members of matrices."""
+    """Replace each stage that is a chain by its links, in `document.value`.
+
+    Return `coordinates` (of the members of matrices) with those of the links added. Problems are appended to
+    `problems`.
+    """
     stages = document.value.get("stages")
     if not isinstance(stages, dict):
         return dict(coordinates)
     found, expanded = dict(coordinates), {}
     for name, stage in stages.items():
-        links = [] if is_link(name) else _links(stage)  # as a run's frozen manifest has them
+        links = [] if is_link(name) else _links(stage)  # the manifest of a run already has links as stages
         if not links:
             expanded[name] = stage
         previous = None
@@ -32,7 +37,11 @@ def expand(document: Document, coordinates: Mapping[str, Coordinates], problems:
             at = {Axis(base_of(name), ()): link.label, **coordinates.get(name, {})}
             new = name_of(base_of(name), at)
             if new in stages:
-                problems.append(document.problem(("stages", new), f"the chain of {name} makes a stage of that name"))
+                problems.append(
+                    document.problem(
+                        ("stages", new), f"the chain of {name} makes a stage of this name; rename one of them"
+                    )
+                )
             expanded[new] = link.settings if previous is None else {**link.settings, link.previous: previous}
             found[new], previous = at, new
             document.origins["stages", new] = ("stages", name)
@@ -47,5 +56,5 @@ def _links(stage: Any) -> list[Link]:
     try:
         cls = KINDS.get(kind) if isinstance(kind, str) else None
         return list(cls.chain(stage)) if cls else []
-    except PluginError:  # said when the stage is validated
+    except PluginError:  # reported when the stage is validated
         return []

@@ -1,4 +1,4 @@
-"""A YAML text as plain values, with the place of every key and value, for errors that point at it.
+"""Parse a YAML text into plain values, with the line and column of every key and value for error messages.
 
 Scalars follow YAML 1.2's core schema, not PyYAML's 1.1: `1e-4` is a float, `no` and `off` are strings.
 """
@@ -16,6 +16,7 @@ import yaml
 from pipeline.errors import ManifestError, suggest
 
 Path = tuple[str | int, ...]
+"""Keys and list indices from the top of the document: ("stages", "pairs", "count")."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,19 +34,19 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
 
 
-LONGEST_INTEGER = 100
-"""Characters. The largest that any setting takes has 19 digits."""
-MOST_VALUES = 100_000
-"""Of a manifest, with what its aliases stand for: each alias of a list of aliases multiplies them."""
+MAX_INTEGER_LENGTH = 100
+"""Characters of the longest integer that is read. The largest value of any setting has 19 digits."""
+MAX_VALUES = 100_000
+"""Values of a manifest after its aliases are expanded. Nested lists of aliases grow exponentially."""
 
 _LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
-"""What YAML counts as one."""
+"""The line breaks of YAML."""
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
-    if len(text) > LONGEST_INTEGER:  # Python refuses to print what is far longer
-        raise ValueError(f"an integer of {len(text):,} characters; at most {LONGEST_INTEGER} are read")
+    if len(text) > MAX_INTEGER_LENGTH:  # Python refuses to print much longer integers
+        raise ValueError(f"an integer of {len(text):,} characters; at most {MAX_INTEGER_LENGTH} are read")
     return int(text, 16) if text.startswith("0x") else int(text)
 
 
@@ -59,7 +60,11 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 @dataclass
 class Document:
-    """`value` is the YAML as dicts, lists and scalars; `places` and `keys` say where each path stands."""
+    """A parsed YAML text.
+
+    `value` is the YAML as dicts, lists and scalars. `places` and `keys` give the (line, column) of each value and of
+    each key, both counted from 0. `overrides` maps the paths set by --set to the text of the option.
+    """
 
     name: str
     lines: list[str] = field(default_factory=list)
@@ -68,12 +73,13 @@ class Document:
     keys: dict[Path, tuple[int, int]] = field(default_factory=dict)
     overrides: dict[Path, str] = field(default_factory=dict)
     origins: dict[Path, Path] = field(default_factory=dict)
-    """Of paths that a matrix made: the paths in the text that they come from."""
+    """Path of a value that a matrix or chain made -> the path in the text that it comes from."""
 
     def problem(self, path: Path, message: str, *, at_key: bool = False) -> str:
-        """`file:line:column: path: message`, with the line itself and a caret.
+        """Return the message `file:line:column: path: message`, followed by the line itself and a caret.
 
-        A path that the text does not have is placed at the nearest one above it that it has.
+        A path that is not in the text gets the place of its nearest parent. With `at_key` the key is pointed at, not
+        the value.
         """
         path = self._origin(path)
         dotted = ".".join(str(part) for part in path) or "manifest"
@@ -87,23 +93,24 @@ class Document:
             if not above:
                 break
             above = above[:-1]
-        return self.at(place or (0, 0), f"{dotted}: {message}")
+        return self.problem_at(place or (0, 0), f"{dotted}: {message}")
 
     def _origin(self, path: Path) -> Path:
-        """The path in the text that a path in a matrix's member comes from."""
+        """The path in the text that a path of a matrix member or a link comes from."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self._origin((*self.origins[path[:length]], *path[length:]))
         return path
 
-    def at(self, place: tuple[int, int], message: str) -> str:
+    def problem_at(self, place: tuple[int, int], message: str) -> str:
+        """Return `file:line:column: message` for a (line, column) counted from 0, followed by the line and a caret."""
         line, column = place
         shown = self.lines[line] if line < len(self.lines) else ""
         caret = re.sub(r"[^\t]", " ", shown[:column]) + "^"
         return f"{self.name}:{line + 1}:{column + 1}: {message}\n    {shown}\n    {caret}"
 
     def set(self, text: str) -> None:
-        """Apply an override `a.b.c=VALUE`, VALUE being YAML."""
+        """Apply the override `text`, `a.b.c=VALUE`. VALUE is YAML. Raises ManifestError."""
         parts = re.fullmatch(r"((?:[^=\[]|\[[^\]]*\])+)=(.*)", text, re.DOTALL)  # = and . may stand in [...]
         path = tuple(re.split(r"\.(?![^\[]*\])", parts[1])) if parts else ()
         if not parts or not all(path):
@@ -114,7 +121,7 @@ class Document:
             raise ManifestError([f"--set {text}: {parts[2]!r} is not YAML"]) from None
         holder = self.value
         for i, part in enumerate(path[:-1]):
-            if part not in holder and path[:i] != ("stages",):  # a section that the manifest leaves out
+            if part not in holder and path[:i] != ("stages",):  # a section that is not in the manifest
                 holder[part] = {}
                 self.overrides[path[: i + 1]] = text
             if not isinstance(holder.get(part), dict):
@@ -126,52 +133,57 @@ class Document:
 
 
 def parse(text: str, name: str) -> Document:
-    """Read a YAML text whose top is a mapping. Raises ManifestError, with the place, for anything else."""
+    """Parse a YAML text whose top level is a mapping. `name` is the file name in messages.
+
+    Raises ManifestError, with the place, for everything else.
+    """
     document = Document(name, _LINE_END.split(text))
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
     except RecursionError:
-        raise ManifestError([document.at((0, 0), "not YAML that can be read: nested too deeply")]) from None
+        raise ManifestError([document.problem_at((0, 0), "the YAML is nested too deeply")]) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = (mark.line, mark.column) if mark else (0, 0)
-        raise ManifestError([document.at(place, f"not YAML: {error.problem or error.context}")]) from None
+        raise ManifestError([document.problem_at(place, f"not YAML: {error.problem or error.context}")]) from None
     except yaml.reader.ReaderError as error:
         before = _LINE_END.split(text[: error.position])
         where = (len(before) - 1, len(before[-1]))
-        raise ManifestError([document.at(where, f"not YAML: a character {text[error.position]!r}")]) from None
+        raise ManifestError(
+            [document.problem_at(where, f"not YAML: it contains the character {text[error.position]!r}")]
+        ) from None
     problems: list[str] = []
     try:
         if node:
             _check_size(document, node)
         document.value = _Builder(document, loader, problems).build(node, ()) if node else {}
     except RecursionError:
-        raise ManifestError([document.at((0, 0), "not YAML that can be read: nested too deeply")]) from None
+        raise ManifestError([document.problem_at((0, 0), "the YAML is nested too deeply")]) from None
     if node and not isinstance(document.value, dict):
-        problems.append(document.at((0, 0), "a manifest is a mapping with name, store and stages"))
+        problems.append(document.problem_at((0, 0), "a manifest is a mapping with name, store and stages"))
     if problems:
         raise ManifestError(problems)
     return document
 
 
 def _check_size(document: Document, root: yaml.Node) -> None:
-    """Raise ManifestError, at the first of its nodes that is too large, if aliases make a text too many values."""
+    """Raise ManifestError at the first node that holds more than MAX_VALUES values, or that contains itself."""
     sizes: dict[yaml.Node, int | None] = {}
 
     def size(node: yaml.Node) -> int:
         if node in sizes:
             known, place = sizes[node], (node.start_mark.line, node.start_mark.column)
             if known is None:
-                raise ManifestError([document.at(place, "an alias that contains itself")])
+                raise ManifestError([document.problem_at(place, "an alias contains itself")])
             return known
         sizes[node] = None
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()
         inside = chain.from_iterable(parts) if isinstance(node, yaml.MappingNode) else parts
         found = 1 + sum(map(size, inside))
-        if found > MOST_VALUES:
+        if found > MAX_VALUES:
             place = (node.start_mark.line, node.start_mark.column)
-            raise ManifestError([document.at(place, f"more than {MOST_VALUES:,} values, with what aliases stand for")])
+            raise ManifestError([document.problem_at(place, f"more than {MAX_VALUES:,} values, with aliases expanded")])
         sizes[node] = found
         return found
 
@@ -179,14 +191,14 @@ def _check_size(document: Document, root: yaml.Node) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would read as something else than a string."""
+    """Quotes strings that `_Loader` would not read as strings."""
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def dump(value: Any) -> str:
-    """YAML that `parse` reads back to an equal value."""
+    """Return YAML that `parse` reads back to an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
@@ -209,38 +221,40 @@ class _Builder:
     def _scalar(self, node: yaml.Node, place: tuple[int, int]) -> Any:
         try:
             return self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError, AttributeError) as error:  # !!timestamp of what is none
+        except (yaml.YAMLError, ValueError, AttributeError) as error:  # such as !!timestamp before a word
             problem = getattr(error, "problem", None) or str(error)
-            self.problems.append(self.document.at(place, f"cannot be read: {problem}"))
+            self.problems.append(self.document.problem_at(place, f"cannot be read: {problem}"))
             return None
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        if node not in self.merged:  # an anchor's mapping is met again at each of its aliases
-            self._no_duplicates(node.value)
+        if node not in self.merged:  # a mapping with an anchor is visited again at each alias
+            self._check_duplicates(node.value)
             self.merged.append(node)
         try:
-            self.loader.flatten_mapping(node)  # `<<: *anchor`; the mapping's own keys come last and win
+            self.loader.flatten_mapping(node)  # expand `<<: *anchor`; the mapping's own keys come last and win
         except yaml.MarkedYAMLError as error:
-            self.problems.append(self.document.at((node.start_mark.line, node.start_mark.column), str(error.problem)))
+            self.problems.append(
+                self.document.problem_at((node.start_mark.line, node.start_mark.column), str(error.problem))
+            )
             return {}
         result: dict[str, Any] = {}
         for key, value in node.value:
             name = str(key.value) if isinstance(key, yaml.ScalarNode) else None
             place = (key.start_mark.line, key.start_mark.column)
             if name is None:
-                self.problems.append(self.document.at(place, "a key must be a plain word"))
+                self.problems.append(self.document.problem_at(place, "a key must be a plain word"))
                 continue
             self.document.keys[(*path, name)] = place
             self.document.places.pop((*path, name), None)
             result[name] = self.build(value, (*path, name))
         return result
 
-    def _no_duplicates(self, pairs: Sequence[tuple[yaml.Node, yaml.Node]]) -> None:
+    def _check_duplicates(self, pairs: Sequence[tuple[yaml.Node, yaml.Node]]) -> None:
         seen: dict[str, int] = {}
         for key, _ in pairs:
             name = str(key.value)
             place = (key.start_mark.line, key.start_mark.column)
             if name in seen and key.tag != "tag:yaml.org,2002:merge":
                 text = f"duplicate key {name!r}, first given on line {seen[name] + 1}"
-                self.problems.append(self.document.at(place, text))
+                self.problems.append(self.document.problem_at(place, text))
             seen[name] = place[0]

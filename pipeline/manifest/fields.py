@@ -1,4 +1,4 @@
-"""The fields of a stage that say where things come from: found by their markers, and replaced."""
+"""Fields inside a stage's settings: find them by their markers, replace their values, write them as plain values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from stages.base import Choice, Config, Input, Stage
 C = TypeVar("C", bound=Config)
 
 LINK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[0-9]{1,6})+(\[[^/]*\])?")
-"""A link's name. A fingerprint, which ends the path of an artifact, is longer."""
+"""The name of a chain's link, student/16. The path of an artifact ends in a fingerprint, which has more digits."""
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A field that is given and carries a marker: its dotted path below the stage, the settings it stands in."""
+    """A field that has a value and carries a marker. `path` is its dotted path in the stage, `owner` the settings that
+    hold it."""
 
     path: str
     marker: Any
@@ -26,7 +27,8 @@ class Marked:
 
 
 def marked(config: Config, marker: type, prefix: str = "") -> Iterator[Marked]:
-    """Every such field of a stage, in the settings inside it and in lists of settings too."""
+    """Yield the fields of `config` that carry `marker` and are not None, also those of settings inside it and in its
+    lists."""
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         if value is None:
@@ -40,7 +42,7 @@ def marked(config: Config, marker: type, prefix: str = "") -> Iterator[Marked]:
 
 
 def replaced(config: C, values: Mapping[str, Any]) -> C:
-    """`config` with other values at some dotted paths."""
+    """Return a copy of `config` with other values at some dotted paths."""
     updates: dict[str, Any] = {}
     for name in {path.partition(".")[0] for path in values}:
         inside = {p.partition(".")[2]: v for p, v in values.items() if p.partition(".")[0] == name}
@@ -57,23 +59,25 @@ def replaced(config: C, values: Mapping[str, Any]) -> C:
 
 
 def inputs_of(stage: Stage) -> Mapping[str, str]:
-    """Path of the field -> stage name or artifact path."""
+    """Path of each input field -> the name of a stage, or the path of an artifact."""
     return {field.path: field.value for field in marked(stage, Input)}
 
 
 def is_artifact_path(reference: str) -> bool:
-    """References to sealed artifacts are told from stage names by their slash, but for the short number that ends the
-    name of a chain's link: student/16."""
+    """Whether a reference is the path of a sealed artifact, and not the name of a stage.
+
+    A path contains a slash. The name of a stage has one only before the number of a chain's link: student/16.
+    """
     return "/" in reference and not LINK.fullmatch(reference)
 
 
 def parts_of(path: str) -> list[str | int]:
-    """The parts of a dotted path; places in lists are numbers."""
+    """The parts of a dotted path. Indices into lists become integers."""
     return [int(part) if part.isdigit() else part for part in path.split(".")]
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """Settings as JSON, from which the same come back. A null is left out where it is the default, and only there."""
+    """Settings as JSON values that validate to equal settings. A null is left out if it is the default."""
     values = config.model_dump(mode="json", by_alias=True)
     found: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
@@ -94,8 +98,10 @@ def _plain(value: Any, dumped: Any) -> Any:
 
 
 def config_in(annotation: Any, metadata: Sequence[Any] = (), value: Any = None) -> type[Config] | None:
-    """The class of the settings in a field's annotation, also in a list, a mapping or an optional; where there is a
-    choice, the one that `value`, not yet validated, asks for."""
+    """The class of the settings in a field, also if it is optional, or in a list or mapping; None if there is none.
+
+    For a choice, it is the class that `value` names. `value` is not validated yet.
+    """
     markers = (*metadata, *getattr(annotation, "__metadata__", ()))
     for choice in (marker for marker in markers if isinstance(marker, Choice)):
         return choice.of(value)

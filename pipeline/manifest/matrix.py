@@ -1,7 +1,9 @@
-"""`matrix:` of a stage makes the stage once for every combination of values, and whoever reads it once for each.
+"""Matrices: a stage with `matrix:` becomes one stage, a member, for every combination of values.
 
 student:
   matrix: {method.loss: [l1, l2], seed: [0, 1, 2]}    # student[loss=l1,seed=0], student[loss=l1,seed=1], ...
+
+Stages that read the stage are repeated too: once for each member.
 """
 
 from __future__ import annotations
@@ -21,49 +23,55 @@ from pipeline.manifest.document import Document, Path
 from pipeline.manifest.fields import inputs_of, replaced
 from stages.base import Config, Stage
 
-MOST = 2000
-"""Stages that a matrix, with those of the stages that it reads, may come to."""
+MAX_STAGES = 2000
+"""The most stages of a manifest with matrices, and the most copies of one stage that reads them."""
 
-LONGEST = 120
-"""Letters of a member's name between the brackets."""
+MAX_NAME_LENGTH = 120
+"""The most characters between the brackets of a member's name."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting that a matrix varies: the stage, as the manifest calls it, and the path below it. Of a chain, whose
-    links stand along it, the path is empty."""
+    """A setting that a matrix varies: the name of its stage in the manifest, and the path of the setting below the
+    stage.
+
+    The links of a chain stand along an axis too. Its path is empty.
+    """
 
     stage: str
     path: tuple[str, ...]
 
     @property
     def spellings(self) -> tuple[str, str, str]:
-        """From the shortest to the one that is surely unique."""
+        """Ways to write the axis in a name, from the shortest to one that is unique."""
         dotted = ".".join(self.path)
         return self.path[-1], dotted, f"{self.stage}.{dotted}"
 
 
 class Matrix(Config):
-    """The stage once for every combination of the values of some of its settings, given by their dotted paths.
+    """Makes the stage once for every combination of values of some of its settings. Settings are given by dotted
+    paths.
 
-    `matrix: {method.loss: [l1, mse], seed: [0, 1, 2]}` of a stage `student` makes student[loss=l1,seed=0] to
-    student[loss=mse,seed=2].
+    `matrix: {method.loss: [l1, mse], seed: [0, 1, 2]}` of a stage `student` makes six members, from
+    student[loss=l1,seed=0] to student[loss=mse,seed=2].
 
-    A value with many settings may be named: `method: [{as: plain, value: {name: ..., loss: ...}}, ...]`.
+    A value that is a mapping may be given a name: `method: [{as: plain, value: {name: ..., loss: ...}}, ...]`.
 
-    A stage that reads `student` is made once for each of them, and of two that it reads those that stand at the same
-    place go together. A single one is read by its whole name, in quotes; of a chain that has a matrix `student/4` is
-    that link of every member, and `student[seed=0]` all links of one. Commands take either.
+    A stage that reads `student` is made once for each member. A stage that reads two stages of one matrix gets those
+    members of both that have the same values. To read a single member, give its whole name in quotes.
+
+    If the stage is also a chain, `student/4` is that link of every member, and `student[seed=0]` is every link of that
+    member. Commands accept all of these names.
     """
 
 
 Coordinates = Mapping[Axis, str]
-"""Where a stage stands in the matrices that it came from: axis -> its value, in a form fit for names."""
+"""Where a stage stands in the matrices and chains that it came from: axis -> its value, as written in names."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """One value of an axis, and where it stands in the document."""
+    """One value of an axis, its name (`label`), and its place in the document."""
 
     label: str
     value: Any
@@ -71,24 +79,24 @@ class Value:
 
 
 def base_of(name: str) -> str:
-    """`student` of `student/16[loss=l1,seed=2]`."""
+    """The name of the stage in the manifest: `student` for `student/16[loss=l1,seed=2]`."""
     return name.partition("[")[0].partition("/")[0]
 
 
 def is_link(name: str) -> bool:
-    """Whether it is of a chain's link: `student/16`."""
+    """Whether the name is that of a chain's link, such as `student/16`."""
     return "/" in name.partition("[")[0]
 
 
 def groups_of(name: str) -> set[str]:
-    """What is said for it and others at once: of `student/16[seed=2]` its base `student`, the link of all members
-    `student/16`, and the chain of one member `student[seed=2]`."""
+    """The names that stand for this stage and others. For `student/16[seed=2]`: `student` (all of them), `student/16`
+    (the link of all members) and `student[seed=2]` (all links of the member)."""
     base, (link, *rest) = base_of(name), name.partition("[")
     return {base, link, base + "".join(rest)} - {name}
 
 
 def chosen(names: Sequence[str], asked: str) -> list[str]:
-    """The stages that a user means by `asked`: the one of that name, or all that its matrix or its chain came to."""
+    """Those of `names` that `asked` stands for: the stage of that name, or all members or links in that group."""
     return [name for name in names if asked in {name, *groups_of(name)}]
 
 
@@ -96,7 +104,10 @@ def chosen(names: Sequence[str], asked: str) -> list[str]:
 
 
 def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
-    """Replace each stage that has a `matrix` by its members, in the document's value; say where each stands."""
+    """Replace each stage that has a `matrix` by its members, in `document.value`.
+
+    Return the coordinates of each member. Problems are appended to `problems`.
+    """
     stages = document.value.get("stages")
     if not isinstance(stages, dict):
         return {}
@@ -110,8 +121,8 @@ def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
         if not axes:
             continue
         count = math.prod(map(len, axes.values()))
-        if len(expanded) + count > MOST:
-            text = f"comes to {count} stages; a manifest has {MOST} at most"
+        if len(expanded) + count > MAX_STAGES:
+            text = f"makes {count} stages; a manifest may have at most {MAX_STAGES}"
             problems.append(document.problem(("stages", base, "matrix"), text))
             continue
         plain = {key: value for key, value in stage.items() if key != "matrix"}
@@ -119,12 +130,16 @@ def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
             at = {axis: value.label for axis, value in zip(axes, values, strict=True)}
             name = name_of(base, at)
             if name in stages:
-                problems.append(document.problem(("stages", name), f"the matrix of {base} makes a stage of that name"))
+                problems.append(
+                    document.problem(
+                        ("stages", name), f"the matrix of {base} makes a stage of this name; rename one of them"
+                    )
+                )
             expanded[name] = copy.deepcopy(plain)
             coordinates[name] = at
             document.origins["stages", name] = ("stages", base)
             for axis, value in zip(axes, values, strict=True):
-                _put(expanded[name], axis.path, value, document, problems)
+                _set(expanded[name], axis.path, value, document, problems)
                 document.origins["stages", name, *axis.path] = value.place
     document.value["stages"] = expanded
     return coordinates
@@ -135,13 +150,13 @@ def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> di
     axes: dict[Axis, list[Value]] = {}
     for path, values, place in _lists(matrix, (), where):
         if any(place[:length] in document.overrides for length in range(len(place) + 1)):
-            axes.pop(Axis(base, path), None)  # --set replaces the axis of the text
+            axes.pop(Axis(base, path), None)  # --set replaces the axis in the text
         if not isinstance(values, list) or not values:
             problems.append(document.problem(place, "a list of values is needed, such as `seed: [0, 1, 2]`"))
         elif path[0] in ("kind", "matrix"):
-            problems.append(document.problem(place, f"{path[0]} cannot be varied"))
+            problems.append(document.problem(place, f"{path[0]} cannot be varied by a matrix"))
         elif any(path[: len(a.path)] == a.path or a.path[: len(path)] == path for a in axes):
-            problems.append(document.problem(place, "another axis of the matrix varies the same setting"))
+            problems.append(document.problem(place, "the matrix varies this setting twice; keep one list"))
         elif ("stages", base, *path) in document.overrides:
             text = f"is varied by the matrix; set stages.{base}.matrix.{'.'.join(path)} to a list instead"
             problems.append(document.problem(("stages", base, *path), text))
@@ -156,12 +171,13 @@ def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> di
                 Value(label, value, at) for label, (_, value, at) in zip(labels, named, strict=True)
             ]
     if not isinstance(matrix, dict) or not matrix:
-        problems.append(document.problem(where, "names no setting; give some, such as `seed: [0, 1, 2]`"))
+        problems.append(document.problem(where, "names no setting; give one or more, such as `seed: [0, 1, 2]`"))
     return axes
 
 
 def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tuple[str, ...], Any, Path]]:
-    """The lists of a matrix: `method.loss: [...]` and `method: {loss: [...]}` are the same."""
+    """Yield (path, value, place) of each list of a matrix. `method.loss: [...]` and `method: {loss: [...]}` are the
+    same."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _lists(inner, (*path, *str(key).split(".")), (*place, key))
@@ -170,19 +186,20 @@ def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tup
 
 
 def _named(item: Any, place: Path, document: Document, problems: list[str]) -> tuple[str | None, Any, Path]:
-    """The name that an item `{as: NAME, value: ...}` gives to its value, or None; the value, and its place."""
+    """Return (name, value, place) of an item of a list. The name is None unless the item is `{as: NAME, value:
+    ...}`."""
     if not isinstance(item, dict) or "as" not in item:
         return None, item, place
     name = item["as"]
     if set(item) != {"as", "value"}:
-        problems.append(document.problem(place, "a named value is `{as: NAME, value: ...}` and nothing more"))
+        problems.append(document.problem(place, "a named value is `{as: NAME, value: ...}`, with no other key"))
     elif not isinstance(name, str) or _label(name, 0) != name:
-        problems.append(document.problem((*place, "as"), "a name is at most 40 letters, digits, _ . + and -"))
+        problems.append(document.problem((*place, "as"), "a name is at most 40 letters, digits, _, ., + or -"))
     return str(name), item.get("value"), (*place, "value")
 
 
 def _labels(values: Sequence[Any]) -> list[str]:
-    """Short, readable, unique names of the values of one axis."""
+    """Short, readable and unique names for the values of one axis."""
     labels = [_label(value, i) for i, value in enumerate(values)]
     counts = Counter(labels)
     return [label if counts[label] == 1 else f"{label}-{i}" for i, label in enumerate(labels)]
@@ -198,7 +215,7 @@ def _label(value: Any, place: int) -> str:
 
 
 def name_of(base: str, at: Coordinates) -> str:
-    """Of the stage that stands there: `student/16[seed=2]`."""
+    """The name of the stage at these coordinates: `student/16[seed=2]`."""
     base += "".join(f"/{value}" for axis, value in at.items() if not axis.path)
     at = {axis: value for axis, value in at.items() if axis.path}
     if not at:
@@ -209,16 +226,16 @@ def name_of(base: str, at: Coordinates) -> str:
             break
     words = (re.sub(r"[^A-Za-z0-9_.]+", "-", label) for label in labels)
     inside = ",".join(f"{word}={value}" for word, value in zip(words, at.values(), strict=True))
-    if len(inside) > LONGEST:  # a name is also that of a log file
-        inside = f"{inside[:LONGEST]}..{hashlib.sha256(inside.encode()).hexdigest()[:8]}"
+    if len(inside) > MAX_NAME_LENGTH:  # names of log files have a limit
+        inside = f"{inside[:MAX_NAME_LENGTH]}..{hashlib.sha256(inside.encode()).hexdigest()[:8]}"
     return f"{base}[{inside}]"
 
 
-def _put(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document, problems: list[str]) -> None:
+def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document, problems: list[str]) -> None:
     for i, part in enumerate(path[:-1]):
         holder = holder.setdefault(part, {})
         if not isinstance(holder, dict):
-            text = f"{'.'.join(path[: i + 1])} is no mapping here, so that {path[i + 1]} cannot be set in it"
+            text = f"{'.'.join(path[: i + 1])} is no mapping here, so {path[i + 1]} cannot be set in it"
             problems.append(document.problem(value.place[:-1], text))
             return
     holder[path[-1]] = copy.deepcopy(value.value)
@@ -227,12 +244,12 @@ def _put(holder: dict[str, Any], path: Sequence[str], value: Value, document: Do
 # --- Stages that read a matrix ------------------------------------------------------------------------
 
 
-def follow(
+def expand_readers(
     stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document, problems: list[str]
 ) -> dict[str, Stage]:
-    """Make each stage that reads an expanded one once for each member; references then name members.
+    """Repeat each stage that reads an expanded stage, once for each member; references then name members.
 
-    A stage that reads two stages of one matrix gets pairs of members that stand at the same place in it.
+    A stage that reads two stages of one matrix gets the members that have the same values in it.
     """
     at: dict[str, Coordinates] = {}
     done: dict[str, dict[str, Stage]] = {}
@@ -240,10 +257,10 @@ def follow(
     for name in stages:
         of_base.setdefault(base_of(name), []).append(name)
 
-    def made(name: str) -> dict[str, Stage]:
+    def expanded(name: str) -> dict[str, Stage]:
         if name not in done:
             done[name] = {}
-            for new, stage, place in once(name, stages[name]):
+            for new, stage, place in copies_of(name, stages[name]):
                 done[name][new], at[new] = stage, place
                 if new != name:
                     document.origins["stages", new] = ("stages", name)
@@ -251,14 +268,15 @@ def follow(
 
     @cache
     def members(reference: str) -> list[str]:
-        """What a reference stands for: a stage, all or a part of a matrix or a chain, or what one of these came to."""
+        """The stages that a reference stands for: one stage, or the members or links in a group."""
         if reference in stages:
-            return list(made(reference))
-        everything = (new for name in of_base.get(base_of(reference), []) for new in made(name))
+            return list(expanded(reference))
+        everything = (new for name in of_base.get(base_of(reference), []) for new in expanded(name))
         return [new for new in everything if reference in groups_of(new)]
 
-    def places(reference: str) -> dict[str, Coordinates]:
-        """Where its members stand, but for what the reference itself settles: the link, or the member."""
+    def coordinates_of(reference: str) -> dict[str, Coordinates]:
+        """Member -> its coordinates, without the axes whose value the reference itself fixes, such as a link's
+        number."""
         names = members(reference)
         if reference in (*stages, base_of(reference)):
             return {name: at[name] for name in names}
@@ -267,33 +285,33 @@ def follow(
         }
         return {name: {axis: value for axis, value in at[name].items() if axis not in settled} for name in names}
 
-    def once(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
+    def copies_of(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
         own = coordinates.get(name, {})
-        read = {field: places(reference) for field, reference in inputs_of(stage).items()}
+        read = {field: coordinates_of(reference) for field, reference in inputs_of(stage).items()}
         read = {field: names for field, names in read.items() if names and [*names] != [inputs_of(stage)[field]]}
         count = 0
         for names in product(*read.values()):
-            if count == MOST:
-                text = f"would be made more than {MOST} times, for all combinations of what it reads"
+            if count == MAX_STAGES:
+                text = f"would be made more than {MAX_STAGES} times, once for each combination of its inputs"
                 problems.append(document.problem(("stages", name), text, at_key=True))
                 return
             there = [of[n] for of, n in zip(read.values(), names, strict=True)]
-            found = _together([*(_without_links(one, own) for one in there), own])
+            found = _merged([*(_without_links(one, own) for one in there), own])
             if found is not None:
                 count += 1
                 new = name if found == own else name_of(base_of(name), found)
                 yield new, replaced(stage, dict(zip(read, names, strict=True))), found
 
-    return {new: stage for name in stages for new, stage in made(name).items()}
+    return {new: stage for name in stages for new, stage in expanded(name).items()}
 
 
 def _without_links(at: Coordinates, own: Coordinates) -> Coordinates:
-    """A link that reads the one before it does not stand there."""
+    """Drop the axis of a chain from the coordinates that a link of the same chain reads: it reads another link."""
     return {axis: value for axis, value in at.items() if axis.path or axis not in own}
 
 
-def _together(several: Sequence[Coordinates]) -> Coordinates | None:
-    """All of them at once; None if they contradict each other."""
+def _merged(several: Sequence[Coordinates]) -> Coordinates | None:
+    """Merge coordinates. None if two of them disagree about an axis."""
     merged: dict[Axis, str] = {}
     for coordinates in several:
         for axis, value in coordinates.items():

@@ -1,4 +1,4 @@
-"""A manifest: read, overridden, expanded, validated whole. Every error says file, line, column, path and problem."""
+"""The manifest as a class, and loading it: read, override, expand, validate. All problems are reported together."""
 
 from __future__ import annotations
 
@@ -16,85 +16,100 @@ from pipeline.manifest import document as yaml_document
 from pipeline.manifest.document import Document
 from pipeline.manifest.fields import is_artifact_path, marked, parts_of, plain, replaced
 from pipeline.manifest.matrix import groups_of
-from pipeline.manifest.problems import in_order, in_words
+from pipeline.manifest.problems import by_place, describe
 from pipeline.store.artifacts import is_url
 from stages import KINDS
 from stages.base import LARGEST_SEED, Choice, Config, Content, Input, Stage
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
 MEMBER = NAME.removesuffix("$") + r"(/[0-9]{1,6})*(\[[A-Za-z0-9_.=,+-]+\])?$"
-"""A stage's name, or that of one link of its chain, or member of its matrix: `student/16[loss=l1,seed=2]`."""
+"""The name of a stage, of a link of its chain, or of a member of its matrix: `student/16[loss=l1,seed=2]`."""
 
 StageName = Annotated[str, StringConstraints(pattern=MEMBER)]
 
 
 class Resources(Config):
-    """What each worker of a stage gets. Never part of a fingerprint."""
+    """What each worker of a stage gets. It is never part of a fingerprint."""
 
-    workers: int = Field(1, ge=1, description="processes, of the cluster or of this machine")
-    gpus_per_worker: float = Field(0.0, ge=0, description="below 1: workers share a GPU")
+    workers: int = Field(1, ge=1, description="number of worker processes, in the cluster or on this machine")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker; below 1: workers share a GPU")
 
 
 class Manifest(Config):
     """One pipeline: its stages, and where their artifacts are kept."""
 
-    name: Annotated[str, StringConstraints(pattern=NAME)] = Field(description="of the run")
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every stage without a seed of its own")
-    store: str = Field(DEFAULT_STORE, description="the folder for artifacts and runs; on a cluster, a shared one")
+    name: Annotated[str, StringConstraints(pattern=NAME)] = Field(description="name of the run")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of each stage that has none of its own")
+    store: str = Field(DEFAULT_STORE, description="folder of artifacts and runs; on a cluster, a shared folder")
     stages: dict[StageName, Annotated[Stage, Choice("kind", KINDS)]] = Field(
-        min_length=1, description="by a name of your choice, by which other stages refer to them"
+        min_length=1, description="the stages, by names of your choice; stages refer to each other by these names"
     )
     resources: dict[str, Resources] = Field(
-        default_factory=dict, description="by stage: what its workers get; makes nothing stale"
+        default_factory=dict, description="workers and GPUs, by stage; makes nothing stale"
     )
 
     def seed_of(self, stage: str) -> int:
+        """The stage's own seed, or else the manifest's."""
         own = self.stages[stage].seed
         return self.seed if own is None else own
 
     def resources_of(self, stage: str) -> Resources:
-        """What was given for it; else for all links of its member, its link of all members, or all of them."""
+        """The most specific match: exact stage, then matrix member, then chain link, then the whole stage.
+
+        For `student/16[seed=2]` these are `student/16[seed=2]`, `student[seed=2]`, `student/16` and `student`. Without
+        a match the defaults apply.
+        """
         names = [stage, *sorted(groups_of(stage), key=lambda name: ("[" in name, "/" in name), reverse=True)]
         return next((self.resources[name] for name in names if name in self.resources), Resources())
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A manifest, and the text it came from, for problems that show up later."""
+    """A validated manifest, with the text that it came from: later problems are reported at their place in the text."""
 
     manifest: Manifest
     document: Document
     order: list[str]
     """Names of stages, each after the stages that it reads."""
     problems: Sequence[str] = ()
-    """What is wrong so far. Stages that are affected stand neither in `order` nor, if they are not valid in
-    themselves, in the manifest: the others can still be looked at, so that all problems are told at once."""
+    """The problems found so far.
+
+    A stage with problems is not in `order`. A stage whose own settings are invalid is not in `manifest` either.
+    Planning checks the other stages and then reports all problems together.
+    """
 
     def problem(self, stage: str, field: str, message: str) -> str:
+        """Return `message` with the place of a stage's field (a dotted path) in the text."""
         return self.document.problem(("stages", stage, *parts_of(field)), message)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Read and validate. Raises ManifestError with every problem found, UsageError for an unreadable file."""
-    return _sound(examine(path, overrides))
+    """Read and validate a manifest; `overrides` are --set texts, PATH=VALUE.
+
+    Raises ManifestError with every problem found, and UsageError for a file that cannot be read.
+    """
+    return _without_problems(examine(path, overrides))
 
 
 def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
-    """As `load`, from a text; `name` is what errors call it."""
-    return _sound(_examine(text, name, overrides))
+    """As `load`, from a text. `name` is the file name in messages."""
+    return _without_problems(_examine(text, name, overrides))
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """As `load`, but problems of stages are kept in the result, for planning to add its own and raise them all."""
+    """As `load`, but problems of stages are returned in `Loaded.problems`. Planning adds its own and raises them
+    together."""
     return _examine(_read(path), str(path), overrides)
 
 
 def name_and_store(path: Path) -> tuple[str, str]:
-    """What a manifest calls its run, and where it keeps it, whatever else is wrong with it."""
+    """The run name and the store of a manifest. Other problems of the manifest do not matter."""
     document = yaml_document.parse(_read(path), str(path))
     name, store = (document.value.get(key, default) for key, default in (("name", None), ("store", DEFAULT_STORE)))
     if not isinstance(name, str) or not isinstance(store, str):
-        raise ManifestError([document.problem(("name",), "a manifest names its run")])
+        raise ManifestError(
+            [document.problem(("name",), "missing or not text; give the run a name, such as `name: digits`")]
+        )
     return name, store
 
 
@@ -109,7 +124,7 @@ def _read(path: Path) -> str:
         raise ManifestError([f"{path}:{line}:{column}: not UTF-8"]) from None
 
 
-def _sound(loaded: Loaded) -> Loaded:
+def _without_problems(loaded: Loaded) -> Loaded:
     if loaded.problems:
         raise ManifestError(loaded.problems)
     return loaded
@@ -124,28 +139,28 @@ def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
     coordinates = chain.expand(document, matrix.expand(document, problems), problems)
     manifest = _validated(document, problems)
     problems += references.cycles(manifest.stages, document)
-    stages = matrix.follow(manifest.stages, coordinates, document, problems)
+    stages = matrix.expand_readers(manifest.stages, coordinates, document, problems)
     manifest = manifest.model_copy(update={"stages": stages})
     there = {*manifest.stages, *(group for name in manifest.stages for group in groups_of(name))}
-    lost = {name for name in (*asked, *document.value["stages"]) if name not in there}
-    found = references.wrong(manifest.stages, lost, document)
+    invalid = {name for name in (*asked, *document.value["stages"]) if name not in there}
+    found = references.problems(manifest.stages, invalid, document)
     problems += [problem for several in found.values() for problem in several]
-    problems += references.wrong_resources(manifest.stages, lost, manifest.resources, document)
+    problems += references.resource_problems(manifest.stages, invalid, manifest.resources, document)
     order = references.order(manifest.stages, set(found))
-    return Loaded(_absolute(manifest), document, order, in_order(problems))
+    return Loaded(_absolute(manifest), document, order, by_place(problems))
 
 
 def _validated(document: Document, problems: list[str]) -> Manifest:
-    """The manifest, less the stages and resources that are not valid; what is wrong with them goes to `problems`.
+    """Validate, leaving out the stages and resources that are invalid. Their problems are appended to `problems`.
 
-    Raises ManifestError if nothing can be said of the stages.
+    Raises ManifestError if nothing else can be checked.
     """
     value = document.value
     try:
         return Manifest.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False)
-    problems += [in_words(Manifest, document, e) for e in found]
+    problems += [describe(Manifest, document, e) for e in found]
     wrong = {e["loc"][:2] for e in found}
     left: dict[str, Any] = {"name": "manifest"} | {k: v for k, v in value.items() if (k,) not in {w[:1] for w in wrong}}
     for section in ("stages", "resources"):
@@ -158,12 +173,12 @@ def _validated(document: Document, problems: list[str]) -> Manifest:
 
 
 def dump(manifest: Manifest) -> str:
-    """The resolved manifest as YAML that `loads` reads back to an equal one."""
+    """The resolved manifest as YAML. `loads` reads back an equal manifest."""
     return yaml_document.dump(plain(manifest))
 
 
 def _absolute(manifest: Manifest) -> Manifest:
-    """Paths made absolute, so that a run can be resumed from any folder."""
+    """Make all paths absolute, so that a run can be resumed from any folder."""
     stages: dict[str, Stage] = {}
     for name, stage in manifest.stages.items():
         paths: dict[str, str] = {}
@@ -184,12 +199,12 @@ def _absolute(manifest: Manifest) -> Manifest:
 def _full(path: str) -> str:
     try:
         return str(Path(path).expanduser().absolute())
-    except RuntimeError:  # ~somebody, whom this machine does not know
+    except RuntimeError:  # ~NAME of a user that does not exist
         return str(Path(path).absolute())
 
 
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except OSError:  # a name that no file can have
+    except OSError:  # not a valid file name, such as one that is too long
         return False

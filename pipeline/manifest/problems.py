@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a manifest, in words, at its place, with what was probably meant."""
+"""Turn pydantic's validation errors into messages with a place in the manifest and a suggestion."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.manifest.fields import config_in
 from stages.base import Config, Stage
 
 
-def in_words(model: type[Config], document: Document, error: ErrorDetails) -> str:
-    """One problem of `document`, whose value was validated against `model`."""
+def describe(model: type[Config], document: Document, error: ErrorDetails) -> str:
+    """Describe one validation error of `document`, whose value was validated against `model`."""
     path = error["loc"]
     context = error.get("ctx", {})
     if error["type"] == "extra_forbidden":
@@ -30,9 +30,9 @@ def in_words(model: type[Config], document: Document, error: ErrorDetails) -> st
         allowed = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
         return document.problem(path, f"unknown value {error['input']!r}{suggest(str(error['input']), allowed)}")
     if error["type"] == "string_pattern_mismatch":
-        return document.problem(path, f"a name has letters, digits, - and _ only, at most 80, not {error['input']!r}")
+        return document.problem(path, f"a name has at most 80 letters, digits, - or _, not {error['input']!r}")
     if error["type"] == "missing":
-        return document.problem(path, "missing, and it has no default")
+        return document.problem(path, "missing; it has no default, so give a value")
     message = (
         error["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("valid tuple", "list")
     )
@@ -41,8 +41,8 @@ def in_words(model: type[Config], document: Document, error: ErrorDetails) -> st
     return document.problem(path, message[:1].lower() + message[1:] + shown)
 
 
-def in_order(problems: Sequence[str]) -> list[str]:
-    """Each once, by its place in the file; those of overrides last."""
+def by_place(problems: Sequence[str]) -> list[str]:
+    """Remove duplicates and sort by place in the file. Problems of --set come last."""
 
     def place(problem: str) -> tuple[bool, int, int]:
         found = re.match(r".*?:(\d+):(\d+): ", problem)
@@ -52,14 +52,14 @@ def in_order(problems: Sequence[str]) -> list[str]:
 
 
 def _fields_at(top: type[Config], path: Sequence[str | int], value: Any) -> list[str]:
-    """The keys that the mapping at `path` may have."""
+    """The keys that are allowed in the mapping at `path`."""
     model: Any = top
     for part in path:
         if isinstance(value, dict):
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
             value = value[part]
-            continue  # the model is that of the list's entries already
+            continue  # `model` is already that of the list's entries
         if isinstance(model, type) and issubclass(model, Config):
             info = _field(model, str(part))
             if info is None:

@@ -1,4 +1,4 @@
-"""What stages say of each other: references that lead nowhere or to the wrong kind, cycles, an order."""
+"""Check how stages refer to each other: unknown stages, wrong kinds, cycles. Sort them so that inputs come first."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from stages.base import Content, Input, Stage
 
 
 def cycles(stages: Mapping[str, Stage], document: Document) -> list[str]:
-    """A problem for each cycle."""
+    """Return one problem for each cycle."""
     after: dict[str, set[str]] = {}
     for name, stage in stages.items():
         after.setdefault(name, set()).update(r for r in inputs_of(stage).values() if not is_artifact_path(r))
-        for group in groups_of(name):  # who reads the whole matrix, or chain, reads each of it
+        for group in groups_of(name):  # a reader of a whole matrix or chain reads each of its stages
             after.setdefault(group, set()).add(name)
     problems: list[str] = []
     while True:
@@ -32,14 +32,14 @@ def cycles(stages: Mapping[str, Stage], document: Document) -> list[str]:
             after[path[0]].discard(path[1])
 
 
-def wrong(stages: Mapping[str, Stage], lost: Collection[str], document: Document) -> dict[str, list[str]]:
-    """stage -> what is wrong with its references. `lost` are stages that are there, but not valid."""
-    found = {name: list(_wrong(name, stage, stages, lost, document)) for name, stage in stages.items()}
+def problems(stages: Mapping[str, Stage], invalid: Collection[str], document: Document) -> dict[str, list[str]]:
+    """stage -> the problems of its references. `invalid` are names of stages whose own settings are invalid."""
+    found = {name: list(_problems_of(name, stage, stages, invalid, document)) for name, stage in stages.items()}
     return {name: problems for name, problems in found.items() if problems}
 
 
-def _wrong(
-    name: str, stage: Stage, stages: Mapping[str, Stage], lost: Collection[str], document: Document
+def _problems_of(
+    name: str, stage: Stage, stages: Mapping[str, Stage], invalid: Collection[str], document: Document
 ) -> Iterator[str]:
     for content in marked(stage, Content):
         if not content.value.strip():
@@ -48,7 +48,7 @@ def _wrong(
         reference, wanted = field.value, field.marker.kind
         path = ("stages", name, *parts_of(field.path))
         there = stages.get(reference)
-        if is_artifact_path(reference) or {reference, base_of(reference)} & {*lost, *map(base_of, lost)}:
+        if is_artifact_path(reference) or {reference, base_of(reference)} & {*invalid, *map(base_of, invalid)}:
             continue
         if there is None:
             fitting = list(dict.fromkeys(n for n, s in stages.items() if s.kind == wanted))
@@ -61,22 +61,28 @@ def _wrong(
             yield document.problem(path, f"needs a stage of kind {wanted}; {reference!r} is of kind {there.kind}")
 
 
-def wrong_resources(
-    stages: Mapping[str, Stage], lost: Collection[str], resources: Mapping[str, Any], document: Document
+def resource_problems(
+    stages: Mapping[str, Stage], invalid: Collection[str], resources: Mapping[str, Any], document: Document
 ) -> Iterator[str]:
+    """Yield the problems of `resources:`, whose keys must be names of stages, members or links."""
     for name, given in resources.items():
         path = ("resources", name)
         meant = [stage for other, stage in stages.items() if name in {other, *groups_of(other)}]
-        if not meant and name not in {*lost, *map(base_of, lost)}:
+        if not meant and name not in {*invalid, *map(base_of, invalid)}:
             hint = suggest(name, list(dict.fromkeys(map(base_of, stages))))
             yield document.problem(path, f"there is no such stage{hint}", at_key=True)
         elif meant and given.workers > 1 and not meant[0].PARALLEL:
-            yield document.problem((*path, "workers"), f"a stage of kind {meant[0].kind} runs on one worker")
+            yield document.problem(
+                (*path, "workers"), f"a stage of kind {meant[0].kind} runs on one worker; set it to 1"
+            )
 
 
 def order(stages: Mapping[str, Stage], left_out: Collection[str]) -> list[str]:
-    """Stages, each after all that it reads and soon after the last of them, else as in the manifest. `left_out`,
-    and all that reads one of them or itself, are not in it."""
+    """Names of stages, each after the stages that it reads, and as soon as they are done. Ties keep the manifest's
+    order.
+
+    `left_out`, and all stages that depend on them or on themselves, are left out.
+    """
     missing = {
         name: {r for r in inputs_of(stage).values() if not is_artifact_path(r)}
         for name, stage in stages.items()

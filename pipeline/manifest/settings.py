@@ -1,4 +1,4 @@
-"""What the settings of a part of a manifest are, in words: read from the classes that validate them."""
+"""Describe the settings of a part of a manifest in words. They are read from the classes that validate them."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from pipeline.manifest.fields import config_in
 from stages.base import Choice, Config, Content, Input
 
 NAMED_BY = ("kind", "name")
-"""The settings by which a manifest chooses a class: they are its name, not one of its settings."""
+"""Keys that name a class in a manifest. They are not listed among its settings."""
 PLAIN = {bool: "true | false", int: "integer", float: "number", str: "text"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting. `default` is a plain value, None for one that may be left out and then stands for nothing."""
+    """One setting. `default` is a plain value; None if the setting is required, or is unset by default."""
 
     name: str
     allowed: str
-    """Its type and bounds in words."""
+    """Its type and bounds, in words."""
     required: bool
     default: Any
     description: str
     config: type[Config] | None
-    """The class of its own settings, if it has some."""
+    """The class of its own settings, if it has any."""
 
 
 def settings_of(config: type[Config]) -> Iterator[Setting]:
-    """Every setting of a class but its name, those that all stages have last."""
+    """Yield every setting of a class except the key that names it. Settings that all stages share come last."""
     named = [key for key in NAMED_BY if _names_its_class(config, key)]
     fields = {name: info for name, info in config.model_fields.items() if name not in named}
     for name in sorted(fields, key=lambda name: name in ("seed", "execution")):
@@ -54,12 +54,12 @@ def settings_of(config: type[Config]) -> Iterator[Setting]:
 
 
 def about(config: type[Config]) -> str:
-    """The class's own docstring; empty without one."""
+    """The docstring of the class itself; empty if it has none."""
     return inspect.cleandoc(config.__dict__.get("__doc__") or "")
 
 
 def words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A field's type and bounds for a reader of manifests: `integer, 1 to 1000`, `l1 | mse`."""
+    """The type and bounds of a field, in words: `integer, 1 to 1000`, `l1 | mse`."""
     metadata = [
         inner for marker in metadata for inner in (marker.metadata if isinstance(marker, FieldInfo) else [marker])
     ]
@@ -112,19 +112,19 @@ def _bound(metadata: Sequence[Any], kind: type, name: str) -> Any:
 
 
 def _names_its_class(config: type[Config], key: str) -> bool:
-    """Whether the field is a discriminator: a Literal of one word, or open in a base class."""
+    """Whether the field is a Literal of one word: the key that names this class."""
     info = config.model_fields.get(key)
     return info is not None and get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1
 
 
 def _inherited(config: type[Config], name: str) -> str:
-    """What a base class says of a field that a subclass only gives another default."""
+    """The description in a base class, for a field that a subclass declares again without one."""
     fields = (base.model_fields.get(name) for base in config.__mro__[1:] if issubclass(base, Config))
     return next((info.description for info in fields if info is not None and info.description), "")
 
 
 def _plain(value: Any) -> Any:
-    """A default as a manifest would say it; of settings, those that differ from their own defaults."""
+    """A default as it would be written in a manifest. Of a settings object, only the values given explicitly."""
     if value is PydanticUndefined:
         return None
     if isinstance(value, Config):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipeline.errors import ManifestError, UsageError
 from pipeline.manifest import Loaded
 from pipeline.manifest.fields import inputs_of, is_artifact_path, marked
-from pipeline.manifest.problems import in_order
+from pipeline.manifest.problems import by_place
 from pipeline.planning.content import Contents, Unknown
 from pipeline.planning.fingerprint import changes, fingerprint, identity, pool_fingerprint
 from pipeline.store import Store, load_artifact
@@ -98,7 +98,7 @@ def make_plan(
         before = (previous or {}).get(name)
         planned[name] = _plan_stage(name, loaded, inputs, contents[name], store, planned, before, name in force)
     if problems:
-        raise ManifestError(in_order(problems))
+        raise ManifestError(by_place(problems))
     return list(planned.values())
 
 

@@ -236,7 +236,7 @@ def test_a_member_of_a_resolved_manifest_can_be_overridden():
 
 def test_names_that_are_taken_or_long():
     taken = manifest("{seed: [0, 1]}") + "  student[seed=1]: {kind: teacher, from: digit_scenes}\n"
-    assert "the matrix of student makes a stage of that name" in problems(taken)
+    assert "the matrix of student makes a stage of this name" in problems(taken)
     long = "{" + ", ".join(f"training.{name}: [0.123456789]" for name in
                            ("learning_rate", "weight_decay", "clip_norm", "ema_decay")) + "}"  # fmt: skip
     names = [name for name in loads(manifest(long), "m.yaml").order if "[" in name]

@@ -1,7 +1,7 @@
-"""A run: its folder, the runner that carries out its plan, and what is done to it afterwards.
+"""Runs: the folder of a run, the runner that carries out its plan, and commands on runs.
 
-Status, history, repair, verification, forcing and garbage collection are here. How a run is shown to a person is in
-`views`, how it becomes a job of a Ray cluster in `jobs`.
+Status, history, repair, verification, forcing and garbage collection are here. Printing is in `pipeline.views`. Jobs of
+a Ray cluster are in `pipeline.jobs`.
 """
 
 from pipeline.runs.run import Run, all_runs

@@ -1,4 +1,4 @@
-"""Forcing: what was made of a stage is to be made again."""
+"""Forcing: remove what was made of some stages, so that it is made again."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from pipeline.store.artifacts import READ_ERRORS
 
 
 def check(run: Run, plan: Plan, chosen: Collection[str]) -> None:
-    """Raise UsageError if forcing would take away what is not made again by the same command."""
+    """Raise UsageError if forcing would remove files that this command does not make again."""
     forced = [stage for stage in plan if stage.forced]
     left = next((stage for stage in forced if stage.name not in chosen), None)
     if left:
         raise UsageError(
-            f"{left.name} would have to be made again, too ({left.why}), and is not among the chosen stages: "
-            "choose it, or leave the choice of stages away"
+            f"{left.name} would have to be made again, too ({left.why}), but it is not among the chosen stages: "
+            f"choose {left.name} too, or choose no stages to carry out all of them"
         )
     folders = {stage.artifact.folder for stage in forced}
     for stage in forced:
-        others = [folder for folder in _sharers(run, stage) if folder not in folders]
+        others = [folder for folder in _artifacts_in_pool(run, stage) if folder not in folders]
         if others:
             raise UsageError(
-                f"the parts of {stage.name} are also those of {others[0]}: forcing would take them away from it. "
-                "Force a stage for each of them, or remove what no run needs with `retort gc`"
+                f"{stage.name} shares its parts with {others[0]}: forcing would remove them from both. "
+                "Force the stage of that artifact too, or remove artifacts that no run needs with `retort gc --delete`"
             )
 
 
-def _sharers(run: Run, stage: PlannedStage) -> Iterator[Path]:
-    """Folders of artifacts whose parts lie in the stage's pool."""
+def _artifacts_in_pool(run: Run, stage: PlannedStage) -> Iterator[Path]:
+    """Yield the folders of artifacts whose parts lie in the stage's pool."""
     for folder in run.store.root.glob(f"{stage.artifact.kind}/*"):
         try:
             if read_record(folder)["pool"] == stage.pool.name:
                 yield folder
-        except READ_ERRORS:  # no artifact, or a damaged one, which has to be made again anyhow
+        except READ_ERRORS:  # no artifact, or a damaged one, which must be made again in any case
             continue
 
 
 def forget(run: Run, plan: Plan, waiting: Callable[[str], None] | None) -> None:
-    """From now on what was made of the plan's forced stages does not exist, nor do its parts.
+    """Unseal the artifacts of the plan's forced stages, and remove their unfinished work and their parts.
 
-    Done for all of them, dependants first, before the first is made: a run that is killed then goes on as any other,
-    without a memory of what was forced. Raises Locked, before anything is changed, if another run uses one of them.
+    All of them go before the first is made again, dependants first. A killed run can then be resumed like any other: it
+    need not remember what was forced. Raises Locked, before anything changes, if another run uses one of them.
     """
     forced = [stage for stage in plan if stage.forced]
     with ExitStack() as stack:
         for stage in forced:
             stack.enter_context(run.making(stage.artifact, stage.pool, waiting))
         for stage in forced:
-            run.refuse_others(stage.artifact, stage.pool, stage.name)
+            run.check_not_in_use(stage.artifact, stage.pool, stage.name)
         for stage in reversed(forced):
             run.store.unseal(stage.artifact)
             run.store.drop_work(stage.artifact)

@@ -1,4 +1,4 @@
-"""Garbage: what no run refers to, and what killed attempts left behind."""
+"""Garbage collection: find and remove artifacts that no run refers to, and files of killed attempts."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from stages.data.files import is_temporary
 def collect(
     store: Store, drop: Sequence[str] = (), delete: bool = False, waiting: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """What can go: {"found": [{path, bytes, what}], "bytes", "kept": [{path, why}]}; removed only with `delete`.
+    """Find garbage in the store; with `delete`, remove it.
 
-    Runs named in `drop` count as gone. Raises UsageError for one that is not there, and for a run whose plan cannot be
-    read: it could refer to anything; Locked for one under way. While a plan is being made, `waiting` is called and
-    waited for, or Locked raised.
+    Returns {"found": [{path, bytes, what}], "bytes": their sum, "kept": [{path, why}], "deleted"}. `what` is artifact,
+    pool, temporary or run. Artifacts under construction are kept. Runs named in `drop` count as garbage too.
+
+    Raises UsageError for an unknown run in `drop`, and for a run whose plan cannot be read, because it could refer to
+    anything. Raises Locked for a run in `drop` that is running. While another process makes a plan, `waiting` is called
+    and the call waits; without `waiting`, Locked is raised.
     """
     if not (store.root / "runs").is_dir():
-        raise UsageError(f"{store.root} is no store; name one with --store or RETORT_STORE")
+        raise UsageError(f"{store.root} is no store; give one with --store or RETORT_STORE")
     dropped = [Run.find(store, name) for name in dict.fromkeys(drop)]
     with ExitStack() as stack:
         for run in dropped:
             if driver := run.driver():
-                raise Locked(f"{driver} is under way; stop it first: retort stop {run.name} --store {store.root}")
+                raise Locked(f"{driver} is running; stop it first: retort stop {run.name} --store {store.root}")
             stack.enter_context(run.held())
         stack.enter_context(hold(store.garbage_lock, "a plan is being made", "gc", waiting))
-        # listed only now: until the lock was held, plans could be frozen
+        # runs are listed only under the lock: plans may be frozen until then
         return _collect(store, [run for run in all_runs(store) if run.name not in drop], dropped, delete)
 
 
@@ -68,10 +71,10 @@ def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _lock_name(store: Store, path: Path) -> str:
-    """The lock that whoever makes this holds."""
+    """The name of the lock that is held while this path is being made."""
     parts = path.relative_to(store.root).parts
     if len(parts) == 1:
-        return parts[0]  # a temporary of the cache, which nobody locks
+        return parts[0]  # a temporary file of the hash cache, which has no lock
     if parts[0] == "work":
         return parts[1].removesuffix("-old")
     return f"{parts[0]}-{parts[2] if parts[1] == 'pool' else parts[1]}"
@@ -84,7 +87,7 @@ def _size(path: Path) -> int:
 
 def _remove(store: Store, path: Path) -> None:
     if path.is_dir():
-        gone = store.root / "work" / f"gone-{path.name}"  # first it stops existing, then it is emptied
+        gone = store.root / "work" / f"gone-{path.name}"  # moved away at once, then emptied
         shutil.rmtree(gone, ignore_errors=True)
         path.replace(gone)
         shutil.rmtree(gone)

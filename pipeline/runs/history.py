@@ -1,5 +1,7 @@
-"""What happened to the stages of a run, read from its events. Durations in events come from a clock that only goes
-forward, so that a computer's clock that jumps spoils nothing but the times of day."""
+"""The attempts at each stage of a run, read from its events.
+
+Durations in events come from a monotonic clock. A jump of the system clock changes only the times of day.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,20 @@ Event = Mapping[str, Any]
 
 @dataclass
 class Attempt:
-    """One try at a stage, from its start to its end or, of a driver that was killed, to its last sign of life."""
+    """One attempt at a stage, from its start to its end. If its driver was killed, it ends with its last event."""
 
     fingerprint: str
     workers: int = 1
     seconds: float = 0.0
     ended: str | None = None
-    """done, failed, interrupted; None while it goes on or if its driver was killed."""
+    """done, failed or interrupted; None while it runs, or if its driver was killed."""
     error: str = ""
     progress: list[Event] = field(default_factory=list)
-    """The first and the newest event in the unit that is being counted now."""
+    """The first and the newest progress event in the current unit."""
 
     @property
     def device_seconds(self) -> float:
+        """Seconds times workers."""
         return self.seconds * self.workers
 
     def add(self, event: Event) -> None:
@@ -36,7 +39,8 @@ class Attempt:
             self.ended, self.error = event["event"].removeprefix("stage_"), event.get("error", "")
 
     def rate(self) -> float | None:
-        """Units a second: what the stage says itself, or what was counted since the attempt began."""
+        """Units per second: the figure that the stage reports, or else the average since its first progress event. None
+        if unknown."""
         if not self.progress:
             return None
         first, last = self.progress[0], self.progress[-1]
@@ -48,7 +52,7 @@ class Attempt:
 
 
 def attempts(events: Iterable[Event]) -> dict[str, list[Attempt]]:
-    """stage -> its attempts, the newest last. A stage that was found sealed has none of that time."""
+    """stage -> its attempts, the newest last. A stage that was reused has no attempt."""
     found: dict[str, list[Attempt]] = {}
     for event in events:
         stage, fingerprint = event["stage"], event.get("fingerprint")
@@ -62,7 +66,7 @@ def attempts(events: Iterable[Event]) -> dict[str, list[Attempt]]:
 
 
 def spent(of: Iterable[Attempt], fingerprint: str) -> float:
-    """Device-seconds of the attempts at one artifact: what it cost to make it the last time."""
+    """Device-seconds of the attempts that led to the latest artifact with this fingerprint, failed ones included."""
     seconds, made = 0.0, False
     for attempt in of:
         if attempt.fingerprint == fingerprint:

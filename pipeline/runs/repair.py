@@ -1,4 +1,4 @@
-"""Remake damaged parts of a sealed artifact's pool, such as shards of pairs, byte for byte."""
+"""Make damaged parts of a sealed artifact, such as shards of pairs, again, byte for byte."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.manifest.model import Resources
 from pipeline.planning import make_plan, read_contents
 from pipeline.planning.content import HashCache
 from pipeline.planning.fingerprint import changes
-from pipeline.runs.run import REPAIR, Run
+from pipeline.runs.run import REPAIR_PREFIX, Run
 from pipeline.store import RECORD, Store, hold, load_artifact, read_record
 from pipeline.store.artifacts import damaged_input, remade_input
 from stages.base import Artifact, StageError
@@ -21,48 +21,55 @@ from stages.base import Artifact, StageError
 
 @dataclass(frozen=True)
 class Repair:
-    """What is to be done: the artifact, the run that will do it, and the damaged parts, by path below the pool."""
+    """A planned repair: the artifact, its pool, the manifest of the run that will do it, and the damaged parts."""
 
     artifact: Artifact
     pool: Path
     store: Store
     loaded: Loaded
     damaged: Sequence[str]
+    """Paths below the pool."""
     before: Mapping[str, str]
-    """Path below the pool -> sha256, as the artifact lists its parts."""
+    """Path below the pool -> sha256, of all parts that the artifact lists."""
 
     @property
     def run_name(self) -> str:
-        return f"{REPAIR}{self.artifact.fingerprint}"
+        return f"{REPAIR_PREFIX}{self.artifact.fingerprint}"
 
     @property
     def needed(self) -> bool:
+        """Whether a part is damaged, or the artifact is still unsealed after an earlier repair."""
         return bool(self.damaged) or not self.store.is_sealed(self.artifact)
 
     def unseal(self, waiting: Callable[[str], None] | None) -> None:
-        """First the artifact stops existing for everyone; then the damaged parts do. Killed at any moment, the
-        repair can be started again. Raises Locked while a run makes or reads the artifact or its pool."""
+        """Unseal the artifact, then remove its damaged parts. The repair can be started again after a kill at any
+        moment.
+
+        Raises Locked while a run makes or reads the artifact or its pool.
+        """
         run = Run(self.store, self.run_name)
         with (
             run.making(self.artifact, self.pool, waiting),
             hold(self.store.garbage_lock, "a plan is being made", run.name, waiting),
         ):
-            run.refuse_others(self.artifact, self.pool, f"{self.artifact.kind}/{self.artifact.fingerprint}")
+            run.check_not_in_use(self.artifact, self.pool, f"{self.artifact.kind}/{self.artifact.fingerprint}")
             self.store.unseal(self.artifact)
             self.artifact.stage.discard(self.pool, self.damaged)
 
     def changed(self) -> list[str]:
-        """Parts whose bytes are not those that were sealed: on other hardware, or by other versions."""
+        """Parts that were made again with other bytes than the sealed ones, as on other hardware or with other
+        versions."""
         now = self.artifact.stage.parts(self.artifact.folder)
         return [path for path, sha256 in now.items() if self.before[path] != sha256]
 
 
 def plan_repair(folder: Path) -> Repair:
-    """Find the damaged parts of a sealed artifact, and how to mend them. Nothing is changed, but that a repair which
-    was killed as it sealed the artifact is finished.
+    """Find the damaged parts of a sealed artifact, and plan how to make them again.
 
-    Raises UsageError for an artifact without parts, and when the parts could not be the same again: what they are made
-    from, or Retort's own version, has changed since.
+    Nothing is changed, except that a repair that was killed while it sealed the artifact is finished.
+
+    Raises UsageError for an artifact without parts. Raises it too if the parts would not be the same again because
+    their inputs or Retort's version changed.
     """
     folder = folder.absolute()
     store = Store(folder.parent.parent)
@@ -74,10 +81,10 @@ def plan_repair(folder: Path) -> Repair:
     except StageError as error:
         raise UsageError(str(error)) from None
     if not before:
-        raise UsageError(f"{folder} is of kind {artifact.kind}; shards are part of pairs")
+        raise UsageError(f"{folder} is of kind {artifact.kind}; only pairs have shards")
     inputs = {field: str(source.folder) for field, source in artifact.inputs.items()}
     wanted = Manifest(
-        name=f"{REPAIR}{artifact.fingerprint}",
+        name=f"{REPAIR_PREFIX}{artifact.fingerprint}",
         seed=record["seed"],
         store=str(store.root),
         stages={artifact.kind: replaced(artifact.stage, inputs)},
@@ -91,8 +98,8 @@ def plan_repair(folder: Path) -> Repair:
         raise UsageError(f"{folder} cannot be made again as it was: {why}")
     if remade := remade_input(artifact, record):
         raise UsageError(
-            f"{folder} cannot be made again as it was: its input {remade} was made again with different bytes; resume the "
-            "run that made it, which then makes all of it again"
+            f"{folder} cannot be made again as it was: its input {remade} was made again with different bytes; "
+            "resume the run that made the artifact to make all of it again"
         )
     if damage := damaged_input(artifact, HashCache(store.hashes).sha256_of):
         raise UsageError(f"{folder} cannot be made again as it was: {damage}")
@@ -100,12 +107,12 @@ def plan_repair(folder: Path) -> Repair:
 
 
 def _finish_killed(store: Store, folder: Path) -> None:
-    """A run that was killed while it put the new artifact in the place of the old one left neither there."""
+    """Finish a seal that was killed between moving the old artifact away and moving the new one into place."""
     work = store.root / "work" / f"{folder.parent.name}-{folder.name}"
     if folder.exists() or not (work / RECORD).exists():
         return
     artifact = load_artifact(work)
     pool = store.pool(artifact.kind, artifact.record["pool"] or artifact.fingerprint)
-    with Run(store, f"{REPAIR}{artifact.fingerprint}").making(artifact, pool):
+    with Run(store, f"{REPAIR_PREFIX}{artifact.fingerprint}").making(artifact, pool):
         if not folder.exists():
             store.finish(folder, work)

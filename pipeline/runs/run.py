@@ -1,9 +1,11 @@
-"""A run's folder: what was asked, what was planned, what happened.
+"""The folder of a run: what was asked for, what was planned, what happened.
 
-STORE/runs/NAME/manifest.yaml   resolved: defaults and overrides written out, paths absolute
-STORE/runs/NAME/plan.json       frozen when the run was submitted
-STORE/runs/NAME/events.jsonl    a JSON object a line: time, event, stage, ...
+STORE/runs/NAME/manifest.yaml   the resolved manifest: defaults and overrides written out, paths absolute
+STORE/runs/NAME/plan.json       the plan, frozen when the run was submitted or resumed
+STORE/runs/NAME/events.jsonl    one JSON object a line: time, event, stage and more
 STORE/runs/NAME/logs/STAGE.log
+STORE/runs/NAME/lock            locked by the process that carries the run out
+STORE/runs/NAME/job.json        the latest job of a Ray cluster; see jobs/job.py
 """
 
 from __future__ import annotations
@@ -27,30 +29,32 @@ from pipeline.store.locks import Holder
 from stages.base import Artifact
 from stages.data.files import write_atomically
 
-PLANNED = {"kind", "fingerprint", "pool", "reads", "inputs", "files", "identity"}
-"""What a frozen plan says of each stage."""
+PLAN_KEYS = {"kind", "fingerprint", "pool", "reads", "inputs", "files", "identity"}
+"""The keys of each stage in a frozen plan that later commands need."""
 
-REPAIR = "repair-"
-"""Names of runs that mend an artifact begin like this."""
+REPAIR_PREFIX = "repair-"
+"""The prefix of the names of runs that repair an artifact."""
 
 
 def all_runs(store: Store) -> list[Run]:
-    """Those that were planned, by name."""
+    """The runs of the store that have a plan, sorted by name."""
     names = sorted(path.parent.name for path in store.root.glob("runs/*/plan.json"))
     return [Run(store, name) for name in names if re.fullmatch(NAME, name)]
 
 
 class Run:
+    """A run by its name. Its folder may not exist yet. Raises UsageError for an invalid name."""
+
     def __init__(self, store: Store, name: str) -> None:
         if not re.fullmatch(NAME, name):
-            raise UsageError(f"{name!r} is no name for a run: letters, digits, - and _ only")
+            raise UsageError(f"{name!r} is no name for a run: use at most 80 letters, digits, - or _")
         self.store, self.name, self.folder = store, name, store.root / "runs" / name
 
     @classmethod
     def find(cls, store: Store, name: str | None) -> Run:
-        """The run of that name, or the store's only one. Raises UsageError with the names there are."""
+        """The run of that name; without a name, the only run of the store. Raises UsageError that lists the runs."""
         names = [run.name for run in all_runs(store)]
-        own = [one for one in names if not one.startswith(REPAIR)]
+        own = [one for one in names if not one.startswith(REPAIR_PREFIX)]
         if name is None and len(own) == 1:
             name = own[0]
         if name is None or name not in names:
@@ -62,14 +66,14 @@ class Run:
 
     @contextmanager
     def held(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Be the only driver of this run. Raises Locked, naming the other, or waits as `hold` does."""
+        """Be the only process that carries out this run. Raises Locked, or waits, as `store.hold`."""
         with hold(self.folder / "lock", f"run {self.name} is being carried out", self.name, waiting):
             yield
 
     @contextmanager
     def making(self, artifact: Artifact, pool: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Be the only one who makes an artifact, and parts in the pool that it shares with those of other extents.
-        Raises Locked, or waits, as `hold` does."""
+        """Be the only process that makes this artifact, or parts in its pool. Raises Locked, or waits, as
+        `store.hold`."""
         with ExitStack() as stack:
             for fingerprint in dict.fromkeys((artifact.fingerprint, pool.name)):
                 file = self.store.lock_of(artifact.kind, fingerprint)
@@ -77,12 +81,12 @@ class Run:
             yield
 
     def driver(self) -> Holder | None:
-        """Who carries the run out now; None if nobody does."""
+        """The process that carries out the run now; None if there is none."""
         return holder(self.folder / "lock")
 
     def uses(self) -> set[Path]:
-        """Folders of the artifacts in its plan, of their pools and unfinished work, and of all that those artifacts
-        were made from. Raises UsageError for a plan or a record that cannot be read."""
+        """The folders that the run needs: the artifacts of its plan, their pools, their unfinished work, and everything
+        that those artifacts were made from. Raises UsageError for a plan or a record that cannot be read."""
         used: set[Path] = set()
         for stage in self.plan().values():
             kind, fingerprint = stage["kind"], stage["fingerprint"]
@@ -91,34 +95,36 @@ class Run:
                 used |= set(lineage(folder))
         return {path.resolve() for path in used}
 
-    def refuse_others(self, artifact: Artifact, pool: Path, what: str) -> None:
-        """Raise Locked, with `what`, if another run that is under way now makes or reads the artifact or its pool."""
+    def check_not_in_use(self, artifact: Artifact, pool: Path, what: str) -> None:
+        """Raise Locked if another run that is being carried out makes or reads the artifact or its pool. `what` names
+        it in the message."""
         for other in all_runs(self.store):
             if (
                 other.name != self.name
                 and other.driver()
                 and {artifact.folder.resolve(), pool.resolve()} & other.uses()
             ):
-                raise Locked(f"{what} is in use by run {other.name}, under way now; wait for it, or stop it")
+                raise Locked(f"{what} is in use by run {other.name}; wait until it ends, or stop it (retort stop)")
 
     def freeze(self, resolved: Manifest, plan: Plan) -> None:
-        """Keep what is to be done. Also called again for a run that is submitted anew."""
+        """Write the manifest and the plan. A run that is submitted again gets new ones."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "manifest.yaml", dump(resolved).encode("utf-8"))
         stages = {stage.name: stage.as_dict() for stage in plan}
         write_atomically(self.folder / "plan.json", json.dumps(stages, indent=2).encode("utf-8"))
 
     def manifest(self, overrides: Sequence[str] = ()) -> Loaded:
-        """As it was resolved, but for the store, which is where the run was found: a store may be moved."""
+        """The resolved manifest, with `overrides` (PATH=VALUE). Its store is the one that holds the run: stores may be
+        moved."""
         store = f"store={json.dumps(str(self.store.root), ensure_ascii=False)}"
         return load(self.folder / "manifest.yaml", [*overrides, store])
 
     def plan(self) -> dict[str, dict[str, Any]]:
-        """The frozen plan by stage, empty before the first. Raises UsageError for one that cannot be read."""
+        """stage -> its frozen plan; empty if there is none yet. Raises UsageError for a plan that cannot be read."""
         file = self.folder / "plan.json"
         try:
             plan: dict[str, dict[str, Any]] = json.loads(file.read_bytes())
-            if all(stage.keys() >= PLANNED for stage in plan.values()):
+            if all(stage.keys() >= PLAN_KEYS for stage in plan.values()):
                 return plan
             why = "another version of Retort wrote it"
         except FileNotFoundError:
@@ -126,10 +132,10 @@ class Run:
         except (ValueError, AttributeError) as error:
             why = str(error)
         resume = f"retort resume {self.name} --store {self.store.root}"
-        raise UsageError(f"{file} cannot be read ({why}); to plan the run anew: {resume}")
+        raise UsageError(f"{file} cannot be read ({why}); make a new plan with: {resume}")
 
     def previous(self) -> dict[str, dict[str, Any]]:
-        """The same, for a new plan to be compared with: one that cannot be read counts as none."""
+        """As `plan`, but empty for a plan that cannot be read. New plans are compared with it."""
         try:
             return self.plan()
         except UsageError:
@@ -139,7 +145,7 @@ class Run:
         return self.folder / "logs" / f"{stage}.log"
 
     def event(self, event: str, stage: str | None = None, **details: Any) -> None:
-        """Append one line; a single write, so that lines of two processes do not mix. A line that a crash cut off is
+        """Append one event. It is one write, so that lines of two processes do not mix. A line that a crash cut off is
         ended first."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, "stage": stage, **details}) + "\n"
@@ -149,6 +155,7 @@ class Run:
             file.write(line.encode())
 
     def events(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the events in order. Lines that cannot be read are skipped."""
         try:
             with open(self.folder / "events.jsonl", "rb") as file:
                 yield from filter(None, map(read_event, file))
@@ -157,7 +164,7 @@ class Run:
 
 
 def read_event(line: bytes | str) -> dict[str, Any] | None:
-    """One line of events.jsonl; None for what a crash or somebody else left there."""
+    """Parse one line of events.jsonl. None for a line that is damaged or is no event."""
     try:
         event = json.loads(line)
         wanted = {"time", "event", "stage"}

@@ -1,4 +1,4 @@
-"""Carries out a plan: locks, runs and seals each stage in turn, and writes down what happens."""
+"""The runner: carries out a plan. It locks, runs and seals one stage after another, and records events and logs."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 EVENT_EVERY = 5.0
-"""Seconds between two progress events of one stage."""
+"""Seconds between two progress events of a stage."""
 
 
 class Reporter(Protocol):
-    """Whom the runner tells what happens: `pipeline.views.progress` prints it."""
+    """Receives what happens in a run. `pipeline.views.progress` prints it."""
 
     def started(self, stage: str, why: str) -> None: ...
     def progress(self, stage: str, progress: Progress) -> None: ...
@@ -50,6 +50,8 @@ class Reporter(Protocol):
 
 @dataclass
 class Runner:
+    """Carries out the plan of one run. With `wait` it waits for locks of other runs."""
+
     run: Run
     manifest: Manifest
     engine: Engine
@@ -57,8 +59,10 @@ class Runner:
     wait: bool = False
 
     def execute(self, plan: Plan, chosen: Collection[str]) -> None:
-        """Make what `plan` says is to be made, of the `chosen` stages. Raises StageFailed, Locked or
-        KeyboardInterrupt; whatever it raises, the run can be resumed."""
+        """Make the `chosen` stages as `plan` says.
+
+        Raises StageFailed, Locked or KeyboardInterrupt. The run can be resumed after each of them.
+        """
         self.run.event("run_started", pid=os.getpid(), stages=[s.name for s in plan if s.name in chosen])
         for stage in plan:
             if stage.name in chosen:
@@ -72,13 +76,13 @@ class Runner:
             self.reporter.started(stage.name, f"waiting: {text}")
 
         with self.run.making(stage.artifact, stage.pool, waiting if self.wait else None):
-            # Looked at again under the lock: another run may have made it since the plan was.
+            # checked again under the lock: another run may have made the artifact since the plan was made
             damage = store.damage(stage.artifact) if store.is_sealed(stage.artifact) else None
             if store.is_sealed(stage.artifact) and damage is None:
                 self.reporter.ended(stage.name, "reused")
                 self._event("stage_reused", stage)
                 return
-            store.unseal(stage.artifact)  # damaged: it exists for nobody until it is whole
+            store.unseal(stage.artifact)  # damaged: readers do not find it until it is whole
             state, why = ("run", damage) if damage and stage.state == "reuse" else (stage.state, stage.why)
             self.reporter.started(stage.name, f"{state}: {why}")
             workers = self.manifest.resources_of(stage.name).workers
@@ -95,7 +99,7 @@ class Runner:
                 except Exception as error:
                     log.exception("the stage failed")
                     why = redacted(describe(error))
-                    with suppress(OSError):  # a full disk takes no events either; the message below still says why
+                    with suppress(OSError):  # on a full disk events fail too; the message below still says why
                         self._event("stage_failed", stage, seconds=_since(started), error=why)
                     raise StageFailed(
                         f"stage {stage.name} failed: {why}\n"
@@ -112,20 +116,20 @@ class Runner:
         store, artifact = self.run.store, stage.artifact
         since = datetime.now(UTC)
         if store.outdated(artifact):
-            log.info("what an attempt before left is dropped: it was made from inputs of other bytes")
+            log.info("the files of an earlier attempt are dropped: they were made from inputs with different bytes")
             store.drop_work(artifact)
         if (store.work(artifact) / RECORD).exists():  # killed between the record and the move
             store.finish(artifact.folder, store.work(artifact))
             if store.damage(artifact) is None:
                 return
             store.unseal(artifact)
-        inputs_sha256 = self._inputs_as_sealed(stage)
+        inputs_sha256 = self._check_inputs(stage)
         work = store.begin(artifact, inputs_sha256)
         resources = self.manifest.resources_of(stage.name)
         context = Context(self, stage, work, resources, started)
-        self._contents_are_as_planned(stage)
+        self._check_contents(stage)
         metrics = dict(artifact.stage.run(context))
-        self._contents_are_as_planned(stage)
+        self._check_contents(stage)
         tried = attempts(self.run.events()).get(stage.name, [])
         before = spent(tried, artifact.fingerprint) - (tried[-1].device_seconds if tried else 0.0)
         record = {
@@ -149,9 +153,12 @@ class Runner:
         }
         store.seal(artifact, work, record)
 
-    def _inputs_as_sealed(self, stage: PlannedStage) -> dict[str, str]:
-        """Field -> sha256 of each input, once the sealed files of all that the stage may read are hashed, which is not
-        done twice while they stay as they are. Raises StageError for a file that is not what was sealed."""
+    def _check_inputs(self, stage: PlannedStage) -> dict[str, str]:
+        """Check the hashes of all inputs, and return input field -> sha256. Files that have not changed are hashed once
+        only.
+
+        Raises StageError for a file that differs from what was sealed.
+        """
         cache = HashCache(self.run.store.hashes)
         try:
             if damage := damaged_input(stage.artifact, cache.sha256_of):
@@ -160,18 +167,20 @@ class Runner:
             cache.save()
         return {field: artifact.sha256 for field, artifact in stage.artifact.inputs.items()}
 
-    def _contents_are_as_planned(self, stage: PlannedStage) -> None:
-        """What was read must be what the fingerprint says. Raises StageError if a file changed in between."""
+    def _check_contents(self, stage: PlannedStage) -> None:
+        """Raise StageError if an outside file changed since the plan: the fingerprint is that of the old file."""
         files = {field: value for field, value in stage.contents.items() if value.startswith("sha256:")}
         now = identify(stage.artifact.stage, HashCache(self.run.store.hashes)) if files else {}
         for field, value in files.items():
             if now[field] != value:
                 path = next(f.value for f in marked(stage.artifact.stage, Content) if f.path == field)
-                raise StageError(f"{path} changed since the run was planned; resume to plan again with it as it is")
+                raise StageError(
+                    f"{path} changed since the run was planned; resume the run to plan with the new content"
+                )
 
 
 class Context:
-    """What a stage sees of its runner: the StageContext of stages/base.py."""
+    """Implements the StageContext of stages/base.py on top of a runner."""
 
     def __init__(self, runner: Runner, stage: PlannedStage, work: Path, resources: Resources, started: float) -> None:
         self._runner, self._stage, self._started = runner, stage, started
@@ -231,11 +240,11 @@ def _since(started: float) -> float:
 
 class _StageLog(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A log line that a full disk does not take is no reason to print a traceback."""
+        """Ignore a log line that cannot be written, as on a full disk: no traceback is printed."""
 
 
 class _Redacting(logging.Formatter):
-    """Lines without the passwords and signatures of URLs: logs are shown to others."""
+    """Removes passwords and signatures from URLs, because logs are shown to others."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
@@ -243,7 +252,7 @@ class _Redacting(logging.Formatter):
 
 @contextmanager
 def _log_to(file: Path) -> Iterator[None]:
-    """Everything that is logged or warned in this process goes to the stage's log, and not to the terminal."""
+    """Send all log records and warnings of this process to `file`, and none to the terminal."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _StageLog(file, encoding="utf-8")
     handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -262,7 +271,7 @@ def _log_to(file: Path) -> Iterator[None]:
 
 
 def _commit() -> str | None:
-    """The commit of Retort's own checkout; None for an installed package."""
+    """The git commit of the checkout that Retort runs from; None for an installed package."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None

@@ -1,4 +1,4 @@
-"""Where runs stand, from their frozen plans, their events, the store and the locks."""
+"""The state of runs and of their stages, from frozen plans, events, the store and the locks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from pipeline.store import RECORD, Store, holder
 
 ENDINGS = {
     "interrupted": "resume to carry on",
-    None: "its driver is gone; resume to carry on",
+    None: "its process is gone; resume to carry on",
 }
+"""What to do next, by how the last attempt ended."""
 
 
 def status_of(run: Run) -> dict[str, dict[str, Any]]:
     """stage -> {state, kind, fingerprint, artifact, detail, progress, per_second, seconds_left, device_seconds}.
 
-    States: done, running (detail: by whom), failed (why), interrupted, stopped (its driver was killed), waiting.
+    States: done; running (`detail` says by which process); failed (why); interrupted; stopped (the driver was killed);
+    waiting. `progress`, `per_second` and `seconds_left` are missing where they are unknown.
     """
     tried = attempts(run.events())
     return {name: _stage(run, planned, tried.get(name, ())) for name, planned in run.plan().items()}
@@ -35,12 +37,12 @@ def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> di
     if (folder / RECORD).exists():
         made = last is not None and last.ended == "done"
         found |= {"state": "done", "detail": "" if made else "reused"}
-        cost = cost if made else _recorded(folder / RECORD)
+        cost = cost if made else _recorded_cost(folder / RECORD)
     else:
         maker = holder(run.store.lock_of(kind, fingerprint))
         state, detail = ("running", str(maker)) if maker else _ended(last)
         found |= {"state": state, "detail": detail}
-        others = maker is not None and maker.run != run.name  # whose progress stands in their events
+        others = maker is not None and maker.run != run.name  # their progress is in their own events
         if last and last.progress and state != "waiting" and not others:
             found |= _progress(last, running=state == "running")
     return found | {"device_seconds": round(cost, 3)}
@@ -51,7 +53,7 @@ def _ended(last: Attempt | None) -> tuple[str, str]:
         return "waiting", ""
     if last.ended == "failed":
         return "failed", last.error
-    if last.ended == "done":  # sealed once, and removed or unsealed since
+    if last.ended == "done":  # the artifact was removed or unsealed since
         return "waiting", "its artifact is gone; resume to make it again"
     return last.ended or "stopped", ENDINGS[last.ended]
 
@@ -65,8 +67,8 @@ def _progress(last: Attempt, running: bool) -> dict[str, Any]:
     return found
 
 
-def _recorded(record: Any) -> float:
-    """What it cost whoever made it; an artifact that cannot be read is no reason to show nothing of the others."""
+def _recorded_cost(record: Any) -> float:
+    """Device-seconds in the record of a reused artifact; 0 for a record that cannot be read."""
     try:
         return float(json.loads(record.read_text(encoding="utf-8"))["device_seconds"])
     except (OSError, ValueError, KeyError):
@@ -74,7 +76,8 @@ def _recorded(record: Any) -> float:
 
 
 def runs_of(store: Store) -> dict[str, dict[str, Any]]:
-    """run -> {state, done, stages, last, driver}. `last` is the time of its newest event, in UTC."""
+    """run -> {state, done, stages, last, driver}. `done` and `stages` are numbers of stages. `last` is the UTC time of
+    the newest event."""
     return {run.name: _run(run) for run in all_runs(store)}
 
 

@@ -1,4 +1,4 @@
-"""Read and hash all that was sealed."""
+"""Verify a sealed artifact: read and hash all its files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from stages.data.files import sha256_of
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Of a sealed artifact and the parts that it lists: {"target", "kind", "files": how many were hashed,
-    "damaged": {path: what is wrong}}."""
+    """Hash the files of a sealed artifact, and the parts that it lists.
+
+    Returns {"target", "kind", "files": number of files hashed, "damaged": {path: what is wrong}}.
+    """
     found: dict[str, Any] = {"target": str(folder), "kind": folder.parent.name, "files": 0}
     try:
         artifact = load_artifact(folder)
         files, parts = artifact.record["files"], artifact.stage.parts(folder)
-        changed = dict.fromkeys(changed_files(folder, artifact.record, sha256_of), "missing, or not what was sealed")
+        changed = dict.fromkeys(
+            changed_files(folder, artifact.record, sha256_of), "missing or changed since it was sealed"
+        )
         damaged = {**changed, **artifact.stage.damaged_parts(folder)}
     except (UsageError, StageError) as error:  # its record, or its list of parts, cannot be read
         return {**found, "damaged": {RECORD: str(error)}}

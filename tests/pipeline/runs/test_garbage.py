@@ -106,7 +106,7 @@ def test_what_a_live_run_holds_is_never_touched(tmp_path):
 def test_a_plan_that_cannot_be_read_could_refer_to_anything(tmp_path, text):
     execute(GAUSSIAN, tmp_path)
     (tmp_path / "runs" / "gaussian" / "plan.json").write_text(text)
-    with pytest.raises(UsageError, match="to plan the run anew: retort resume gaussian"):
+    with pytest.raises(UsageError, match="make a new plan with: retort resume gaussian"):
         collect(Store(tmp_path))
     assert retort("runs", "--store", tmp_path).stdout.splitlines()[2].split()[:2] == ["gaussian", "damaged"]
     assert retort("resume", "gaussian", "--store", tmp_path, "--engine", "inline").returncode == 0

@@ -148,7 +148,7 @@ def test_the_page_holds_each_strip_as_it_was_stored(store, tmp_path):
 
 
 def test_comparing_imports_nothing_heavy():
-    modules = "pipeline.compare, pipeline.tables, stages.evaluation.comparison"
+    modules = "pipeline.views.compare, pipeline.views.tables, stages.reports.comparison"
     code = f"import sys, {modules}; print({{'torch', 'ray', 'numpy', 'PIL'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

@@ -1,4 +1,4 @@
-"""Engines carry out what a stage asks for. The inline engine does it in this process; Ray's is in cluster.py."""
+"""The protocol of engines, and how failures are described and retried. The engines are in inline.py and ray.py."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""How often an item is tried, and how often in a row a function is without new progress, before the stage fails."""
+"""How often an item is tried before the stage fails. Also how often in a row a function is tried without new
+progress."""
 
 FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
-"""Errors of the file system that trying again will not mend."""
+"""Errors of the file system that are not retried, because a retry would fail too."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in a worker, in a form that travels: exceptions of other packages may not."""
+    """An error in a worker, as text. Exceptions of other packages may not unpickle in this process.
+
+    `final`: a retry would fail too.
+    """
 
     message: str
     traceback: str
@@ -36,12 +40,12 @@ class Failure:
 
 
 def describe(error: BaseException) -> str:
-    """An error as one sentence for a user."""
+    """Describe an error to a user, in one sentence where possible."""
     if isinstance(error, StageError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" ({error.filename})" if error.filename else ""
-        return f"the disk is full{where}: free some space, then resume; nothing half-written counts"
+        return f"the disk is full{where}: free some space, then resume; half-written files are ignored"
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
@@ -51,7 +55,7 @@ def describe(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class WorkerShape:
-    """How many workers, and what each gets."""
+    """The number of workers, and the GPUs of each. Below 1, workers share a GPU."""
 
     workers: int
     gpus: float
@@ -61,28 +65,31 @@ Make = Callable[[], Callable[[Item], Any]]
 Function = Callable[..., Generator[Progress, None, Any]]
 
 Say = Callable[[str], None]
-"""Tells who follows a run what its stage is waiting for."""
+"""Tells the user what a stage is waiting for."""
 
 
 class Engine(Protocol):
-    """Both methods raise StageError when an item, or the function, failed for good."""
+    """Runs the work of stages. `map` and `run` raise StageError when an item, or the function, has failed for good."""
 
     def map(
         self, key: str, make_worker: Make[Item], items: Iterable[Item], shape: WorkerShape, say: Say = log.warning
     ) -> Iterator[tuple[Item, Any]]:
-        """As StageContext.map. `key` tells workers made for one stage from those of another."""
+        """Yield (item, result) of every item, in the order of completion, as StageContext.map does.
+
+        `key` identifies the stage: a worker made for one key is not used for another.
+        """
 
     def run(
         self, function: Function, arguments: tuple[Any, ...], shape: WorkerShape, say: Say = log.warning
     ) -> Generator[Progress, None, Any]:
-        """Yield the function's progress, return its result."""
+        """Yield the progress of `function(*arguments)`, and return its result."""
 
     def close(self) -> None:
-        """Let all workers go. What they were doing is abandoned."""
+        """Release all workers. Calls under way are abandoned."""
 
 
 def retry_or_raise(failure: Failure, what: str, attempt: int) -> None:
-    """Return if the item is to be tried again, else raise StageError that names it."""
+    """Log the failure of `what`. Return if it is to be tried again, or raise StageError."""
     log.error("%s, attempt %d of %d: %s", what, attempt, ATTEMPTS, failure.traceback)
     if failure.final:
         raise StageError(f"{what}: {failure.message}")

@@ -1,4 +1,4 @@
-"""The engine without Ray: everything in this process, one item after another."""
+"""The engine without Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class InlineEngine:
-    """Everything in this process, one item after another: for debugging, and where there is no Ray."""
+    """Runs everything in this process, one item after another. It is for debugging, and for machines without Ray."""
 
     def map(
         self, key: str, make_worker: Make[Item], items: Iterable[Item], shape: WorkerShape, say: Say = log.warning

@@ -1,4 +1,4 @@
-"""What the nodes of a cluster need to have installed, and what of their environment must not be followed."""
+"""Check that the nodes of a cluster have the same build of Retort as this process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pipeline.errors import UsageError
 from stages.data.provenance import versions
 
 OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-"""Variables that Ray prefers to an address given in code."""
+"""Environment variables that Ray prefers to an address given in code. Retort ignores them."""
 
 SOURCES = ("pipeline/**/*.py", "pipeline/reference/templates/*.yaml", "stages/**/*.py", "stages/teacher/shipped/**/*")
-"""The files of an installation that decide what it does: the packages and their data."""
+"""Globs of the files that belong to a build: the packages and their data."""
 
 
 def version() -> str:
-    """Of this installation of Retort."""
+    """The version of this installation of Retort."""
     return versions().get("retort", "unknown")
 
 
@@ -29,7 +29,7 @@ def build() -> str:
 
 
 def hash_of_sources(root: Path) -> str:
-    """Of names and bytes of the SOURCES below `root`: 16 hexadecimal digits."""
+    """Hash the names and bytes of the SOURCES below `root`: 16 hexadecimal digits."""
     found = hashlib.sha256()
     for path in sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()}):
         content = path.read_bytes()
@@ -38,13 +38,17 @@ def hash_of_sources(root: Path) -> str:
 
 
 def needs() -> str:
-    """What to install on every node so that it can work with this installation."""
+    """What to install on every node: `retort==..., ray==... and Python ...`."""
     python = ".".join(map(str, sys.version_info[:2]))
     return f"retort=={version()}, ray=={versions().get('ray', 'unknown')} and Python {python}"
 
 
-def difference(node: str, driver: str, theirs: str) -> str | None:
-    """How this installation differs from `theirs`, the build of `driver`, and what to do; None if it does not."""
+def build_difference(node: str, driver: str, theirs: str) -> str | None:
+    """Compare this build with `theirs`, the build of `driver`. Return None if they are equal, or else the difference
+    and what to do.
+
+    `node` and `driver` are the names of this machine and of the other one in the message.
+    """
     if theirs == build():
         return None
     wanted = theirs.partition("+")[0]
@@ -54,7 +58,7 @@ def difference(node: str, driver: str, theirs: str) -> str | None:
 
 
 def check_submitted_by(theirs: str) -> None:
-    """Raise UsageError if another build of Retort than this one, which is to carry out the run, submitted it."""
-    problem = difference("this node", "the machine that submitted the run", theirs)
+    """Raise UsageError if the run was submitted by another build of Retort than this one."""
+    problem = build_difference("this node", "the machine that submitted the run", theirs)
     if problem:
         raise UsageError(problem)

@@ -1,4 +1,4 @@
-"""How long a call to a worker may take: what is slow is named, what is stuck is given up."""
+"""Time limits of calls to workers: slow calls are logged, stuck calls are given up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Limit:
-    """`times` the median of the calls that have finished, and at least `least` seconds; `first` before any has."""
+    """A time limit in seconds: `times` the median of the finished calls, but at least `least`. Before a call has
+    finished, it is `first`."""
 
     times: float
     least: float
@@ -29,32 +30,36 @@ class Limit:
 
 
 SLOW = Limit(times=10, least=60.0, first=600.0)
-"""A call that takes longer is named in the log."""
+"""A call that takes longer is logged."""
 
 STUCK = Limit(times=100, least=HOUR, first=48 * HOUR)
-"""A call that takes longer is given up, and its worker replaced."""
+"""A call that takes longer is given up, and its worker is replaced."""
 
 REMEMBERED = 1000
-"""Finished calls that the median is taken of: the latest."""
+"""The median is taken over this many of the latest finished calls."""
 
 
 @dataclass(eq=False)
 class Call:
-    """Work under way on one worker."""
+    """A call under way on a worker."""
 
     what: str
     worker: Any
     where: str
-    """Its process and node."""
+    """The process and node of the worker."""
     started: float = field(default_factory=time.monotonic)
     named: bool = False
+    """Whether it has been logged as slow."""
     given_up: str = ""
-    """Why nobody waits for it any more, in words."""
+    """Why it was given up, in words; empty while it is waited for."""
 
 
 class Watch:
-    """Looks at the calls of one stage. Of calls that are not `alike`, such as the steps of a function, which may pause
-    between them, one that takes far longer than the others is no sign that it is stuck."""
+    """Watches the calls of one stage.
+
+    Calls are `alike` if they should take about equally long. The steps of a function are not: it may pause between two
+    of them. Only alike calls are given up by the median of the finished ones.
+    """
 
     def __init__(self, alike: bool = True) -> None:
         self._alike = alike
@@ -64,7 +69,7 @@ class Watch:
         self._finished.append(time.monotonic() - call.started)
 
     def look(self, calls: Iterable[Call]) -> list[Call]:
-        """Name in the log what has become slow; return what is now given up."""
+        """Log calls that have become slow. Return the calls that are given up now."""
         now, stuck = time.monotonic(), []
         slow_after = SLOW.seconds(self._finished)
         stuck_after = STUCK.seconds(self._finished if self._alike else ())

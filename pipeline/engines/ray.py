@@ -1,4 +1,4 @@
-"""The engine on Ray: on one of its own, started in this process, or on the cluster that this process is part of."""
+"""The engine on Ray: on a local Ray that it starts, or on the cluster that this process is a job of."""
 
 from __future__ import annotations
 
@@ -25,24 +25,29 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 IN_FLIGHT_GPU = 2
-"""Calls under way on one host with a GPU: while it writes one shard it solves the next. Without a GPU the two would
-compute side by side, each with threads for all its cores: measured a fifth to a third slower than one by one."""
+"""Calls under way on one host with a GPU: it solves the next shard while it writes one.
+
+Hosts without a GPU get one call at a time. Two calls there would each use threads for all cores: measured a fifth to a
+third slower than one after the other.
+"""
 
 NOT_INSTALLED = "failed to import on the worker"
-"""What Ray says when a node cannot import the module of an actor."""
+"""Part of Ray's message when a node cannot import the module of an actor."""
 
 LOOK_EVERY = 5.0
-"""Seconds, at most, between two looks at workers that are waited for and at calls under way."""
+"""Seconds, at most, between two looks at the pending workers and at the calls under way."""
 
 PENDING_AFTER = 30.0
-"""Seconds after which a worker that has not answered is named, and between two times that the same is said: the
-latter are doubled each time."""
+"""Seconds after which a worker that has not answered is reported.
+
+It is also the pause before the same report is repeated. That pause doubles each time.
+"""
 
 START_WITHIN = HOUR / 2
-"""Seconds that a stage waits while none of its workers answers: an autoscaler's node with GPUs takes minutes."""
+"""Seconds that a stage waits while none of its workers answers. An autoscaler takes minutes to add a node with GPUs."""
 
 FETCH_WITHIN = 300.0
-"""Seconds for an answer that is there to come from its node."""
+"""Seconds for a finished result to arrive from its node."""
 
 LOST = Failure("its worker process died (killed, or out of memory)", "the worker process died", final=False)
 
@@ -53,20 +58,24 @@ def _in_flight(shape: WorkerShape) -> int:
 
 @dataclass(eq=False)
 class Worker:
-    """An actor that was asked for. It gets work once it has answered."""
+    """An actor that was requested. It gets work once it has answered."""
 
     actor: Any
     answer: Any
-    """The reference of its first answer."""
+    """The Ray reference of its first answer."""
     asked: float = field(default_factory=time.monotonic)
     where: str = ""
     """Its process and node; empty until it answers."""
     load: int = 0
+    """Calls under way; a call that uses the worker alone counts as its whole capacity."""
 
 
 class RayEngine:
-    """A pool of hosts on an embedded local Ray, started when a stage first needs it; or, `attached`, on the cluster
-    whose job this process is: their nodes must have this build of Retort, and the cluster outlives the engine."""
+    """Keeps a pool of worker processes, from stage to stage.
+
+    By default they run on a local Ray that is started when a stage first needs it. If `attached`, they run on the
+    cluster that this process is a job of. Its nodes must have this build of Retort. The cluster outlives the engine.
+    """
 
     def __init__(self, attached: bool = False) -> None:
         self.attached = attached
@@ -80,24 +89,24 @@ class RayEngine:
         waiting = [(item, 1) for item in items]
         if not waiting:
             return
-        waiting.reverse()  # taken from the end, so that an item tried again comes next
+        waiting.reverse()  # items are taken from the end, so that a retried item comes next
         in_flight = _in_flight(shape)
-        staff = _Staff(self, min(shape.workers, len(waiting)), shape, say, Watch())
+        workers = _StageWorkers(self, min(shape.workers, len(waiting)), shape, say, Watch())
         maker = self._ray.put(make_worker)
         running: dict[Any, tuple[Item, int, Call]] = {}
         while waiting or running:
-            # An item that was lost is tried again alone on its worker: the next loss is then surely its own.
-            while waiting and (worker := staff.free(in_flight - _weight(waiting[-1][1], in_flight))):
+            # A lost item is retried alone on its worker: if the worker is lost again, the item is the cause.
+            while waiting and (worker := workers.free(in_flight - _weight(waiting[-1][1], in_flight))):
                 item, attempt = waiting.pop()
                 worker.load += _weight(attempt, in_flight)
                 reference = worker.actor.call.remote(key, maker, item)
                 running[reference] = item, attempt, Call(str(item), worker, worker.where)
-            reference = staff.wait([*running], [call for _, _, call in running.values()])
+            reference = workers.wait([*running], [call for _, _, call in running.values()])
             if reference is None:
                 continue
             item, attempt, call = running.pop(reference)
             call.worker.load -= _weight(attempt, in_flight)
-            outcome = staff.outcome(reference, call)
+            outcome = workers.outcome(reference, call)
             if outcome.failure is None:
                 yield item, outcome.value
             else:
@@ -107,19 +116,19 @@ class RayEngine:
     def run(
         self, function: Function, arguments: tuple[Any, ...], shape: WorkerShape, say: Say = log.warning
     ) -> Generator[Progress, None, Any]:
-        staff = _Staff(self, 1, shape, say, Watch(alike=False))
+        workers = _StageWorkers(self, 1, shape, say, Watch(alike=False))
         furthest: dict[str, int] = {}
         losses, place = 0, "the work"
         while True:
             last: Any = None
-            for outcome in staff.stream(function, arguments):
+            for outcome in workers.stream(function, arguments):
                 if outcome.failure is not None:
                     if not outcome.lost:
                         log.error("%s", outcome.failure.traceback)
                         raise StageError(outcome.failure.message)
                     losses += 1
                     retry_or_raise(outcome.failure, place, losses)
-                    break  # the function goes on from what it has left on disk
+                    break  # the function continues from its files on disk
                 last = outcome.value
                 if isinstance(last, Progress):
                     if last.done > furthest.get(last.unit, -1):
@@ -131,22 +140,23 @@ class RayEngine:
 
     def close(self) -> None:
         if self._ray is not None:
-            for worker in self._workers if self.attached else ():  # at once, so that others get their GPUs
+            for worker in self._workers if self.attached else ():  # frees their GPUs at once
                 self._ray.kill(worker.actor)
             self._ray.shutdown()
             self._ray, self._workers = None, []
 
     def start(self) -> Any:
-        """Ray, started when it is first asked for."""
+        """Return Ray; start or attach to it first if needed."""
         if self._ray is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ours = signal.getsignal(signal.SIGTERM)
             self._ray = _attach() if self.attached else _embed()
-            signal.signal(signal.SIGTERM, ours)  # Ray puts a plain sys.exit in its place
+            signal.signal(signal.SIGTERM, ours)  # Ray installs a handler that calls sys.exit
         return self._ray
 
-    def hire(self, count: int, shape: WorkerShape) -> list[Worker]:
-        """Workers that are there already where their shape fits, new ones for the rest."""
+    def acquire(self, count: int, shape: WorkerShape) -> list[Worker]:
+        """Return `count` workers of this shape. Existing workers are reused if their GPUs fit; new ones are requested
+        otherwise."""
         self.start()
         if self._shape is not None and self._shape.gpus != shape.gpus:
             for worker in self._workers:
@@ -161,7 +171,7 @@ class RayEngine:
         return self._workers[:count]
 
     def replace(self, worker: Worker) -> Worker:
-        """A new worker in the place of one that is lost, or out of reach."""
+        """Replace a worker that is lost or out of reach, and return the new one."""
         self._ray.kill(worker.actor)
         new = self._new_worker()
         self._workers[self._workers.index(worker)] = new
@@ -169,7 +179,7 @@ class RayEngine:
 
     def _new_worker(self) -> Worker:
         assert self._shape is not None
-        # num_cpus=0: threads are set by the stage, and a second count by Ray could only keep a worker waiting
+        # num_cpus=0: the stage sets the threads; Ray's own count of CPUs could only delay a worker
         options: dict[str, Any] = {
             "num_cpus": 0,
             "num_gpus": self._shape.gpus,
@@ -178,70 +188,76 @@ class RayEngine:
         if self.attached:
             options["scheduling_strategy"] = "SPREAD"
         actor = self._ray.remote(Host).options(**options).remote()
-        return Worker(actor, actor.hello.remote(build() if self.attached else None))
+        return Worker(actor, actor.identify.remote(build() if self.attached else None))
 
     def get(self, reference: Any) -> Outcome:
-        """The outcome. What the host logged goes into our own log."""
+        """Fetch an outcome. The host's log records are added to the log of this process."""
         try:
             outcome: Outcome = self._ray.get(reference, timeout=FETCH_WITHIN)
         except self._ray.exceptions.RayError as error:
             if NOT_INSTALLED in str(error):
                 return Outcome(None, _not_installed(str(error)), [])
-            if isinstance(error, self._ray.exceptions.RayTaskError):  # arguments that do not unpickle, say
+            if isinstance(error, self._ray.exceptions.RayTaskError):  # such as arguments that do not unpickle
                 return Outcome(None, Failure.of(error), [])
-            return Outcome(None, LOST, [], lost=True)  # killed, out of memory, its node gone
+            return Outcome(None, LOST, [], lost=True)  # killed, out of memory, or on a node that is gone
         for level, text in outcome.records:
             logging.getLogger("worker").log(level, "%s", text)
         return outcome
 
 
 def _weight(attempt: int, in_flight: int) -> int:
-    """How much of a worker a call takes up."""
+    """How much of a worker's capacity a call uses. A retried call uses all of it."""
     return 1 if attempt == 1 else in_flight
 
 
-class _Staff:
-    """The workers of one stage. Those that have answered work; the others are waited for, and named."""
+class _StageWorkers:
+    """The workers of one stage. Workers that have answered get calls; the others are waited for and reported."""
 
     def __init__(self, engine: RayEngine, count: int, shape: WorkerShape, say: Say, watch: Watch) -> None:
         self._engine, self._ray, self._shape, self._say = engine, engine.start(), shape, say
         self._check_room(count)
-        self._workers = engine.hire(count, shape)
+        self._workers = engine.acquire(count, shape)
         self._watch = watch
         self._failed_starts = 0
         self._idle_since = time.monotonic()
         self._said, self._said_at, self._pause = "", 0.0, PENDING_AFTER
 
     def free(self, most: int) -> Worker | None:
-        """The least loaded of those that have answered, if it has `most` calls under way."""
+        """The least loaded of the workers that have answered and have at most `most` calls under way; None if there is
+        none."""
         there = [worker for worker in self._workers if worker.where and worker.load <= most]
         return min(there, key=lambda worker: worker.load, default=None)
 
     def wait(self, references: list[Any], calls: Iterable[Call] = ()) -> Any:
-        """Whichever of `references`, of `calls` under way, is ready first; None if there is nothing yet, or if a
-        worker answered first. Raises StageError if no worker starts."""
+        """Wait, LOOK_EVERY seconds at most, for one of `references`, which belong to `calls`. Return the first that is
+        ready.
+
+        Returns None if none is ready, or if a worker answered first. Raises StageError if no worker starts within
+        START_WITHIN.
+        """
         answers = {worker.answer: worker for worker in self._workers if not worker.where}
         ready, _ = self._ray.wait([*answers, *references], num_returns=1, timeout=LOOK_EVERY)
         answered = [answers[reference] for reference in ready if reference in answers]
         for worker in answered:
-            self._welcome(worker)
+            self._handle_answer(worker)
         self._look_at_workers()
         for stuck in self._watch.look(calls):
-            self._ray.kill(stuck.worker.actor)  # its calls come back as lost
+            self._ray.kill(stuck.worker.actor)  # its calls then return as lost
         return ready[0] if ready and not answered else None
 
     def outcome(self, reference: Any, call: Call) -> Outcome:
-        """That of a call that came back. A worker that was lost is replaced."""
+        """Fetch the outcome of a finished call. If its worker was lost, it is replaced."""
         outcome = self._engine.get(reference)
         if not outcome.lost:
             self._watch.finished(call)
             return outcome
-        if call.worker in self._workers:  # its other call finds it replaced
+        if call.worker in self._workers:  # a second call of the worker finds it replaced already
             self._replace(call.worker)
         return replace(outcome, failure=replace(LOST, message=call.given_up)) if call.given_up else outcome
 
     def stream(self, function: Function, arguments: tuple[Any, ...]) -> Iterator[Outcome]:
-        """What a function yields on one worker, and its result last; or, last, that the worker was lost."""
+        """Run a generator function on one worker. Yield what it yields, and its result last. If the worker is lost, the
+        last outcome says so."""
         while (worker := self.free(0)) is None:
             self.wait([])
         stream = worker.actor.stream.options(num_returns="streaming").remote(function, arguments)
@@ -258,7 +274,7 @@ class _Staff:
                 return
             call = Call("the work", worker, worker.where)
 
-    def _welcome(self, worker: Worker) -> None:
+    def _handle_answer(self, worker: Worker) -> None:
         outcome = self._engine.get(worker.answer)
         if outcome.lost:
             self._failed_starts += 1
@@ -276,7 +292,8 @@ class _Staff:
         self._workers[self._workers.index(worker)] = self._engine.replace(worker)
 
     def _look_at_workers(self) -> None:
-        """Say which workers are waited for. Raises StageError if that has been all of them for too long."""
+        """Report the workers that are waited for. Raises StageError if no worker has answered for START_WITHIN
+        seconds."""
         now = time.monotonic()
         late = [n for n, w in enumerate(self._workers, 1) if not w.where and now - w.asked > PENDING_AFTER]
         pending = sum(not worker.where for worker in self._workers)
@@ -294,7 +311,8 @@ class _Staff:
             self._say(text)
 
     def _check_room(self, count: int) -> None:
-        """Raise StageError if not all can ever start; on a cluster, where an autoscaler may add nodes, say so."""
+        """Raise StageError if the workers can never all start. On a cluster only report it: an autoscaler may add
+        nodes."""
         if not self._shape.gpus or count <= fitting(self._gpus(), self._shape.gpus):
             return
         problem = f"{count} workers with {self._shape.gpus:g} GPUs each do not fit: {self._room()}"
@@ -303,30 +321,33 @@ class _Staff:
         self._say(problem)
 
     def _room(self) -> str:
-        """How many workers fit, and what to change."""
+        """Say how many workers fit, and what to change."""
         if not self._shape.gpus:
-            return "what Ray logged in its session folder (/tmp/ray/session_latest/logs) says more"
+            return "see Ray's log files in /tmp/ray/session_latest/logs"
         fit, nodes = fitting(self._gpus(), self._shape.gpus), [f"{gpus:g}" for gpus in self._gpus() if gpus]
         found = f"nodes with {', '.join(nodes)} GPUs" if len(nodes) > 1 else f"{''.join(nodes) or 0} GPUs"
         return (
-            f"Ray found {found}, enough for {fit} (a worker's GPUs are all of one node, a part of a GPU is of one "
-            "GPU); change `workers` or `gpus_per_worker` under `resources:` in the manifest"
+            f"Ray found {found}, enough for {fit} (the GPUs of a worker are all on one node, and a fraction is part of "
+            "a single GPU); change `workers` or `gpus_per_worker` under `resources:` in the manifest"
         )
 
     def _gpus(self) -> list[float]:
-        """Of each node that is alive."""
+        """GPUs of each node that is alive."""
         return [node["Resources"].get("GPU", 0.0) for node in self._ray.nodes() if node["Alive"]]
 
 
 def fitting(nodes: Iterable[float], gpus: float) -> int:
-    """How many workers with `gpus` GPUs each fit on nodes with so many: whole ones of one node, a part of one."""
+    """How many workers with `gpus` GPUs each fit on these nodes, given the GPUs of each node.
+
+    The GPUs of a worker are all on one node. A fraction is part of a single GPU.
+    """
     if gpus >= 1:
         return sum(int(node // gpus) for node in nodes)
     return sum(int(node) for node in nodes) * math.floor(1 / gpus + 1e-9)
 
 
 def _waiting(late: list[int], count: int, working: int, gpus: float) -> str:
-    """`worker 3 of 3 is waiting for 0.6 GPU; 2 work`."""
+    """The report about late workers: `worker 3 of 3 is waiting for 0.6 GPU; 2 work`."""
     what = f"{gpus:g} GPU" if gpus else "a process"
     if len(late) == 1:
         who = f"worker {late[0]} of {count} is waiting for {what}"
@@ -336,11 +357,11 @@ def _waiting(late: list[int], count: int, working: int, gpus: float) -> str:
 
 
 def _embed() -> Any:
-    """Start a Ray that only this process and its workers can use.
+    """Start a local Ray that only this process and its workers can use.
 
-    It asks for a token that was made for this process alone. All its servers, as `ss -ltnp` lists them, listen on the
-    loopback address, which Ray chooses where clusters are off, as they are by default on a Mac. Ray reads these
-    variables as it is imported, and keeps the token to the end of the process.
+    It requires a token that is made for this process alone. All its servers, as listed by `ss -ltnp`, listen on the
+    loopback address. Ray chooses that address where clusters are disabled, as they are by default on a Mac. Ray reads
+    these variables when it is imported, and keeps the token until the process ends.
     """
     for name in OVERRIDES:
         os.environ.pop(name, None)
@@ -360,13 +381,14 @@ def _embed() -> Any:
 
 @cache
 def _token() -> str:
-    """Of this process. It reaches Ray's processes by the environment alone: by no file, and by no argument."""
+    """The token of this process. It reaches Ray's processes only through the environment: no file or argument holds
+    it."""
     return secrets.token_hex(32)
 
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Set variables, and set them back: they are nobody's who is started later."""
+    """Set environment variables, and restore them at the end, so that later processes do not get them."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -380,15 +402,15 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _attach() -> Any:
-    """Connect to the cluster that Ray names in the environment of a job. Raises StageError where there is none."""
+    """Connect to the cluster of this job, which Ray finds in the environment. Raises StageError if there is none."""
     import ray
 
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise StageError(
-            "this process is in no Ray cluster: `--engine attached` is for a job of one, such as "
-            "`retort submit MANIFEST --address http://HEAD:8265` makes"
+            "this process is not in a Ray cluster, so `--engine attached` has no workers; to run on a cluster use "
+            "`retort submit MANIFEST --address http://HEAD:8265`"
         ) from error
     return ray
 

@@ -1,7 +1,7 @@
-"""The actor that engines on Ray make their workers of.
+"""The Ray actor that serves as a worker process.
 
-Workers are generic hosts. A host keeps its process, and with it the slow imports of torch and diffusers,
-from stage to stage; it keeps a stage's worker (the loaded teacher) until another stage's is asked for.
+Such a host is not bound to a stage. Its process, with the slow imports of torch and diffusers, is kept from stage to
+stage. It keeps the worker of a stage, such as a loaded teacher, until another stage needs it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.engines.engine import Failure
-from pipeline.engines.nodes import difference
+from pipeline.engines.nodes import build_difference
 from stages.base import Progress
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes back from a host: a value or a failure, and the log lines that went with it."""
+    """What a host returns: a value or a failure, with the log records (level, text) of the call."""
 
     value: Any
     failure: Failure | None
     records: list[tuple[int, str]]
     lost: bool = False
-    """The host itself is gone; so says the driver."""
+    """The host itself is gone. The driver sets this."""
 
 
 class Host:
-    """Its methods never raise: what goes wrong comes back as a Failure."""
+    """Its methods never raise an exception. An error is returned as a Failure."""
 
     def __init__(self) -> None:
         self._key: str | None = None
@@ -41,15 +41,17 @@ class Host:
         logging.captureWarnings(True)
         logging.basicConfig(level=logging.INFO, handlers=[self._records], force=True)
 
-    def hello(self, needed: str | None) -> Outcome:
-        """Which process on which node this is; a Failure if it runs another build of Retort than `needed`."""
+    def identify(self, needed: str | None) -> Outcome:
+        """Return the process and node of this host; a Failure if its build of Retort is not `needed`. None accepts any
+        build."""
         node = platform.node()
-        problem = needed and difference(f"node {node}", "its driver", needed)
+        problem = needed and build_difference(f"node {node}", "its driver", needed)
         if problem:
             return Outcome(None, Failure(problem, problem, final=True), [])
         return Outcome(f"process {os.getpid()} on node {node}", None, self._records.take())
 
     def call(self, key: str, make_worker: Callable[[], Callable[[Any], Any]], item: Any) -> Outcome:
+        """Return the result of the worker for `item`. The worker is made if it was made for another `key`."""
         try:
             with self._making:
                 if self._key != key:
@@ -62,7 +64,7 @@ class Host:
     def stream(
         self, function: Callable[..., Generator[Progress, None, Any]], arguments: tuple[Any, ...]
     ) -> Iterator[Outcome]:
-        """The function's progress, then its result as the last outcome."""
+        """Yield the progress of the function, then its result as the last outcome."""
         self._worker = self._key = None
         steps = function(*arguments)
         try:

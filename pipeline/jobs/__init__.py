@@ -1,6 +1,6 @@
-"""Runs as jobs of a Ray cluster: submitted, followed and stopped through the cluster's dashboard.
+"""Runs as jobs of a Ray cluster: submitted, followed and stopped through the dashboard of the cluster.
 
-A job's entry point is `retort resume`, so a job does what the command line does. Workers are the matter of `engines`.
+A job executes `retort resume`, so it does what the command does. The workers of a stage are in `pipeline.engines`.
 """
 
 from pipeline.jobs.job import Job, alive, follow, load, stop, submit

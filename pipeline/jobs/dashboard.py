@@ -1,4 +1,4 @@
-"""A Ray dashboard, asked over HTTP. Whatever is wrong with its address, its token or its version is a sentence."""
+"""Ask a Ray dashboard over HTTP. A wrong address, token or version is explained in one sentence."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from pipeline.errors import UsageError
 from stages.data.provenance import versions
 
 TIMEOUT = 15.0
-"""Seconds for one answer."""
+"""Seconds to wait for one answer."""
 
 PORT = 8265
+"""The default port of a dashboard."""
 OTHER_PORTS = {6379: "Ray's own (GCS)", 10001: "Ray Client's"}
+"""Ports of Ray that are mistaken for the dashboard's."""
 
 
 class Unreachable(UsageError):
-    """No answer, or none that makes sense; it may come when asked again."""
+    """No answer, or one that makes no sense. A later attempt may succeed."""
 
 
 def checked(address: str) -> str:
-    """`address` without a slash at its end. Raises UsageError if no dashboard can be there."""
+    """Return `address` without a slash at its end. Raises UsageError if it cannot be the address of a dashboard."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
     if not host or host in ("auto", "local"):
-        raise UsageError(f"--address {address}: expected that of a Ray dashboard, such as http://HEAD:{PORT}")
+        raise UsageError(f"--address {address}: expected the address of a Ray dashboard, such as http://HEAD:{PORT}")
     if parts.scheme in ("http", "https") and port not in OTHER_PORTS:
         return address.rstrip("/")
     if port in OTHER_PORTS:
@@ -42,13 +44,13 @@ def checked(address: str) -> str:
     elif parts.scheme == "":
         wrong, port = "http:// or https:// is missing", port or PORT
     else:
-        wrong, port = f"{parts.scheme}:// is no dashboard's", PORT
+        wrong, port = f"{parts.scheme}:// is neither http:// nor https://", PORT
     named = f"[{host}]" if ":" in host else host
     raise UsageError(f"--address {address}: {wrong}; give the dashboard's address, http://{named}:{port}")
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """urllib would send the token along, to whatever host a reply names."""
+    """Redirects are not followed: urllib would send the token to the host that a reply names."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -58,13 +60,16 @@ _open = build_opener(_NoRedirects).open
 
 
 def headers() -> dict[str, str]:
-    """The token that Ray finds by the same rules, if there is one. Raises UsageError for a file that cannot be read."""
+    """HTTP headers with the token, which is found by Ray's own rules; empty without one.
+
+    Raises UsageError for a token file that cannot be read.
+    """
     token, _ = _token()
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _token() -> tuple[str, str]:
-    """The token and where it is from; both empty without one."""
+    """The token, and the variable or file that it is from. Both are empty if there is none."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return "", ""
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -80,8 +85,10 @@ def _token() -> tuple[str, str]:
 
 
 def ask(address: str, path: str) -> Any:
-    """The JSON at `path`; None if there is nothing (404). Raises Unreachable, and UsageError for a refused token or a
-    redirect, which is not followed."""
+    """Return the JSON at `path`; None for HTTP 404.
+
+    Raises Unreachable. Raises UsageError for a refused token, and for a redirect, which is not followed.
+    """
     try:
         with _open(Request(address + path, headers=headers()), timeout=TIMEOUT) as reply:
             return json.load(reply)
@@ -92,7 +99,7 @@ def ask(address: str, path: str) -> Any:
             return None
         if "Location" in error.headers:
             where = error.headers["Location"]
-            raise UsageError(f"{address} sends on to {where}: if that is the cluster's, give its address") from None
+            raise UsageError(f"{address} redirects to {where}; if that is the cluster, give that address") from None
         raise Unreachable(f"{address} answers with HTTP {error.code}, not as a Ray dashboard") from None
     except OSError as error:
         why = getattr(error, "reason", error)
@@ -105,7 +112,7 @@ def ask(address: str, path: str) -> Any:
 
 
 def refused(address: str, code: int) -> str:
-    """Why a dashboard answered with 401 or 403, and what to do."""
+    """Say why a dashboard answered with HTTP 401 or 403, and what to do."""
     _, source = _token()
     how = (
         "set RAY_AUTH_TOKEN to the cluster's token, or put it into ~/.ray/auth_token or the file that "
@@ -119,14 +126,14 @@ def refused(address: str, code: int) -> str:
 
 
 def same_ray(address: str) -> str:
-    """The version of Ray on the cluster. Raises UsageError unless it is ours in its first two numbers."""
+    """Return the cluster's version of Ray. Raises UsageError unless its first two numbers are those of this machine."""
     found = ask(address, "/api/version")
     if not isinstance(found, dict) or "ray_version" not in found:
         raise UsageError(f"what listens at {address} is no Ray dashboard")
     theirs, ours = str(found["ray_version"]), versions()["ray"]
     if theirs.split(".")[:2] != ours.split(".")[:2]:
         raise UsageError(
-            f"the cluster at {address} runs Ray {theirs}, and this is Ray {ours}: "
+            f"the cluster at {address} runs Ray {theirs}, but this machine has Ray {ours}: "
             f"its nodes need {needs()}; or install ray[default]=={theirs} here"
         )
     return theirs

@@ -1,4 +1,7 @@
-"""Runs as jobs of a Ray cluster. A job's entry point is `retort resume`; storage, not Ray, is the source of truth."""
+"""Submit, follow and stop runs as jobs of a Ray cluster.
+
+A job executes `retort resume`. The state of a run is in the store, not in Ray.
+"""
 
 from __future__ import annotations
 
@@ -25,32 +28,40 @@ from pipeline.runs import Run
 from stages.data.files import write_atomically
 
 MOUNTS = Path("/proc/mounts")
+"""Where Linux lists the mounted file systems."""
 SHARED = (
     *("9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2"),
     *("orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"),
 )
-"""File systems that several machines may mount; all of fuse too, but for what containers are made of."""
+"""Types of file systems that several machines may mount. Types that begin with `fuse.` count too, except the one that
+containers use."""
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+"""The final states of a job."""
 NOT_FOUND = 127
-"""What a shell exits with if there is no such command."""
+"""The exit code of a shell that cannot find the command."""
 
 SILENCE = 60.0
-"""Seconds without a line after which a log's connection is made anew: one that is half open never says so."""
+"""Seconds without a line after which the connection to a log is renewed. A half-open connection reports no error."""
 
 LOST_FOR = 300.0
-"""Seconds for which a cluster may be out of reach before following its job is given up."""
+"""Seconds without contact to the cluster after which following the job is given up."""
 
 PAUSE, LONGEST_PAUSE = 0.5, 10.0
-"""Seconds between two attempts to connect: the first, doubled until the longest."""
+"""Seconds between two attempts to connect: the first pause, and the longest. The pause doubles each time."""
 
 STOP_FOR = 60.0
-"""Seconds for a job to end. Ray itself kills it RAY_JOB_STOP_WAIT_TIME_S (3) after it asked."""
+"""Seconds to wait for a job to end. Ray kills it RAY_JOB_STOP_WAIT_TIME_S seconds (default 3) after it was asked to
+stop."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that was handed to a cluster: STORE/runs/NAME/job.json."""
+    """A run that was submitted to a cluster, as STORE/runs/NAME/job.json holds it.
+
+    `address` is that of the dashboard, `id` the job's in Ray, `submitted` a UTC time, `ray` the cluster's version of
+    Ray.
+    """
 
     run: str
     address: str
@@ -60,7 +71,7 @@ class Job:
 
 
 def load(run: Run) -> Job | None:
-    """The run's latest job, which may be long over; None if it never was one, or nobody can read which."""
+    """The run's latest job, which may have ended long ago. None if there is none, or if job.json cannot be read."""
     try:
         return Job(**json.loads((run.folder / "job.json").read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
@@ -68,15 +79,18 @@ def load(run: Run) -> Job | None:
 
 
 def submit(run: Run, address: str, *, store_is_shared: bool, extra: Sequence[str] = ()) -> Job:
-    """Have a cluster carry out what `run` has frozen; `extra` goes to its `retort resume`. Raises UsageError for an
-    address, a token, a version or a store that will not do, StageFailed if the cluster takes no job."""
+    """Submit the frozen `run` to the cluster. `extra` are further arguments of its `retort resume`.
+
+    Raises UsageError for an unsuitable address, token, version of Ray or store. Raises StageFailed if the cluster does
+    not accept the job.
+    """
     address = dashboard.checked(address)
     check_store(run.store.root, address, store_is_shared)
     ray, now = dashboard.same_ray(address), datetime.now(UTC)
     name = f"retort-{run.name}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
     job = Job(run.name, address, name, now.isoformat(timespec="seconds"), ray)
     command = ["retort", "resume", run.name, *extra, "--store", str(run.store.root), "--engine", "attached"]
-    # before it is submitted, so that no job runs that nobody knows of
+    # written before the job is submitted, so that every running job is on record
     write_atomically(run.folder / "job.json", json.dumps(asdict(job), indent=2).encode("utf-8"))
     try:
         _client(address).submit_job(
@@ -85,20 +99,21 @@ def submit(run: Run, address: str, *, store_is_shared: bool, extra: Sequence[str
             metadata={"retort_run": run.name, "retort_store": str(run.store.root), "retort_build": build()},
         )
     except (RuntimeError, OSError) as error:
-        raise StageFailed(f"the cluster at {address} took no job: {error}") from error
+        raise StageFailed(f"the cluster at {address} did not accept the job: {error}") from error
     return job
 
 
 def alive(job: Job) -> bool:
-    """Whether it waits or runs. Raises Unreachable."""
+    """Whether the job waits or runs. Raises Unreachable."""
     found = dashboard.ask(job.address, f"/api/jobs/{job.id}")
     return found is not None and found["status"] not in ENDED
 
 
 def follow(job: Job, write: Callable[[str], None]) -> int:
-    """Write the job's log as it grows, over lost connections, until the job ends; return its driver's exit code.
+    """Write the job's log as it grows, until the job ends. Return the exit code of its driver. Lost connections are
+    renewed.
 
-    Raises StageFailed if no driver ever started, or if the cluster is gone or forgot the job.
+    Raises StageFailed if no driver started, or if the cluster is gone or does not know the job.
     """
     log, client = _Log(job, write), _client(job.address)
     pause, seen, told = PAUSE, time.monotonic(), False
@@ -124,26 +139,27 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
 
 
 class _Log:
-    """How much of a job's log was written, so that a new connection, which starts at its beginning, repeats nothing."""
+    """Counts the characters of a job's log that were written. Each new connection starts at the beginning of the
+    log."""
 
     def __init__(self, job: Job, write: Callable[[str], None]) -> None:
         self.job, self._write, self.written = job, write, 0
 
     async def read(self, client: Any) -> str:
-        """Write what comes until the connection ends; why it was lost, or an empty string."""
+        """Write the log until the connection ends. Return why it was lost, or an empty string."""
         position, chunks = 0, client.tail_job_logs(self.job.id)
         while True:
             try:
                 text = await asyncio.wait_for(anext(chunks), SILENCE)
             except (StopAsyncIteration, TimeoutError):
                 return ""
-            except Exception as error:  # of Ray, of aiohttp, of the system: whatever it is, the job's state decides
+            except Exception as error:  # of Ray, of aiohttp or of the system: `follow` looks at the job's state next
                 return str(error) or type(error).__name__
             self._write_from(position, text)
             position += len(text)
 
     def write_rest(self) -> None:
-        """Of a job that ended: what a connection cut at the end did not bring. Raises Unreachable."""
+        """Write the rest of the log of a job that has ended. Raises Unreachable."""
         found = dashboard.ask(self.job.address, f"/api/jobs/{self.job.id}/logs")
         self._write_from(0, found["logs"] if found else "")
 
@@ -155,12 +171,12 @@ class _Log:
 
 
 def stop(job: Job) -> str:
-    """Stop it and wait until it has ended; its status then. Raises StageFailed if it does not end."""
+    """Stop the job and wait until it has ended. Return its final state. Raises StageFailed if it does not end."""
     client, deadline = _client(job.address), time.monotonic() + STOP_FOR
     try:
         client.stop_job(job.id)
     except RuntimeError as error:
-        raise StageFailed(f"the cluster at {job.address} does not stop job {job.id}: {error}") from error
+        raise StageFailed(f"the cluster at {job.address} did not stop job {job.id}: {error}") from error
     while (status := str(_info(job)["status"])) not in ENDED:
         if time.monotonic() > deadline:
             raise StageFailed(f"job {job.id} is still {status.lower()} after {STOP_FOR:.0f} s")
@@ -169,7 +185,7 @@ def stop(job: Job) -> str:
 
 
 def check_store(root: Path, address: str, store_is_shared: bool) -> None:
-    """Raise UsageError if `root` is on a disk that only this machine sees, and the cluster is elsewhere."""
+    """Raise UsageError if `root` is on a disk of this machine alone, and the cluster is on other machines."""
     kind = file_system(root)
     if store_is_shared or kind is None or kind in SHARED or _is_here(address):
         return
@@ -182,7 +198,7 @@ def check_store(root: Path, address: str, store_is_shared: bool) -> None:
 
 
 def file_system(path: Path, mounts: Path = MOUNTS) -> str | None:
-    """The type of the file system that `path` is on or will be on; None where the system does not say."""
+    """The type of the file system that holds `path`, which need not exist; None if the system does not say."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -190,7 +206,7 @@ def file_system(path: Path, mounts: Path = MOUNTS) -> str | None:
     path, best, kind = path.resolve(), 0, None
     for fields in map(str.split, lines):
         mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[1])
-        if path.is_relative_to(mount) and len(mount) >= best:  # of two at one place the later hides the earlier
+        if path.is_relative_to(mount) and len(mount) >= best:  # of two mounts at one place the later hides the earlier
             best, kind = len(mount), fields[2]
     return kind
 
@@ -203,7 +219,7 @@ def _is_here(address: str) -> bool:
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # it tells of each closed connection
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # it logs each closed connection
     for variable in OVERRIDES:
         os.environ.pop(variable, None)
     try:
@@ -213,10 +229,14 @@ def _client(address: str) -> Any:
 
 
 def _info(job: Job) -> dict[str, Any]:
-    """Raises Unreachable, or StageFailed if the cluster does not know the job."""
+    """The dashboard's information about the job. Raises Unreachable, or StageFailed if the cluster does not know the
+    job."""
     found: dict[str, Any] | None = dashboard.ask(job.address, f"/api/jobs/{job.id}")
     if found is None:
-        raise StageFailed(f"the cluster at {job.address} does not know job {job.id}: it was started anew since")
+        raise StageFailed(
+            f"the cluster at {job.address} does not know job {job.id}; "
+            "the cluster may have been restarted: resume the run"
+        )
     return found
 
 

@@ -1,8 +1,4 @@
-"""What a person sees of plans and runs: progress lines, tables, graphs, comparisons.
+"""What a person sees of plans and runs: progress lines, tables, graphs and comparisons.
 
-Views read and print. They change no run, and they compute no figures: those come from `stages.reports`.
+Views only read and print. The figures of evaluations are computed in `stages.evaluate` and `stages.reports`.
 """
-
-from pipeline.views.progress import describe, reporter
-
-__all__ = ["describe", "reporter"]

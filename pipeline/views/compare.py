@@ -1,4 +1,4 @@
-"""What `retort compare` puts side by side: the evaluations of runs, sealed or not made yet."""
+"""Collect what `retort compare` shows: the evaluations of runs, and those that are not made yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stages.reports.sections import Evaluated
 
 @dataclass(frozen=True)
 class NotMade:
-    """An evaluation of a run that cannot be compared yet, and why."""
+    """An evaluation of a run that cannot be compared yet. `why` says the reason."""
 
     run: Run
     stage: str
@@ -29,7 +29,10 @@ class NotMade:
 
 
 def collect(runs: Sequence[Run]) -> tuple[list[Evaluated], list[NotMade]]:
-    """Raises UsageError for a run that evaluates nothing, and if nothing at all is sealed."""
+    """The evaluations of these runs that are sealed, and those that are not made.
+
+    Raises UsageError for a run without an evaluation, and if no evaluation is sealed.
+    """
     found: list[Evaluated | NotMade] = []
     for run in runs:
         of_run = list(_of_run(run, f"{run.name}/" if len(runs) > 1 else ""))
@@ -44,7 +47,7 @@ def collect(runs: Sequence[Run]) -> tuple[list[Evaluated], list[NotMade]]:
 
 
 def remarks(not_made: Sequence[NotMade]) -> list[str]:
-    """What is missing, a line each, and the commands that make it."""
+    """Lines that say what is missing and which commands make it."""
     lines = [f"not made yet: stage {one.stage} of run {one.run.name} ({one.why})" for one in not_made]
     again = dict.fromkeys(f"retort resume {one.run.name} --store {one.run.store.root}" for one in not_made)
     return [*lines, *(f"carry on with: {command}" for command in again)]
@@ -67,12 +70,14 @@ def _of_run(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:
 
 
 def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
-    """`names`: fingerprint -> what the run calls that artifact. Raises OSError, ValueError or KeyError for a folder
-    that does not hold what an evaluation leaves."""
+    """Read a sealed evaluation. `names` maps fingerprints to the run's names of those artifacts.
+
+    Raises OSError, ValueError or KeyError if the folder does not hold an evaluation of this version.
+    """
     record, metrics, shown = (_read(folder / file) for file in (RECORD, "metrics.json", "shown.json"))
     version = record["identity"]["version"]
     if version != Evaluate.VERSION:
-        raise ValueError(f"evaluations had VERSION {version}, and have {Evaluate.VERSION} now")
+        raise ValueError(f"its VERSION is {version}; this Retort makes VERSION {Evaluate.VERSION}")
     changed = changed_file(folder, record)
     if changed:
         raise ValueError(f"{folder / changed} is missing or changed")
@@ -87,7 +92,7 @@ def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
 
 
 def _in_steps(name: str, steps: int | None) -> str:
-    """student[seed=1] in other steps than its own: student[seed=1,steps=8]."""
+    """The name of a student that is sampled in other steps than its own: student[seed=1,steps=8]."""
     if steps is None:
         return name
     head, _, inside = name.partition("[")
@@ -95,7 +100,7 @@ def _in_steps(name: str, steps: int | None) -> str:
 
 
 def _training(path: Path) -> dict[str, Any]:
-    """How a student was trained, as its record says."""
+    """The method, steps and cost of a student's training, from its record."""
     record = _read(path)
     return {
         "method": record["settings"]["method"]["name"],

@@ -1,4 +1,5 @@
-"""A plan drawn as `git log --graph` draws commits: a line a stage, and what it reads comes down to it in lanes."""
+"""Draw a plan like `git log --graph` draws commits: one line for each stage, with lanes from the stages that it
+reads."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ ASCII = {"node": "*", "on": "+", "end": "`", "down": "|", "across": "-", "joins"
 
 
 def draw(reads: Mapping[str, Sequence[str]], signs: Mapping[str, str] = UNICODE) -> dict[str, str]:
-    """stage -> its line of the drawing. `reads` maps each stage to the ones it reads, which come before it."""
+    """stage -> its line of the drawing. `reads` maps each stage to the stages that it reads. These come before it."""
     last = {other: name for name, others in reads.items() for other in others}
     lanes: list[str | None] = []
     lines: dict[str, str] = {}
@@ -43,7 +44,7 @@ def _line(
         elif i in sources:
             sign = signs["joins_end" if i in ending else "joins"]
         elif i < len(lanes) and lanes[i] is not None:
-            sign = signs["down"]  # a lane that only passes is drawn over the line
+            sign = signs["down"]  # a lane that passes by is drawn over the horizontal line
         else:
             sign = signs["across"] if reached else " "
         crosses = bool(sources) and sources[0] <= i < place

@@ -1,4 +1,4 @@
-"""What a user sees of a run under way: a live line a stage on a terminal, plain periodic lines elsewhere."""
+"""Show a run under way: live bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ PLAIN_EVERY = 10.0
 
 
 def reporter(quiet: bool = False) -> Reporter:
+    """The reporter for standard error: Quiet, or Live on a terminal, or else Plain."""
     if quiet:
         return Quiet()
     return Live() if sys.stderr.isatty() else Plain()
 
 
 class Quiet:
-    """For --json, where standard output is for a program and nobody watches."""
+    """Prints nothing: with --json, standard output is for a program."""
 
     def started(self, stage: str, why: str) -> None: ...
     def progress(self, stage: str, progress: Progress) -> None: ...
@@ -31,6 +32,8 @@ class Quiet:
 
 
 class Plain:
+    """Prints lines to standard error."""
+
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
 
@@ -57,6 +60,8 @@ class Plain:
 
 
 class Live:
+    """Draws progress bars on the terminal, one for each stage and unit."""
+
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -78,7 +83,8 @@ class Live:
         self._tasks[stage] = {}
 
     def progress(self, stage: str, progress: Progress) -> None:
-        """A line for each unit that the stage counts in: a teacher's VAE steps, then its U-Net steps."""
+        """Update a bar. There is one for each unit that the stage counts in: a teacher's VAE steps, then its U-Net
+        steps."""
         tasks = self._tasks.setdefault(stage, {})
         if progress.unit not in tasks:
             tasks[progress.unit] = self._bars.add_task("", stage=stage, total=progress.total)
@@ -100,7 +106,7 @@ class Live:
 
 
 def describe(progress: Progress) -> str:
-    """`320/1280 pairs, 21.3/s, loss 0.12`."""
+    """Progress in one line: `320/1280 pairs, 21.3/s, loss 0.12`."""
     parts = [f"{progress.done}/{progress.total} {progress.unit}"]
     rate = progress.figures.get("per_second")
     if rate is not None:

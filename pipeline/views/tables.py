@@ -1,4 +1,4 @@
-"""Results as text tables. Every one has its --json twin, so nothing here is meant for programs."""
+"""Results as text tables for people. Programs use --json."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from stages.evaluate import figures
 from stages.reports.sections import Section
 
 WIDEST_GRAPH = 60
-"""Columns; what is wider helps nobody, and --json has the edges."""
+"""Columns of the widest graph that is drawn. Wider plans are listed without one; --json has the edges."""
 
 NARROWEST = 24
-"""Columns in which the text of a last column can be broken into lines."""
+"""The fewest columns in which a last column is wrapped."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell. On a terminal that is too narrow the last column is broken into lines
-    or, where that is not enough, each row becomes a few lines of its own."""
+    """Align columns. On a terminal that is too narrow, the last column is wrapped; if that is not enough, each row
+    becomes several lines."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     room = terminal_width() - sum(widths[:-1]) - 2 * (len(head) - 1)
     if widths[-1] <= room:
@@ -36,14 +36,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal that is printed on; elsewhere there is no end to a line."""
+    """Columns of the terminal; unlimited if the output is not a terminal. COLUMNS overrides both."""
     if os.environ.get("COLUMNS", "").isdecimal():
         return int(os.environ["COLUMNS"])
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def signs() -> Mapping[str, str]:
-    """What graphs are drawn with: lines, where the output can show them."""
+    """The characters of graphs: Unicode lines if the output can encode them, or else ASCII."""
     try:
         "".join(graph.UNICODE.values()).encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
@@ -71,13 +71,13 @@ def _upright(head: Sequence[str], row: Sequence[str]) -> Iterator[str]:
                 max(terminal_width(), 24),
                 initial_indent="    ",
                 subsequent_indent="      ",
-                break_long_words=False,  # paths are to be copied
+                break_long_words=False,  # keep paths whole, so that they can be copied
                 break_on_hyphens=False,
             )
 
 
 def plan(planned: Plan) -> str:
-    """The graph, a line a stage, and beside it what will be done."""
+    """The graph of the plan, with the state of each stage and the reason."""
     names = {stage.name for stage in planned}
     lines = graph.draw({s.name: [r for r in s.reads if r in names] for s in planned}, signs())
     wide = max(map(len, lines.values())) > WIDEST_GRAPH
@@ -93,11 +93,13 @@ def plan(planned: Plan) -> str:
 
 
 def difference(found: Mapping[str, Sequence[str]]) -> str:
+    """The changed stages of two plans."""
     rows = [[name, "; ".join(words)] for name, words in found.items()]
     return table(["stage", "difference"], rows) if rows else "no difference"
 
 
 def status(run: str, store: str, stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """The state, progress and cost of each stage of a run."""
     rows = [[name, *_status_cells(store, stage)] for name, stage in stages.items()]
     cost = sum(stage["device_seconds"] for stage in stages.values())
     counts = Counter(stage["state"] for stage in stages.values())
@@ -120,6 +122,7 @@ def _status_cells(store: str, stage: Mapping[str, Any]) -> list[str]:
 
 
 def runs(store: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row for each run of a store."""
     rows = [
         [name, run["state"], f"{run['done']}/{run['stages']}", (run["last"] or "")[:19], run["driver"] or ""]
         for name, run in found.items()
@@ -130,6 +133,7 @@ def runs(store: str, found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def garbage(found: Mapping[str, Any], deleted: bool) -> str:
+    """What can be removed, or was removed, and what is kept."""
     rows = [[one["what"], size(one["bytes"]), one["path"]] for one in found["found"]]
     rows += [["kept", "", f"{one['path']}: {one['why']}"] for one in found["kept"]]
     verb = "removed" if deleted else "can go; --delete removes it"
@@ -139,7 +143,7 @@ def garbage(found: Mapping[str, Any], deleted: bool) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`12 s`, `3 min 5 s`, `5 h 12 min`, `3 d 4 h`: two units at most."""
+    """Seconds in at most two units: `12 s`, `3 min 5 s`, `5 h 12 min`, `3 d 4 h`."""
     left = round(seconds)
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
@@ -150,6 +154,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
+    """Bytes in decimal units: `1.5 MB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -158,7 +163,7 @@ def size(count: float) -> str:
 
 
 def done(planned: Plan) -> str:
-    """Where the artifacts lie, and for evaluations what they found."""
+    """The folders of the artifacts, and the figures of evaluations."""
     parts = [table(["stage", "artifact"], [[s.name, str(s.artifact.folder)] for s in planned])]
     for stage in planned:
         metrics = stage.artifact.folder / "metrics.json"
@@ -169,26 +174,26 @@ def done(planned: Plan) -> str:
 
 
 def evaluation(metrics: Mapping[str, Any]) -> str:
-    """A row a side, then the references."""
+    """One row for each side, then the references."""
     sides = {**metrics["sides"], **metrics.get("references", {})}
     return figures_table([(figures.title(name, values), values) for name, values in sides.items()])
 
 
 def figures_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Names and figures as text, with a column for each figure that one of the rows has."""
+    """A table with a column for each figure that one of the rows has."""
     shown = figures.columns(row for _, row in rows)
     cells = [[name, *(" ".join(figures.words(row, key)).strip() for key in shown)] for name, row in rows]
     return table(["", *(figures.FIGURES[key].title for key in shown)], cells)
 
 
 def compared(sections: Sequence[Section], missing: Sequence[str]) -> str:
-    """A table a section, then lines that say what is missing."""
+    """One table for each section, then the lines about missing evaluations."""
     parts = [f"{s.title}\n{figures_table([(row.label, row.figures) for row in s.rows])}" for s in sections]
     return "\n\n".join([*parts, *(["\n".join(missing)] if missing else [])])
 
 
 def stats(found: Mapping[str, Any]) -> str:
-    """A line a fact; what is not there is not said."""
+    """One row for each fact about a dataset. Facts that are unknown are left out."""
     rows = [
         ["pairs" if "members" not in found else "samples", f"{found['count']:,}"],
         ["shards", f"{found['shards']:,}" + "".join(f", {found[k]:,} {k}" for k in SHARDS if found[k])],
@@ -219,10 +224,13 @@ def stats(found: Mapping[str, Any]) -> str:
 
 
 SHARDS = ("missing", "unreceipted", "corrupt", "extra")
+"""Ways in which a shard can be wrong; keys of a report about shards."""
 MOST_DAMAGED = 20
+"""Lines about damage in a table. --json lists all of them."""
 
 
 def verified(found: Mapping[str, Any]) -> str:
+    """What was verified, then the damaged files."""
     if "kind" in found:
         whole = f"{found['kind']}, {found['files']:,} files hashed"
     else:
@@ -238,7 +246,7 @@ def _damaged(found: Mapping[str, Any]) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """Names in tars of others may hold what a terminal obeys."""
+    """Escape control characters: names in foreign tars may hold terminal commands."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 

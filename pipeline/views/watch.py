@@ -1,4 +1,4 @@
-"""Following a run: its status as it changes, its logs and events as they grow."""
+"""Follow a run: its status as it changes, its logs and events as they grow."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ EVERY = 1.0
 
 
 def watch(run: Run, draw: Callable[[], str]) -> None:
-    """Show what `draw` gives until nobody carries the run out: redrawn in place on a terminal, elsewhere printed anew
-    whenever it changed."""
+    """Show `draw()` until the run ends. On a terminal it is redrawn in place; elsewhere it is printed when it
+    changed."""
     if sys.stdout.isatty():
         from rich.live import Live
         from rich.text import Text
@@ -37,8 +37,7 @@ def watch(run: Run, draw: Callable[[], str]) -> None:
 
 
 def lines(file: Path, run: Run, follow: bool) -> Iterator[str]:
-    """The whole lines of a file that may not be there yet; with `follow`, also those that come while somebody carries
-    the run out."""
+    """Yield the whole lines of a file, which need not exist yet. With `follow`, go on until the run ends."""
     place = 0
     while True:
         alive = follow and run.driver()  # asked before reading, so that the last lines are read too

@@ -41,9 +41,9 @@ def manifest(tmp_path):
         ("head:6379", "port 6379 is Ray's own (GCS); give the dashboard's address, http://head:8265"),
         ("http://head:6379", "port 6379 is Ray's own (GCS); give the dashboard's address, http://head:8265"),
         ("ray://head:10001", "port 10001 is Ray Client's; give the dashboard's address, http://head:8265"),
-        ("ray://[::1]:9", "ray:// is no dashboard's; give the dashboard's address, http://[::1]:8265"),
-        ("auto", "expected that of a Ray dashboard, such as http://HEAD:8265"),
-        ("http://head:port", "expected that of a Ray dashboard, such as http://HEAD:8265"),
+        ("ray://[::1]:9", "ray:// is neither http:// nor https://; give the dashboard's address, http://[::1]:8265"),
+        ("auto", "expected the address of a Ray dashboard, such as http://HEAD:8265"),
+        ("http://head:port", "expected the address of a Ray dashboard, such as http://HEAD:8265"),
     ],
 )
 def test_an_address_that_is_no_dashboards_is_refused_with_the_one_that_may_be(address, says):
@@ -101,7 +101,8 @@ def test_a_cluster_with_another_ray_is_refused_with_what_its_nodes_need(manifest
     done = submit(manifest, tmp_path / "s", "--address", address)
     assert done.returncode == 2
     assert (
-        f"runs Ray 2.9.3, and this is Ray {ours['ray']}: its nodes need retort=={ours['retort']}, ray==" in done.stderr
+        f"runs Ray 2.9.3, but this machine has Ray {ours['ray']}: its nodes need retort=={ours['retort']}, ray=="
+        in done.stderr
     )
 
 

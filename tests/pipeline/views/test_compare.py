@@ -188,7 +188,7 @@ def test_damage_and_older_versions_are_told(store, tmp_path):
     record["identity"]["version"] = 4
     (folder / RECORD).write_text(json.dumps(record))
     why = next(one["why"] for one in compare(copy, tmp_path, "first")["not_made"] if one["stage"] == "quality_short")
-    assert "an older version of Retort" in why and "evaluations had VERSION 4" in why
+    assert "an older version of Retort" in why and "its VERSION is 4" in why
 
 
 # --- Sections and means, from figures given directly ---

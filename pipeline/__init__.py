@@ -1,4 +1,8 @@
-"""The machine that runs stages: manifest, plan, store, engines, command line. It imports no torch."""
+"""Runs the stages of a pipeline: manifest, plan, store, engines and command line. What stages compute is in
+`stages`.
+
+Nothing here imports torch.
+"""
 
 DEFAULT_STORE = "./retort-store"
-"""Where artifacts and runs are kept if nobody says otherwise: in the folder that a command is given in."""
+"""The store if none is given, relative to the folder in which the command is started."""

@@ -1,1 +1,1 @@
-"""The commands, a file for each few of them. click, and nothing heavy, is imported at the top: help must be instant."""
+"""The commands of `retort`, a file for each group. Only click is imported at the top, so that --help is instant."""

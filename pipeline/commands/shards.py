@@ -1,4 +1,4 @@
-"""The commands about data: `retort stats`, `verify` and `shards`."""
+"""The commands on data: `retort stats`, `verify` and `shards`."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from pipeline.commands.console import (
 from pipeline.reference.completion import complete_runs_or_paths
 
 
-@click.command(short_help="Say what is in shards of pairs.")
+@click.command(short_help="Show what is in shards of pairs.")
 @click.argument("target", shell_complete=complete_runs_or_paths)
 @store_option
 @click.option("--deep", is_flag=True, help="Read and hash every tar again.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write a page with histograms and samples.")
-@click.option("--sample", "samples", type=click.IntRange(0), default=0, help="Also write so many decoded samples.")
+@click.option("--sample", "samples", type=click.IntRange(0), default=0, help="Also write this many decoded samples.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("samples"), show_default=True)
 @json_option
 def stats(
     target: str, store: str | None, deep: bool, html: Path | None, samples: int, out: Path, as_json: bool
 ) -> None:
-    """Say what is in TARGET: a run, a sealed `pairs` artifact, a folder or URL of shards, by Retort or by anyone.
+    """Show what is in TARGET: a run, a sealed `pairs` artifact, or a folder or URL of shards, made by Retort or by
+    others.
 
-    Exit code 1 if something is damaged. With --sample, images and their prompts are written to the folder --out, those
-    of shards that others made scaled down to sides of at most 1024 pixels.
+    The exit code is 1 if something is damaged. With --sample, images and their prompts are written to the folder --out.
+    Images of other makers are scaled down to sides of at most 1024 pixels.
     """
     from pipeline.views import tables
 
@@ -50,13 +51,14 @@ def stats(
     _exit(found)
 
 
-@click.command(short_help="Read and hash what was sealed.")
+@click.command(short_help="Check artifacts by hashing them again.")
 @click.argument("target", shell_complete=complete_runs_or_paths)
 @store_option
 @json_option
 def verify(target: str, store: str | None, as_json: bool) -> None:
-    """Read and hash everything in TARGET again, and list what is damaged: an artifact of any kind, given by its path
-    or as RUN/STAGE, all artifacts of a run, or a folder or URL of shards. Exit code 1 if something is damaged."""
+    """Read and hash everything in TARGET again, and list what is damaged. TARGET is the path of an artifact of any
+    kind, RUN/STAGE, a run (all its artifacts), or a folder or URL of shards. The exit code is 1 if something is
+    damaged."""
     from pipeline.views import tables
 
     found = {place: _verify(place) for place in _places(target, store)}
@@ -77,7 +79,7 @@ def shards() -> None:
 def repair(target: str, store: str | None, engine: str, wait: bool, as_json: bool) -> None:
     """Make damaged shards of the sealed `pairs` ARTIFACT again, byte for byte.
 
-    The artifact is unsealed first: until it is whole again it exists for nobody. Killed, the command can be repeated.
+    The artifact is unsealed first: no stage can use it until it is whole again. If the command is killed, repeat it.
     """
     from pipeline.planning import Selection
     from pipeline.runs.repair import plan_repair
@@ -91,11 +93,11 @@ def repair(target: str, store: str | None, engine: str, wait: bool, as_json: boo
     carry_out(found.loaded, found.run_name, Selection(), Execution(engine, wait, quiet=True))
     changed = found.changed()
     result = {"repaired": list(found.damaged), "changed": changed}
-    print_result(as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'the seal alone'}")
+    print_result(as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'only the seal'}")
     if changed:
         click.echo(
-            f"not the bytes that were sealed before: {', '.join(changed)}; other hardware or other versions made "
-            "them, and they are sealed anew; artifacts that share the pool want `retort shards repair`, too",
+            f"sealed again, but with different bytes: {', '.join(changed)}; the hardware or the versions have changed; "
+            "run `retort shards repair` on the other artifacts that share these shards, too",
             err=True,
         )
 
@@ -109,10 +111,10 @@ def repair(target: str, store: str | None, engine: str, wait: bool, as_json: boo
     "form",
     type=click.Choice(["parquet", "huggingface"]),
     required=True,
-    help="parquet: one file, a row group a shard; huggingface: a webdataset folder with a dataset card.",
+    help="parquet: one file, one row group for each shard; huggingface: a webdataset folder with a dataset card.",
 )
 def export(target: str, out: Path, store: str | None, form: str) -> None:
-    """Write the sealed `pairs` ARTIFACT to OUT in a form that others read."""
+    """Write the sealed `pairs` ARTIFACT to OUT as Parquet or as a Hugging Face dataset."""
     from pipeline.errors import UsageError
     from pipeline.store import load_artifact
     from stages.base import StageError
@@ -121,9 +123,9 @@ def export(target: str, out: Path, store: str | None, form: str) -> None:
     artifact = find_artifact(target, store)
     found = load_artifact(artifact)
     if found.kind != "pairs":
-        raise UsageError(f"{artifact} is of kind {found.kind}; shards are part of pairs")
+        raise UsageError(f"{artifact} is of kind {found.kind}; only pairs have shards")
     if out.exists():
-        raise UsageError(f"{out} is there already; name another place")
+        raise UsageError(f"{out} is there already; give another path")
     try:
         EXPORTS[form](found, out)
     except StageError as error:
@@ -132,7 +134,8 @@ def export(target: str, out: Path, store: str | None, form: str) -> None:
 
 
 def _places(target: str, store: str | None, kind: str | None = None) -> list[str]:
-    """A path or URL as it is; for RUN/STAGE its artifact; for the name of a run, its artifacts, or those of a kind."""
+    """Paths of what TARGET stands for. A path or URL stands for itself, RUN/STAGE for its artifact, and a run for its
+    finished artifacts, of one `kind` or of all."""
     if "://" in target or Path(target).exists():
         return [target]
     from pipeline.errors import UsageError
@@ -146,12 +149,10 @@ def _places(target: str, store: str | None, kind: str | None = None) -> list[str
     try:
         run = Run.find(open_store(store), target)
     except UsageError as error:
-        raise UsageError(f"{target} is no folder, and {error}") from None
+        raise UsageError(f"{target} is no folder or run: {error}") from None
     made = [s["artifact"] for s in status_of(run).values() if kind in (None, s["kind"]) and s["state"] == "done"]
     if not made:
-        raise UsageError(
-            f"run {target} has no finished {kind or 'stage'} yet; `retort status {target}` says how far it is"
-        )
+        raise UsageError(f"run {target} has no finished {kind or 'stage'} yet; see `retort status {target}`")
     return made
 
 
@@ -209,7 +210,7 @@ def _report(as_json: bool, found: dict[str, dict[str, Any]], table: Any) -> None
 
 
 def _headed(found: dict[str, dict[str, Any]], table: Any) -> list[str]:
-    """A report each; of several, under what it is of."""
+    """One text for each report. If there are several, each begins with its place."""
     return [f"{place}\n{table(report)}" if len(found) > 1 else table(report) for place, report in found.items()]
 
 

@@ -29,12 +29,16 @@ from stages.pairs import Pairs
 UNIT = "samples"
 
 Sample = Callable[[slice], Tensor]
-"""Latents (B, C, h, w) of a slice of the samples."""
+"""Latents (B, C, h, w) for a slice of the samples."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """latents (N, C, h, w), scaled, on the CPU; seconds an image, decoding left out."""
+    """What one side made.
+
+    latents: (N, C, h, w), scaled, float32, on the CPU. calls: network calls an image. seconds: an image, without
+    decoding.
+    """
 
     name: str
     latents: Tensor
@@ -44,14 +48,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sides share. noise: (N, C, h, w) as stored in the pairs; samples: the N numbers it is drawn from."""
+    """What all sides share.
+
+    samples: the N numbers that give each sample's noise and prompt. noise: (N, C, h, w) in the pairs' storage dtype.
+    """
 
     teacher: NetworkTeacher
     samples: list[int]
     prompts: list[str]
     noise: np.ndarray
     solved: Tensor
-    """The teacher's full-step latents of the first samples, taken from the pairs."""
+    """The teacher's full-step latents of the samples that are stored in the pairs, which come first."""
 
 
 def sample_sides(
@@ -62,7 +69,10 @@ def sample_sides(
     teacher_steps: list[int],
     execution: EvaluationExecution,
 ) -> Generator[Progress, None, tuple[list[Side], Setting]]:
-    """The teacher at full steps first, then in few, the student, if there is one, last."""
+    """Sample the teacher in full steps, then in each of `teacher_steps`, then the student if there is one.
+
+    `student_steps` is None for the student's own steps. Returns the sides in this order, and what they share.
+    """
     assert isinstance(pairs.stage, Pairs)
     setting = _setting(pairs, noises, execution)
     full = pairs.stage.sampler
@@ -75,7 +85,7 @@ def sample_sides(
     if student:
         network = Student.load(student.folder, setting.teacher, student_steps)
         if setting.teacher.dtype != torch.float32:
-            network.unet = _Computing(network.unet, setting.teacher.dtype)
+            network.unet = _InDtype(network.unet, setting.teacher.dtype)
         plans.append(("student", _few_steps(network, setting, full.guidance_scale), network.form.steps))
     sides: list[Side] = []
     total = len(plans) * noises.count
@@ -87,8 +97,8 @@ def sample_sides(
     return sides, setting
 
 
-class _Computing(nn.Module):
-    """A U-Net that computes in `dtype` between float32 states, as a teacher's does."""
+class _InDtype(nn.Module):
+    """A U-Net with weights and arithmetic in `dtype`. Its output is float32, as a teacher's is."""
 
     def __init__(self, unet: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -104,7 +114,8 @@ class _Computing(nn.Module):
 
 
 def _few_steps(student: Student, setting: Setting, guidance_scale: float) -> Sample:
-    """More noise that a sampler draws is a sample's own, whatever batch the sample is in."""
+    """The sampler of the student. Noise that it draws between steps comes from a generator of the sample, so that it
+    does not depend on the batch."""
     teacher = setting.teacher
 
     def sampled(rows: slice) -> Tensor:
@@ -117,8 +128,9 @@ def _few_steps(student: Student, setting: Setting, guidance_scale: float) -> Sam
 
 
 def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) -> Setting:
+    """Read the stored noises and prompts of the pairs, draw the fresh ones, and load the teacher."""
     assert isinstance(pairs.stage, Pairs)
-    # the teacher as the factory ran it
+    # in the dtype that the pairs were made in
     teacher = load_network(pairs.inputs["teacher"].folder, execution, dtype=pairs.stage.dtype)
     noise = np.empty((noises.count, *teacher.latent_shape), pairs.stage.storage_dtype)
     solved: np.ndarray = noise[:0]
@@ -140,8 +152,10 @@ def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) ->
 
 
 def _sample(sampler: Sample, setting: Setting, known: Tensor, micro_batch: int) -> tuple[Tensor, float]:
-    """Latents of all samples, those in `known` taken as they are; and seconds an image, of the second of two more
-    batches."""
+    """Sample all latents except the `known` ones, which are taken as they are. Also measure the seconds an image.
+
+    The seconds are those of one more batch, after a batch that warms up.
+    """
     latents = [known]
     with torch.inference_mode():
         for start in range(len(known), len(setting.noise), micro_batch):

@@ -17,25 +17,26 @@ from stages.probe import Probe
 
 
 def subject(inputs: Mapping[str, Artifact]) -> tuple[Artifact, Artifact | None]:
-    """The pairs that set the noises, prompts and teacher of a comparison, and the student if there is one."""
+    """The pairs that give the noises, prompts and teacher of an evaluation, and the student if there is one."""
     student = inputs.get("student")
     return inputs.get("pairs") or sources(student.inputs if student else {})[0], student
 
 
 class Evaluate(Stage):
-    """A student beside its teacher, on the same prompts and noise; or, of `pairs` alone, the teacher that made them,
-    in full and in few steps. Writes metrics.json and a page.
+    """Compares a student with its teacher on the same prompts and noise. With `pairs` alone it compares the teacher in
+    full steps with the teacher in few steps. Writes metrics.json and an HTML page.
 
-    A student is measured on noises that it was not trained on: those held out of the pairs that it was trained on, or
-    those of `pairs`; then fresh noises of the same seed. One that takes the strength of guidance as an input is given
-    that of the pairs. The student's network computes in the dtype of the pairs, as the teacher's does.
+    The noises are ones that the student was not trained on: those held out of its training pairs, or those of `pairs`,
+    then fresh noises of the same seed. A student that takes the guidance scale as an input gets that of the pairs. Its
+    network computes in the dtype of the pairs, as the teacher's does.
 
-    `real`, a probe, measures distances to real images that it was not trained on, in its features. Without it only
+    `real`, a probe, adds distances to real images that the probe was not trained on, in its features. Without it only
     what needs no real images is measured: distance to the teacher's own output, seconds and network calls.
 
-    `split` keeps a choice apart from its report. Choose a setting by evaluations with `split: validation`, and report
-    the chosen student with `split: test`. No sample is in both: validation noises are numbered from 2^50 on, which no
-    pairs and no test noises reach. All of them are fresh, so each evaluation runs the teacher on them again.
+    `split` separates choosing settings from reporting. Choose a setting by evaluations with `split: validation`, and
+    report the chosen student with `split: test`. The two share no sample: validation noises are numbered from 2^50 on,
+    which no pairs and no test noises reach. All validation noises are fresh, so each evaluation runs the teacher on
+    them again.
     """
 
     VERSION: ClassVar[int] = 5

@@ -1,5 +1,8 @@
-"""Shards that Retort did not make: any webdataset. Members are taken for hostile: pickles are listed and never
-opened, arrays are read only when their size is what their header says, nothing is written."""
+"""Inspect shards that Retort did not make: any webdataset.
+
+Their members are not trusted. Pickles are counted and never opened. Arrays are read only if their size is what their
+header says. Nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ from stages.data.shards import npy_header
 from stages.data.statistics import Moments, histogram
 
 PICKLES = ("pth", "pt", "pkl", "pickle", "pyd", "ten", "joblib")
+"""Extensions of files that may run code when they are loaded."""
 MOST = 256 * 1024**2
-"""Bytes of the largest member that is looked into."""
+"""Bytes of the largest member that is read."""
 MOST_PIXELS = 2**25
-"""Of the largest image that is decoded: 134 MB at four bytes a pixel. A few kilobytes of PNG may say that they are
+"""Pixels of the largest image that is decoded: 134 MB at four bytes a pixel. A PNG of a few kilobytes can claim
 gigabytes."""
 
 
@@ -34,17 +38,19 @@ CHUNK = 1 << 20
 
 
 SIDE = 1024
-"""Pixels of the longest side of an image that is shown."""
+"""Pixels of the longest side of a shown image."""
 
 
 class NotNumbersError(Exception):
-    """A member that is whole but holds something else than numbers, or too much of them."""
+    """A member that is intact, but does not hold numbers or is too large."""
 
 
 @dataclass
 class ArraySummary:
+    """Kinds, moments and histogram of all arrays of one name."""
+
     kinds: Counter[tuple[str, tuple[int, ...]]] = field(default_factory=Counter)
-    """(dtype, shape) -> how many."""
+    """(dtype, shape) -> number of arrays."""
     moments: Moments = field(default_factory=Moments)
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.array(histogram(np.zeros(0)), dtype=np.int64))
 
@@ -63,24 +69,27 @@ class Foreign:
     words: Moments = field(default_factory=Moments)
     empty: int = 0
     unreadable: Counter[str] = field(default_factory=Counter)
-    """Extension -> members that are not what it says."""
+    """Extension -> number of members whose content is not what the extension says."""
     unseen: Counter[str] = field(default_factory=Counter)
-    """Extension -> members of other kinds than numbers, or too large, which are not looked into."""
+    """Extension -> number of members that were not read: they do not hold numbers, or are too large."""
     images: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """(width, height) -> how many."""
+    """(width, height) -> number of images."""
 
     def look(self, source: Source, tar: Listed, deep: bool) -> None:
-        """Add one tar: its members and texts; with `deep` the values of its arrays and its images, too. Raises
-        ValueError or OSError for a tar that is damaged."""
+        """Add one tar: its members and texts, and with `deep` also the values of its arrays and its images.
+
+        Without `deep`, only the first sample of the tar has its arrays, images and JSON read. Raises ValueError or
+        OSError for a damaged tar.
+        """
         lengths: list[tuple[int, int]] = []
         with source.open(tar.path) as file:
             for number, sample in enumerate(tars.walk(file)):
                 self.samples += 1
                 for name, place in sample.members.items():
-                    extension = name.encode("utf-8", "backslashreplace").decode()  # names are bytes, of any kind
+                    extension = name.encode("utf-8", "backslashreplace").decode()  # names may be any bytes
                     self.members[extension] += 1
                     self.bytes_of[extension] += place[1]
-                    position = file.tell()  # the walk goes on from where it was
+                    position = file.tell()  # the walk continues from here
                     self._member(file, extension, place, deep, number == 0, lengths)
                     file.seek(position)
         characters, words = np.array(lengths or [(0, 0)]).T[:, : len(lengths)]
@@ -118,7 +127,7 @@ class Foreign:
                     self._array("/".join(filter(None, (stem, inside))) or "array", _array(raw), deep)
         except NotNumbersError:
             self.unseen[extension] += 1
-        except Exception:  # what NumPy, zipfile and Pillow raise at hostile bytes is listed nowhere
+        except Exception:  # the errors of NumPy, zipfile and Pillow for hostile bytes are not documented
             self.unreadable[extension] += 1
 
     def _array(self, name: str, values: NDArray[Any], deep: bool) -> None:
@@ -133,27 +142,29 @@ class Foreign:
 
     @property
     def never_opened(self) -> dict[str, int]:
+        """Extension of pickles -> number of members."""
         return {name: count for name, count in self.members.items() if name.rpartition(".")[2] in PICKLES}
 
     @property
     def incomplete(self) -> dict[str, int]:
-        """Members that most samples have -> how many samples lack them."""
+        """Member that most samples have -> number of samples without it."""
         return {n: self.samples - c for n, c in self.members.items() if self.samples / 2 < c < self.samples}
 
 
 def _array(content: bytes) -> NDArray[Any]:
-    """A .npy of numbers. Raises NotNumbersError for another kind, ValueError for what is none at all."""
+    """Read a .npy of numbers. Raises NotNumbersError for other dtypes, and ValueError for content that is no .npy."""
     file = BytesIO(content)
     shape, dtype = npy_header(file)
     if dtype.kind not in "fiub" or dtype.hasobject:
         raise NotNumbersError
     raw = memoryview(content)[file.tell() :]
     if any(side < 0 for side in shape) or len(raw) != int(np.prod(shape, dtype=object)) * dtype.itemsize:
-        raise ValueError("not as long as its header says")
+        raise ValueError("its size is not what its header says")
     return np.frombuffer(raw, dtype=dtype).reshape(shape)
 
 
 def _npz(content: bytes) -> dict[str, bytes]:
+    """Name -> content of each .npy in an .npz. Raises NotNumbersError if they are too large together."""
     with zipfile.ZipFile(BytesIO(content)) as archive:
         if sum(info.file_size for info in archive.infolist()) > MOST:
             raise NotNumbersError
@@ -162,8 +173,11 @@ def _npz(content: bytes) -> dict[str, bytes]:
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """(width, height) of an image that decodes. Raises NotNumbersError for one of too many pixels to decode, and
-    whatever Pillow does for what is none. Only these formats are ever tried: others run programs."""
+    """(width, height) of an image, which is decoded. Raises NotNumbersError for one with more than MOST_PIXELS.
+
+    For content that is no image, Pillow's errors are raised. Only the formats in FORMATS are tried: others start
+    programs.
+    """
     from PIL import Image
 
     with Image.open(BytesIO(content), formats=FORMATS) as image:
@@ -174,8 +188,10 @@ def image_size(content: bytes) -> tuple[int, int]:
 
 
 def small_image(content: bytes) -> NDArray[np.uint8] | None:
-    """An image (H, W, 3) with sides of at most SIDE, scaled down where it is larger; None if it has too many pixels to
-    decode. Raises as `image_size`."""
+    """An image (H, W, 3) in uint8, scaled down to sides of at most SIDE. None if it has more than MOST_PIXELS.
+
+    Raises Pillow's errors for content that is no image.
+    """
     from PIL import Image
 
     with Image.open(BytesIO(content), formats=FORMATS) as image:

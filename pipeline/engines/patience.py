@@ -25,6 +25,7 @@ class Limit:
     first: float
 
     def seconds(self, finished: Iterable[float]) -> float:
+        """The limit, given the seconds of the finished calls."""
         taken = list(finished)
         return max(self.least, self.times * median(taken)) if taken else self.first
 

@@ -223,17 +223,15 @@ class _StageWorkers:
         self._said, self._said_at, self._pause = "", 0.0, PENDING_AFTER
 
     def free(self, most: int) -> Worker | None:
-        """The least loaded of the workers that have answered and have at most `most` calls under way; None if there is
-        none."""
+        """The least loaded worker that has answered and has at most `most` calls under way; None if there is none."""
         there = [worker for worker in self._workers if worker.where and worker.load <= most]
         return min(there, key=lambda worker: worker.load, default=None)
 
     def wait(self, references: list[Any], calls: Iterable[Call] = ()) -> Any:
-        """Wait, LOOK_EVERY seconds at most, for one of `references`, which belong to `calls`. Return the first that is
-        ready.
+        """Wait for the first of `references`, which belong to `calls`, to be ready, and return it.
 
-        Returns None if none is ready, or if a worker answered first. Raises StageError if no worker starts within
-        START_WITHIN.
+        Returns None if none is ready after LOOK_EVERY seconds, or if a worker answered first. Raises StageError if no
+        worker starts within START_WITHIN seconds.
         """
         answers = {worker.answer: worker for worker in self._workers if not worker.where}
         ready, _ = self._ray.wait([*answers, *references], num_returns=1, timeout=LOOK_EVERY)
@@ -256,7 +254,7 @@ class _StageWorkers:
         return replace(outcome, failure=replace(LOST, message=call.given_up)) if call.given_up else outcome
 
     def stream(self, function: Function, arguments: tuple[Any, ...]) -> Iterator[Outcome]:
-        """Run a generator function on one worker. Yield what it yields, and its result last. If the worker is lost, the
+        """Run a generator function on one worker. Yield what it yields, then its result. If the worker is lost, the
         last outcome says so."""
         while (worker := self.free(0)) is None:
             self.wait([])
@@ -292,8 +290,7 @@ class _StageWorkers:
         self._workers[self._workers.index(worker)] = self._engine.replace(worker)
 
     def _look_at_workers(self) -> None:
-        """Report the workers that are waited for. Raises StageError if no worker has answered for START_WITHIN
-        seconds."""
+        """Report the workers that are waited for. Raises StageError if none has answered for START_WITHIN seconds."""
         now = time.monotonic()
         late = [n for n, w in enumerate(self._workers, 1) if not w.where and now - w.asked > PENDING_AFTER]
         pending = sum(not worker.where for worker in self._workers)
@@ -311,8 +308,7 @@ class _StageWorkers:
             self._say(text)
 
     def _check_room(self, count: int) -> None:
-        """Raise StageError if the workers can never all start. On a cluster only report it: an autoscaler may add
-        nodes."""
+        """Raise StageError if the workers can never all start. On a cluster, only report it: nodes may be added."""
         if not self._shape.gpus or count <= fitting(self._gpus(), self._shape.gpus):
             return
         problem = f"{count} workers with {self._shape.gpus:g} GPUs each do not fit: {self._room()}"
@@ -360,8 +356,8 @@ def _embed() -> Any:
     """Start a local Ray that only this process and its workers can use.
 
     It requires a token that is made for this process alone. All its servers, as listed by `ss -ltnp`, listen on the
-    loopback address. Ray chooses that address where clusters are disabled, as they are by default on a Mac. Ray reads
-    these variables when it is imported, and keeps the token until the process ends.
+    loopback address: Ray chooses it where clusters are disabled, which they are by default on a Mac. Ray reads the
+    variables below when it is imported, and keeps the token until the process ends.
     """
     for name in OVERRIDES:
         os.environ.pop(name, None)

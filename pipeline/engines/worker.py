@@ -42,8 +42,8 @@ class Host:
         logging.basicConfig(level=logging.INFO, handlers=[self._records], force=True)
 
     def identify(self, needed: str | None) -> Outcome:
-        """Return the process and node of this host; a Failure if its build of Retort is not `needed`. None accepts any
-        build."""
+        """Return the process and node of this host. If its build of Retort is not `needed`, return a Failure. None
+        accepts any."""
         node = platform.node()
         problem = needed and build_difference(f"node {node}", "its driver", needed)
         if problem:
@@ -51,7 +51,8 @@ class Host:
         return Outcome(f"process {os.getpid()} on node {node}", None, self._records.take())
 
     def call(self, key: str, make_worker: Callable[[], Callable[[Any], Any]], item: Any) -> Outcome:
-        """Return the result of the worker for `item`. The worker is made if it was made for another `key`."""
+        """Return the result of a stage's worker for `item`. A worker that was made for another `key` is replaced
+        first."""
         try:
             with self._making:
                 if self._key != key:

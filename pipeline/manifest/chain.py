@@ -21,7 +21,7 @@ from stages.registry import PluginError
 def expand(document: Document, coordinates: Mapping[str, Coordinates], problems: list[str]) -> dict[str, Coordinates]:
     """Replace each stage that is a chain by its links, in `document.value`.
 
-    Return `coordinates` (of the members of matrices) with those of the links added. Problems are appended to
+    Return `coordinates`, which has those of matrix members, with those of the links added. Problems are appended to
     `problems`.
     """
     stages = document.value.get("stages")

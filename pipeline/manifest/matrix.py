@@ -32,10 +32,9 @@ MAX_NAME_LENGTH = 120
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting that a matrix varies: the name of its stage in the manifest, and the path of the setting below the
-    stage.
+    """A setting that a matrix varies: the manifest's name of the stage, and the path of the setting below it.
 
-    The links of a chain stand along an axis too. Its path is empty.
+    The links of a chain stand along an axis with an empty path.
     """
 
     stage: str
@@ -49,13 +48,13 @@ class Axis:
 
 
 class Matrix(Config):
-    """Makes the stage once for every combination of values of some of its settings. Settings are given by dotted
-    paths.
+    """Makes the stage once for every combination of values of some settings. Settings are given by dotted paths.
 
     `matrix: {method.loss: [l1, mse], seed: [0, 1, 2]}` of a stage `student` makes six members, from
     student[loss=l1,seed=0] to student[loss=mse,seed=2].
 
-    A value that is a mapping may be given a name: `method: [{as: plain, value: {name: ..., loss: ...}}, ...]`.
+    A value may be given a name, such as one with many settings: `method: [{as: plain, value: {name: ..., loss: ...}},
+    ...]`.
 
     A stage that reads `student` is made once for each member. A stage that reads two stages of one matrix gets those
     members of both that have the same values. To read a single member, give its whole name in quotes.
@@ -186,7 +185,7 @@ def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tup
 
 
 def _named(item: Any, place: Path, document: Document, problems: list[str]) -> tuple[str | None, Any, Path]:
-    """Return (name, value, place) of an item of a list. The name is None unless the item is `{as: NAME, value:
+    """Return (name, value, place) of an item of a list. The name is None if the item is not `{as: NAME, value:
     ...}`."""
     if not isinstance(item, dict) or "as" not in item:
         return None, item, place
@@ -258,6 +257,7 @@ def expand_readers(
         of_base.setdefault(base_of(name), []).append(name)
 
     def expanded(name: str) -> dict[str, Stage]:
+        """Name -> settings of everything that a stage of the manifest becomes."""
         if name not in done:
             done[name] = {}
             for new, stage, place in copies_of(name, stages[name]):
@@ -275,8 +275,7 @@ def expand_readers(
         return [new for new in everything if reference in groups_of(new)]
 
     def coordinates_of(reference: str) -> dict[str, Coordinates]:
-        """Member -> its coordinates, without the axes whose value the reference itself fixes, such as a link's
-        number."""
+        """Member -> its coordinates, without the axes that the reference itself fixes, such as a link's number."""
         names = members(reference)
         if reference in (*stages, base_of(reference)):
             return {name: at[name] for name in names}
@@ -286,6 +285,7 @@ def expand_readers(
         return {name: {axis: value for axis, value in at[name].items() if axis not in settled} for name in names}
 
     def copies_of(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
+        """Yield (name, settings, coordinates) of the stage, once for each combination of members that it reads."""
         own = coordinates.get(name, {})
         read = {field: coordinates_of(reference) for field, reference in inputs_of(stage).items()}
         read = {field: names for field, names in read.items() if names and [*names] != [inputs_of(stage)[field]]}

@@ -45,6 +45,7 @@ class PlannedStage:
     """Whether it is made again even if a whole artifact exists."""
 
     def as_dict(self) -> dict[str, Any]:
+        """What plan.json and --json hold of the stage."""
         return {
             "state": self.state,
             "why": self.why,

@@ -31,6 +31,7 @@ class Attempt:
         return self.seconds * self.workers
 
     def add(self, event: Event) -> None:
+        """Add an event of the attempt."""
         self.seconds = max(self.seconds, event.get("seconds", 0.0))
         if event["event"] == "progress":
             same = self.progress and self.progress[0]["unit"] == event["unit"]
@@ -39,8 +40,8 @@ class Attempt:
             self.ended, self.error = event["event"].removeprefix("stage_"), event.get("error", "")
 
     def rate(self) -> float | None:
-        """Units per second: the figure that the stage reports, or else the average since its first progress event. None
-        if unknown."""
+        """Units per second: as the stage reports it, or else the average since its first progress event. None if
+        unknown."""
         if not self.progress:
             return None
         first, last = self.progress[0], self.progress[-1]
@@ -52,7 +53,7 @@ class Attempt:
 
 
 def attempts(events: Iterable[Event]) -> dict[str, list[Attempt]]:
-    """stage -> its attempts, the newest last. A stage that was reused has no attempt."""
+    """stage -> its attempts, the newest last. Reusing a sealed artifact is no attempt."""
     found: dict[str, list[Attempt]] = {}
     for event in events:
         stage, fingerprint = event["stage"], event.get("fingerprint")

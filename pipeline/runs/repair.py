@@ -1,4 +1,4 @@
-"""Make damaged parts of a sealed artifact, such as shards of pairs, again, byte for byte."""
+"""Remake damaged parts of a sealed artifact, such as shards of pairs, byte for byte."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Repair:
 
     @property
     def run_name(self) -> str:
+        """The name of the run that carries out the repair."""
         return f"{REPAIR_PREFIX}{self.artifact.fingerprint}"
 
     @property
@@ -42,8 +43,8 @@ class Repair:
         return bool(self.damaged) or not self.store.is_sealed(self.artifact)
 
     def unseal(self, waiting: Callable[[str], None] | None) -> None:
-        """Unseal the artifact, then remove its damaged parts. The repair can be started again after a kill at any
-        moment.
+        """Unseal the artifact, then remove its damaged parts. If this is killed at any moment, the repair can be
+        started again.
 
         Raises Locked while a run makes or reads the artifact or its pool.
         """

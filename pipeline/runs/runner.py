@@ -39,7 +39,10 @@ EVENT_EVERY = 5.0
 
 
 class Reporter(Protocol):
-    """Receives what happens in a run. `pipeline.views.progress` prints it."""
+    """Receives what happens in a run. `pipeline.views.progress` prints it.
+
+    `started` gets the reason of the stage, `note` a message, `ended` how the stage ended ("reused", "done in 3 s").
+    """
 
     def started(self, stage: str, why: str) -> None: ...
     def progress(self, stage: str, progress: Progress) -> None: ...

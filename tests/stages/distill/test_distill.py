@@ -19,12 +19,8 @@ from stages.losses.regression import l1, mse, pseudo_huber
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student
 from tests.support.cli import ROOT, command, retort
+from tests.support.networks import stable_diffusion_layout
 from tests.support.pipelines import TINY, execute, plan_of
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
 
 
 def held_out(tiny):
@@ -123,46 +119,6 @@ stages:
         student = Student.load(plan["student"].artifact.folder, teacher)
         ours = teacher.decode(student(noise, teacher.encode_prompts(["a b", "b"])))
     np.testing.assert_allclose(images, ((ours + 1) / 2).permute(0, 2, 3, 1).numpy(), atol=1e-4)
-
-
-SCHEDULER = {
-    "_class_name": "PNDMScheduler",
-    "_diffusers_version": "0.6.0",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-    "clip_sample": False,
-}
-
-
-def stable_diffusion_layout(folder, unet=None):
-    """A random-weight pipeline as the published ones are laid out, of latents (4, 8, 8) and texts (77, 32). Its
-    scheduler's JSON is that of Stable Diffusion 1.5, which says no more than it must."""
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTokenizer
-
-    from stages.networks import build
-
-    letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(letters)}, merges=[], model_max_length=77)
-    torch.manual_seed(0)
-    pipeline = StableDiffusionPipeline(
-        vae=build.autoencoder(16, (8, 16)),
-        text_encoder=build.text_encoder(tokenizer, width=32, layers=1),
-        tokenizer=tokenizer,
-        unet=unet or build.unet(8, 32, (16, 32)),
-        scheduler=PNDMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-    )
-    pipeline.save_pretrained(folder)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    return folder
 
 
 def test_bf16_training_runs_and_leaves_conditions_in_float32(tiny):

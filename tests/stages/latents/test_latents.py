@@ -23,8 +23,8 @@ from stages.distill.train import distill
 from stages.latents.encoding import encode_images
 from stages.latents.stage import REACHED
 from stages.methods.consistency.config import ConsistencyConfig
-from stages.networks.latent import LatentTeacher
 from stages.training import TrainingExecution, TrainingSettings
+from tests.support.networks import pixel_unet
 from tests.support.pipelines import GAUSSIAN, TINY, execute, plan_of
 
 LATENTS = TINY + "  latents: {kind: latents, teacher: teacher, images: digits, execution: {threads: 1}}\n"
@@ -47,11 +47,6 @@ def hashes(folder):
 @pytest.fixture(scope="module")
 def latents(tiny):
     return execute(LATENTS, tiny[0], only=["latents"])["latents"].artifact
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
 
 
 @pytest.fixture
@@ -176,9 +171,7 @@ def test_images_of_ones_own_and_of_another_size(teacher, folder, tmp_path):
 def test_a_pixel_space_teachers_latents_are_the_images(folder, tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler
 
-    from tests.stages.networks.test_pixel import network
-
-    DDPMPipeline(unet=network(), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    DDPMPipeline(unet=pixel_unet(), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "teacher")
     made = execute(own(tmp_path / "teacher", folder, caption=None, label=None), tmp_path / "store")["latents"].artifact
     found = read_latents(made.folder, True)
     np.testing.assert_array_equal(found.latents, load(folder, held_out=True).pixels().astype(np.float16))

@@ -13,12 +13,11 @@ from stages.diffusion.grid import Grid
 from stages.methods.base import Materials
 from stages.methods.consistency.config import ConsistencyConfig
 from stages.networks.exporting import scheduler_of, why_not_plain
-from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
 from stages.training import TrainingExecution, TrainingSettings, checkpoint
 from stages.training.loop import train
-from tests.stages.methods.test_progressive import drawn, shaken
 from tests.support.cli import retort
+from tests.support.networks import drawn, shaken
 from tests.support.pipelines import TINY, execute, plan_of
 
 LCM = (
@@ -42,11 +41,6 @@ LCM = (
 @pytest.fixture(scope="module")
 def plan(tiny):
     return execute(LCM, tiny[0], name="lcm")
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
 
 
 def batch(teacher, count=6):

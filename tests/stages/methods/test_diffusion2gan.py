@@ -27,11 +27,10 @@ from stages.methods.knowledge_distillation.config import KnowledgeDistillationCo
 from stages.networks import build
 from stages.networks.compute import checkpoint_activations
 from stages.networks.discriminator import DiffusionDiscriminator
-from stages.networks.latent import LatentTeacher
 from stages.training import TrainingExecution, TrainingSettings
 from stages.training.loop import train
-from tests.stages.distill.test_distill import stable_diffusion_layout
 from tests.support.cli import ROOT
+from tests.support.networks import stable_diffusion_layout
 from tests.support.pipelines import TINY, execute, plan_of
 
 MSE = Regression(name="mse")
@@ -297,11 +296,6 @@ def test_nothing_is_mixed_of_a_share_of_none_or_of_a_batch_of_one():
 
 
 # --- The method on the digits teacher ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
 
 
 @pytest.fixture(scope="module")

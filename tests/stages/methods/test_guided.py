@@ -19,10 +19,9 @@ from stages.diffusion.guidance import embed, guide_by_w
 from stages.diffusion.halving import two_step_target
 from stages.methods.guided.config import GuidedConfig
 from stages.networks.denoiser import ManyStep
-from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
 from stages.reports.sampling import draw
-from tests.stages.methods.test_progressive import drawn, shaken
+from tests.support.networks import drawn, shaken
 from tests.support.pipelines import TINY, execute, plan_of
 
 CHAIN = """
@@ -56,11 +55,6 @@ MEAN, OTHER_MEAN, STD = 1.5, -0.5, 0.6
 @pytest.fixture(scope="module")
 def chain(tiny):
     return execute(TINY + CHAIN, tiny[0], name="guided")
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
 
 
 def denoised(z, alpha, sigma, mean, std=STD):

@@ -12,8 +12,7 @@ from stages.methods.progressive.config import ProgressiveConfig
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student
 from stages.training import TrainingSettings
-from tests.stages.distill.test_distill import stable_diffusion_layout
-from tests.stages.methods.test_progressive import shaken
+from tests.support.networks import shaken, stable_diffusion_layout
 
 COUNT = 5
 WEIGHTS = {

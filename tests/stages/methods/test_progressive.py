@@ -34,8 +34,8 @@ from stages.networks.exporting import scheduler_of, why_not_plain
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student, export
 from stages.training import TrainingSettings
-from tests.stages.distill.test_distill import SCHEDULER, stable_diffusion_layout
 from tests.support.cli import ROOT, command
+from tests.support.networks import SCHEDULER, drawn, shaken, stable_diffusion_layout
 from tests.support.pipelines import TINY, execute, plan_of
 
 CHAIN = """
@@ -65,11 +65,6 @@ MEAN = 1.5
 @pytest.fixture(scope="module")
 def chain(tiny):
     return execute(TINY + CHAIN, tiny[0], name="chain")
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
 
 
 # --- Arithmetic ----------------------------------------------------------------------------------------
@@ -430,23 +425,6 @@ def test_a_killed_chain_goes_on_to_the_same_bytes(chain, tiny, tmp_path):
 
 
 # --- Plain diffusers --------------------------------------------------------------------------------------
-
-
-def shaken(student):
-    """With weights that no teacher has, so that every path through it counts."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for value in student.parameters():
-            value.add_(0.02 * torch.randn_like(value))
-    return student.eval().requires_grad_(False)
-
-
-def drawn(folder, noise, prompts, **settings):
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(prompts, latents=noise, output_type="latent", **settings).images
 
 
 @pytest.mark.parametrize(("steps", "schedule", "prediction"), [

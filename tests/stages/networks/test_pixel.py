@@ -16,6 +16,7 @@ from stages.diffusion.form import Form
 from stages.networks.pixel import PixelTeacher
 from stages.networks.student import Student, export
 from stages.teacher import Teacher
+from tests.support.networks import pixel_unet
 from tests.support.pipelines import execute
 
 PIPELINE = """
@@ -41,24 +42,11 @@ stages:
 """
 
 
-def network(classes: int | None = None) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        num_class_embeds=classes,
-    )
-
-
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory):
     """A stock DDPM pipeline, as those trained on CIFAR-10 are saved, its schedule linear."""
     folder = tmp_path_factory.mktemp("unconditional")
-    DDPMPipeline(unet=network(), scheduler=DDPMScheduler(beta_schedule="linear")).save_pretrained(folder)
+    DDPMPipeline(unet=pixel_unet(), scheduler=DDPMScheduler(beta_schedule="linear")).save_pretrained(folder)
     return folder
 
 
@@ -66,7 +54,7 @@ def unconditional(tmp_path_factory):
 def by_class(tmp_path_factory):
     """Two classes and one that stands for none."""
     folder = tmp_path_factory.mktemp("by_class")
-    DDIMPipeline(unet=network(3), scheduler=DDIMScheduler()).save_pretrained(folder)
+    DDIMPipeline(unet=pixel_unet(3), scheduler=DDIMScheduler()).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "id2label": {"0": "cat", "1": "dog"}}))
     return folder
@@ -129,7 +117,7 @@ def test_prompts_that_a_teacher_does_not_know_are_refused(unconditional, by_clas
 
 
 def test_without_a_class_for_none_there_is_no_guidance(tmp_path):
-    DDIMPipeline(unet=network(2), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "source")
+    DDIMPipeline(unet=pixel_unet(2), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "source")
     prompts = tmp_path / "classes.txt"
     prompts.write_text("0\n1\n")
     text = PIPELINE.format(folder=tmp_path / "source", prompts=f"prompts: {prompts}", scale=3.0)

@@ -42,11 +42,6 @@ def made(tiny):
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny):
-    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
-
-
-@pytest.fixture(scope="module")
 def target(made):
     return torch.from_numpy(read_latents(made[1]["latents"].artifact.folder, held_out=True).batch(slice(0, 8)))
 

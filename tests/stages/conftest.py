@@ -1,0 +1,11 @@
+"""The teacher that many tests of stages ask."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    """The teacher of `tiny`, loaded once for each test file."""
+    from stages.networks.latent import LatentTeacher  # torch, which not all of these tests need
+
+    return LatentTeacher(tiny[1]["teacher"].artifact.folder)

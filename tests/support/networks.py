@@ -1,0 +1,80 @@
+"""Teachers and students with random weights, and how plain diffusers samples from an exported student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from transformers import CLIPTokenizer
+
+from stages.networks import build
+from stages.networks.student import Student
+
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+"""The scheduler's JSON of Stable Diffusion 1.5. It names no prediction type and no spacing of timesteps."""
+
+
+def stable_diffusion_layout(folder: Path, unet: UNet2DConditionModel | None = None) -> Path:
+    """Write a text-to-image pipeline with random weights, laid out as Stable Diffusion 1.5 is published. Latents have
+    the shape (4, 8, 8), encoded prompts (77, 32)."""
+    letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(letters)}, merges=[], model_max_length=77)
+    torch.manual_seed(0)
+    pipeline = StableDiffusionPipeline(
+        vae=build.autoencoder(16, (8, 16)),
+        text_encoder=build.text_encoder(tokenizer, width=32, layers=1),
+        tokenizer=tokenizer,
+        unet=unet or build.unet(8, 32, (16, 32)),
+        scheduler=PNDMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+    )
+    pipeline.save_pretrained(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    return folder
+
+
+def pixel_unet(classes: int | None = None) -> UNet2DModel:
+    """A U-Net of images (3, 8, 8) with random weights, unconditional or with so many classes."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        num_class_embeds=classes,
+    )
+
+
+def shaken(student: Student) -> Student:
+    """Add noise to all weights of the student, and freeze it. A new student has layers of zeros and the teacher's
+    weights, with which a wrong path through it can give the right result."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for value in student.parameters():
+            value.add_(0.02 * torch.randn_like(value))
+    return student.eval().requires_grad_(False)
+
+
+def drawn(folder: Path, noise: torch.Tensor, prompts: list[str], **settings: Any) -> torch.Tensor:
+    """Latents that plain diffusers samples from this noise (N, 4, H, W) with the pipeline in `folder`."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(prompts, latents=noise, output_type="latent", **settings).images

@@ -8,19 +8,50 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import main
+from tests.support.pipelines import SLOW
 
 ROOT = Path(__file__).parents[2]
 """The repository."""
 
+BLOCKER = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "ray", "diffusers", "transformers", "webdataset"}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+from pipeline.cli import main
+main()
+"""
+"""Code for `python -c`: the command line, where importing a heavy library is an error."""
+
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+
+
+def started(store: Path, *options: str, text: str = SLOW, shards: int = 1) -> subprocess.Popen[str]:
+    """Submit a manifest's text, written to m.yaml beside the store, in a process of its own. Returns the process when
+    so many shards are there; all that it prints is in `stdout`."""
+    manifest = store.parent / "m.yaml"
+    manifest.write_text(text)
+    process = subprocess.Popen(
+        command("submit", manifest, "--store", store, "--engine", "inline", *options),
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores SIGINT
+    )  # fmt: skip
+    while len(list(store.glob("pairs/pool/*/*.parquet"))) < shards:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.01)
+    return process
 
 
 def retort(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -26,6 +26,10 @@ stages:
     sampler: {steps: 10}
     execution: {micro_batch: 8}
 """
+SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.06")
+"""Its 40 pairs take 3 seconds, the first of its shards 1.2."""
+LONG = SLOW.replace("count: 40", "count: 400")
+"""For tests that end it: after the first of its shards, 29 seconds of work are left, however busy the machine is."""
 
 TINY = """
 name: tiny

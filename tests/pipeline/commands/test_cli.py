@@ -1,15 +1,13 @@
 """The command line as users meet it: exit codes, words, signals, JSON."""
 
 import json
-import os
 import signal
 import subprocess
-import time
 
 import pytest
 
-from tests.support.cli import ROOT, command, retort
-from tests.support.pipelines import GAUSSIAN, TINY
+from tests.support.cli import ROOT, command, retort, started
+from tests.support.pipelines import GAUSSIAN, LONG, TINY
 
 
 @pytest.fixture
@@ -81,51 +79,31 @@ def test_an_unknown_run_names_those_there_are(gaussian, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_is_exit_130_and_resumable(gaussian, tmp_path, number):
-    gaussian.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.05"))
+def test_an_interrupt_is_exit_130_and_resumable(tmp_path, monkeypatch, number):
     store = tmp_path / "store"
-    process = subprocess.Popen(
-        command("submit", gaussian, "--store", store, "--engine", "inline"),
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a suite in the background ignores SIGINT
-    )  # fmt: skip
-    while not list(store.glob("pairs/pool/*/*.parquet")):
-        time.sleep(0.01)
-        assert process.poll() is None
+    process = started(store, text=LONG)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr and f"carry on with: retort resume gaussian --store {store}" in stderr
+    printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed and f"carry on with: retort resume gaussian --store {store}" in printed
     status = json.loads(retort("status", "--store", store, "--json").stdout)["stages"]["pairs"]
     assert status["state"] == "interrupted"
-    plan = json.loads(retort("plan", gaussian, "--store", store, "--json").stdout)["pairs"]
-    assert plan["state"] == "resume" and "of 3 shards are there" in plan["why"]
+    plan = json.loads(retort("plan", tmp_path / "m.yaml", "--store", store, "--json").stdout)["pairs"]
+    assert plan["state"] == "resume" and "of 25 shards are there" in plan["why"]
+    monkeypatch.setattr("stages.networks.gaussian.time.sleep", lambda seconds: None)  # resuming need not take long
     assert retort("resume", "--store", store, "--engine", "inline").returncode == 0
 
 
-def test_a_locked_stage_is_exit_3(gaussian, tmp_path):
-    gaussian.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.1"))
+def test_a_locked_stage_is_exit_3(tmp_path):
     store = tmp_path / "store"
-    submit = command("submit", gaussian, "--store", store, "--engine", "inline")
-    holder = subprocess.Popen(
-        submit,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not list(store.glob("pairs/pool/*/*.parquet")):
-        assert holder.poll() is None
-        time.sleep(0.01)
+    holder = started(store, text=LONG)
     same = retort("resume", "gaussian", "--store", store, "--engine", "inline")
-    assert (
-        same.returncode == 3
-        and f"run gaussian is being carried out by run gaussian (process {holder.pid}" in same.stderr
-    )
-    done = retort("submit", gaussian, "--store", store, "--engine", "inline", "--name", "second")
+    assert same.returncode == 3
+    assert f"run gaussian is being carried out by run gaussian (process {holder.pid}" in same.stderr
+    done = retort("submit", tmp_path / "m.yaml", "--store", store, "--engine", "inline", "--name", "second")
     status = json.loads(retort("status", "gaussian", "--store", store, "--json").stdout)["stages"]["pairs"]
     holder.kill()
-    holder.wait()
+    holder.communicate()
     assert done.returncode == 3 and f"is being made by run gaussian (process {holder.pid}" in done.stderr
     assert status["state"] == "running" and str(holder.pid) in status["detail"]
     status = json.loads(retort("status", "gaussian", "--store", store, "--json").stdout)["stages"]["pairs"]

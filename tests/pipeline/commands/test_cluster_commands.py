@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 import threading
-import time
 import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,8 +17,8 @@ from pipeline.jobs.dashboard import checked
 from pipeline.jobs.job import SHARED, check_store, file_system
 from pipeline.store import hold
 from stages.data.provenance import versions
-from tests.support.cli import ROOT, command, retort
-from tests.support.pipelines import GAUSSIAN
+from tests.support.cli import ROOT, retort, started
+from tests.support.pipelines import GAUSSIAN, LONG
 from tests.support.ray_cluster import free_port
 
 HERE = f"http://127.0.0.1:{free_port()}"
@@ -184,16 +182,9 @@ def test_options_of_a_cluster_need_one(manifest, tmp_path):
     assert done.returncode == 2 and "--no-wait and --store-is-shared go with --address" in done.stderr
 
 
-def test_a_driver_on_this_machine_is_stopped(manifest, tmp_path):
+def test_a_driver_on_this_machine_is_stopped(tmp_path):
     store = tmp_path / "s"
-    manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.1"))
-    driver = subprocess.Popen(
-        command("submit", manifest, "--store", store, "--engine", "inline"),
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not list(store.glob("pairs/pool/*/*.parquet")):
-        assert driver.poll() is None
-        time.sleep(0.01)
+    driver = started(store, text=LONG)
     stopped = retort("stop", "--store", store)
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout == f"stopped; carry on with: retort resume gaussian --store {store}\n"

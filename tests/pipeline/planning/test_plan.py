@@ -22,21 +22,10 @@ from pipeline.views.progress import Quiet
 from stages import KINDS
 from stages.base import Extent, Neutral, Stage
 from stages.data.files import files_of
-from tests.support.cli import ROOT, retort
+from tests.support.cli import BLOCKER, ROOT, retort
 from tests.support.pipelines import GAUSSIAN, TINY, execute, plan_of
 
 RECORDED = Path(__file__).parent / "recorded.json"
-
-BLOCKER = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "ray", "diffusers", "transformers", "webdataset"}:
-            raise ImportError("blocked: " + name)
-sys.meta_path.insert(0, Block())
-from pipeline.cli import main
-main()
-"""
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "manifests").glob("*.yaml")), ids=lambda path: path.stem)

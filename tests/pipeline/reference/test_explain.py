@@ -12,8 +12,7 @@ from pipeline.manifest import Manifest
 from pipeline.manifest.settings import about, settings_of, words
 from pipeline.reference.explain import REGISTRIES, names, text, topics
 from stages.methods import METHODS
-from tests.pipeline.planning.test_plan import BLOCKER
-from tests.support.cli import ROOT, retort
+from tests.support.cli import BLOCKER, ROOT, retort
 
 
 def walk(config, path):

@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from tests.pipeline.runs.test_status import started
-from tests.support.cli import ROOT, command, retort
+from tests.support.cli import ROOT, command, retort, started
 from tests.support.pipelines import GAUSSIAN
 
 

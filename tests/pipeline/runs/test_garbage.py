@@ -1,11 +1,8 @@
 """`retort gc`: what no run refers to goes, and nothing that any run could want."""
 
 import json
-import os
 import shutil
-import subprocess
 import threading
-import time
 from contextlib import ExitStack
 
 import pytest
@@ -16,7 +13,7 @@ from pipeline.runs.garbage import collect
 from pipeline.store import Store
 from pipeline.store.locks import share
 from stages.data.files import temporary_of
-from tests.support.cli import ROOT, command, retort
+from tests.support.cli import retort, started
 from tests.support.pipelines import GAUSSIAN, execute, plan_of
 
 
@@ -81,15 +78,8 @@ def test_a_damaged_list_lets_no_pool_go(tmp_path):
 
 
 def test_what_a_live_run_holds_is_never_touched(tmp_path):
-    manifest, store = tmp_path / "m.yaml", tmp_path / "store"
-    manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.1"))
-    process = subprocess.Popen(
-        command("submit", manifest, "--store", store, "--engine", "inline"),
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not list(store.glob("pairs/pool/*/*.parquet")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    store = tmp_path / "store"
+    process = started(store, text=GAUSSIAN.replace("delay: 0.0", "delay: 0.1"))
     assert collect(Store(store), delete=True)["found"] == []
     dropped = retort("gc", "--store", store, "--drop", "gaussian", "--delete")
     (store / "runs" / "gaussian" / "plan.json").rename(tmp_path / "plan.json")  # as if no run referred to it

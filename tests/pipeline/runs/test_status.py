@@ -15,25 +15,8 @@ from pipeline.runs.status import runs_of
 from pipeline.store import Store
 from pipeline.views.progress import Plain
 from pipeline.views.tables import duration
-from tests.support.cli import ROOT, command, retort
-from tests.support.pipelines import GAUSSIAN, execute
-
-SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.06")
-
-
-def started(store, *options, text=SLOW, shards=1):
-    """A driver in a process of its own, when so many shards are there."""
-    manifest = store.parent / "m.yaml"
-    manifest.write_text(text)
-    process = subprocess.Popen(
-        command("submit", manifest, "--store", store, "--engine", "inline", *options),
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    while len(list(store.glob("pairs/pool/*/*.parquet"))) < shards:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    return process
+from tests.support.cli import ROOT, command, retort, started
+from tests.support.pipelines import GAUSSIAN, LONG, SLOW, execute
 
 
 def test_a_run_under_way_shows_its_pace_and_a_finished_one_its_place_and_cost(tmp_path):
@@ -117,10 +100,10 @@ def test_what_a_crash_left_in_the_events_is_passed_over(tmp_path):
 
 def test_another_run_s_progress_is_not_mistaken_for_ours(tmp_path):
     store = tmp_path / "store"
-    first = started(store)
+    first = started(store, text=LONG)
     first.kill()
     first.communicate()
-    second = started(store, "--name", "second", shards=2)
+    second = started(store, "--name", "second", text=LONG, shards=2)
     ours = status_of(Run(Store(store), "gaussian"))["pairs"]
     second.kill()
     second.communicate()
@@ -130,13 +113,11 @@ def test_another_run_s_progress_is_not_mistaken_for_ours(tmp_path):
 
 
 def test_runs_and_status_agree(tmp_path):
-    path = tmp_path / "m.yaml"
-    path.write_text(GAUSSIAN)
     store = tmp_path / "store"
-    first = started(store)
+    first = started(store, text=LONG)
     first.send_signal(signal.SIGTERM)
     first.communicate()
-    execute(SLOW, store, ["stages.pairs.sampler.steps=3"], only=["teacher"], name="gaussian")
+    execute(LONG, store, ["stages.pairs.sampler.steps=3"], only=["teacher"], name="gaussian")
     assert status_of(Run(Store(store), "gaussian"))["pairs"]["state"] == "waiting"
     assert runs_of(Store(store))["gaussian"]["state"] == "waiting"
 

@@ -42,9 +42,10 @@ from tests.benchmarks.equivalent_mutants import EQUIVALENT
 ROOT = Path(__file__).parents[2]
 OUTCOMES = Path(__file__).with_suffix(".json")
 TESTS = {
-    "stages/diffusion": "diffusion solvers consistency progressive guided halving_loss",
+    "stages/diffusion": "diffusion halving few_step guidance solvers denoiser student exporting consistency progressive"
+    " guided halving_loss",
     "stages/losses": "augmentation diffusion2gan halving_loss consistency losses perceptual",
-    "stages/metrics": "metrics triplets",
+    "stages/metrics": "metrics two_afc triplets",
     "stages/methods": "training consistency diffusion2gan progressive guided halving_loss",
     "stages/training/loop.py": "training consistency diffusion2gan",
     "stages/training/checkpoint.py": "training consistency",

@@ -57,6 +57,23 @@ stages:
     held_out: 32
     execution: {threads: 1, checkpoint_every: 7}
 """
+PROGRESSIVE = """
+  latents: {kind: latents, teacher: teacher, images: digits, execution: {threads: 1}}
+  fewer:
+    kind: distill
+    latents: latents
+    method: {name: progressive, start_steps: 8, end_steps: 1, guidance_scale: 2.0, training_steps: {1: 6}}
+    training: {steps: 4, batch_size: 16, learning_rate: 1e-4, ema_decay: 0.0}
+    execution: {threads: 1}
+  quality:
+    kind: evaluate
+    student: fewer
+    pairs: pairs
+    samples: 20
+    teacher_steps: [2]
+    execution: {threads: 1}
+"""
+"""Follows TINY: progressive distillation from 8 steps to 1, and an evaluation of every link."""
 
 
 def execute(

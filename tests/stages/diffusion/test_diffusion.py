@@ -1,17 +1,21 @@
-"""Conversions and samplers against closed forms, in float64."""
+"""Conversions, weights, grids and samplers against closed forms, in float64."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.diffusion.config import Sampler
+from stages.diffusion.grid import Grid
 from stages.diffusion.guidance import guide
-from stages.diffusion.prediction import target, to_noise, to_x0
+from stages.diffusion.prediction import both_to_x0, target, to_noise, to_x0
 from stages.diffusion.samplers import ddim, timesteps
 from stages.diffusion.schedule import NoiseSchedule
+from stages.diffusion.weighting import weights
 from stages.networks.gaussian import GaussianTeacher
 
 
@@ -139,3 +143,37 @@ def test_guidance_scale_one_is_the_conditional_output():
     a, b = np.random.default_rng(0).standard_normal((2, 4))
     np.testing.assert_allclose(guide(a, b, 1.0), b, rtol=1e-15)
     np.testing.assert_allclose(guide(a, b, 3.0), b + 2.0 * (b - a), rtol=1e-12)
+
+
+def test_weights_are_errors_of_noise_and_of_v():
+    generator = torch.Generator().manual_seed(0)
+    x, other, noise = (torch.randn(5, 3, generator=generator, dtype=torch.float64) for _ in "abc")
+    for t in (0.1, 0.5, 0.9):
+        alpha, sigma = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
+        z = alpha * x + sigma * noise
+        of_x = (other - x).square()
+        of_noise = ((z - alpha * other) / sigma - noise).square()
+        of_v = ((alpha * z - other) / sigma - (alpha * noise - sigma * x)).square()
+        one = torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
+        torch.testing.assert_close(weights("snr", *one) * of_x, of_noise)
+        torch.testing.assert_close(weights("snr_plus_one", *one) * of_x, of_v)
+        torch.testing.assert_close(weights("truncated_snr", *one) * of_x, max(1.0, (alpha / sigma) ** 2) * of_x)
+    alpha, sigma = (torch.sigmoid(torch.tensor(sign * 20.0, dtype=torch.float64)).sqrt() for sign in (-1, 1))
+    assert float(weights("snr", alpha, sigma)) == pytest.approx(2.06e-9, rel=1e-2)
+    assert float(weights("truncated_snr", alpha, sigma)) == 1.0
+    torch.testing.assert_close(both_to_x0(x, noise, z, one[0], one[1]), x)  # both right: so is what they come to
+
+
+def test_grids_halve():
+    own = NoiseSchedule.stable_diffusion()
+    for make in (lambda n: Grid.on(own, n), Grid.cosine):
+        for n in (1, 3, 16, 125):
+            fine, coarse = make(2 * n), make(n)
+            for name in ("timesteps", "alpha", "sigma"):
+                np.testing.assert_allclose(getattr(fine.every(2), name), getattr(coarse, name), atol=1e-15)
+            assert fine.train_steps == coarse.train_steps
+    assert Grid.on(own, 4).timesteps.tolist() == [-1, 249, 499, 749, 999]
+    assert Grid.cosine(4).timesteps.tolist() == [-1, 255, 511, 767, 1023] and Grid.cosine(8192).train_steps == 1024
+    assert Grid.cosine(8).level(8) == (0.0, 1.0) and Grid.cosine(8).level(0) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="has 1000 timesteps, too few for 1024 steps"):
+        Grid.on(own, 1024)

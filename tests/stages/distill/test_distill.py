@@ -15,37 +15,15 @@ from stages.data.files import sha256_of
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.diffusion.form import Form
-from stages.losses.regression import l1, mse, pseudo_huber
 from stages.networks.latent import LatentTeacher
 from stages.networks.student import Student
 from tests.support.cli import ROOT, command, retort
 from tests.support.networks import stable_diffusion_layout
-from tests.support.pipelines import TINY, execute, plan_of
+from tests.support.pipelines import PROGRESSIVE, TINY, execute, plan_of
 
 
 def held_out(tiny):
     return PairReader(read_list(tiny[1]["pairs"].artifact.folder)).batch(range(64, 96))
-
-
-def test_losses_in_closed_form():
-    a, b = torch.zeros(2, 1, 3, 3), torch.full((2, 1, 3, 3), 2.0)
-    assert l1(a, b).tolist() == [2.0, 2.0] and mse(a, b).tolist() == [4.0, 4.0]
-    far = torch.full((2, 1, 3, 3), 1e4)
-    assert pseudo_huber(a, far).tolist() == pytest.approx([1e4, 1e4], rel=1e-3)
-    near = pseudo_huber(a, a + 1e-6)
-    assert (near > 0).all() and (near < 1e-6).all()
-
-
-@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
-def test_a_new_student_is_its_formula_on_the_teachers_weights(teacher, prediction, monkeypatch):
-    monkeypatch.setattr(teacher, "prediction", prediction)
-    student = Student.from_teacher(teacher, Form(prediction=prediction))
-    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
-    condition = teacher.encode_prompts(["a red handwritten seven", ""])
-    output = teacher.unet(noise, 999, condition).sample
-    alpha, sigma = teacher.schedule.at(999)
-    expected = alpha * noise - sigma * output if prediction == "v_prediction" else (noise - sigma * output) / alpha
-    torch.testing.assert_close(student(noise, condition), expected)
 
 
 def test_the_student_learns_what_it_never_saw(tiny, teacher):
@@ -272,3 +250,10 @@ def test_pairs_of_several_teachers_are_refused(tiny):
     text = text.replace("stages:\n", "stages:\n  other: {kind: teacher, from: digit_scenes}\n")
     with pytest.raises(ManifestError, match="they are of several teachers; a student has one"):
         plan_of(text, tiny[0])
+
+
+def test_one_step_methods_take_pairs_only(tmp_path):
+    text = TINY.replace("    pairs: pairs\n", "    latents: latents\n") + PROGRESSIVE.split("  fewer")[0]
+    with pytest.raises(ManifestError, match="knowledge_distillation is trained on pairs, not on latents") as refusal:
+        plan_of(text, tmp_path)
+    assert "guidance_scale" not in str(refusal.value)

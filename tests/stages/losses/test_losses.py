@@ -159,3 +159,12 @@ def test_a_loss_looks_through_the_network_that_it_names_and_transforms_only_wher
     )
     assert plain.augmentation is None and ensemble.augmentation.groups == "bg"
     torch.testing.assert_close(plain(X, Y), metric(X, Y))
+
+
+def test_losses_in_closed_form():
+    a, b = torch.zeros(2, 1, 3, 3), torch.full((2, 1, 3, 3), 2.0)
+    assert l1(a, b).tolist() == [2.0, 2.0] and mse(a, b).tolist() == [4.0, 4.0]
+    far = torch.full((2, 1, 3, 3), 1e4)
+    assert pseudo_huber(a, far).tolist() == pytest.approx([1e4, 1e4], rel=1e-3)
+    near = pseudo_huber(a, a + 1e-6)
+    assert (near > 0).all() and (near < 1e-6).all()

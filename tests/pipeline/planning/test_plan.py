@@ -1,11 +1,8 @@
-"""Planning: what is reused, what runs, and why; and that fingerprints are what they were."""
+"""Planning: what is reused, what runs, and why."""
 
-import ast
-import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -19,13 +16,10 @@ from pipeline.planning.fingerprint import fingerprint, identity, pool_fingerprin
 from pipeline.runs import Run, Runner
 from pipeline.store import Store
 from pipeline.views.progress import Quiet
-from stages import KINDS
 from stages.base import Extent, Neutral, Stage
 from stages.data.files import files_of
 from tests.support.cli import BLOCKER, ROOT, retort
 from tests.support.pipelines import GAUSSIAN, TINY, execute, plan_of
-
-RECORDED = Path(__file__).parent / "recorded.json"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "manifests").glob("*.yaml")), ids=lambda path: path.stem)
@@ -230,75 +224,3 @@ def test_pools_leave_out_extents_only():
     ids = [identity(x, 0, {}, {}) for x in (a, b, c)]
     pools = [pool_fingerprint(x, i) for x, i in zip((a, b, c), ids, strict=True)]
     assert len({fingerprint(i) for i in ids}) == 3 and pools[0] == pools[1] != pools[2]
-
-
-# --- Recorded: these fail when results change identity, to make whoever edits decide -----------------
-
-
-def recorded_now(store: Path) -> dict[str, dict[str, object]]:
-    return {
-        "fingerprints": {
-            f"{text.split()[1]}/{name}": stage.artifact.fingerprint
-            for text in (GAUSSIAN, TINY)
-            for name, stage in plan_of(text, store).items()
-        },
-        "sources": {
-            kind: {"version": stage.VERSION, "sha256": source_hash(kind)} for kind, stage in KINDS.built_in.items()
-        },
-    }
-
-
-def source_hash(kind: str) -> str:
-    """Hash of the lines of code, without comments and docstrings, of the stage's module and of all that it
-    imports from `stages`, directly or not."""
-    seen: dict[Path, str] = {}
-    todo = [ROOT / "stages" / kind / "stage.py"]
-    while todo:
-        path = todo.pop()
-        if path not in seen:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            seen[path] = code_of(path, tree)
-            todo += imported_by(tree)
-    return hashlib.sha256("".join(seen[path] for path in sorted(seen)).encode()).hexdigest()
-
-
-def code_of(path: Path, tree: ast.AST) -> str:
-    texts = [n for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-    docstrings = {line for n in texts for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    return "\n".join(line for i, line in lines if i not in docstrings and line.split("#")[0].strip())
-
-
-def imported_by(tree: ast.AST) -> list[Path]:
-    """Files of `stages` that a module imports; of `from package import module`, the module only."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stages"):
-            folder = ROOT / Path(*(node.module or "").split("."))
-            for name in node.names:
-                candidates = [
-                    folder / f"{name.name}.py",
-                    folder / name.name / "__init__.py",
-                    folder.with_suffix(".py"),
-                    folder / "__init__.py",
-                ]
-                found.append(next(path for path in candidates if path.exists()))
-    return found
-
-
-def test_fingerprints_are_those_recorded(tmp_path):
-    assert recorded_now(tmp_path)["fingerprints"] == json.loads(RECORDED.read_text())["fingerprints"], (
-        "fingerprints changed: every artifact of every user becomes stale. If that is meant, "
-        "run `python -m tests.pipeline.planning.test_plan`; if a setting was added, mark it Neutral()"
-    )
-
-
-def test_sources_are_those_recorded_for_their_versions(tmp_path):
-    assert recorded_now(tmp_path)["sources"] == json.loads(RECORDED.read_text())["sources"], (
-        "the code behind a stage changed. If its results change, raise its VERSION; "
-        "then, or if they do not, run `python -m tests.pipeline.planning.test_plan`"
-    )
-
-
-if __name__ == "__main__":
-    RECORDED.write_text(json.dumps(recorded_now(Path("/nonexistent")), indent=1) + "\n")

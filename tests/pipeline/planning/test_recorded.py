@@ -1,0 +1,205 @@
+"""What is recorded in recorded.json: fingerprints of artifacts, and hashes of the code that decides results.
+
+A fingerprint that changes makes an artifact stale: its stage runs again for every user. Code that changes leaves the
+fingerprint as it is: old results are reused, although the same settings now give others. Raising VERSION prevents that.
+The tests here fail at either change, so that whoever makes it decides.
+
+RESULTS names the modules whose code decides the bytes of a stage's files or the numbers in its record: networks,
+losses, methods, the training loop, samplers, the order of data, the formats of sealed files. It names no others:
+
+- `stage.py` and `config.py`: settings are part of the fingerprint. Such a file is named where it computes something.
+- Cards, pages, checks, warnings, progress, receipts and checkpoints: they change no result.
+
+The hash is of syntax trees. It leaves out comments, docstrings, imports, descriptions of settings, and the words of
+errors and of the log. It leaves out file names, too: a module that is moved or renamed keeps its hash.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stages import KINDS
+from tests.support.cli import ROOT
+from tests.support.pipelines import GAUSSIAN, TINY, plan_of
+
+STAGES = ROOT / "stages"
+RECORDED = Path(__file__).parent / "recorded.json"
+REGENERATE = "run `python -m tests.pipeline.planning.test_recorded` and commit recorded.json"
+
+TEACHER = ["networks/{compute,latent,network,pixel,teachers}.py", "diffusion/{guidance,prediction,schedule}.py"]
+"""A teacher's network, asked for its output."""
+SOLVER = ["networks/{gaussian,solvers}.py", "diffusion/samplers.py"]
+"""A teacher's ODE, solved in many steps."""
+STUDENT = ["networks/student.py", "diffusion/{consistency,few_step,grid}.py"]
+"""A student's network, sampled in few steps."""
+TRAINING = ["training/{figures,loop,players}.py", "data/{order,shares}.py"]
+"""The training loop, and the order in which samples are drawn."""
+IMAGES = ["data/images/{digits,files,labelled,load,photographs}.py", "data/tars.py"]
+"""Images, captions and classes of image sets."""
+
+RESULTS = {
+    "teacher": [
+        "teacher/{autoencoder,denoiser,train}.py",
+        "networks/{build,compute,latent}.py",
+        "diffusion/{prediction,schedule}.py",
+        *(*TRAINING, *IMAGES),
+    ],
+    "latents": [
+        "latents/encoding.py",
+        "networks/{compute,latent,network,pixel,teachers}.py",
+        "data/{latents,statistics}.py",
+        *IMAGES,
+    ],
+    "pairs": [
+        "pairs/factory.py",
+        "data/{noise,pool,records,shards,statistics}.py",  # pool: which samples a shard holds
+        "data/prompts/{read,table}.py",
+        "data/images/{digits,files,load}.py",  # captions
+        *(*TEACHER, *SOLVER),
+    ],
+    "perceptual": [
+        "perceptual/{calibration,classification,judgement,seen,source,train}.py",
+        "networks/{compute,latent,network,perceptual,pixel,teachers,vgg}.py",
+        "losses/regression.py",
+        "metrics/two_afc.py",
+        "data/latents.py",
+        "data/triplets/{bapps,distortions,families,synthetic,triplets}.py",
+        *(*TRAINING, *IMAGES),
+    ],
+    "distill": [
+        "distill/{recipe,train}.py",
+        "methods/base.py",
+        "methods/*/method.py",
+        "methods/diffusion2gan/{config,mix_and_match}.py",  # config: how its discriminator is optimised
+        "losses/*.py",
+        "networks/{denoiser,discriminator,exporting,head,perceptual,tiny,vgg}.py",
+        "diffusion/{halving,weighting}.py",
+        "data/{latents,reader,supply}.py",
+        *(*TEACHER, *STUDENT, *TRAINING),
+    ],
+    "probe": [
+        "probe/stage.py",  # which trains and measures the classifier
+        "networks/{compute,probe}.py",
+        "data/{order,shares}.py",
+        *IMAGES,
+    ],
+    "evaluate": [
+        "evaluate/{measure,noises,run,sides}.py",
+        "metrics/distances.py",
+        "networks/probe.py",
+        "diffusion/config.py",  # which counts network calls
+        "data/{noise,reader}.py",
+        "data/prompts/table.py",
+        *(*TEACHER, *SOLVER, *STUDENT, *IMAGES),
+    ],
+}
+"""Stage kind -> globs below stages/, in which {a,b} stands for a and for b."""
+
+
+def globs(pattern: str) -> Iterator[str]:
+    """One glob for each name in braces."""
+    before, _, rest = pattern.partition("{")
+    names, _, after = rest.partition("}")
+    return (before + name + after for name in names.split(","))
+
+
+def code(node: object) -> object:
+    """A syntax tree as JSON, without positions and without what decides no result."""
+    if isinstance(node, list):
+        return [code(one) for one in node if not decides_nothing(one)]
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+        return {"Raise": code(node.exc.func)}
+    if isinstance(node, ast.AST):
+        # newer releases of Python have more fields, which are empty here
+        return {type(node).__name__: {name: code(v) for name, v in ast.iter_fields(node) if v not in (None, [])}}
+    return repr(node)
+
+
+def decides_nothing(node: object) -> bool:
+    match node:
+        case ast.Import() | ast.ImportFrom() | ast.If(test=ast.Name("TYPE_CHECKING")):
+            return True
+        case ast.Expr(ast.Constant(str())) | ast.Expr(ast.Call(ast.Attribute(ast.Name("log")))):
+            return True
+        case ast.keyword("description"):
+            return True
+    return False
+
+
+def source_hash(kind: str) -> str:
+    """SHA-256 of the code of all modules that RESULTS names for a stage kind, in an order that no name decides."""
+    files = {file for pattern in RESULTS[kind] for glob in globs(pattern) for file in STAGES.glob(glob)}
+    codes = sorted(json.dumps(code(ast.parse(file.read_text(encoding="utf-8")))) for file in files)
+    return hashlib.sha256("\n".join(codes).encode()).hexdigest()
+
+
+def fingerprints(store: Path) -> dict[str, str]:
+    return {
+        f"{text.split()[1]}/{name}": stage.artifact.fingerprint
+        for text in (GAUSSIAN, TINY)
+        for name, stage in plan_of(text, store).items()
+    }
+
+
+def sources() -> dict[str, dict[str, object]]:
+    return {kind: {"version": stage.VERSION, "sha256": source_hash(kind)} for kind, stage in KINDS.built_in.items()}
+
+
+def test_fingerprints_are_those_recorded(tmp_path):
+    assert fingerprints(tmp_path) == json.loads(RECORDED.read_text())["fingerprints"], (
+        "Fingerprints changed. Every artifact of every user becomes stale and is made again. "
+        "If you added a setting, mark it Neutral(): at its default it then changes no fingerprint. "
+        f"If the change is meant, {REGENERATE}."
+    )
+
+
+def test_sources_are_those_recorded_for_their_versions():
+    recorded, now = json.loads(RECORDED.read_text())["sources"], sources()
+    changed = [kind for kind in now if now[kind] != recorded.get(kind)]
+    assert not changed, (
+        f"The code that decides the results of these stage kinds changed: {', '.join(changed)}. "
+        "Does a stage with the same settings now give another result? Then raise VERSION of its class, or of the class "
+        "of the one method, loss or image set that changed. "
+        f"In either case {REGENERATE}."
+    )
+
+
+def test_every_stage_kind_names_modules_that_exist():
+    assert RESULTS.keys() == KINDS.built_in.keys()
+    named = {glob for patterns in RESULTS.values() for pattern in patterns for glob in globs(pattern)}
+    missing = sorted(glob for glob in named if not any(STAGES.glob(glob)))
+    assert not missing, f"RESULTS names modules that do not exist: {', '.join(missing)}"
+
+
+CODE = """
+import torch
+
+def loss(x):
+    return x.square()
+
+def check(x):
+    raise ValueError("no")
+"""
+
+
+@pytest.mark.parametrize(("old", "new", "same"), [
+    ("import torch", "from torch import nn\nfrom stages.elsewhere import other", True),
+    ("def loss(x):", "# why\ndef loss(\n    x,\n):\n    'A docstring.'", True),
+    ("    raise", "    log.warning('now')\n    raise", True),
+    ('"no"', '"another sentence"', True),
+    ("ValueError", "TypeError", False),
+    ("square()", "abs()", False),
+    ("    return x", "    x = x\n    return x", False),
+])  # fmt: skip
+def test_what_decides_no_result_is_left_out_of_the_hash(old, new, same):
+    assert old in CODE
+    assert (code(ast.parse(CODE)) == code(ast.parse(CODE.replace(old, new)))) == same
+
+
+if __name__ == "__main__":
+    recorded = {"fingerprints": fingerprints(Path("/nonexistent")), "sources": sources()}
+    RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")

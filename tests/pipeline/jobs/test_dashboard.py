@@ -28,6 +28,6 @@ def test_a_token_does_not_follow_a_redirect(serve, monkeypatch, code):
             self.end_headers()
 
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2")
-    with pytest.raises(UsageError, match=f"sends on to {elsewhere}"):
+    with pytest.raises(UsageError, match=f"redirects to {elsewhere}"):
         ask(serve(Dashboard), "/api/version")
     assert seen == []

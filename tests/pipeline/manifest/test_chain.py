@@ -74,5 +74,5 @@ def test_a_chain_that_goes_on_from_another(tmp_path):
     )
     plan = plan_of(TINY + PROGRESSIVE + more, tmp_path)
     assert plan["further/1"].artifact.fingerprint == plan["fewer/1"].artifact.fingerprint
-    with pytest.raises(ManifestError, match="the student to go on from takes 2"):
+    with pytest.raises(ManifestError, match="the student in start_from takes 2"):
         plan_of(TINY + PROGRESSIVE + more.replace("fewer/4", "fewer/2"), tmp_path)

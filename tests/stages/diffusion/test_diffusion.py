@@ -166,14 +166,14 @@ def test_weights_are_errors_of_noise_and_of_v():
 
 def test_grids_halve():
     own = NoiseSchedule.stable_diffusion()
-    for make in (lambda n: Grid.on(own, n), Grid.cosine):
+    for make in (lambda n: Grid.trailing(own, n), Grid.cosine):
         for n in (1, 3, 16, 125):
             fine, coarse = make(2 * n), make(n)
             for name in ("timesteps", "alpha", "sigma"):
-                np.testing.assert_allclose(getattr(fine.every(2), name), getattr(coarse, name), atol=1e-15)
+                np.testing.assert_allclose(getattr(fine.subsample(2), name), getattr(coarse, name), atol=1e-15)
             assert fine.train_steps == coarse.train_steps
-    assert Grid.on(own, 4).timesteps.tolist() == [-1, 249, 499, 749, 999]
+    assert Grid.trailing(own, 4).timesteps.tolist() == [-1, 249, 499, 749, 999]
     assert Grid.cosine(4).timesteps.tolist() == [-1, 255, 511, 767, 1023] and Grid.cosine(8192).train_steps == 1024
     assert Grid.cosine(8).level(8) == (0.0, 1.0) and Grid.cosine(8).level(0) == (1.0, 0.0)
     with pytest.raises(ValueError, match="has 1000 timesteps, too few for 1024 steps"):
-        Grid.on(own, 1024)
+        Grid.trailing(own, 1024)

@@ -5,7 +5,7 @@ import torch
 
 from stages.diffusion.few_step import sample
 from stages.diffusion.grid import Grid
-from stages.diffusion.guidance import embed, guide_by
+from stages.diffusion.guidance import embed, guide_by_w
 
 MEAN, OTHER_MEAN, STD = 1.5, -0.5, 0.6
 
@@ -21,11 +21,11 @@ def test_guidance_of_equal_normals_shifts_the_mean_alone():
         of, none = (denoised(z, alpha, sigma, mean) for mean in (MEAN, OTHER_MEAN))
         for w in (0.0, 1.0, 4.0):
             shifted = denoised(z, alpha, sigma, MEAN + w * (MEAN - OTHER_MEAN))
-            torch.testing.assert_close(guide_by(none, of, w), shifted, atol=1e-12, rtol=0)
-        assert torch.equal(guide_by(none, of, 0.0), of)
+            torch.testing.assert_close(guide_by_w(none, of, w), shifted, atol=1e-12, rtol=0)
+        assert torch.equal(guide_by_w(none, of, 0.0), of)
         wide = denoised(z, alpha, sigma, OTHER_MEAN, std=1.2)
         gains = [alpha * s**2 / (alpha**2 * s**2 + sigma**2) for s in (STD, 1.2)]
-        found = guide_by(wide, of, 2.0)
+        found = guide_by_w(wide, of, 2.0)
         assert float((found[-1] - found[0]) / (z[-1] - z[0])) == pytest.approx(3 * gains[0] - 2 * gains[1])
 
 
@@ -33,7 +33,7 @@ def test_a_linear_student_of_every_strength_finds_the_guided_gain_affine_in_w():
     """Fitted exactly to its targets: (1 + w) times one class's own gain, less w times that without a class."""
     alpha, sigma, wide = 0.6, 0.8, 1.2
     z, w = (torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(2, -1) * 4).unbind()
-    target = guide_by(denoised(z, alpha, sigma, OTHER_MEAN, wide), denoised(z, alpha, sigma, MEAN), w)
+    target = guide_by_w(denoised(z, alpha, sigma, OTHER_MEAN, wide), denoised(z, alpha, sigma, MEAN), w)
     gain, by_w, *_ = torch.linalg.lstsq(torch.stack([z, w * z, torch.ones_like(z), w], 1), target[:, None]).solution
     own, none = (alpha * std**2 / (alpha**2 * std**2 + sigma**2) for std in (STD, wide))
     assert float(gain) == pytest.approx(own, abs=1e-10) and float(by_w) == pytest.approx(own - none, abs=1e-10)
@@ -52,7 +52,7 @@ def test_the_stronger_guidance_the_surer_the_class_and_the_narrower_it_is():
         def denoise(z, i):
             first, second = (denoised(z, *grid.level(i), mean) for mean in (1.0, -1.0))
             p = classes(z, *grid.level(i))
-            return guide_by(p * first + (1 - p) * second, first, w)
+            return guide_by_w(p * first + (1 - p) * second, first, w)
 
         noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return sample("ddim", denoise, noise, grid)

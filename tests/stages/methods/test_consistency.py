@@ -101,7 +101,7 @@ def test_the_target_moves_by_its_share_of_the_way_to_the_student(teacher):
 
 def test_a_student_can_be_sampled_where_its_steps_divide_the_points():
     config = ConsistencyConfig(steps=4, solver_steps=20)
-    assert [steps for steps in range(1, 21) if config.why_not_in(steps) is None] == [1, 2, 4, 5, 10, 20]
+    assert [steps for steps in range(1, 21) if config.step_count_error(steps) is None] == [1, 2, 4, 5, 10, 20]
 
 
 def test_the_target_follows_the_student_and_is_kept_in_checkpoints(teacher, tmp_path):
@@ -149,13 +149,13 @@ def test_its_steps_are_no_part_of_its_training(plan, tiny, tmp_path):
     assert retort(*draw, images[0]).returncode == retort(*draw, images[1], "--steps", 2).returncode == 0
     assert images[0].read_bytes() != images[1].read_bytes()
     done = retort(*draw, tmp_path / "no.png", "--steps", 3)
-    assert done.returncode == 2 and "was trained at 20 points, no multiple of 3 steps" in done.stderr
+    assert done.returncode == 2 and "was trained at 20 points, which is not a multiple of 3 steps" in done.stderr
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [
-    ("steps: 2, samples", "steps: 3, samples", "fewer.steps: the student was trained at 20 points, no multiple of 3"),
+    ("steps: 2, samples", "steps: 3, samples", "fewer.steps: the student was trained at 20 points, which is not a m"),
     ("student: student, steps: 2", "pairs: pairs, steps: 2", "steps are those of a student"),
-    ("solver_steps: 20", "solver_steps: 18", "solver_steps: 18 is no multiple of steps: 4"),
+    ("solver_steps: 20", "solver_steps: 18", "solver_steps: 18 is not a multiple of steps: 4"),
     ("w_range: [0.0, 4.0]", "w_range: [0.0, 4.0], guidance_scale: 2.0", "give either guidance_scale or w_range"),
     ("w_range: [0.0, 4.0]", "w_range: [2.0, 4.0]", "w = 1; the student was trained for w from 2 to 4"),
     ("w_range: [0.0, 4.0]", "guidance_scale: 3.0", "has guidance_scale: 3 built in; the pairs have 2"),

@@ -133,9 +133,9 @@ def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
 @pytest.mark.parametrize(("old", "new", "words"), [
     ("[1.0, 3.0]", "[1.0, 5.5]", "guidance_scale: 5.5, w = 4.5; the student was trained for w from 0 to 4"),
     ("w_range: [0.0, 4.0]", "w_range: 4.0", "method.w_range: should be a list, not 4.0"),
-    ("w_range: [0.0, 4.0]", "w_range: [4.0, 4.0]", "w_range is to be two numbers"),
-    ("start_steps: 4", "start_steps: 5", "end_steps: should be what start_steps: 5 comes to by halving, not 2"),
-    ("    latents: latents\n", "    latents: latents\n    start_from: student\n", "the student to go on from takes 1"),
+    ("w_range: [0.0, 4.0]", "w_range: [4.0, 4.0]", "w_range should be two numbers"),
+    ("start_steps: 4", "start_steps: 5", "end_steps: should be start_steps: 5 halved one or more times, not 2"),
+    ("    latents: latents\n", "    latents: latents\n    start_from: student\n", "the student in start_from takes 1"),
 ])  # fmt: skip
 def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
     assert old in CHAIN
@@ -153,7 +153,7 @@ def test_a_chain_that_goes_on_has_no_first_link(tmp_path):
     )
     plan = plan_of(text + more % "1: 3", tmp_path)
     assert [n for n in plan if n.startswith("further")] == ["further/2", "further/1"]
-    with pytest.raises(ManifestError, match=r"training_steps.4: no round comes to so many steps, going on from"):
+    with pytest.raises(ManifestError, match=r"training_steps.4: with `start_from` no round has this"):
         plan_of(text + more % "4: 20, 1: 3", tmp_path)
     for start, end, wrong in ((32, 1, True), (32, 8, True), (32, 16, False)):
         found = list(

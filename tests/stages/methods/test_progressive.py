@@ -59,7 +59,7 @@ def test_it_learns_what_its_teacher_does_in_twice_the_steps(tiny, teacher):
     prompts = read_latents(plan["latents"].artifact.folder, held_out=True).captions[:32]
     noise = torch.randn(32, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     condition = teacher.encode_prompts(prompts)
-    eight = Grid.on(teacher.schedule, 8)
+    eight = Grid.trailing(teacher.schedule, 8)
     many = ManyStep(teacher, eight, 2.0)
     with torch.no_grad():
         wanted = sample("ddim", lambda z, j: many.x0(z, torch.full((len(z),), j), condition), noise, eight)
@@ -100,13 +100,13 @@ def test_a_killed_chain_goes_on_to_the_same_bytes(chain, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [
-    ("start_steps: 8", "start_steps: 12", "end_steps: should be what start_steps: 12 comes to by halving, not 1"),
+    ("start_steps: 8", "start_steps: 12", "end_steps: should be start_steps: 12 halved one or more times, not 1"),
     ("start_steps: 8, end_steps: 1", "start_steps: 8, end_steps: 8", "nothing is halved: give fewer end_steps"),
     ("start_steps: 8", "start_steps: 1024", "method.start_steps: 1024 are more than the teacher's 1000 timesteps"),
     ("{1: 6}", "{1: null}", "training_steps.1: should be a valid integer, not None"),
     ("start_steps: 8", "start_steps: 2097152", "start_steps: should be less than or equal to 524288"),
-    ("{1: 6}", "{3: 6}", "training_steps.3: there is no round to so many steps, not '3'"),
-    ("training_steps: {1: 6}", "schedule: cosine, weighting: snr", "snr counts nothing in pure noise"),
+    ("{1: 6}", "{3: 6}", "training_steps.3: should be the number of steps of a round, not '3'"),
+    ("training_steps: {1: 6}", "schedule: cosine, weighting: snr", "snr is 0 in pure noise"),
     ("    latents: latents\n", "    latents: latents\n    pairs: pairs\n", "give either pairs or latents"),
     ("{name: progressive, ", "{name: knowledge_distillation, ", "unknown key"),
     (" guidance_scale: 2.0,", "", "latents say nothing of guidance_scale: give it, 1 for none"),
@@ -123,8 +123,8 @@ def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
 @pytest.mark.parametrize(("scale", "guided"), [(None, False), (1.0, False), (1.5, True)])
 def test_only_a_scale_above_one_asks_the_teacher_without_a_prompt(scale, guided):
     config = ProgressiveConfig(start_steps=4, end_steps=2, guidance_scale=scale)
-    assert config.guided == guided
-    assert config.why_not_in(2) is None and "steps are 2, not 4" in config.why_not_in(4)
+    assert config.uses_guidance == guided
+    assert config.step_count_error(2) is None and "steps are 2, not 4" in config.step_count_error(4)
 
 
 def test_the_ratio_of_data_to_noise_is_no_weight_where_the_teachers_schedule_ends_in_pure_noise(tiny):
@@ -132,7 +132,7 @@ def test_the_ratio_of_data_to_noise_is_no_weight_where_the_teachers_schedule_end
     config, training = ProgressiveConfig(start_steps=4, end_steps=2, weighting="snr"), TrainingSettings(steps=1)
     assert config.create(Materials(teacher, training)).student.alpha[-1] > 0
     teacher.schedule.alpha[-1], teacher.schedule.sigma[-1] = 0.0, 1.0
-    with pytest.raises(StageError, match="snr counts nothing in pure noise, where the teacher's schedule ends"):
+    with pytest.raises(StageError, match="snr is 0 in pure noise, where the teacher's schedule ends"):
         config.create(Materials(teacher, training))
 
 
@@ -152,8 +152,8 @@ def test_guidance_is_that_of_the_pairs_where_nothing_else_is_said(tiny, teacher)
     assert json.loads((student.folder / "student.json").read_text())["guidance_scale"] == 2.0
     assert "Guidance 2 is built in." in (student.folder / "README.md").read_text()
     materials = Materials(teacher, TrainingSettings(steps=1), guidance_scale=2.0)
-    assert materials.many_step(Form(steps=2)).default_w == 1.0
-    assert materials.many_step(Form(steps=2, guidance_scale=4.0)).default_w == 3.0
+    assert materials.teacher_denoiser(Form(steps=2)).default_w == 1.0
+    assert materials.teacher_denoiser(Form(steps=2, guidance_scale=4.0)).default_w == 3.0
 
 
 def test_guidance_that_is_that_of_the_pairs_is_checked_as_any_other(tmp_path):

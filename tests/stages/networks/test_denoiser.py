@@ -15,15 +15,15 @@ def test_a_teacher_is_asked_where_its_ratio_of_data_to_noise_is_the_grids(teache
     grid, known = Grid.cosine(64), teacher.schedule.log_snr
     wanted = (2 * np.log(grid.alpha[1:-1] / grid.sigma[1:-1])).clip(known[-1])
     torch.testing.assert_close(log_snr[1:-1], torch.from_numpy(wanted), atol=1e-9, rtol=0)
-    own = ManyStep(teacher, Grid.on(teacher.schedule, 50))
-    assert own.timesteps[1:].tolist() == Grid.on(teacher.schedule, 50).timesteps[1:].tolist()
+    own = ManyStep(teacher, Grid.trailing(teacher.schedule, 50))
+    assert own.timesteps[1:].tolist() == Grid.trailing(teacher.schedule, 50).timesteps[1:].tolist()
 
 
 def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
     """An epsilon teacher is asked for x0."""
     of_noise = LatentTeacher(stable_diffusion_layout(tmp_path / "sd"))
     z, i = torch.randn(3, *of_noise.latent_shape), torch.tensor([2, 3, 4])
-    condition, grid = of_noise.encode_prompts(["a", "b", ""]), Grid.on(of_noise.schedule, 4)
+    condition, grid = of_noise.encode_prompts(["a", "b", ""]), Grid.trailing(of_noise.schedule, 4)
     x0 = ManyStep(of_noise, grid).x0(z, i, condition)
     for k in range(3):
         alpha, sigma = grid.level(int(i[k]))
@@ -46,14 +46,14 @@ def test_beyond_its_cleanest_level_a_teacher_is_read_at_the_grids(teacher, monke
 
 def test_a_teacher_computes_in_its_own_precision_whatever_the_student_trains_in(teacher):
     z, condition = torch.randn(2, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 2)
-    many, i = ManyStep(teacher, Grid.on(teacher.schedule, 4), 5.0), torch.tensor([4, 2])
+    many, i = ManyStep(teacher, Grid.trailing(teacher.schedule, 4), 5.0), torch.tensor([4, 2])
     wanted = many.x0(z, i, condition)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(many.x0(z, i, condition), wanted)
 
 
 def test_without_guidance_the_target_is_the_conditional_output_bit_for_bit(teacher):
-    grid, z = Grid.on(teacher.schedule, 4), torch.randn(3, *teacher.latent_shape)
+    grid, z = Grid.trailing(teacher.schedule, 4), torch.randn(3, *teacher.latent_shape)
     condition, i = teacher.encode_prompts(["a red handwritten seven"] * 3), torch.tensor([4, 2, 1])
     many = ManyStep(teacher, grid)
     batch = torch.cat([teacher.encode_prompts([""] * 3), condition])

@@ -129,7 +129,7 @@ def test_what_plain_diffusers_cannot_do_is_said(teacher, form, words):
 
 def test_steps_that_miss_the_teachers_timesteps_are_not_for_plain_diffusers(teacher):
     form = Form(steps=3, sampler="consistency")
-    student, grid = Student.from_teacher(teacher, form, 30), Grid.on(teacher.schedule, 3)
-    assert student.grid.every(10).timesteps.tolist() == grid.timesteps.tolist()
+    student, grid = Student.from_teacher(teacher, form, 30), Grid.trailing(teacher.schedule, 3)
+    assert student.grid.subsample(10).timesteps.tolist() == grid.timesteps.tolist()
     why = why_not_plain(form, grid, scheduler_of(form, grid, teacher.folder))
     assert "rounds the timesteps of 3 steps otherwise" in why

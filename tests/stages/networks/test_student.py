@@ -33,6 +33,6 @@ def test_the_last_point_is_trained_on_noise_alone_whatever_the_schedule_ends_in(
     condition = teacher.encode_prompts(["a red handwritten seven"] * 3)
     first = teacher.denoiser(["a red handwritten seven"] * 3, 1.0)(noise, 999)
     alpha, sigma = teacher.schedule.at(999)
-    for grid in (Grid.on(teacher.schedule, 4), Grid.cosine(4)):
+    for grid in (Grid.trailing(teacher.schedule, 4), Grid.cosine(4)):
         x0 = ManyStep(teacher, grid).x0(noise, torch.full((3,), 4), condition)
         torch.testing.assert_close(x0, alpha * noise - sigma * first, atol=1e-5, rtol=1e-5)

@@ -20,28 +20,62 @@ from pipeline.reference.completion import complete_runs_or_paths
     show_default=True,
     help="Where to write the page.",
 )
+@click.option(
+    "--figure",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw images to this file (.png, .pdf, ...), with labels and prompts, for a README or a paper.",
+)
+@click.option(
+    "--row",
+    "row_names",
+    multiple=True,
+    metavar="NAME",
+    help="A row of the figure, named as in the table. Repeat for several; default: all rows.",
+)
+@click.option(
+    "--columns", type=click.IntRange(1), default=8, show_default=True, help="The most columns that the figure has."
+)
 @json_option
-def compare(run_names: tuple[str, ...], store: str | None, html: Path, as_json: bool) -> None:
+def compare(
+    run_names: tuple[str, ...],
+    store: str | None,
+    html: Path,
+    figure: Path | None,
+    row_names: tuple[str, ...],
+    columns: int,
+    as_json: bool,
+) -> None:
     """Compare the students of RUNs with their teacher: a table, and a page of images from the same noise.
 
     Students that were evaluated with the same teacher, noises and prompts make one section, whichever run they are of.
+    A figure is of one section: the first that has all the rows.
     """
     from pipeline.errors import UsageError
     from pipeline.views import tables
-    from pipeline.views.compare import collect, remarks
-    from stages.reports.comparison import page
+    from pipeline.views.compare import collect, pictured, remarks
+    from stages.reports import comparison
     from stages.reports.sections import sections
 
+    if row_names and not figure:
+        raise UsageError("--row chooses the rows of a figure; give --figure FILE too")
     runs = [find_run(name, store) for name in dict.fromkeys(run_names or (None,))]
     evaluations, not_made = collect(runs)
     compared, missing = sections(evaluations), remarks(not_made)
+    drawn = comparison.figure(pictured(compared, row_names), columns) if figure else None
     try:
-        html.write_text(page(compared, missing), encoding="utf-8")
+        html.write_text(comparison.page(compared, missing), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--html {html} cannot be written: {error.strerror}") from None
+    if drawn and figure:
+        try:
+            drawn.save(figure)
+        except (OSError, ValueError) as error:  # ValueError: no format is named so
+            raise UsageError(f"--figure {figure} cannot be written: {error}") from None
     result = {
         "sections": [section.as_dict() for section in compared],
         "not_made": [one.as_dict() for one in not_made],
         "page": str(html),
+        "figure": figure and str(figure),
     }
-    print_result(as_json, result, lambda: "\n\n".join([tables.compared(compared, missing), f"page: {html}"]))
+    files = [f"page: {html}", *([f"figure: {figure}"] if figure else [])]
+    print_result(as_json, result, lambda: "\n\n".join([tables.compared(compared, missing), "\n".join(files)]))

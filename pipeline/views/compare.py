@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pipeline.runs import Run, status_of
 from pipeline.store import RECORD
 from pipeline.store.artifacts import changed_file
 from stages.evaluate import Evaluate
-from stages.reports.sections import Evaluated
+from stages.reports.sections import Evaluated, Section
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,17 @@ def remarks(not_made: Sequence[NotMade]) -> list[str]:
     lines = [f"not made yet: stage {one.stage} of run {one.run.name} ({one.why})" for one in not_made]
     again = dict.fromkeys(f"retort resume {one.run.name} --store {one.run.store.root}" for one in not_made)
     return [*lines, *(f"carry on with: {command}" for command in again)]
+
+
+def pictured(compared: Sequence[Section], names: Sequence[str]) -> Section:
+    """The first section that has images of all these rows, with these rows alone, in this order. No names stand for
+    all rows. Raises UsageError if there is none."""
+    for section in compared:
+        rows = {row.name: row for row in section.rows if row.picture}
+        if rows.keys() >= set(names):
+            return replace(section, rows=[rows[name] for name in names or rows])
+    known = dict.fromkeys(row.name for section in compared for row in section.rows if row.picture)
+    raise UsageError("\n".join(["no section has images of all the rows of --row; rows with images:", *known]))
 
 
 def _of_run(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:

@@ -1,33 +1,136 @@
-"""From a network's images to something a person can look at."""
+"""Images for a person to look at: strips of them, tables of them in pages, and figures."""
 
 from __future__ import annotations
 
 import base64
+import html
+import textwrap
+from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # pages are made by commands that import neither before they need it
     import numpy as np
     from numpy.typing import NDArray
+    from PIL import Image, ImageFont
+
+    Row = tuple[str, list[Image.Image]]
+    """A label and images of one size, one a column. Lines of the label after its first are notes."""
+
+IN_PAGE, IN_FIGURE = 64, 96
+"""Pixels that an image is wide, at least. A smaller one is enlarged by a whole factor, without smoothing."""
+MARGIN, GUTTER, LEADING = 16, 6, 17
+LABEL, LINES = 190, 6
+"""Pixels that the labels of a figure may be wide, and lines that a label or a caption may have."""
+PAPER, INK, FAINT = "#ffffff", "#1f1f1f", "#6b6b6b"
+
+STYLE = """
+:root { color-scheme: light dark; --faint: color-mix(in srgb, CanvasText 60%, Canvas);
+  --line: color-mix(in srgb, CanvasText 20%, Canvas); --band: color-mix(in srgb, CanvasText 6%, Canvas) }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; background: Canvas; color: CanvasText }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem } p, h2 { max-width: 60rem }
+table { border-spacing: 0; margin: 1rem 0 } th { text-align: left; font-weight: 500; overflow-wrap: anywhere }
+small { color: var(--faint); font-size: .8rem; font-weight: 400 } th small { display: block }
+
+/* captions and the first row stay at the top, labels at the left */
+.images thead { position: sticky; top: 0; z-index: 2; background: Canvas }
+.images th { position: sticky; left: 0; min-width: 9rem; max-width: 15rem; padding-right: 1rem; line-height: 1.25;
+  background: Canvas }
+.images td { padding: 3px; vertical-align: bottom } .images img { display: block; image-rendering: pixelated }
+.images td div { max-height: 5.5rem; overflow: hidden; color: var(--faint); font-size: .65rem; line-height: 1.25;
+  text-align: center; hyphens: auto; overflow-wrap: anywhere }
+"""
+"""Of a page that holds a `table`. Colours are the reader's own, light or dark."""
 
 
 def strip(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Images (N, 3, H, W) in [-1, 1] side by side: (H, N * W, 3) in 0 to 255."""
-    import numpy as np  # here: pages are also made of PNG files alone, by commands that import no numpy
+    import numpy as np
 
     levels = ((images + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8)
     return np.concatenate(levels.transpose(0, 2, 3, 1), axis=1)
 
 
-def png(image: NDArray[np.uint8]) -> bytes:
-    """An image (H, W, 3) as a file's content."""
-    from PIL import Image
+def cut(strip: Image.Image, columns: int) -> list[Image.Image]:
+    """The single images of a strip."""
+    width = strip.width // columns
+    return [strip.crop((width * i, 0, width * (i + 1), strip.height)) for i in range(columns)]
 
+
+def data_url(image: Image.Image) -> str:
+    """An image as a PNG file in a URL, so that a page is one file."""
     buffer = BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def data_url(content: bytes) -> str:
-    """A PNG file as a URL that stands for itself in a page."""
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+def table(rows: Sequence[Row], captions: Sequence[str]) -> str:
+    """Single images as an HTML table, with a label at the left of each row and a caption on top of each column."""
+    width = _wide(rows[0][1][0], IN_PAGE)
+    above = "".join(
+        f'<td><div style="width: {width}px" title="{html.escape(text)}">{html.escape(text)}</div></td>'
+        for text in captions
+    )
+    body = []
+    for label, images in rows:
+        name, *notes = map(html.escape, label.split("\n"))
+        cells = "".join(
+            f'<td><img alt="{name}: {html.escape(text)}" width="{width}" src="{data_url(image)}"></td>'
+            for text, image in zip(captions, images, strict=True)
+        )
+        below = "".join(f"<small>{note}</small>" for note in notes)
+        body.append(f'<tr><th scope="row">{name}{below}</th>{cells}</tr>\n')
+    return (
+        f'<table class="images"><thead><tr><th></th>{above}</tr>\n{body[0]}</thead>'
+        f"<tbody>{''.join(body[1:])}</tbody></table>\n"
+    )
+
+
+def figure(rows: Sequence[Row], captions: Sequence[str]) -> Image.Image:
+    """The same as an image of its own, on white paper, in the font that Pillow carries (ASCII only)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    large, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    one = rows[0][1][0]
+    width = _wide(one, IN_FIGURE)
+    height = width // one.width * one.height
+    above = [_wrapped(text, small, width) for text in captions]
+    labels = [
+        [
+            (text, FAINT if n else INK)
+            for n, line in enumerate(label.split("\n"))
+            for text in _wrapped(line, large, LABEL)
+        ]
+        for label, _ in rows
+    ]
+    left = MARGIN + int(max(large.getlength(line) for label in labels for line, _ in label)) + 3 * GUTTER
+    top = MARGIN + LEADING * max(map(len, above)) + GUTTER
+    across, down = width + GUTTER, max(height, LEADING * max(map(len, labels))) + GUTTER
+    size = (left + across * len(captions) - GUTTER + MARGIN, top + down * len(rows) - GUTTER + MARGIN)
+    paper = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(paper)
+    for column, lines in enumerate(above):
+        for n, line in enumerate(reversed(lines), 1):
+            place = (left + across * column + width / 2, top - GUTTER - LEADING * n)
+            draw.text(place, line, FAINT, small, anchor="ma")
+    for row, (label, (_, images)) in enumerate(zip(labels, rows, strict=True)):
+        y = top + down * row
+        for n, (line, ink) in enumerate(label):
+            draw.text((MARGIN, y + (down - GUTTER - LEADING * len(label)) / 2 + LEADING * n), line, ink, large)
+        for column, image in enumerate(images):
+            paper.paste(image.resize((width, height), Image.Resampling.NEAREST), (left + across * column, y))
+    return paper
+
+
+def _wide(image: Image.Image, least: int) -> int:
+    """Pixels that an image is drawn wide: a multiple of its own, `least` or more."""
+    return -(-least // image.width) * image.width
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels, LINES at most."""
+    for characters in range(max(1, min(len(text), width)), 0, -1):
+        lines = textwrap.wrap(text, characters, max_lines=LINES, placeholder="…")
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return lines

@@ -57,6 +57,12 @@ def title(side: str, values: Mapping[str, Any]) -> str:
     return {"vae_reconstruction": "VAE reconstruction"}.get(side, side)
 
 
+def calls(values: Mapping[str, Any]) -> str:
+    """What a side costs, in words; empty for a reference."""
+    count = words(values, "network_calls")[0]
+    return f"{count} network call{'s' if count != '1' else ''}" if count else ""
+
+
 def legend(metrics: Mapping[str, Any]) -> list[str]:
     """What the columns mean, a line each."""
     lines = [

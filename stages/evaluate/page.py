@@ -1,4 +1,4 @@
-"""Writes the images of an evaluation: a strip for each side, a grid of all sides, and a self-contained HTML page."""
+"""What an evaluation leaves to look at: a strip of images a side, a figure of all sides, one self-contained page."""
 
 from __future__ import annotations
 
@@ -12,22 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.data.pictures import data_url, png, strip
+from stages.data import pictures
 from stages.evaluate import figures
 
 COLUMNS = 16
 STRIP = 2048
 """Pixels that a strip may be wide, unless four images are wider: strips of many students make one page."""
-ZOOM = 64
-"""Pixels that an image's side is drawn with in the grid, at least."""
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; text-align: right }
-th { border-bottom: 1px solid #888 } td:first-child, th:first-child { text-align: left }
-tr.student td { font-weight: 600 } .reference td { color: #666 } small { color: #666 }
-.row { display: flex; align-items: center; margin: 2px 0 } .row span { width: 8rem; flex: none }
-.row img { image-rendering: pixelated; width: calc(100% - 8rem) }
+.figures td, .figures th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
+.figures td:first-child { text-align: left } .student td { font-weight: 600 } .reference td { color: var(--faint) }
 """
 
 
@@ -38,29 +32,26 @@ def columns(samples: int, width: int) -> list[int]:
 
 
 def write(
-    output: Path, metrics: Mapping[str, Any], pictures: Mapping[str, NDArray[np.float32]], shown: Mapping[str, Any]
+    output: Path, metrics: Mapping[str, Any], images: Mapping[str, NDArray[np.float32]], shown: Mapping[str, Any]
 ) -> None:
-    """Write `rows/SIDE.png` (one noise a column, in native resolution), `grid.png` (all of them), `shown.json` (which
-    noises and prompts they are) and `index.html`. `pictures` maps a side's name to its images (N, 3, H, W) in
-    [-1, 1], made from `shown["prompts"]`."""
-    strips = {name: strip(images) for name, images in pictures.items()}
+    """Write `rows/SIDE.png` (one noise a column, in native resolution), `grid.png` (all of them, labelled),
+    `shown.json` (which noises and prompts they are) and `index.html`. `images` maps a side's name to its images
+    (N, 3, H, W) in [-1, 1], made from `shown["prompts"]`."""
     (output / "rows").mkdir(exist_ok=True)
-    for name, row in strips.items():
-        (output / "rows" / f"{name}.png").write_bytes(png(row))
-    Image.fromarray(_enlarge(np.concatenate(list(strips.values())), pictures)).save(output / "grid.png")
+    rows = []
+    for side, values in metrics["sides"].items():
+        strip = Image.fromarray(pictures.strip(images[side]))
+        strip.save(output / "rows" / f"{side}.png")
+        label = f"{figures.title(side, values)}\n{figures.calls(values)}"
+        rows.append((label, pictures.cut(strip, len(shown["prompts"]))))
+    pictures.figure(rows, shown["prompts"]).save(output / "grid.png")
     text = json.dumps(shown, indent=2, ensure_ascii=False)
     (output / "shown.json").write_text(text + "\n", encoding="utf-8")
-    captions = " · ".join(map(html.escape, shown["prompts"]))
-    rows = "".join(
-        f'<div class="row"><span>{figures.title(name, metrics["sides"][name])}</span>'
-        f'<img alt="{name}" src="{data_url(png(row))}"></div>'
-        for name, row in strips.items()
-    )
     (output / "index.html").write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: student and teacher</title>
-<style>{STYLE}</style><h1>Student and teacher</h1>
-<p>Every column is one noise and one prompt, the same in all rows.</p>{rows}<p><small>{captions}</small></p>
-{_table(metrics)}{_legend(metrics)}</html>
+<style>{pictures.STYLE}{STYLE}</style><h1>Student and teacher</h1>
+<p>Every column is one noise and one prompt, the same in all rows.</p>
+{pictures.table(rows, shown["prompts"])}{_table(metrics)}{_legend(metrics)}</html>
 """,
         encoding="utf-8",
     )
@@ -76,7 +67,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
         for kind, rows in groups
         for name, values in rows.items()
     )
-    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+    return f'<table class="figures"><tr><th></th>{head}</tr>{body}</table>'
 
 
 def _cell(values: Mapping[str, Any], key: str) -> str:
@@ -86,8 +77,3 @@ def _cell(values: Mapping[str, Any], key: str) -> str:
 
 def _legend(metrics: Mapping[str, Any]) -> str:
     return "".join(f"<p><small>{html.escape(line)}</small></p>" for line in figures.legend(metrics))
-
-
-def _enlarge(grid: NDArray[np.uint8], pictures: Mapping[str, NDArray[np.float32]]) -> NDArray[np.uint8]:
-    scale = max(1, ZOOM // next(iter(pictures.values())).shape[2])
-    return grid.repeat(scale, 0).repeat(scale, 1)

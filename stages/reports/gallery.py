@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from stages.base import Artifact, Execution, StageError
 from stages.data import tars
 from stages.data.images.files import IMAGES
 from stages.data.inspection.foreign import MOST, small_image
 from stages.data.inspection.source import Source
-from stages.data.pictures import data_url, png
+from stages.data.pictures import data_url
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.data.statistics import EDGES
@@ -65,8 +66,6 @@ def _images(target: str) -> Iterator[Picture]:
 
 
 def _of_tar(file: Any) -> Iterator[Picture]:
-    from PIL import Image
-
     for sample in tars.walk(file):
         position = file.tell()
         kind = next((kind for kind in IMAGES if kind in sample.members), None)
@@ -84,8 +83,6 @@ def _of_tar(file: Any) -> Iterator[Picture]:
 def write_samples(folder: Path, shown: Iterable[Picture]) -> None:
     """Write `00000.png`, ... and `metadata.jsonl`: a folder that Hugging Face's imagefolder reads. The names are
     numbers: what a shard calls its samples is never a path here. Raises StageError for a folder with files in it."""
-    from PIL import Image
-
     if folder.exists() and any(folder.iterdir()):
         raise StageError(f"{folder} is not empty; name another place with --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +104,7 @@ figure img { width: 128px; image-rendering: pixelated } svg { background: #f6f6f
 def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Picture]) -> None:
     """One self-contained HTML file: figures, histograms, samples."""
     figures = "".join(
-        f'<figure><img alt="" src="{data_url(png(image))}">'
+        f'<figure><img alt="" src="{data_url(Image.fromarray(image))}">'
         f"<figcaption>{html.escape(prompt[:200])}</figcaption></figure>"
         for image, prompt in shown
     )

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.store import RECORD
-from stages.data.pictures import png
+from stages.data.pictures import cut
 from stages.evaluate import figures as columns
 from stages.reports.chart import chart, family
 from stages.reports.comparison import page
@@ -105,7 +105,8 @@ def test_what_is_shown_is_kept_with_the_evaluation(store):
     assert held_out.prompts == shown["prompts"] and set(shown["samples"]) <= set(range(64, 84))
     for side in ("teacher_5", "teacher_2", "student"):
         assert Image.open(folder / "rows" / f"{side}.png").size == (16 * 16, 16)
-    assert Image.open(folder / "grid.png").size == (16 * 64, 3 * 64)
+    width, height = Image.open(folder / "grid.png").size  # at six times the native 16 pixels, and labels beside them
+    assert width > 16 * 96 + 100 and height > 3 * 96
 
 
 class Checked(HTMLParser):
@@ -133,18 +134,39 @@ class Checked(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_holds_each_strip_as_it_was_stored(store, tmp_path):
+def test_the_page_holds_each_image_as_it_was_stored(store, tmp_path):
     found = compare(store, tmp_path, "first")
     text = (tmp_path / "c.html").read_text()
     seen = Checked(text)
     assert "http" not in text and "<script" not in text
     rows = [row for section in found["sections"] for row in section["rows"]]
-    for (name, image), row in zip(seen.images, rows, strict=True):
-        assert name == row["name"] and (image == np.asarray(Image.open(row["picture"]))).all()
+    stored = [(row, part) for row in rows if row["picture"] for part in cut(Image.open(row["picture"]), 16)]
+    for (name, image), (row, part) in zip(seen.images, stored, strict=True):
+        assert name.startswith(f"{row['name']}: ") and (image == np.asarray(part)).all()
     for words in (*found["sections"][0]["shown"]["prompts"], "s / image", "knowledge_distillation"):
         assert words in seen.words
     assert any("± is one standard error" in words for words in seen.words)
     assert any("stage later of run first" in words for words in seen.words)
+
+
+def test_a_figure_of_chosen_rows_in_their_order(store, tmp_path):
+    out = tmp_path / "f.png"
+    found = compare(store, tmp_path, "first", "--figure", out)
+    assert found["figure"] == str(out)
+    width, height = Image.open(out).size
+    assert 8 * 96 < width < 8 * 102 + 200 and 5 * 96 < height < 5 * 102 + 150
+    compare(store, tmp_path, "first", "--figure", out, "--columns", "2", "--row", "short", "--row", "teacher, 5 steps")
+    figure = np.asarray(Image.open(out))
+    section = found["sections"][0]
+    pictures = {row["name"]: row["picture"] for row in section["rows"]}
+    tops = []
+    for name in ("short", "teacher, 5 steps"):
+        image = np.asarray(cut(Image.open(pictures[name]), 16)[0]).repeat(6, 0).repeat(6, 1)
+        windows = np.lib.stride_tricks.sliding_window_view(figure, (*image.shape,))[:, :, 0]
+        ((top, _),) = np.argwhere((windows == image).all((-3, -2, -1)))
+        tops.append(top)
+    assert tops[0] < tops[1] and figure.shape[1] < 2 * 102 + 200
+    assert compare(store, tmp_path, "first")["figure"] is None
 
 
 def test_comparing_imports_nothing_heavy():
@@ -168,6 +190,13 @@ def test_nothing_to_compare_is_exit_2(store, tmp_path):
     assert done.returncode == 2 and f"no run 'none' in store {store}: it has:" in done.stderr
     done = retort("compare", "first", "--store", store, "--html", tmp_path / "no" / "c.html")
     assert done.returncode == 2 and "c.html cannot be written: No such file or directory" in done.stderr
+    for arguments, refusal in [
+        (("--figure", tmp_path / "f.png", "--row", "none"), "rows with images:\nteacher, 5 steps\n"),
+        (("--figure", tmp_path / "f.unknown"), "f.unknown cannot be written: unknown file extension: .unknown"),
+        (("--row", "short"), "--row chooses the rows of a figure; give --figure FILE too"),
+    ]:
+        done = retort("compare", "first", "--store", store, "--html", tmp_path / "c.html", *arguments)
+        assert done.returncode == 2 and refusal in done.stderr
 
 
 def test_damage_and_older_versions_are_told(store, tmp_path):
@@ -194,6 +223,9 @@ def test_damage_and_older_versions_are_told(store, tmp_path):
 # --- Sections and means, from figures given directly ---
 
 
+SHOWN = {"pairs": "p", "teacher": "t", "seed": 0, "samples": [1, 0], "prompts": ["a <b>cat</b>", "x & y"]}
+
+
 def evaluated(folder, student, mse, **changed):
     """An evaluation whose strips are red; `changed` are keys of metrics.json."""
     sides = {
@@ -203,12 +235,11 @@ def evaluated(folder, student, mse, **changed):
     }
     about = {"samples": 100, "split": "test", "dtype": "float32", "micro_batch": 64}
     metrics = {**about, "student": f"{student}-{mse}", "sides": sides, **changed}
-    shown = {"pairs": "p", "teacher": "t", "seed": 0, "samples": [1, 0], "prompts": ["a <b>cat</b>", "x & y"]}
     (folder / "rows").mkdir(exist_ok=True)
     for side in sides:
-        (folder / "rows" / f"{side}.png").write_bytes(png(np.full((8, 16, 3), (255, 0, 0), np.uint8)))
+        Image.new("RGB", (16, 8), (255, 0, 0)).save(folder / "rows" / f"{side}.png")
     training = {"method": "knowledge_distillation", "training_steps": 10, "trained_seconds": 5.0}
-    return Evaluated(student, training, "noises of <pairs>", folder, metrics, shown)
+    return Evaluated(student, training, "noises of <pairs>", folder, metrics, SHOWN)
 
 
 def test_evaluations_that_disagree_on_their_teacher_are_of_different_sections(tmp_path):
@@ -272,7 +303,9 @@ def test_names_and_prompts_are_escaped(tmp_path):
     text = page(sections([evaluated(tmp_path, name, 0.1)]), ["<i>missing</i>"])
     seen = Checked(text)
     assert {name, "a <b>cat</b>", "x & y", "<i>missing</i>", "noises of <pairs>: 100 samples"} <= set(seen.words)
-    assert "<script" not in text and [alt for alt, _ in seen.images] == ["teacher, 20 steps", "teacher, 4 steps", name]
+    assert "<script" not in text and [alt for alt, _ in seen.images] == [
+        f"{row}: {prompt}" for row in ("teacher, 20 steps", "teacher, 4 steps", name) for prompt in SHOWN["prompts"]
+    ]
 
 
 def test_a_sweep_over_seeds_has_a_mean(store, tmp_path):

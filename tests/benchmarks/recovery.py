@@ -14,13 +14,13 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.store import load_artifact
 from stages.base import Execution
+from stages.data import pictures
 from stages.data.latents import read_latents
 from stages.losses.augmentation import Augmentation
 from stages.losses.perceptual import PerceptualLoss
@@ -57,14 +57,6 @@ def words(values: Tensor) -> str:
     return f"{float(values.mean()):.4f} ± {float(values.std() / len(values) ** 0.5):.4f}"
 
 
-def draw(rows: list[Tensor], path: Path) -> None:
-    """A row a distance, the targets on top."""
-    pixels = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-    levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(levels))
-    picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("perceptual", type=Path)
@@ -74,18 +66,24 @@ def main() -> None:
     given = parser.parse_args()
     latents = load_artifact(given.perceptual).inputs["latents"]
     teacher = load_network(latents.inputs["teacher"].folder, Execution())
-    target = torch.from_numpy(read_latents(latents.folder, held_out=True).batch(slice(0, given.targets)))
+    held_out = read_latents(latents.folder, held_out=True)
+    target, prompts = torch.from_numpy(held_out.batch(slice(0, given.targets))), held_out.captions[: given.targets]
     images = teacher.decode(target)
+    rows: list[pictures.Row] = []
 
-    print(f"{given.targets} targets, {given.steps} steps; rows of the figure in this order, below the targets\n")
+    def add(label: str, decoded: Tensor) -> None:
+        rows.append((label, pictures.cut(Image.fromarray(pictures.strip(decoded.numpy())), len(prompts))))
+
+    print(f"{given.targets} targets, {given.steps} steps\n")
     print("| distance | latent MSE | image MSE |\n|---|---|---|")
-    rows = [images]
+    add("targets", images)
     for name, distance in distances(given.perceptual):
         latent = recovered(distance, target, given.steps)
-        rows.append(teacher.decode(latent))
-        print(f"| {name} | {words(mse(latent, target))} | {words(mse(rows[-1], images))} |", flush=True)
+        decoded, error = teacher.decode(latent), words(mse(latent, target))
+        add(f"{name}\nlatent MSE {error}", decoded)
+        print(f"| {name} | {error} | {words(mse(decoded, images))} |", flush=True)
     if given.draw:
-        draw(rows, given.draw)
+        pictures.figure(rows, prompts).save(given.draw, optimize=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from stages.evaluate import figures
 from stages.teacher.stage import SHIPPED
 
 NAME = "digit_scenes"
@@ -68,31 +69,32 @@ def measure(name: str, folder: str, store: Path) -> dict:
 
 
 def draw(out: Path) -> None:
-    """Rows: held-out images, the VAE's reconstructions of them, and the teacher in 20, 4, 2 and 1 steps of DDIM, every
-    column of those from one noise and one prompt."""
+    """Rows: held-out images, the VAE's reconstructions of them, and what the teacher draws from the same captions in
+    20, 4, 2 and 1 steps of DDIM, from one noise a column."""
     import numpy as np
     import torch
     from PIL import Image
 
     from stages.base import Execution
+    from stages.data import pictures
     from stages.data.images.config import DigitScenes
-    from stages.data.images.load import captions, load
+    from stages.data.images.load import load
     from stages.data.noise import noise_for
-    from stages.data.pictures import strip
     from stages.diffusion.config import Sampler
     from stages.networks.teachers import load_network, solve
 
-    columns = 16
+    columns = 8
     teacher = load_network(SHIPPED / NAME, Execution())
-    real = torch.from_numpy(load(DigitScenes(), held_out=True, limit=columns).pixels())
+    held_out = load(DigitScenes(), held_out=True, limit=columns)
+    real, prompts = torch.from_numpy(held_out.pixels()), held_out.captions
     noise = np.stack([noise_for(0, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(columns)])
-    prompts = list(captions(DigitScenes()))[:columns]
     with torch.inference_mode():
-        rows = [real, teacher.decode(teacher.encode(real))]
-        rows += [teacher.decode(solve(teacher, noise, prompts, Sampler(steps=n))) for n in (20, 4, 2, 1)]
-    picture = np.concatenate([strip(row.numpy()) for row in rows])
-    Image.fromarray(picture.repeat(2, 0).repeat(2, 1)).save(out)
-    print(out, *prompts, sep="\n")
+        images = {"held-out images": real, "VAE reconstructions": teacher.decode(teacher.encode(real))}
+        for steps in (20, 4, 2, 1):
+            label = figures.title(f"teacher_{steps}", {})
+            images[label] = teacher.decode(solve(teacher, noise, prompts, Sampler(steps=steps)))
+    rows = [(label, pictures.cut(Image.fromarray(pictures.strip(x.numpy())), columns)) for label, x in images.items()]
+    pictures.figure(rows, prompts).save(out, optimize=True)
 
 
 def ship(artifact: Path) -> None:

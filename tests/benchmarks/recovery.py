@@ -83,7 +83,7 @@ def main() -> None:
         add(f"{name}\nlatent MSE {error}", decoded)
         print(f"| {name} | {error} | {words(mse(decoded, images))} |", flush=True)
     if given.draw:
-        pictures.figure(rows, prompts).save(given.draw, optimize=True)
+        pictures.figure(rows, prompts).save(given.draw)
 
 
 if __name__ == "__main__":

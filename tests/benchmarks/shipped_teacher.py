@@ -94,7 +94,7 @@ def draw(out: Path) -> None:
             label = figures.title(f"teacher_{steps}", {})
             images[label] = teacher.decode(solve(teacher, noise, prompts, Sampler(steps=steps)))
     rows = [(label, pictures.cut(Image.fromarray(pictures.strip(x.numpy())), columns)) for label, x in images.items()]
-    pictures.figure(rows, prompts).save(out, optimize=True)
+    pictures.figure(rows, prompts).save(out)
 
 
 def ship(artifact: Path) -> None:

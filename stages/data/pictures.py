@@ -19,9 +19,12 @@ if TYPE_CHECKING:  # pages are made by commands that import neither before they 
 
 IN_PAGE, IN_FIGURE = 64, 96
 """Pixels that an image is wide, at least. A smaller one is enlarged by a whole factor, without smoothing."""
-MARGIN, GUTTER, LEADING = 16, 6, 17
-LABEL, LINES = 190, 6
-"""Pixels that the labels of a figure may be wide, and lines that a label or a caption may have."""
+MARGIN, GUTTER, LEADING, LABEL, LARGE, SMALL = 16, 6, 17, 190, 15, 12
+"""Pixels in a figure: the border, the space between images, the height of a line, the widest label, and the sizes of the
+fonts of labels and captions. They grow in proportion to images wider than GROWS."""
+GROWS = 192
+LINES = 6
+"""A caption has at most so many lines, and a line of a label is wrapped to at most so many."""
 PAPER, INK, FAINT = "#ffffff", "#1f1f1f", "#6b6b6b"
 
 STYLE = """
@@ -90,33 +93,35 @@ def figure(rows: Sequence[Row], captions: Sequence[str]) -> Image.Image:
     """The same as an image of its own, on white paper, in the font that Pillow carries (ASCII only)."""
     from PIL import Image, ImageDraw, ImageFont
 
-    large, small = ImageFont.load_default(15), ImageFont.load_default(12)
     one = rows[0][1][0]
     width = _wide(one, IN_FIGURE)
     height = width // one.width * one.height
+    unit = max(1.0, width / GROWS)
+    margin, gutter, leading, widest = (round(unit * pixels) for pixels in (MARGIN, GUTTER, LEADING, LABEL))
+    large, small = (ImageFont.load_default(unit * size) for size in (LARGE, SMALL))
     above = [_wrapped(text, small, width) for text in captions]
     labels = [
         [
             (text, FAINT if n else INK)
             for n, line in enumerate(label.split("\n"))
-            for text in _wrapped(line, large, LABEL)
+            for text in _wrapped(line, large, widest)
         ]
         for label, _ in rows
     ]
-    left = MARGIN + int(max(large.getlength(line) for label in labels for line, _ in label)) + 3 * GUTTER
-    top = MARGIN + LEADING * max(map(len, above)) + GUTTER
-    across, down = width + GUTTER, max(height, LEADING * max(map(len, labels))) + GUTTER
-    size = (left + across * len(captions) - GUTTER + MARGIN, top + down * len(rows) - GUTTER + MARGIN)
+    left = margin + int(max(large.getlength(line) for label in labels for line, _ in label)) + 3 * gutter
+    top = margin + leading * max(map(len, above)) + gutter
+    across, down = width + gutter, max(height, leading * max(map(len, labels))) + gutter
+    size = (left + across * len(captions) - gutter + margin, top + down * len(rows) - gutter + margin)
     paper = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(paper)
     for column, lines in enumerate(above):
         for n, line in enumerate(reversed(lines), 1):
-            place = (left + across * column + width / 2, top - GUTTER - LEADING * n)
+            place = (left + across * column + width / 2, top - gutter - leading * n)
             draw.text(place, line, FAINT, small, anchor="ma")
     for row, (label, (_, images)) in enumerate(zip(labels, rows, strict=True)):
         y = top + down * row
         for n, (line, ink) in enumerate(label):
-            draw.text((MARGIN, y + (down - GUTTER - LEADING * len(label)) / 2 + LEADING * n), line, ink, large)
+            draw.text((margin, y + (down - gutter - leading * len(label)) / 2 + leading * n), line, ink, large)
         for column, image in enumerate(images):
             paper.paste(image.resize((width, height), Image.Resampling.NEAREST), (left + across * column, y))
     return paper

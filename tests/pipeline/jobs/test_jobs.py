@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import jobs
 from pipeline.engines.nodes import needs
 from pipeline.errors import StageFailed
+from pipeline.jobs import job as jobs
 from pipeline.jobs.dashboard import ask
 from stages.data.files import sha256_of
 from tests.support.cli import ROOT, command

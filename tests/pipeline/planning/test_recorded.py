@@ -132,7 +132,7 @@ def decides_nothing(node: object) -> bool:
 
 def source_hash(kind: str) -> str:
     """SHA-256 of the code of all modules that RESULTS names for a stage kind, in an order that no name decides."""
-    files = {file for pattern in RESULTS[kind] for glob in globs(pattern) for file in STAGES.glob(glob)}
+    files = {file for pattern in RESULTS.get(kind, ()) for glob in globs(pattern) for file in STAGES.glob(glob)}
     codes = sorted(json.dumps(code(ast.parse(file.read_text(encoding="utf-8")))) for file in files)
     return hashlib.sha256("\n".join(codes).encode()).hexdigest()
 
@@ -169,7 +169,9 @@ def test_sources_are_those_recorded_for_their_versions():
 
 
 def test_every_stage_kind_names_modules_that_exist():
-    assert RESULTS.keys() == KINDS.built_in.keys()
+    assert RESULTS.keys() == KINDS.built_in.keys(), (
+        "RESULTS needs an entry for each stage kind: the modules whose code decides its results"
+    )
     named = {glob for patterns in RESULTS.values() for pattern in patterns for glob in globs(pattern)}
     missing = sorted(glob for glob in named if not any(STAGES.glob(glob)))
     assert not missing, f"RESULTS names modules that do not exist: {', '.join(missing)}"

@@ -11,6 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.manifest import Manifest
 from pipeline.manifest.settings import about, settings_of, words
 from pipeline.reference.explain import REGISTRIES, names, text, topics
+from stages import KINDS
 from stages.methods import METHODS
 from tests.support.cli import BLOCKER, ROOT, retort
 
@@ -61,7 +62,7 @@ def of(path):
         ("manifest.name", "text: letters, digits, - and _", "required"),
         ("e_latent_lpips.augment", "text", "bg"),
         ("guided.match_first", "true", True),
-        ("manifest.stages", "teacher | latents | pairs | perceptual | distill | probe | evaluate, by name", "required"),
+        ("manifest.stages", f"{' | '.join(KINDS.built_in)}, by name", "required"),
     ],
 )
 def test_types_and_defaults_in_words(path, allowed, default):
@@ -101,7 +102,7 @@ def test_the_command_explains(tmp_path):
     training = next(s for s in found[0]["settings"] if s["name"] == "training")
     assert training["required"] and {"steps", "learning_rate"} <= {s["name"] for s in training["settings"]}
     assert json.loads(retort("explain", "--json").stdout)["methods"] == list(METHODS.built_in)
-    assert "stage kinds\n  teacher, latents, pairs, perceptual, distill, probe, evaluate\n" in retort("explain").stdout
+    assert f"stage kinds\n  {', '.join(KINDS.built_in)}\n" in retort("explain").stdout
 
 
 def test_the_page_of_all_settings_is_current():

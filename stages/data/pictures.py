@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # pages are made by commands that import neither before they 
 IN_PAGE, IN_FIGURE = 64, 96
 """Pixels that an image is wide, at least. A smaller one is enlarged by a whole factor, without smoothing."""
 MARGIN, GUTTER, LEADING, LABEL, LARGE, SMALL = 16, 6, 17, 190, 15, 12
-"""Pixels in a figure: the border, the space between images, the height of a line, the widest label, and font sizes of
+"""Pixels in a figure: border, space between images, height of a line, widest label, and the sizes of the fonts of
 labels and captions. They grow in proportion to images wider than GROWS."""
 GROWS = 192
 LINES = 6

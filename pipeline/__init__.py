@@ -1,8 +1,7 @@
-"""Runs the stages of a pipeline: manifest, plan, store, engines and command line. What stages compute is in
-`stages`.
+"""Runs the stages of a pipeline: manifests, plans, the store, engines and the command line.
 
-Nothing here imports torch.
+`stages` holds what each stage computes. Nothing here imports torch.
 """
 
 DEFAULT_STORE = "./retort-store"
-"""The store if none is given, relative to the folder in which the command is started."""
+"""The path of the store if none is given, relative to the current folder."""

@@ -1,4 +1,4 @@
-"""The built-in stage kinds, by their names in a manifest. Importing this module imports no torch."""
+"""The registry of stage kinds, by their names in a manifest. Importing this module does not import torch."""
 
 from stages.base import Stage
 from stages.distill import Distill

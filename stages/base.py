@@ -1,8 +1,20 @@
-"""The stage interface: settings, inputs, artifacts, and the context that a stage runs in.
+"""The stage interface: settings, inputs, artifacts, and the context in which a stage runs.
 
 A stage is a function of (settings, sealed inputs, seed) that fills a folder. Its class is a pydantic model of the
 settings, and its method `run` is the function. This module and all modules that define stages import no torch, so that
 planning stays fast.
+
+Terms:
+
+- artifact: the folder that a stage fills. It is sealed when it is finished: it then holds `artifact.json`, which lists
+  the hash of every file.
+- fingerprint: the hash of everything that decides a stage's result. An artifact is stored under its fingerprint.
+- stale: an artifact is stale if the manifest now gives its stage another fingerprint, or if an input was made again
+  with different bytes. The stage is then run again.
+- part: a file that a stage finishes on its own, such as a shard of pairs. Parts lie in a pool, a folder that several
+  artifacts may share.
+- chain: a stage of a manifest that stands for several stages, its links. Each link reads the link before it.
+- hub: the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -24,10 +36,10 @@ Result = TypeVar("Result")
 
 
 SCRATCH = "checkpoints"
-"""A folder below a stage's output for its private files. It is removed when the artifact is sealed."""
+"""The subfolder of a stage's output for checkpoints and other temporary files. Sealing removes it."""
 
 LARGEST_SEED = 2**63 - 1
-"""The largest seed that the random number generators accept."""
+"""The largest seed that a manifest may give: the largest signed 64-bit integer."""
 
 
 class StageError(Exception):
@@ -39,43 +51,53 @@ class StageError(Exception):
 
 @dataclass(frozen=True)
 class Input:
-    """The field names a stage of this kind in the manifest, or the path of a sealed artifact of this kind."""
+    """Marks a field that refers to a stage of this kind by name, or to a sealed artifact of this kind by path."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """The field names a file, a folder or a hub repository. Its content enters the fingerprint, not its name."""
+    """Marks a field that names a file, a folder or a hub repository.
+
+    The fingerprint depends on the content (the sha256 of the files, or the commit of the repository), not on the name.
+    """
 
     revision_field: str | None = None
-    """The neighbouring field that holds the hub revision. If given, the value may be a hub repository `owner/name`.
-    If None, the value is a path and may be a glob."""
+    """The name of the field, in the same class, that holds the hub revision. If given, the value may be a hub
+    repository `owner/name`. If None, the value is a path or a glob."""
     files: tuple[str, ...] = ("**/*",)
-    """Patterns of the files that are read from a folder. Only these enter the fingerprint."""
+    """Glob patterns of the files that the stage reads from a folder. Other files do not change the fingerprint."""
     shipped: Mapping[str, Path] = field(default_factory=dict, hash=False)
-    """Short names of folders that are installed with Retort. Settings keep the name, because the path may change."""
+    """Short name -> folder that is installed with Retort. Settings store the name, because the path may change."""
 
     def source(self, value: str) -> str:
-        """Return the path or hub repository for a value of the field. Shipped names become paths."""
+        """Return the path or hub repository that a value of the field refers to. Shipped names become paths."""
         return str(self.shipped.get(value, value))
 
 
 @dataclass(frozen=True)
 class Neutral:
-    """The field was added later. At its default value it is left out of fingerprints, so old artifacts stay valid."""
+    """Marks a field that is newer than some artifacts.
+
+    Fingerprints omit it while it has its default value, so that old artifacts stay valid.
+    """
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The field changes how many samples there are, not their values. It is left out of the pool's hash."""
+    """Marks a field that changes the number of samples but not their values.
+
+    The fingerprint of the pool omits it, so that a larger number of samples reuses the finished parts.
+    """
 
 
 class Config(BaseModel):
     """Base class of all settings: immutable and strictly typed. Unknown keys are errors."""
 
     VERSION: ClassVar[int] = 1
-    """Raise it when the same settings give different results. It enters the fingerprint if it is above 1."""
+    """The version of the code behind these settings. Increase it if a change of the code changes results. Fingerprints
+    contain it if it is above 1."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
@@ -86,7 +108,7 @@ class Execution(Config):
     """How a stage is run. These settings are recorded with the artifact, but changing them makes nothing stale."""
 
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of each worker; default: the cores divided by the workers"
+        None, ge=1, description="CPU threads of each worker; default: number of cores / number of workers"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device that the stage computes on; auto uses a GPU if there is one"
@@ -95,26 +117,28 @@ class Execution(Config):
 
 @dataclass(frozen=True)
 class Link:
-    """One stage of a chain, such as student/16 of the chain student."""
+    """One stage of a chain, such as student/16 of the chain `student`."""
 
     label: str
     """The number in the stage's name: "16" in student/16."""
     settings: dict[str, Any]
-    """The settings of this stage, as in a manifest. Not validated."""
+    """The settings of this stage, unvalidated, in the form that they have in a manifest."""
     previous: str
-    """The field that names the link before this one. The first link keeps the value from the manifest."""
+    """The name of the field that refers to the link before this one. In the first link, the field keeps its value from
+    the manifest."""
     origins: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
-    """Where settings of this link stand in the chain's settings: path in the link -> path in the chain. Only for
-    settings that have moved. Error messages use it to show the right line."""
+    """Path of a setting in this link -> its path in the chain's settings, where the two differ. Error messages use it
+    to show the right line of the manifest."""
 
 
 class Stage(Config):
     """Base class of all stage kinds."""
 
     VERSION: ClassVar[int]
-    """Raise it when the same settings give different results. It always enters the fingerprint."""
+    """The version of the stage's code. Increase it if a change of the code changes results. Fingerprints always contain
+    it."""
     PARALLEL: ClassVar[bool] = False
-    """Whether the stage uses several workers, through `StageContext.map`."""
+    """Whether the stage can use several workers, through `StageContext.map`."""
     kind: str
     seed: int | None = Field(
         None, ge=0, le=LARGEST_SEED, description="seed of all random numbers of the stage; default: the manifest's seed"
@@ -125,7 +149,7 @@ class Stage(Config):
     def chain(cls, settings: Mapping[str, Any]) -> Sequence[Link]:
         """Return the links of the chain that these unvalidated settings describe, in order.
 
-        The result is empty if the settings describe a single stage, or are invalid. Validation reports errors later.
+        The result is empty if the settings describe a single stage or are invalid. Validation reports errors later.
         """
         return []
 
@@ -134,32 +158,35 @@ class Stage(Config):
         yield from ()
 
     def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
-        """Yield warnings for the user before the stage runs. Only quick checks belong here."""
+        """Yield warnings for the user before the stage runs. The checks must be fast."""
         yield from ()
 
     def damage(self, folder: Path) -> str | None:
-        """Describe files outside the sealed `folder` that the artifact needs and that are missing or changed.
+        """Describe the damage to the parts of the sealed artifact in `folder`, or return None if there is none.
 
-        Returns None if there are none. This check must be fast: it compares sizes and does not hash files."""
+        This check must be fast: it looks for missing parts and for parts of another size, and hashes none. Raises
+        StageError if the list of parts cannot be read."""
         return None
 
     def parts(self, folder: Path) -> Mapping[str, str]:
-        """Return the pool's files that the sealed `folder` lists: path below the pool -> sha256.
+        """Return the parts of the sealed artifact in `folder`: path below the pool -> sha256.
 
-        Raises StageError if the list cannot be read."""
+        Raises StageError if the list of parts cannot be read."""
         return {}
 
     def damaged_parts(self, folder: Path) -> Mapping[str, str]:
-        """Return the damaged files of the pool: path below the pool -> what is wrong.
+        """Return the damaged parts of the sealed artifact in `folder`: path below the pool -> what is wrong.
 
         Every part is read and hashed. Raises StageError if the list of parts cannot be read."""
         return {}
 
     def discard(self, pool: Path, parts: Sequence[str]) -> None:
-        """Remove parts from the pool. If the process dies midway, a half-removed part counts as removed."""
+        """Remove `parts` from the pool. A part must count as missing if the process dies while it removes the part."""
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
-        """Describe the progress of an interrupted attempt that a new attempt resumes from, or return None."""
+        """Describe the work of an interrupted attempt that a new attempt can continue, or return None if there is none.
+
+        `work` is the output folder of the interrupted attempt. `pool` is the folder of parts."""
         return None
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
@@ -194,55 +221,61 @@ class Artifact:
 
     @property
     def sha256(self) -> str:
-        """Hash of the names and contents of the sealed files.
+        """The hash of the names and contents of the sealed files.
 
-        It differs between results that share a fingerprint but not their bytes, for example from two GPU models.
-        Raises OSError, ValueError or KeyError if there is no valid record."""
+        Artifacts of one fingerprint have different hashes if their bytes differ, for example because two GPU models
+        made them. Raises OSError, ValueError or KeyError if there is no valid record."""
         files = json.dumps(self.record["files"], sort_keys=True)
         return hashlib.sha256(files.encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is: `done` of `total` units."""
+    """The progress of a stage: `done` of `total` units are finished."""
 
     done: int
     total: int
     unit: str
-    """What is counted, in the plural: "steps", "pairs"."""
+    """The name of the units, in the plural: "steps", "pairs"."""
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Numbers to show and log with the progress, such as the loss."""
+    """Scalars to show and log with the progress, such as the loss."""
 
 
 class StageContext(Protocol):
-    """What a running stage can use. It is the same on every engine."""
+    """The interface that a running stage uses: its inputs, folders, workers and messages.
+
+    The interface is the same wherever the workers run: in this process, or on Ray.
+    """
 
     inputs: Mapping[str, Artifact]
     """The sealed inputs, by the dotted path of the field that names them."""
     fingerprint: str
     seed: int
     contents: Mapping[str, str]
-    """The identity of each `Content` field when the plan was made: dotted path -> `sha256:...` or `hub:COMMIT`."""
+    """Dotted path of each `Content` field -> identity of its content when the plan was made: `sha256:...` or
+    `hub:COMMIT`."""
     output: Path
-    """The folder to fill. It keeps what an interrupted attempt has written. Its subfolder SCRATCH and hidden files are
-    removed when the artifact is sealed."""
+    """The folder to fill. Files of an interrupted attempt are still there. Sealing removes the subfolder SCRATCH and
+    hidden files."""
     pool: Path
-    """The folder of finished parts. All artifacts that differ only in `Extent` fields share it."""
+    """The folder of finished parts. Artifacts that differ only in `Extent` fields share it."""
     threads: int
     """The number of CPU threads that each worker may use."""
 
     def map(
         self, make_worker: Callable[[], Callable[[Item], Result]], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result]]:
-        """Call `make_worker()(item)` for each item on a pool of workers. Yield (item, result) as items finish.
+        """Process the items on the stage's workers. Yield (item, result) in the order in which items finish.
 
-        A worker calls `make_worker` once and keeps the result. A lost worker is replaced. A failed item is tried again
-        a limited number of times. Then StageError is raised, with the item in its message."""
+        Each worker calls `work = make_worker()` once and then `work(item)` for each of its items. A lost worker is
+        replaced. A failed item is retried a limited number of times. After that, StageError is raised, and its message
+        names the item."""
 
     def run(self, function: Callable[..., Generator[Progress, None, Result]], *arguments: Any) -> Result:
-        """Run a generator function on one worker and return its result. The progress that it yields is shown.
+        """Run a generator function on one worker, show the progress that it yields, and return its result.
 
-        If the worker is lost, the function is called again. It must resume from its files."""
+        If the worker is lost, the function is called again. It must then continue from the files that it has written.
+        """
 
     def progress(self, progress: Progress) -> None:
         """Show and log the progress of the stage."""
@@ -253,10 +286,10 @@ class StageContext(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Marks a field whose value is validated by the class `registry[value[key]]`. A bare word means `{key: word}`.
+    """Marks a field whose value names its class. `registry[value[key]]` validates the value.
 
-    A registry is used instead of a union of types, so that other packages can add classes. A class that cannot be
-    loaded is reported as an error of the manifest that names it.
+    A bare word stands for `{key: word}`. The classes are in a registry instead of a union of types, so that other
+    packages can add classes. If a class cannot be loaded, validation reports an error of the manifest.
     """
 
     key: str

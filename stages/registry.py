@@ -1,9 +1,9 @@
 """Registries: the names that a manifest may use, and their classes.
 
 A class is built in, or another installed package offers it by an entry point
-(https://packaging.python.org/specifications/entry-points). Packages are searched only for a name that is not built in,
-or to list all names. A package's module is imported only when one of its names is used. Plans that use built-in names
-only stay fast.
+(https://packaging.python.org/specifications/entry-points). A registry looks for entry points only to find a name that
+is not built in, or to list all names. It imports a package's module only when one of its names is used. So planning
+stays fast for manifests that use built-in names only.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class PluginError(Exception):
 
 
 class Registry(Mapping[str, type[T]]):
-    """A mapping from names to subclasses of `base`. Packages cannot replace built-in names.
+    """A mapping from names to subclasses of `base`.
 
-    `group` is the group of entry points. `key` is the field of `base` that holds the name in a manifest. Packages may
-    not offer `reserved` names.
+    `group` is the group of entry points. `key` is the field of `base` that holds the name in a manifest. Packages can
+    neither replace built-in names nor offer `reserved` names.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class Registry(Mapping[str, type[T]]):
         return len(self.built_in) + len(self._offered)
 
     def package(self, name: str) -> str | None:
-        """Return the package that offers a name, or several, joined by commas. None for a built-in name."""
+        """Return the name of the package that offers `name`, or None for a built-in name.
+
+        The names of several packages are joined by commas. Raises KeyError for an unknown name."""
         return None if name in self.built_in else ", ".join(sorted(map(_package, self._offered[name])))
 
     @cached_property
@@ -75,7 +77,7 @@ class Registry(Mapping[str, type[T]]):
             packages = " and ".join(sorted(map(_package, entries)))
             raise PluginError(
                 f"{packages} both offer {name!r} (entry points of {self.group}); "
-                "uninstall one of them, or have one renamed"
+                "uninstall one of them, or rename one of the entry points"
             )
         entry = entries[0]
         reason = self._name_error(name)
@@ -95,15 +97,15 @@ class Registry(Mapping[str, type[T]]):
     def _name_error(self, name: str) -> str | None:
         if not re.fullmatch(NAME, name):
             return "a name consists of lower-case letters, digits and _, and starts with a letter"
-        return "Retort keeps that name for itself" if name in self._reserved else None
+        return "Retort reserves this name" if name in self._reserved else None
 
     def _class_error(self, name: str, found: object) -> str | None:
         wanted = f"{self.base.__module__}.{self.base.__name__}"
         if not isinstance(found, type) or not issubclass(found, self.base):
-            return f"{found!r:.80} is no subclass of {wanted}"
+            return f"{found!r:.80} is not a subclass of {wanted}"
         annotation = found.model_fields[self.key].annotation
         allowed = get_args(annotation) if get_origin(annotation) is Literal else (name,)
-        return None if name in allowed else f"its class says {self.key}: {' or '.join(map(str, allowed))}"
+        return None if name in allowed else f"its class has {self.key}: {' or '.join(map(str, allowed))}"
 
 
 def _package(entry: EntryPoint) -> str:

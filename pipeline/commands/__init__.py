@@ -1,1 +1,1 @@
-"""The commands of `retort`, a file for each group. Only click is imported at the top, so that --help is instant."""
+"""The commands of `retort`, one file for each group. Modules import only click at the top, so that --help is fast."""

@@ -1,6 +1,6 @@
-"""Engines run the work of a stage: in this process (`inline`), or on Ray (`ray`), in a local Ray or on a cluster.
+"""Engines run the work of a stage, either in this process (`inline`) or on a local or remote Ray cluster (`ray`).
 
-Both follow the protocol in `engine`. Only `ray` and `pipeline.jobs` import Ray. Engines know nothing of runs or of the
+Both implement the protocol in `engine`. Only `ray` and `pipeline.jobs` import Ray. Engines do not use runs or the
 store.
 """
 

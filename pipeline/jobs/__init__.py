@@ -1,6 +1,6 @@
-"""Runs as jobs of a Ray cluster: submitted, followed and stopped through the dashboard of the cluster.
+"""Submits, follows and stops runs as jobs of a Ray cluster, through the cluster's dashboard.
 
-A job executes `retort resume`, so it does what the command does. The workers of a stage are in `pipeline.engines`.
+A job executes `retort resume` on the cluster. `pipeline.engines` starts the workers of a stage.
 """
 
 from pipeline.jobs.job import Job, alive, follow, load, stop, submit

@@ -1,6 +1,6 @@
-"""Planning: which stages of a manifest are reused, which run, and why.
+"""Planning decides which stages of a manifest are reused and which are run, and gives the reasons.
 
-Planning reads and hashes files. It makes no artifact and no run. Plans are carried out by `pipeline.runs`.
+Planning reads and hashes files. It makes no artifact and no run. `pipeline.runs` carries plans out.
 """
 
 from pipeline.planning.content import read_contents

@@ -1,4 +1,7 @@
-"""What outside files and repositories hold: the sha256 of their bytes, or the commit of a hub repository."""
+"""Identifies contents: files by the sha256 of their bytes, and repositories of the Hugging Face Hub by their commit.
+
+A content is a file, folder or repository outside the store that a stage reads.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from stages.data.files import EVERYTHING, sha256_of, sha256_of_all, stamp_of, wr
 
 
 class Unknown(str):
-    """Stands in for an identity that cannot be determined now. The text says why, and what to do."""
+    """Takes the place of an identity that cannot be determined. The text says why, and what the user can do."""
 
 
 Contents = Mapping[str, Mapping[str, str]]
-"""stage -> path of the field -> identity: `sha256:HEX`, `hub:COMMIT`, or Unknown."""
+"""Stage -> field path -> identity of the content: `sha256:HEX`, `hub:COMMIT`, or Unknown."""
 
 
 def read_contents(loaded: Loaded, cache_file: Path) -> Contents:
-    """Identify everything that the manifest's stages read from outside the store. Hashes are cached in `cache_file`."""
+    """Return the identities of all contents that the manifest's stages read. Hashes are cached in `cache_file`."""
     cache = HashCache(cache_file)
     contents = {name: identify(stage, cache) for name, stage in loaded.manifest.stages.items()}
     cache.save()
@@ -31,13 +34,14 @@ def read_contents(loaded: Loaded, cache_file: Path) -> Contents:
 
 
 def identify(stage: Stage, cache: HashCache) -> Mapping[str, str]:
-    """Path of the field -> identity, for everything that one stage reads from outside the store."""
+    """Return field path -> identity of all contents that one stage reads."""
     return {field.path: _identify_field(field, cache) for field in marked(stage, Content)}
 
 
 def pinned(manifest: Manifest, contents: Contents) -> Manifest:
-    """Return the manifest with each hub revision replaced by the commit that was found. A resumed run then asks no
-    hub."""
+    """Return the manifest with each hub revision replaced by its commit in `contents`.
+
+    A resumed run then sends no request to the hub."""
     stages = dict(manifest.stages)
     for name, stage in manifest.stages.items():
         commits = {}
@@ -64,7 +68,7 @@ def _identify_field(field: Marked, cache: HashCache) -> str:
 
 
 def _hub_commit(repository: str, revision: str | None) -> str:
-    """The commit that a hub id stands for now. A full commit is returned unchecked, without a network call."""
+    """Return the current commit of a hub repository. A full commit is returned without a request to the hub."""
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return f"hub:{revision}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
@@ -82,8 +86,10 @@ def _hub_commit(repository: str, revision: str | None) -> str:
 
 
 class HashCache:
-    """The sha256 of files, cached in one JSON file. A cached hash is used while the file's size, modification time and
-    inode are unchanged. A cache file that cannot be read counts as empty."""
+    """Caches the sha256 of files in one JSON file.
+
+    A cached hash is used as long as the size, modification time and inode of its file are the same. A cache that cannot
+    be read counts as empty."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -96,7 +102,9 @@ class HashCache:
         """Path -> [*stamp, sha256]. Entries of another form are ignored."""
 
     def sha256_of(self, source: str | Path, patterns: Sequence[str] = EVERYTHING) -> str:
-        """As `stages.data.files.sha256_of_all`, with cached hashes."""
+        """Return the sha256 of a file, or of the names and hashes of several files: a folder or a glob.
+
+        `patterns` selects files of a folder. Raises FileNotFoundError if there is no file."""
         return sha256_of_all(str(source), patterns, self._file_hash)
 
     def _file_hash(self, path: Path) -> str:
@@ -109,7 +117,7 @@ class HashCache:
         return found
 
     def save(self) -> None:
-        """Write the cache if it changed. A cache that cannot be written is skipped: it only saves time."""
+        """Write the cache if it changed. Errors are ignored, because the cache only saves time."""
         if self._changed and self._file.parent.exists():
             try:
                 write_atomically(self._file, json.dumps(self._known).encode())

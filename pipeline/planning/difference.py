@@ -1,4 +1,4 @@
-"""Compare two plans, stage by stage."""
+"""Compares two plans, stage by stage."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from pipeline.planning.fingerprint import changes
 
 PlanRecord = Mapping[str, Mapping[str, Any]]
-"""A plan as a run's plan.json holds it: stage -> PlannedStage.as_dict()."""
+"""The content of a run's plan.json: stage name -> PlannedStage.as_dict()."""
 
 
 def difference(before: PlanRecord, after: PlanRecord) -> dict[str, list[str]]:
-    """stage -> its changes, in words. Stages without a change are left out."""
+    """Return stage name -> changes from `before` to `after`, in words. Unchanged stages are omitted."""
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys([*before, *after]):
         if name not in after:

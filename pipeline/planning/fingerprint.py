@@ -1,4 +1,7 @@
-"""The identity of an artifact, its hash (the fingerprint), and the changes between two identities."""
+"""Identities of artifacts, their hashes (fingerprints), and the changes between two identities.
+
+The identity of an artifact is a dict of everything that decides its content.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ DIGITS = 20
 """Hexadecimal digits of a fingerprint: 80 bits."""
 
 NOT_IN_SETTINGS = ("kind", "seed", "execution")
-"""Fields of every stage that are not among the settings of its identity. `kind` and `seed` have keys of their own
-there. `execution` is left out: it must not change a result."""
+"""Fields of stages that the `settings` of an identity omit. `kind` and `seed` have their own keys in the identity.
+`execution` must not change a result."""
 
 
 def identity(stage: Stage, seed: int, inputs: Mapping[str, str], contents: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that decides a stage's result: its kind, its VERSION, its seed, its validated settings, the
-    fingerprints of its `inputs`, and the identities of the outside `contents` that it reads.
+    """Return the identity of a stage's artifact: the kind, VERSION, seed and validated settings of the stage, the
+    fingerprints of its `inputs`, and the identities of its `contents`.
 
-    Settings classes inside the stage, such as a method's, add their own VERSION when it is above 1. The execution
-    settings are left out.
+    Contents are files and repositories outside the store. Settings inside the stage, such as those of a method, contain
+    their own VERSION if it is above 1. The settings in `execution` are omitted.
     """
     return {
         "kind": stage.kind,
@@ -36,21 +39,22 @@ def identity(stage: Stage, seed: int, inputs: Mapping[str, str], contents: Mappi
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Hash an identity: DIGITS hexadecimal digits, whatever the order of the keys."""
+    """Return the hash of an identity, DIGITS hexadecimal digits. The order of the keys does not matter."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:DIGITS]
 
 
 def pool_fingerprint(stage: Stage, identity: Mapping[str, Any]) -> str:
-    """Hash a stage's identity without its `Extent` settings, such as the number of pairs. Artifacts that differ only in
-    those settings share a pool."""
+    """Return the hash of a stage's identity without its `Extent` settings, such as the number of pairs.
+
+    Artifacts that differ only in those settings share a pool."""
     return fingerprint({**identity, "settings": _settings(stage, set(NOT_IN_SETTINGS), extents=False)})
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], files: Mapping[str, str]) -> Iterator[str]:
-    """The changes from one identity to another, in words: `sampler.steps 50 -> 25`, `prompts.parquet changed`.
+    """Yield the changes from one identity to another, in words: `sampler.steps 50 -> 25`, `prompts.parquet changed`.
 
-    `files` gives the path or repository of each of the second identity's contents, by field path.
+    `files` maps the field path of each content of `after` to its path or repository.
     """
     old, new = dict(_flat(before)), dict(_flat(after))
     for path in sorted({*old, *new}):
@@ -81,8 +85,9 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _input_and_content_fields(config: Config) -> Iterator[str]:
-    """Names of the fields that are left out of the settings: inputs, outside contents and hub revisions. The identity
-    has their fingerprints and hashes instead of their names."""
+    """Yield the names of fields that hold inputs, contents or hub revisions.
+
+    The settings of an identity omit them, because the identity contains their fingerprints and hashes."""
     for name, info in type(config).model_fields.items():
         for marker in info.metadata:
             if isinstance(marker, Input | Content):

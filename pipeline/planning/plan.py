@@ -1,4 +1,7 @@
-"""Make a plan: compare a manifest with the store, and say what each stage needs and why. Nothing is changed."""
+"""Makes plans: compares a manifest with the store and says for each stage what has to be done, and why.
+
+Planning changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,16 @@ from pipeline.store import Store, load_artifact
 from stages.base import Artifact, Content, Input
 
 State = Literal["reuse", "resume", "run", "blocked"]
-"""reuse: the artifact is sealed and whole. resume: an unfinished attempt, or parts of the pool, can be continued. run:
-it is made from the start. blocked: an outside content is unknown, or an input is blocked."""
+"""What has to be done for a stage.
+
+reuse: nothing, because its artifact is sealed and undamaged. resume: continue an unfinished attempt, or add to the
+parts in the pool. run: make the artifact from the start. blocked: the stage cannot run, because the identity of a
+content is unknown or an input is blocked."""
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What will be done for one stage, and why."""
+    """One stage of a plan."""
 
     name: str
     state: State
@@ -31,21 +37,21 @@ class PlannedStage:
     """The reason for `state`, in words."""
     artifact: Artifact
     identity: Mapping[str, Any]
-    """Everything that decides the result; see `fingerprint.identity`."""
+    """Everything that decides the artifact's content; see `fingerprint.identity`."""
     seed: int
     contents: Mapping[str, str]
-    """Identity of each of its outside contents, by field path."""
+    """Field path -> identity of each content that the stage reads."""
     pool: Path
-    """The folder of parts that artifacts with other `Extent` settings share."""
+    """The folder of parts. Artifacts that differ only in `Extent` settings share it."""
     reads: Sequence[str]
-    """The stages of the same plan whose artifacts this stage reads."""
+    """The names of the stages in this plan whose artifacts this stage reads."""
     files: Mapping[str, str]
-    """Path or repository of each of its outside contents, by field path."""
+    """Field path -> path or repository of each content that the stage reads."""
     forced: bool
-    """Whether it is made again even if a whole artifact exists."""
+    """Whether the artifact is made again even if it is sealed and undamaged."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What plan.json and --json hold of the stage."""
+        """Return the entry of this stage in plan.json and in the output of --json."""
         return {
             "state": self.state,
             "why": self.why,
@@ -60,7 +66,7 @@ class PlannedStage:
 
 
 Plan = Sequence[PlannedStage]
-"""Each stage comes after its inputs."""
+"""The stages of a manifest, ordered so that each stage comes after the stages that it reads."""
 
 
 def make_plan(
@@ -72,11 +78,11 @@ def make_plan(
 ) -> Plan:
     """Plan every stage of the manifest.
 
-    `previous` is the run's last plan, by stage; reasons name what changed since. Stages in `force`, and all stages that
-    depend on them, are made again.
+    `previous` maps stage names to their entries in the run's last plan. The reasons in the new plan name the changes
+    since then. Stages in `force`, and all stages that depend on them, are made again.
 
     Raises ManifestError with all problems: those of `loaded`, inputs that cannot be used, and settings that contradict
-    settings of other stages.
+    those of other stages.
     """
     planned: dict[str, PlannedStage] = {}
     problems = list(loaded.problems)
@@ -104,7 +110,7 @@ def make_plan(
 
 
 def _artifact_at(folder: Path, kind: str, store: Store) -> Artifact:
-    """Load a sealed artifact given by its path. Raises UsageError if it is of another kind than `kind`, or damaged."""
+    """Load the sealed artifact in `folder`. Raises UsageError if it is not of kind `kind`, or if it is damaged."""
     artifact = load_artifact(folder)
     if artifact.kind != kind:
         raise UsageError(f"needs an artifact of kind {kind}; {folder} is of kind {artifact.kind}")

@@ -1,4 +1,4 @@
-"""The stages of a plan that a command carries out or makes again: --only, --from and --force."""
+"""Selects the stages of a plan that a command carries out (--only, --from) or makes again (--force)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipeline.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Selection:
-    """Stage names as a user gave them. The name of a matrix or of a chain stands for all its stages."""
+    """Stage names that the user gave on the command line. The name of a matrix or chain stands for all its stages."""
 
     only: Sequence[str] = ()
-    """--only: carry out these stages alone."""
+    """--only: carry out these stages and no others."""
     onward: Sequence[str] = ()
     """--from: carry out these stages and all stages that depend on them."""
     force: Sequence[str] = ()
@@ -27,14 +27,14 @@ class Selection:
         return bool(self.only or self.onward)
 
     def forced(self, names: Sequence[str]) -> set[str]:
-        """Those of `names` that --force asks for. Raises UsageError for a name that matches none."""
+        """Return the names among `names` that --force selects. Raises UsageError if a name of --force matches none."""
         return _resolve(names, self.force)
 
     def of(self, plan: Plan) -> set[str]:
-        """Names of the stages to carry out.
+        """Return the names of the stages to carry out.
 
-        Raises UsageError for a name that matches no stage of the plan, for a blocked stage, and for a stage that reads
-        an artifact that is neither sealed nor about to be made.
+        Raises UsageError for a name that matches no stage of the plan, for a selected stage that is blocked, and for a
+        selected stage with an input that is neither sealed nor selected.
         """
         names = [stage.name for stage in plan]
         wanted = _resolve(names, self.only)

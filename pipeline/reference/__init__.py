@@ -1,5 +1,6 @@
-"""What settings mean and how to start: `explain`, the manifests of `init` (`starter`, `templates`), shell `completion`.
+"""Help for users. `explain` describes settings. `markdown` writes docs/manifest.md. `starter` fills in the manifests of
+`retort init` from `templates`. `completion` completes words in the shell.
 
-Everything is read from the settings' classes, so a plugin's settings are included. Import its modules by name: the
-command line imports `completion` at every start, and the others cost more.
+All of it is read from the classes of settings, so the settings of plug-ins are included. This file imports none of the
+modules, because every start of the command line imports `completion`, and the other modules are slow to import.
 """

@@ -1,9 +1,9 @@
 """The store: sealed artifacts, work in progress, pools of parts, locks and runs.
 
 STORE/KIND/FINGERPRINT/      a sealed artifact; its artifact.json is written last
-STORE/KIND/pool/FINGERPRINT/ finished parts, such as shards; several artifacts of a kind may share them
-STORE/work/KIND-FINGERPRINT/ what an unfinished attempt has made so far
-STORE/locks/                 one file for each artifact and pool, locked while it is being made
+STORE/KIND/pool/FINGERPRINT/ a pool of parts, such as shards; several artifacts of a kind may share it
+STORE/work/KIND-FINGERPRINT/ the files of an unfinished attempt
+STORE/locks/                 a file for each artifact and pool, locked while that is being made
 STORE/runs/NAME/             a run; see runs/run.py
 STORE/contents.json          cached hashes of files
 """
@@ -26,22 +26,23 @@ from stages.data.files import fsync_folder, is_temporary, sha256_of, write_atomi
 from stages.registry import PluginError
 
 RECORD = "artifact.json"
+"""The file that seals an artifact: settings, inputs, versions, times, file hashes, metrics."""
 UNSEALED = "unsealed.json"
-"""The record of an artifact that is being repaired or made again."""
+"""The file that holds the record while the artifact is being repaired or made again."""
 INPUT_HASHES = ".inputs.json"
-"""A file in a work folder: the sha256 of each input that the attempt reads."""
+"""The file in a work folder that holds the sha256 of each input of the attempt."""
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
-"""The errors of reading a damaged record."""
+"""The exceptions that reading a damaged record can raise."""
 NOT_INSTALLED = "which no installed package offers; install the package that it was made with"
 
 
 def is_url(root: Path | str) -> bool:
-    """Whether a store is given by a URL, such as s3://BUCKET/PREFIX, and not by a path."""
+    """Whether the location of a store is a URL, such as s3://BUCKET/PREFIX, instead of a path."""
     return "://" in str(root)
 
 
 class Store:
-    """A store in a folder. The folder is on a disk of this machine, or shared by all nodes of a cluster.
+    """A store in the folder `root`. All nodes of a cluster must share the folder.
 
     Raises UsageError for a URL.
     """
@@ -49,24 +50,24 @@ class Store:
     def __init__(self, root: Path | str) -> None:
         if is_url(root):
             raise UsageError(
-                f"store {root}: this version keeps its store in a folder; give a path, on a cluster a shared one"
+                f"store {root}: this version keeps its store in a folder; give its path (a cluster needs a shared one)"
             )
         self.root = Path(root).expanduser().absolute()
 
     def folder(self, kind: str, fingerprint: str) -> Path:
-        """Where the artifact of this kind and fingerprint lies, or will lie."""
+        """Return the folder of the artifact, which may not exist yet."""
         return self.root / kind / fingerprint
 
     def pool(self, kind: str, fingerprint: str) -> Path:
-        """Where the parts with this pool fingerprint lie."""
+        """Return the folder of the pool with this fingerprint, which may not exist yet."""
         return self.root / kind / "pool" / fingerprint
 
     def work(self, artifact: Artifact) -> Path:
-        """Where an attempt makes the artifact."""
+        """Return the work folder: the folder in which an attempt makes the artifact."""
         return self.root / "work" / f"{artifact.kind}-{artifact.fingerprint}"
 
     def create(self) -> None:
-        """Make the store's folders. Raises UsageError if they cannot be written."""
+        """Create the store's folders. Raises UsageError if they are not writable."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             for name in ("work", "locks", "runs"):
@@ -87,14 +88,15 @@ class Store:
     # --- Artifacts ---
 
     def is_sealed(self, artifact: Artifact) -> bool:
-        """Whether the artifact has its record, artifact.json, and so is finished."""
+        """Whether the artifact has its record, artifact.json. It is then finished."""
         return (artifact.folder / RECORD).exists()
 
     def damage(self, artifact: Artifact) -> str | None:
         """Say why a sealed artifact cannot be reused, or return None if it can.
 
-        A file may be missing or have another size, or an input may have been made again with different bytes. No file
-        is hashed here. Files are hashed when a stage reads the artifact, and by `retort verify`.
+        It cannot be reused if a file is missing or has another size, or if an input was made again with different
+        bytes. This method hashes no file. Runs hash the files of all inputs before a stage starts, and `retort verify`
+        hashes the files of an artifact.
         """
         try:
             record = artifact.record
@@ -108,7 +110,7 @@ class Store:
         return artifact.stage.damage(artifact.folder)
 
     def seal(self, artifact: Artifact, work: Path, record: Mapping[str, Any]) -> None:
-        """Turn the folder `work` into the artifact: hash its files, write the record, move the folder into place."""
+        """Turn the folder `work` into the artifact: hash its files, write the record, and move it into the store."""
         files = {
             str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             for path in sorted(work.rglob("*"))
@@ -120,8 +122,9 @@ class Store:
         self.finish(artifact.folder, work)
 
     def finish(self, folder: Path, work: Path) -> None:
-        """The last step of sealing. `work` holds the record by now: it is cleaned and moved. After a kill it can be
-        repeated."""
+        """Do the last step of sealing: remove temporary files from `work`, and move it to `folder`.
+
+        `work` must hold the record. The step can be repeated if the process is killed."""
         for path in list(work.rglob("*")):
             if _is_scratch(path.relative_to(work)):
                 _remove(path)
@@ -134,8 +137,7 @@ class Store:
         shutil.rmtree(old, ignore_errors=True)
 
     def outdated(self, artifact: Artifact) -> bool:
-        """Whether the artifact, sealed or unfinished, was made from inputs that have since been remade with different
-        bytes."""
+        """Whether an input was made again with different bytes since the artifact or an unfinished attempt read it."""
         work = self.work(artifact)
         for file in (artifact.folder / RECORD, work / RECORD, work / INPUT_HASHES):
             try:
@@ -146,7 +148,9 @@ class Store:
         return False
 
     def begin(self, artifact: Artifact, inputs_sha256: Mapping[str, str]) -> Path:
-        """Return the folder to make the artifact in. Files of an earlier attempt stay there, except temporary files."""
+        """Create and return the work folder. It keeps the files of an earlier attempt, except temporary files.
+
+        `inputs_sha256` (field -> sha256 of the input) is stored there if the attempt is new."""
         work = self.work(artifact)
         work.mkdir(parents=True, exist_ok=True)
         for left in list(filter(is_temporary, work.rglob(".*"))):
@@ -156,13 +160,12 @@ class Store:
         return work
 
     def drop_work(self, artifact: Artifact) -> None:
-        """Remove the files of an unfinished attempt. The record goes first, so that a half-removed attempt is never
-        sealed."""
+        """Remove the work folder. Its record is removed first, so that a half-removed attempt is never sealed."""
         (self.work(artifact) / RECORD).unlink(missing_ok=True)
         shutil.rmtree(self.work(artifact), ignore_errors=True)
 
     def unseal(self, artifact: Artifact) -> None:
-        """Make the artifact unsealed: readers no longer find it. Its record is kept as UNSEALED, for a repair."""
+        """Unseal the artifact, so that readers no longer find it. Its record becomes UNSEALED, which a repair reads."""
         if self.is_sealed(artifact):
             (artifact.folder / RECORD).replace(artifact.folder / UNSEALED)
 
@@ -170,25 +173,28 @@ class Store:
 
     @property
     def garbage_lock(self) -> Path:
-        """The lock file of garbage collection. `retort gc` holds it alone; commands that make and freeze a plan share
-        it."""
+        """The lock file of garbage collection.
+
+        `retort gc` holds it exclusively. Commands share it while they make and write a plan, so that gc does not remove
+        what the plan reuses."""
         return self.root / "locks" / "garbage"
 
     def lock_of(self, kind: str, fingerprint: str) -> Path:
-        """The file to lock while the artifact or pool with this fingerprint is being made."""
+        """Return the lock file of the artifact or pool with this fingerprint. It is locked while that is being made."""
         return self.root / "locks" / f"{kind}-{fingerprint}"
 
 
 def changed_file(folder: Path, record: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None) -> str | None:
-    """The first of `changed_files`, or None."""
+    """Return the first file that `changed_files` yields, or None if it yields none."""
     return next(changed_files(folder, record, hash_file), None)
 
 
 def changed_files(
     folder: Path, record: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None
 ) -> Iterator[str]:
-    """Yield the sealed files that are missing or of another size. With `hash_file`, also yield those of another
-    sha256."""
+    """Yield the names of sealed files that are missing or have another size.
+
+    If `hash_file` is given, also yield the names of files with another sha256."""
     for name, about in record["files"].items():
         path = folder / name
         if (
@@ -200,9 +206,10 @@ def changed_files(
 
 
 def remade_input(artifact: Artifact, record: Mapping[str, Any]) -> str | None:
-    """Field path of the first input whose bytes differ from those that the artifact was made from, or None.
+    """Return the field path of the first input that was made again with different bytes, or None if there is none.
 
-    Inputs of inputs are compared too: `pairs.teacher`. Inputs that are not sealed now are skipped.
+    The hashes of inputs are compared with those in the record. Inputs of inputs are compared too; their path is like
+    `pairs.teacher`. Inputs that are not sealed are skipped.
     """
     for field, source in artifact.inputs.items():
         try:
@@ -217,9 +224,9 @@ def remade_input(artifact: Artifact, record: Mapping[str, Any]) -> str | None:
 
 
 def damaged_input(artifact: Artifact, hash_file: Callable[[Path], str]) -> str | None:
-    """Hash everything that the artifact is made from. Return a sentence about the first damaged file, or None.
+    """Hash the files of all inputs and of their inputs. Return a sentence about the first damaged file, or None.
 
-    Direct inputs must be there. Inputs of inputs may have been removed since.
+    A missing input counts as damaged. An input of an input may be missing, because it is no longer needed.
     """
     for folder, source in _ancestry(artifact).items():
         if not (folder / RECORD).exists() and source not in artifact.inputs.values():
@@ -238,7 +245,7 @@ def damaged_input(artifact: Artifact, hash_file: Callable[[Path], str]) -> str |
 
 
 def _ancestry(artifact: Artifact) -> dict[Path, Artifact]:
-    """Folder -> artifact, of all inputs and their inputs."""
+    """Return folder -> artifact for all inputs and their inputs."""
     found: dict[Path, Artifact] = {}
     for source in artifact.inputs.values():
         found |= {source.folder: source, **_ancestry(source)}
@@ -246,7 +253,7 @@ def _ancestry(artifact: Artifact) -> dict[Path, Artifact]:
 
 
 def lineage(folder: Path) -> Iterator[Path]:
-    """Yield the folder of an artifact and the folders of everything that it was made from, with their pools.
+    """Yield the folders of an artifact, its inputs and their inputs, and the folders of their pools.
 
     Raises UsageError for a record that cannot be read.
     """
@@ -257,9 +264,7 @@ def lineage(folder: Path) -> Iterator[Path]:
     except FileNotFoundError:
         return  # not made yet
     except READ_ERRORS as error:
-        raise UsageError(
-            f"{folder} is damaged: what it was made from cannot be read ({error}); resume its run first"
-        ) from None
+        raise UsageError(f"{folder} is damaged: its record cannot be read ({error}); resume its run first") from None
     if pool:
         yield folder.parent / "pool" / pool
     for place in inputs:
@@ -267,7 +272,7 @@ def lineage(folder: Path) -> Iterator[Path]:
 
 
 def _is_scratch(inside: Path) -> bool:
-    """Whether a path in a work folder is scratch: checkpoints and hidden files, which no artifact keeps."""
+    """Whether a path in a work folder is temporary: a checkpoint or a hidden file."""
     return SCRATCH in inside.parts or any(part.startswith(".") for part in inside.parts)
 
 
@@ -279,9 +284,10 @@ def _remove(path: Path) -> None:
 
 
 def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:
-    """Load the sealed artifact in `folder`, with everything that it was made from.
+    """Load the sealed artifact in `folder`, with its inputs and their inputs.
 
-    With `unsealed`, an artifact under repair is loaded too. Raises UsageError.
+    If `unsealed`, the artifact may also be one that is being repaired. Raises UsageError if an artifact is missing or
+    unsealed, if its record cannot be read, or if its kind or method is not installed.
     """
     try:
         record = read_record(folder) if unsealed else json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -293,7 +299,7 @@ def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:
     except ValidationError as error:
         raise UsageError(f"{folder / RECORD}: {_unreadable(error)}") from None
     except FileNotFoundError:
-        raise UsageError(f"{folder} is no sealed artifact: it has no {RECORD}") from None
+        raise UsageError(f"{folder} is not a sealed artifact: it has no {RECORD}") from None
     except READ_ERRORS as error:
         raise UsageError(f"{folder / RECORD} cannot be read: {error}") from None
     inputs = {field: load_artifact((folder / place).resolve()) for field, place in record["inputs"].items()}
@@ -301,7 +307,7 @@ def load_artifact(folder: Path, *, unsealed: bool = False) -> Artifact:
 
 
 def _unreadable(error: ValidationError) -> str:
-    """Say what is wrong with the settings of a record."""
+    """Describe the first error in the settings of a record."""
     first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"])) or "settings"
     if first["type"] == "unknown_choice":
@@ -312,7 +318,9 @@ def _unreadable(error: ValidationError) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of an artifact that is sealed or under repair. Raises OSError or ValueError."""
+    """Return the record of an artifact that is sealed or being repaired.
+
+    Raises OSError or ValueError if it cannot be read."""
     path = folder / RECORD
     record: dict[str, Any] = json.loads((path if path.exists() else folder / UNSEALED).read_text(encoding="utf-8"))
     return record

@@ -1,5 +1,4 @@
-"""File locks of the operating system. They are free as soon as their holder's process ends, and they name the
-holder."""
+"""File locks of the operating system. A lock is released when its holder's process ends. Its file names the holder."""
 
 from __future__ import annotations
 
@@ -18,19 +17,19 @@ from typing import IO
 from pipeline.errors import Locked
 
 RETRY_UNNAMED_FOR = 1.0
-"""Seconds for which a lock without a named holder is retried: a call of `holder` locks the file for a moment."""
+"""Seconds for which `hold` retries a lock without a named holder. `holder` holds such a lock for a moment."""
 
 WAIT_EVERY = 1.0
-"""Seconds between two attempts at a lock that is waited for."""
+"""Seconds between two attempts to take a lock."""
 
 
 @contextmanager
 def hold(file: Path, what: str, run: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock of `file` for `run`. The file is made if it does not exist.
+    """Hold the exclusive lock of `file` in the name of `run`. The file is created if it does not exist.
 
-    `what` is a clause such as "run digits is being carried out". If another process has the lock, the reason is `what`
-    followed by "by" and the holder. Without `waiting`, Locked is raised with that reason. With it, it is called once
-    with the reason, and the lock is waited for.
+    If another process has the lock and `waiting` is None, Locked is raised. Otherwise `waiting` is called once, with
+    the reason, and the call waits for the lock. The reason is `what`, then "by" and the holder. `what` is a clause such
+    as "run digits is being carried out".
     """
     with ExitStack() as stack:
         deadline, told = time.monotonic() + RETRY_UNNAMED_FOR, False
@@ -62,7 +61,7 @@ def hold(file: Path, what: str, run: str, waiting: Callable[[str], None] | None 
 
 @contextmanager
 def share(file: Path) -> Iterator[None]:
-    """Hold the lock of `file` together with others that share it. Wait while a process holds it alone."""
+    """Hold the shared lock of `file`. Wait while another process holds the exclusive lock."""
     with open(file, "a+", encoding="utf-8") as opened:
         fcntl.flock(opened, fcntl.LOCK_SH)
         yield
@@ -74,7 +73,7 @@ def _open(file: Path) -> IO[str]:
 
 
 def _is_at(opened: IO[str], file: Path) -> bool:
-    """Whether `file` is still the file that was opened."""
+    """Whether `opened` is still the file at the path `file`."""
     try:
         return os.path.samestat(os.fstat(opened.fileno()), os.stat(file))
     except FileNotFoundError:
@@ -91,7 +90,7 @@ def _locked(opened: IO[str], how: int) -> bool:
 
 @dataclass(frozen=True)
 class Holder:
-    """The holder of a lock. `since` is a UTC time in ISO 8601."""
+    """The process that holds a lock, and its run. `since` is a UTC time in ISO 8601."""
 
     run: str
     pid: int
@@ -103,7 +102,9 @@ class Holder:
 
 
 def holder(file: Path) -> Holder | None:
-    """The holder of the lock; None if it is free, or if the holder has not written its name yet."""
+    """Return the holder of the exclusive lock of `file`.
+
+    None if the lock is free, or if its holder has not written its name yet."""
     if not file.exists():
         return None
     with open(file, encoding="utf-8") as opened:

@@ -1,4 +1,4 @@
-"""What a person sees of plans and runs: progress lines, tables, graphs and comparisons.
+"""Shows plans and runs on the terminal: progress lines, tables, graphs and comparisons.
 
-Views only read and print. The figures of evaluations are computed in `stages.evaluate` and `stages.reports`.
+Views only read and print. `stages.evaluate` and `stages.reports` compute the metrics that they show.
 """

@@ -1,4 +1,5 @@
-"""Records on disk and how they are read: shards and their receipts, latents, prompts, image sets, triplets, noise.
+"""Reads and writes data on disk: shards of pairs, latents, prompts, image sets and triplets. Also draws noise.
 
-All of it works without torch. What a shard holds is computed in `stages.pairs`, what a latent is in `stages.networks`.
+Each shard has a receipt, a parquet file with the statistics and hashes of its pairs. Nothing here needs torch.
+`stages.pairs` computes the pairs of a shard. The networks in `stages.networks` encode latents.
 """

@@ -1,4 +1,4 @@
-"""Settings of the teacher's ODE solver, and of its execution."""
+"""Settings of the teacher's ODE solver and of its execution."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from stages.base import Config, Execution
 class Sampler(Config):
     """How the teacher's ODE is solved, from noise to data.
 
-    `ddim` is first order (2010.02502). `dpmpp_2m` is DPM-Solver++(2M), second order (2211.01095). `heun` is Heun's
-    method, second order. It calls the network twice in each step except the last.
+    `ddim` is a first-order solver (2010.02502). `dpmpp_2m` is DPM-Solver++(2M), a second-order solver (2211.01095).
+    `heun` is Heun's method (2206.00364), a second-order solver that calls the network twice in each step except the
+    last.
     """
 
     name: Literal["ddim", "dpmpp_2m", "heun"] = Field(
@@ -46,7 +47,7 @@ class Sampler(Config):
 
 
 class PairsExecution(Execution):
-    """How the solving of pairs is run. Recorded in receipts. Changing it makes no pairs stale."""
+    """How a pairs stage is run. Receipts of shards record these settings, but changing them makes nothing stale."""
 
     micro_batch: int = Field(64, ge=1, description="samples solved at once; guidance doubles the network's batch")
     compile: bool = Field(False, description="compile the network with torch.compile")

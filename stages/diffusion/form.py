@@ -26,12 +26,13 @@ WRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_valid_ran
 class Form(Config):
     """How a student is sampled: its number of steps, noise levels, prediction type, sampler and guidance.
 
-    A method's form may leave `prediction` and `guidance_scale` open (None). They are filled in for training.
+    In the form of a method, `prediction` and `guidance_scale` may be None. The form of the trained student then has the
+    prediction type of the teacher and the guidance scale of the pairs.
     """
 
     steps: int = Field(1, ge=1, description="network calls for one sample")
     prediction: StudentPrediction | None = Field(
-        "v_prediction", description="what the network predicts; null in a method's form: the same as its teacher"
+        "v_prediction", description="what the network predicts; null, in a method's form: the same as its teacher"
     )
     schedule: Schedule = Field(
         "teacher", description="noise levels: those of the teacher, or cosine, alpha = cos(pi t / 2) (2202.00512)"
@@ -41,8 +42,8 @@ class Form(Config):
     )
     guidance_scale: float | None = Field(
         None,
-        description="the teacher's guidance scale that is built into the student, as in diffusers; null: the student "
-        "takes w instead, or, in a method's form, the scale of its pairs",
+        description="guidance scale of the teacher that the student has learned, in diffusers' convention; null: the "
+        "student takes w as an input; or, in a method's form: the scale of the pairs",
     )
     w_range: WRange | None = Field(
         None, description="range of w = guidance_scale - 1 that the student takes as an input; null: it takes no w"

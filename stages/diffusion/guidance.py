@@ -11,9 +11,9 @@ from stages.diffusion.prediction import Array
 
 
 def guide(unconditional: Array, conditional: Array, scale: float) -> Array:
-    """Guide with diffusers' scale s: output = u + s (c - u). s = 1 gives the conditional output c, up to rounding.
+    """Guide with diffusers' scale s: output = u + s (c - u), with the unconditional output u and the conditional c.
 
-    u is the unconditional output. The scale is s = 1 + w, with w of 2207.12598, eq. 6."""
+    s = 1 gives c, up to rounding. s is 1 + w in the notation of 2207.12598, eq. 6."""
     return unconditional + scale * (conditional - unconditional)
 
 

@@ -21,11 +21,12 @@ def two_step_target(
 
         x0 = (z_t'' - (sigma_t''/sigma_t) z_t) / (alpha_t'' - (sigma_t''/sigma_t) alpha_t)
 
-    `grid` is the teacher's, of 2N steps. `denoise(z, j)` is the teacher's estimate of x0 at points j (B,) of that grid.
-    i is a point of the student's grid, from 1 to N, which is point 2i of the teacher's. For a student with the
-    stochastic sampler (`stochastic`), each teacher step is twice as long, except at i = 1 (2210.03142, section 3.3).
-    The target is computed in float64, because with thousands of steps it is a quotient of differences of nearly equal
-    numbers."""
+    `grid` is the teacher's grid of 2N steps. `denoise(z, j)` is the teacher's estimate of x0 at points j (B,) of that
+    grid. Point i of the student's grid, 1 <= i <= N, is point 2i of the teacher's grid. If `stochastic`, the student
+    has the stochastic sampler, and each teacher step is twice as long, except at i = 1 (2210.03142, section 3.3).
+
+    The target is a quotient of differences. If there are thousands of steps, their terms are nearly equal, so the
+    target is computed in float64."""
     alpha, sigma = (torch.from_numpy(table).to(z.device) for table in (grid.alpha, grid.sigma))
     here, middle, there = 2 * i, 2 * i - 1, 2 * i - 2
     if stochastic:

@@ -1,4 +1,4 @@
-"""DDIM: solves the probability-flow ODE from noise to data."""
+"""The DDIM solver of the probability-flow ODE, from noise to data, and its timesteps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ Spacing = Literal["trailing", "leading"]
 
 
 def timesteps(train_steps: int, steps: int, spacing: Spacing = "trailing") -> list[int]:
-    """Return the `steps` timesteps at which the network is called, descending. T is `train_steps`.
+    """Return the N = `steps` timesteps at which the network is called, in descending order. T is `train_steps`.
 
-    trailing: round(T (N - i) / N) - 1 for i = 0, ..., N - 1. It starts at T - 1, the noisiest timestep. leading:
-    floor(T / N) i + 1 for i = N - 1, ..., 0, as diffusers does with `steps_offset=1`. It starts at a less noisy
-    timestep (Lin et al. 2023, 2305.08891, table 2). Raises ValueError unless 1 <= steps <= T.
+    trailing: round(T (N - i) / N) - 1 for i = 0, ..., N - 1. The first is T - 1, the noisiest timestep.
+    leading: floor(T / N) i + 1 for i = N - 1, ..., 0, as in diffusers with `steps_offset=1`. The first is less noisy.
+
+    The two are compared in Lin et al. 2023, 2305.08891, table 2. Raises ValueError unless 1 <= steps <= T.
     """
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps must be between 1 and {train_steps}, not {steps}")
@@ -32,12 +33,14 @@ def ddim(
     prediction: Prediction,
     grid: list[int],
 ) -> Iterator[tuple[int, Array]]:
-    """DDIM with eta = 0, from noise to clean data: z_s = alpha_s x0 + sigma_s noise, with the network's estimates.
+    """Solve the ODE by DDIM with eta = 0, from `noise` to clean data (Song et al. 2021, 2010.02502, eq. 12).
 
-    (Song et al. 2021, 2010.02502, eq. 12.) Yields (t, z_t) for each t of `grid`, before the network is called there,
-    and finally (-1, x0). `denoise(z, t)` returns the network's output, guided if needed, shaped as `z`. It is called
-    once for each t. Each step goes to the next point of `grid`. This differs from diffusers' DDIMScheduler, which goes
-    to t - T // steps and leaves its own grid unless `steps` divides T.
+    A step computes z_s = alpha_s x0 + sigma_s noise from the network's estimates of x0 and noise at z_t.
+    `denoise(z, t)` returns the network's output, guided if needed, shaped as `z`. It is called once for each t of
+    `grid`. Yields (t, z_t) before each call, and finally (-1, x0).
+
+    Each step goes to the next point of `grid`. diffusers' DDIMScheduler goes to t - T // N instead, for T training
+    timesteps and N steps, and so leaves its own grid unless N divides T.
     """
     z = noise
     for t, s in zip(grid, [*grid[1:], -1], strict=True):

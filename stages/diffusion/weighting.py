@@ -10,7 +10,7 @@ Weighting = Literal["snr", "truncated_snr", "snr_plus_one"]
 def weights(name: Weighting, alpha: Any, sigma: Any) -> Any:
     """Return the weights of squared errors of x0, shaped as the tensors alpha and sigma. SNR = alpha^2 / sigma^2.
 
-    snr: SNR, which makes the error that of the noise. truncated_snr: max(SNR, 1), the larger of the errors of x0 and of
-    the noise. snr_plus_one: SNR + 1, which makes it the error of v. sigma must not be 0."""
+    With snr (SNR), the weighted error is the squared error of the noise. With snr_plus_one (SNR + 1), it is that of v.
+    With truncated_snr (max(SNR, 1)), it is the larger of the errors of x0 and of the noise. sigma must not be 0."""
     snr = (alpha / sigma) ** 2
     return {"snr": snr, "truncated_snr": snr.clip(1.0), "snr_plus_one": snr + 1.0}[name]

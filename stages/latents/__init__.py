@@ -1,6 +1,6 @@
-"""Stage kind `latents`: an image set, encoded by the teacher's VAE.
+"""Stage kind `latents`: encodes an image set with the teacher's VAE.
 
-`stage` holds the settings and `encoding` does the work. Image sets are in `stages.data.images`.
+`stage` holds the settings, and `encoding` encodes the images. Image sets are in `stages.data.images`.
 """
 
 from stages.latents.stage import Latents

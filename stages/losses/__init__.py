@@ -1,4 +1,5 @@
-"""Distances of a student's output to its target, by name, and the adversarial losses of Diffusion2GAN.
+"""Losses: distances between a student's output and its target, and the adversarial losses of Diffusion2GAN.
 
-`config` holds their settings and imports no torch. Distances between whole sets of images are in `stages.metrics`.
+`config` holds the settings of distances by name, and imports no torch. Distances between sets of images are in
+`stages.metrics`.
 """

@@ -1,4 +1,4 @@
-"""Distillation methods, by their names in a manifest."""
+"""The registry of distillation methods, by their names in a manifest. Importing it does not import torch."""
 
 from stages.methods.base import MethodConfig
 from stages.methods.consistency.config import ConsistencyConfig

@@ -1,4 +1,4 @@
-"""The base classes of distillation methods: their settings, and what they are given to train a student."""
+"""The base classes of methods' settings, and `Materials`, from which a method is created."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ OneStepPrediction = Literal["v_prediction", "epsilon"]
 
 @dataclass(frozen=True)
 class Materials:
-    """What a method is given to train a student: the teacher, settings and inputs."""
+    """The inputs of a method: the teacher, the training settings, and the artifacts that it reads."""
 
     teacher: NetworkTeacher
-    """The frozen teacher. A method may copy `teacher.unet` and then call `teacher.retire()`, but must not change it."""
+    """The frozen teacher. A method must not change it. A method that has copied `teacher.unet` may call
+    `teacher.retire()`, which moves the U-Net to the CPU."""
     training: TrainingSettings
     start: Artifact | None = None
-    """The student whose weights training starts from. None: the teacher's weights."""
+    """The student that gives the initial weights. None: the teacher gives them."""
     guidance_scale: float = 1.0
-    """The guidance scale to build into the student if its form gives none."""
+    """The guidance scale that the student learns if its form gives none."""
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
-    """The sealed artifacts that the method's fields name, by dotted path in its settings."""
+    """Dotted path of a field in the method's settings -> the sealed artifact that it names."""
     contents: Mapping[str, str] = field(default_factory=dict)
-    """The identities of the method's `Content` fields, by dotted path in its settings."""
+    """Dotted path of a `Content` field in the method's settings -> identity of its content."""
     examples: Callable[[], Batch] | None = None
-    """Returns a few hundred of the training pairs. None if the student is trained on latents."""
+    """Returns a batch of a few hundred training pairs. None if the student is trained on latents."""
 
     def distance(self, loss: LossConfig, field: str = "loss") -> Distance:
-        """Create the loss that is set in the method's `field`."""
+        """Create the distance from its settings `loss`. `field` is the field of the method that holds them."""
         return loss.create(
             LossMaterials(self.teacher, values_under(self.inputs, field), values_under(self.contents, field))
         )
@@ -51,7 +52,8 @@ class Materials:
         """Create a one-step student with the weights of `start`, or of the teacher.
 
         If the teacher's last layer cannot be converted to the student's prediction type, the student's last layer is
-        fitted to a few hundred of the training pairs. Raises StageError as `student` does."""
+        fitted to a few hundred training pairs. Raises StageError for the same reasons as `student`, and if features or
+        pairs are not finite."""
         from stages.networks.head import begins_at_zero
 
         student = self.student(Form(prediction=prediction))
@@ -66,8 +68,9 @@ class Materials:
     def student(self, form: Form, grid_steps: int | None = None) -> Student:
         """Create a student of the given form, with the weights of `start`, or of the teacher.
 
-        `grid_steps` is the number of points that it is trained at, a multiple of its steps; None: its steps. Raises
-        StageError if the teacher's schedule has too few timesteps, or `start` has another prediction type."""
+        The student is trained at `grid_steps` points of time, a multiple of its steps. None: as many as its steps.
+        Raises StageError if the teacher's schedule has too few timesteps, if `start` has another prediction type, or if
+        the student predicts epsilon and the schedule ends in pure noise."""
         from stages.networks.student import Student
 
         try:
@@ -79,9 +82,10 @@ class Materials:
         return student
 
     def teacher_denoiser(self, form: Form) -> Denoiser:
-        """Return the teacher as a denoiser on the time grid of `form`, with the form's guidance scale.
+        """Return the teacher as a denoiser on the time grid of `form`.
 
-        Raises StageError if the teacher's schedule has too few timesteps."""
+        The guidance scale is that of `form`, or else that of these materials. Raises StageError if the teacher's
+        schedule has too few timesteps."""
         from stages.diffusion.grid import Grid
         from stages.networks.denoiser import ManyStep
 
@@ -92,9 +96,9 @@ class Materials:
         return ManyStep(self.teacher, grid, form.guidance_scale or self.guidance_scale)
 
     def previous_student(self) -> Student | None:
-        """Return the frozen student of the previous round, used as the teacher. None if there is no `start`.
+        """Return the student of the previous round, frozen, or None if there is no `start`.
 
-        The original teacher's U-Net is moved to the CPU."""
+        That student is the teacher of this round. The U-Net of the original teacher is moved to the CPU."""
         from stages.networks.student import Student
 
         if self.start is None:
@@ -108,11 +112,11 @@ class Round:
     """One round of a method that distils in several rounds. Each round is a stage."""
 
     steps: int
-    """The student's number of steps. It is the label of the stage: student/16."""
+    """The student's number of steps. It becomes the label of the stage: 16 in student/16."""
     method: dict[str, Any]
-    """The method's settings for this round, as in a manifest."""
+    """The method's settings for this round, unvalidated, in the form that they have in a manifest."""
     training_steps: Any = None
-    """The round's `training.steps`. None: as in the manifest."""
+    """The value of `training.steps` for this round. None: the manifest's value."""
 
 
 class MethodConfig(Config):
@@ -126,18 +130,18 @@ class MethodConfig(Config):
     def rounds(cls, settings: Mapping[str, Any], has_start: bool) -> list[Round]:
         """Return the rounds that these unvalidated settings describe, in order. `has_start`: `start_from` is set.
 
-        Each round starts from the student of the round before. The result is empty if the method has no rounds, or the
-        settings are invalid. Validation reports errors later."""
+        Each round starts from the student of the round before. The result is empty if the method has no rounds or if
+        the settings are invalid. Validation reports errors later."""
         return []
 
     @property
     def form(self) -> Form:
-        """The form of the student."""
+        """The form of the student: its steps, noise levels, prediction type, sampler and guidance."""
         return Form()
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether training calls the teacher with and without a prompt."""
+        """Whether training guides the teacher, and so calls it both with and without a prompt."""
         return self.form.w_range is not None or (self.form.guidance_scale or 1.0) > 1.0
 
     def step_count_error(self, steps: int) -> str | None:
@@ -145,13 +149,13 @@ class MethodConfig(Config):
         return None if steps == self.form.steps else f"the student's steps are {self.form.steps}, not {steps}"
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        """Yield (field path, problem) for each setting that does not fit the stages that its fields name."""
+        """Yield (field path, problem) for each setting that does not fit `inputs`, the artifacts that fields name."""
         yield from ()
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that does not fit the method of the `start_from` student.
 
-        `start` is None if training starts from the teacher's weights."""
+        `start` is that method. It is None if training starts from the teacher's weights."""
         if start is not None:
             yield from form_mismatches(start.form, self.form)
 
@@ -162,7 +166,7 @@ class MethodConfig(Config):
     def check_prediction(self, teacher: Prediction, from_teacher: bool) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that does not fit the teacher's prediction type.
 
-        `from_teacher`: training starts from the teacher's weights."""
+        `teacher` is that type. `from_teacher` says whether training starts from the teacher's weights."""
         yield from ()
 
     def create(self, materials: Materials) -> Method:
@@ -173,8 +177,8 @@ class MethodConfig(Config):
 def form_mismatches(start: Form, own: Form, ignore: Collection[str] = ()) -> Iterator[tuple[str, str]]:
     """Yield (field, problem) for each field in which the form of the `start_from` student differs from `own`.
 
-    Fields in `ignore` are not compared. The guidance scale is not compared either: it may come from the pairs, and the
-    stage compares it."""
+    Fields in `ignore` are not compared. The guidance scale is not compared either, because it may come from the pairs.
+    `Distill.check` compares it."""
     for name in Form.model_fields:
         theirs, ours = getattr(start, name), getattr(own, name)
         unknown = name == "prediction" and None in (theirs, ours)  # the teacher's; compared when training starts
@@ -190,8 +194,8 @@ class OneStepConfig(MethodConfig):
     )
     prediction: OneStepPrediction = Field(
         "v_prediction",
-        description="what the student predicts; v, unlike epsilon, does not amplify errors at the noisiest timestep; a "
-        "v student of an epsilon teacher starts with a last layer fitted to a few hundred pairs by ridge regression",
+        description="what the student predicts; epsilon amplifies errors at the noisiest timestep, v does not; a v "
+        "student of an epsilon teacher starts with a last layer fitted to a few hundred pairs by ridge regression",
     )
 
     @property

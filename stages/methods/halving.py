@@ -1,4 +1,4 @@
-"""The base class of methods that halve a student's number of steps in each round. The rounds are a chain of stages."""
+"""The base class of methods that halve the number of steps in each round. The rounds are a chain of stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.diffusion.weighting import Weighting
 from stages.methods.base import MethodConfig, Round, form_mismatches
 
 MAX_STEPS = 2**19
-"""The largest `start_steps`. A link's name has at most six digits."""
+"""The largest `start_steps`: a power of two with six digits, because the number in a link's name has at most six."""
 
 
 class HalvingConfig(MethodConfig):
@@ -27,19 +27,17 @@ class HalvingConfig(MethodConfig):
     """
 
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
-    start_steps: int = Field(
-        32, ge=1, le=MAX_STEPS, description="steps of the teacher's sampler in the first round, which halves them"
-    )
+    start_steps: int = Field(32, ge=1, le=MAX_STEPS, description="sampling steps of the teacher in the first round")
     match_first: Annotated[bool, Neutral()] = Field(
         False,
-        description="start the chain with a student of start_steps steps, which learns to predict the teacher's output "
-        "as `prediction`; needed if the teacher predicts epsilon; not used with start_from",
+        description="whether the chain begins with a round that keeps start_steps, in which the student learns to "
+        "predict `prediction`; needed if the teacher predicts epsilon; ignored with start_from",
     )
     end_steps: int = Field(1, ge=1, validate_default=True, description="steps of the last student")
     training_steps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {},
-        description="training steps of single rounds, by the student's steps, such as {2: 4000, 1: 4000}; other rounds "
-        "have training.steps",
+        description="training steps of single rounds, by the student's number of steps, such as {2: 4000, 1: 4000}; "
+        "other rounds use training.steps",
     )
     prediction: Literal["v_prediction", "sample", "both"] = Field(
         "v_prediction",
@@ -48,18 +46,18 @@ class HalvingConfig(MethodConfig):
     )
     schedule: Schedule = Field(
         "teacher",
-        description="noise levels: the teacher's timesteps; or cosine, which ends in pure noise and allows any number "
-        "of steps",
+        description="noise levels; teacher: those of the teacher's timesteps; cosine: the cosine schedule, which ends "
+        "in pure noise and allows any number of steps",
     )
     weighting: Weighting = Field(
         "truncated_snr",
-        description="weight of squared errors of x0: snr (alpha^2 / sigma^2), truncated_snr (at least 1), or "
+        description="weight of squared errors of x0: snr (alpha^2 / sigma^2), truncated_snr (max(snr, 1)), or "
         "snr_plus_one (snr + 1)",
     )
 
     @classmethod
     def round_steps(cls, start: int, end: int, match_first: bool) -> list[tuple[int, int]]:
-        """Return the (teacher, student) steps of each round. Empty if `start` cannot be halved to `end`."""
+        """Return (teacher's steps, student's steps) of each round. Empty if `start` cannot be halved to `end`."""
         steps = [start]
         while steps[-1] > end and steps[-1] % 2 == 0:
             steps.append(steps[-1] // 2)
@@ -114,7 +112,7 @@ class HalvingConfig(MethodConfig):
     @field_validator("training_steps")
     @classmethod
     def _of_rounds(cls, budgets: dict[str, int], info: ValidationInfo) -> dict[str, int]:
-        """Check that each key is the number of steps of a round. Links of a chain have no `training_steps`."""
+        """Check that each key is the number of steps of a round. The links of a chain have no `training_steps`."""
         start, end = (info.data.get(name) for name in ("start_steps", "end_steps"))
         if start is None or end is None:
             return budgets
@@ -133,9 +131,9 @@ class HalvingConfig(MethodConfig):
         return self
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
-        """Check a single round. Settings of several rounds were split into links before."""
+        """Check the settings of a single round. Settings of several rounds have already been split into links."""
         for steps in self.training_steps:
-            yield f"training_steps.{steps}", "with `start_from` no round has this number of steps; leave it out"
+            yield f"training_steps.{steps}", "no round has this number of steps if start_from is set; leave it out"
         if not self.training_steps and self.start_steps not in (self.end_steps, 2 * self.end_steps):
             yield "end_steps", f"{self.end_steps} is not half of start_steps: {self.start_steps}"
         if start is None:

@@ -1,4 +1,5 @@
-"""Distances between sets: Fréchet and kernel distance, precision, recall, diversity, and two-alternative forced choice.
+"""Metrics of sets of images or features: Fréchet and kernel distance, precision, recall, diversity, and the accuracy of
+two-alternative forced choice.
 
-They take arrays and know no stage. Losses for training are in `stages.losses`.
+The functions take arrays and do not depend on stages. Losses for training are in `stages.losses`.
 """

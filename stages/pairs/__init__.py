@@ -1,7 +1,7 @@
 """Stage kind `pairs`: solves the teacher's ODE from random noise and writes shards of (noise, latent, prompt).
 
-`stage` plans the shards. `factory` is the worker that makes one shard. The format of shards and receipts is in
-`stages.data`.
+`stage` holds the settings and plans the shards. `factory` makes one shard at a time on a worker. `stages.data` defines
+the format of shards and receipts.
 """
 
 from stages.pairs.stage import Pairs, guidance_scales

@@ -1,7 +1,8 @@
-"""Stage kind `perceptual`: a VGG trained on latents or images and calibrated on triplets, for LPIPS losses.
+"""Stage kind `perceptual`: trains a VGG network for LPIPS losses.
 
-`stage` holds the settings. `train` trains the classifier and then calibrates it. `importing` converts published
-weights. The network and its distance are in `stages.networks`, and the losses that use it in `stages.losses`.
+`stage` holds the settings. `train` trains the network to classify latents or images, and then calibrates it on
+triplets of images. `importing` converts published weights. The network is in `stages.networks`, and the losses that
+use it are in `stages.losses`.
 """
 
 from stages.perceptual.stage import Perceptual

@@ -1,4 +1,4 @@
-"""Stage kind `probe`: a classifier of real images, trained once and used by many evaluations.
+"""Stage kind `probe`: trains a classifier of real images. Evaluations use its features and its predictions.
 
 `stage` holds the settings. The network is in `stages.networks.probe`.
 """

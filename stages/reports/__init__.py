@@ -1,4 +1,4 @@
-"""Pages and figures of sealed artifacts: comparisons of evaluations, samples of datasets, images on demand.
+"""Makes pages and images from sealed artifacts: comparisons of evaluations, samples of datasets, images on demand.
 
-No module here is a stage, and none of their outputs is sealed. The page of a single evaluation is in `stages.evaluate`.
+No module here is a stage, and no output is sealed. `stages.evaluate` writes the page of a single evaluation.
 """

@@ -1,8 +1,8 @@
 """The training loop of teachers, perceptual networks and students.
 
 `players` defines the interface between a method and the loop, `loop` runs the training, `checkpoint` saves its state,
-and `figures` holds the numbers that it logs. Distillation methods are in `stages.methods`. The names exported here
-import no torch.
+and `figures` collects the scalars that it logs. Distillation methods are in `stages.methods`. Importing this package
+does not import torch.
 """
 
 from stages.training.players import Batch, Method, Player, TrainingExecution, TrainingSettings, Turn

@@ -1,7 +1,7 @@
-"""Training checkpoints: tensors as safetensors, other state as JSON, and the hashes of both files.
+"""Saves and loads training checkpoints: tensors as safetensors, other state as JSON, and the hashes of both files.
 
-The last two checkpoints are kept. If the newest one is damaged, training resumes from the one before.
-`sha256sum -c SHA256SUMS` in a checkpoint's folder verifies it by hand.
+The last two checkpoints are kept. If the newest one is damaged, training resumes from the other one. The command
+`sha256sum -c SHA256SUMS` in the folder of a checkpoint verifies its files.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
 def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Load (tensors, state) of the newest intact checkpoint. Returns None if there is no checkpoint.
 
-    Newer, damaged checkpoints are removed with a warning. If all checkpoints are damaged, StageError is raised instead
-    of starting from the first step, because the user may have a copy and training may take weeks."""
+    Removes damaged checkpoints that are newer, and warns. Raises StageError if all checkpoints are damaged. Training
+    does not start again from the first step then, because it may have taken weeks and the user may have a copy."""
     damaged: dict[Path, str] = {}
     for path in _newest_first(folder):
         damage = _damage(path)
@@ -73,7 +73,7 @@ def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the folder of the newest checkpoint, or None. Its hashes are not checked."""
+    """Return the folder of the newest checkpoint, or None. The hashes are not checked."""
     return next(iter(_newest_first(folder)), None)
 
 
@@ -86,7 +86,7 @@ def _hashes(checkpoint: Path) -> bytes:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """Describe what is wrong with the checkpoint's files, or return None if they match their hashes."""
+    """Describe the damage to the checkpoint's files, or return None if they match their hashes."""
     try:
         intact = (checkpoint / HASHES).read_bytes() == _hashes(checkpoint)
     except FileNotFoundError as error:

@@ -1,6 +1,6 @@
 """The figures (scalars) that training logs, and the detection of invalid ones.
 
-Values stay on the GPU until they are read, so that training steps need not wait for it.
+Values stay on the GPU until they are read, so that training steps need not wait for the GPU.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ NEVER = -1
 
 
 class Figures:
-    """The last value of each figure by name, and the first invalid one. A step may omit figures."""
+    """Keeps the last value and the first invalid value of each figure. A step may omit figures."""
 
     def __init__(self) -> None:
         self._last: dict[str, Tensor] = {}
         self._invalid: dict[str, tuple[Tensor, Tensor]] = {}
-        """Name -> the first step at which the figure was invalid, or NEVER, and its value at that step."""
+        """Name -> (first step at which the figure was invalid, or NEVER; value at that step)."""
 
     def add(self, figures: Mapping[str, Tensor], step: int) -> None:
-        """Add the figures of one step, all scalars. This does not wait for the GPU."""
+        """Add the figures of one step. All are scalars. This method does not wait for the GPU."""
         for name, value in figures.items():
             self._last[name] = value
             since, was = self._invalid.get(name, (torch.full_like(value, NEVER), value))
@@ -34,11 +34,13 @@ class Figures:
             self._invalid[name] = torch.where(now, step, since), torch.where(now, value, was)
 
     def numbers(self) -> dict[str, float]:
-        """Return the last value of each figure. This waits for the GPU."""
+        """Return the last value of each figure. This method waits for the GPU."""
         return {name: float(value) for name, value in self._last.items()}
 
     def first_invalid(self) -> tuple[str, int, float] | None:
-        """Return (name, step, value) of the first figure that was not finite, or a loss above MAX_LOSS, else None."""
+        """Return (name, step, value) of the first invalid figure, or None if all figures were valid.
+
+        A figure is invalid if it is not finite. A loss is also invalid if its magnitude is above MAX_LOSS."""
         invalid = [(int(since), name, float(was)) for name, (since, was) in self._invalid.items() if since != NEVER]
         if not invalid:
             return None

@@ -25,27 +25,27 @@ from stages.training.players import Batch, Method, Player, TrainingExecution, Tu
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 10
-"""Training steps between two lines of the history."""
+"""Training steps between two entries of the history."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a training."""
+    """The result of training."""
 
     averages: dict[str, nn.Module]
-    """The averaged (EMA) networks, for all players with `averaged`."""
+    """Player -> its averaged (EMA) network, for all players with `averaged`."""
     losses: dict[str, float]
-    """The last loss of each player that had turns."""
+    """Player -> its last loss, for all players that had turns."""
     history: list[dict[str, float]]
-    """The logged figures, every LOG_EVERY steps, with the number of finished steps as `step`."""
+    """The logged figures, with an entry every LOG_EVERY steps. `step` is the number of finished steps."""
     device: str
     """The name of the device."""
 
 
 def step_seed(seed: int, *counters: int) -> int:
-    """Derive a seed from `seed` and counters, such as the step.
+    """Derive a seed from `seed` and counters, such as the number of the step.
 
-    As each step is seeded by its number, a resumed training needs no state of random number generators."""
+    Each step has its own seed, so that checkpoints need not store the state of random number generators."""
     return int(np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -58,11 +58,11 @@ def train(
     execution: TrainingExecution,
     unit: str = "steps",
 ) -> Generator[Progress, None, Trained]:
-    """Train `method.players` on `batches(0), batches(1), ...`, starting from the newest checkpoint if there is one.
+    """Train `method.players`, starting from the newest checkpoint if there is one.
 
-    Yields progress every LOG_EVERY steps. The number of steps is that of the first player. On the CPU, with the same
-    number of threads, an interrupted and resumed training gives the same result bit for bit. Raises StageError if a
-    loss or another figure is not finite, or a loss is above 1e6.
+    `batches(i)` returns batch i. Yields progress every LOG_EVERY steps. The settings of the first player give the
+    number of steps. A resumed training gives the same result bit for bit as an uninterrupted one, if both run on the
+    CPU with the same number of threads. Raises StageError if a figure is not finite, or if a loss is above 1e6.
     """
     run = _Run(method, execution)
     total = next(iter(method.players.values())).training.steps
@@ -88,7 +88,7 @@ def train(
 
 
 class _Run:
-    """The state of a training: players, optimizers and averages on their device. It is saved in checkpoints."""
+    """The state of a training: players, optimizers and averages. Checkpoints contain it."""
 
     def __init__(self, method: Method, execution: TrainingExecution) -> None:
         self.players = dict(method.players)
@@ -111,9 +111,9 @@ class _Run:
         self.history: list[dict[str, float]] = []
 
     def checked_figures(self, checkpoints: Path) -> dict[str, float]:
-        """Return the figures as numbers. Raises StageError if one was invalid at any step so far.
+        """Return the figures as numbers. Raises StageError if a figure was invalid at any step so far.
 
-        This waits for the GPU, so it is not called in each step."""
+        This method waits for the GPU, so the loop does not call it in each step."""
         invalid = self.figures.first_invalid()
         if invalid is None:
             return self.figures.numbers()
@@ -128,7 +128,7 @@ class _Run:
     def run_turn(self, turn: Turn, batches: Callable[[int], Batch], step: int, seed: int) -> dict[str, Tensor]:
         """Take one optimizer step of `turn.player`, with all other players frozen. Return its figures.
 
-        Loss and figures are averaged over the `accumulate` batches."""
+        The loss and the other figures are means over the `accumulate` batches."""
         player, optimizer = self.players[turn.player], self.optimizers[turn.player]
         for name, other in self.players.items():
             other.module.requires_grad_(name == turn.player).train(name == turn.player)
@@ -150,15 +150,15 @@ class _Run:
         return {self.prefix(turn.player) + name: value for name, value in sums.items()}
 
     def prefix(self, player: str) -> str:
-        """The prefix of a player's figures: `PLAYER_`, or nothing if there is one player only."""
+        """Return the prefix of the names of a player's figures: `PLAYER_`, or nothing if there is only one player."""
         return "" if len(self.players) == 1 else f"{player}_"
 
     @torch.no_grad()
     def average(self, name: str) -> None:
         """Update the player's EMA, if it has one: average = d average + (1 - d) weights. Called once for each turn.
 
-        At the n-th update d = min(ema_decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage. If a
-        player has several turns in a step, all their updates use the weights at the end of the step."""
+        d = min(ema_decay, (1 + n) / (10 + n)) at the n-th update, as in TensorFlow's ExponentialMovingAverage. All
+        updates of a step use the weights at the end of the step, also if a player has several turns."""
         if name not in self.averages:
             return
         self.average_updates[name] += 1
@@ -184,7 +184,7 @@ class _Run:
         checkpoint.save(folder, step, tensors, state)
 
     def restore(self, folder: Path) -> int:
-        """Load the newest checkpoint, if there is one. Return the next step, 0 without a checkpoint."""
+        """Load the newest checkpoint and return the number of the next step. Return 0 if there is no checkpoint."""
         found = checkpoint.latest(folder)
         if found is None:
             return 0
@@ -206,7 +206,7 @@ class _Run:
         return int(state["step"])
 
     def _machine(self) -> dict[str, Any]:
-        """The properties of the machine that must be equal for bit-identical results."""
+        """Return the properties of the machine that must be equal for bit-identical results."""
         return {"threads": torch.get_num_threads(), "device": device_name(self.accelerator.device.type)}
 
     def _on_device(self, batch: Batch) -> dict[str, Any]:

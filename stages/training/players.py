@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
-"""A batch by name: tensors (B, ...) such as `latent`, and lists of B strings such as `prompts`."""
+"""A batch: name -> tensor (B, ...), such as `latent`, or list of B strings, such as `prompts`."""
 
 
 class TrainingSettings(Config):
-    """How networks are optimised: AdamW with a linear warm-up and a decay of the learning rate."""
+    """How a network is trained: by AdamW, with a linear warm-up and a decay of the learning rate."""
 
     steps: int = Field(ge=1, description="optimizer steps; each uses `accumulate` batches")
     batch_size: int = Field(64, ge=1, description="samples in a batch; a step uses `accumulate` times as many")
@@ -27,26 +27,26 @@ class TrainingSettings(Config):
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly to its peak")
     decay: Literal["constant", "cosine", "linear", "ramp"] = Field(
         "cosine",
-        description="decay of the learning rate: constant: none; cosine: half a cosine to zero at the last step; "
+        description="decay of the learning rate; constant: none; cosine: half a cosine, to zero at the last step; "
         "linear: linearly to zero over the second half of the steps; ramp: linearly to zero over all steps",
     )
     betas: tuple[float, float] = Field(
-        (0.9, 0.99), strict=False, description="AdamW's decay rates of the means of gradients and of squared gradients"
+        (0.9, 0.99), strict=False, description="betas of AdamW, for the means of gradients and of squared gradients"
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="AdamW's decoupled weight decay; multiplied by the learning rate in each step"
+        0.0, ge=0, description="decoupled weight decay of AdamW; each step multiplies it by the learning rate"
     )
-    clip_norm: float = Field(1.0, gt=0, description="maximum norm of a network's gradient; larger ones are scaled down")
+    clip_norm: float = Field(1.0, gt=0, description="maximum norm of a network's gradient; a larger one is scaled down")
     ema_decay: float = Field(
-        0.99, ge=0, lt=1, description="decay of the exponential moving average of the weights, which is the result"
+        0.99, ge=0, lt=1, description="decay of the exponential moving average of the weights, which training returns"
     )
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged for one step")
     mixed_precision: Literal["no", "bf16"] = Field(
-        "no", description="bf16: compute in bfloat16 and keep weights in float32; for GPUs that support it"
+        "no", description="bf16: compute in bfloat16 and keep the weights in float32; for GPUs with bfloat16"
     )
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of the 0-based `step`. It depends on the step only, so that resuming needs no state.
+        """Return the learning rate of the 0-based `step`. It depends only on the step, so that resuming needs no state.
 
         It is learning_rate * min(1, (step + 1) / (warmup_steps + 1)) * decay(step / steps)."""
         from math import cos, pi
@@ -86,13 +86,13 @@ def training_progress(checkpoints: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Player:
-    """A network that is trained, and its training settings."""
+    """A network and its training settings."""
 
     module: nn.Module
     training: TrainingSettings
     averaged: bool = True
-    """Whether an exponential moving average (EMA) of the weights is kept. Networks that only help to train another,
-    such as a discriminator, need none."""
+    """Whether an exponential moving average (EMA) of the weights is kept. Auxiliary networks, such as a discriminator,
+    need none."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,18 @@ class Turn:
     player: str
     """The name of the player."""
     loss: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
-    """batch -> (scalar loss, further scalars to log by name)."""
+    """A function batch -> (scalar loss, {name: other scalar to log})."""
 
 
 class Method(Protocol):
-    """What the training loop needs from a method. The loop is the same for all methods."""
+    """The interface between the training loop and a method. All methods share the loop."""
 
     @property
     def players(self) -> Mapping[str, Player]:
-        """The players by name. The result of a distillation method is the player `student`."""
+        """The players by name. A distillation method returns the player `student` as its result."""
 
     def turns(self, step: int) -> Sequence[Turn]:
         """Return the turns of the 0-based `step`, in order. All turns of a step get the same batch."""
 
     def after_step(self, step: int) -> None:
-        """Called after all turns of `step`, for example to update an averaged target network."""
+        """Update other state, such as an averaged target network. The loop calls this after all turns of `step`."""

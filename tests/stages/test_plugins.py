@@ -110,8 +110,8 @@ def test_unknown_names_list_those_of_packages(good, tmp_path):
         ("squares", "retort-bad and retort-good both offer 'squares' (entry points of retort.methods)"),
         ("missing", "it cannot be imported (ModuleNotFoundError: No module named 'a_package_that_nobody_has')"),
         ("{name: absent}", "it cannot be imported (AttributeError: module 'retort_bad.other' has no attribute"),
-        ("plain", "{'name': 'plain'} is no subclass of stages.methods.base.MethodConfig"),
-        ("misnamed", "its class says name: another"),
+        ("plain", "{'name': 'plain'} is not a subclass of stages.methods.base.MethodConfig"),
+        ("misnamed", "its class has name: another"),
     ],
 )
 def test_a_broken_package_is_a_problem_of_the_manifest(installed, tmp_path, method, words):
@@ -133,7 +133,7 @@ def test_a_kind_cannot_take_a_folder_of_the_store(installed, tmp_path):
     done = retort("plan", manifest, PYTHONPATH=path_with(installed["retort-bad"]))
     assert (
         done.returncode == 2
-        and "runs = retort_bad.other:Other` of retort.kinds: Retort keeps that name for itself" in done.stderr
+        and "runs = retort_bad.other:Other` of retort.kinds: Retort reserves this name" in done.stderr
     )
 
 

@@ -1,4 +1,4 @@
-"""Image sets: `digits` and `digit_scenes`, which are embedded, and your own files.
+"""Image sets: `digits` and `digit_scenes`, which are included, and the user's own files.
 
-`config` holds their settings, `load` reads any of them. Encoding images to latents is in `stages.latents`.
+`config` holds their settings, and `load` reads all of them. `stages.latents` encodes images to latents.
 """

@@ -1,4 +1,4 @@
-"""What is in a dataset of pairs: one made by Retort, from its receipts, or any webdataset, from its tars."""
+"""Inspects datasets: pairs made by Retort, by reading their receipts, and any webdataset, by reading its tars."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from stages.data.statistics import Moments, ks_distance
 from stages.data.urls import redacted
 
 SAME = ("sampler", "path_timesteps", "dtype", "noise", "seed", "prompts", "teacher", "device", "execution", "versions")
-"""Provenance that all shards of one dataset should share."""
+"""The entries of provenance that should be equal in all shards of a dataset."""
 
 KINDS = ("missing", "unreceipted", "corrupt")
-"""Ways in which a shard can be damaged."""
+"""The kinds of damage to a shard."""
 
 
 def inspect_shards(target: str, *, deep: bool = False) -> dict[str, Any]:
-    """Counts, statistics and provenance of a sealed `pairs` artifact, or of a folder or URL of shards.
+    """Return counts, statistics and provenance of a sealed `pairs` artifact, or of a folder or URL of shards.
 
-    `damaged` is what a user has to act on: shards that are missing, without a receipt or corrupt, and noises that
-    occur twice. `deep` re-reads and re-hashes every tar. Raises StageError when there is no shard at all, or the
-    target cannot be read. Nothing of it holds the passwords or signatures of URLs.
+    The entry `damaged` (place -> problem) lists the problems that the user has to act on: shards that are missing,
+    corrupt or without a receipt, gaps between shards, and noises that occur more than once. `deep` also hashes every
+    tar that has a receipt, and reads all arrays and images of other tars. Passwords and signatures are removed from
+    URLs. Raises StageError if there is no shard, or if the target cannot be read.
     """
     source = Source(target)
     tars = source.tars()
     if not tars:
-        raise StageError(redacted(f"{target} holds no shards: no .tar is there"))
+        raise StageError(redacted(f"{target} holds no shards: it has no .tar file"))
     report = _receipted(source, deep) if source.receipted else _foreign(source, deep)
     if report["repeated_noises"]:
-        report["damaged"]["noise"] = f"{report['repeated_noises']:,} samples start from a noise that another has too"
+        report["damaged"]["noise"] = f"{report['repeated_noises']:,} samples repeat the noise of another sample"
     report["damaged"] = {place: redacted(problem) for place, problem in report["damaged"].items()}
     return {"target": redacted(target), "deep": deep, **report}
 
@@ -72,17 +73,17 @@ def _receipted(source: Source, deep: bool) -> dict[str, Any]:
 
 
 def _prompts_damage(source: Source, deep: bool) -> dict[str, str]:
-    """What is wrong with the table of prompts that a sealed artifact's pool holds."""
+    """Return the damage to the table of prompts in a sealed artifact's pool: path -> problem."""
     if not source.sealed:
         return {}
     about = source.sealed["prompts"]
     size = source.sizes.get(about["file"])
     if size is None:
-        return {about["file"]: "missing: the table of prompts is not there"}
+        return {about["file"]: "missing: the table of prompts does not exist"}
     if size != about["bytes"]:
         return {about["file"]: f"corrupt: {size} bytes instead of {about['bytes']}"}
     if deep and sha256(source, about["file"]) != about["sha256"]:
-        return {about["file"]: "corrupt: its content is not what was sealed"}
+        return {about["file"]: "corrupt: its content changed after it was sealed"}
     return {}
 
 
@@ -91,8 +92,9 @@ def _joined(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
 
 
 def _without_covered(source: Source, checked: Iterable[Checked]) -> list[Checked]:
-    """All shards, but for shorter ones of a pool whose samples a longer one holds, too: when a count is raised, the
-    last, short shard of the lower count stays for the artifacts that list it."""
+    """Return the shards without those whose samples a longer shard of the same pool also holds.
+
+    If `count` is raised, the short last shard of the lower count stays in the pool for the artifacts that list it."""
     found = list(checked)
     if source.sealed:
         return found
@@ -110,7 +112,8 @@ def _without_covered(source: Source, checked: Iterable[Checked]) -> list[Checked
 
 
 def _gaps(checked: Sequence[Checked]) -> dict[str, str]:
-    """Samples that a folder's whole shards leave out between them. What a sealed artifact lacks, its list says."""
+    """Return the gaps between the intact shards of a folder: place -> problem. Sealed artifacts need no such check,
+    because they list their shards."""
     spans = sorted((one.receipt.first, one.receipt.facts.count, one.tar.path) for one in checked if one.receipt)
     return {
         f"before {path}": f"missing: samples {start + count} to {first - 1}"
@@ -154,7 +157,7 @@ def _summary(
 
 
 def _provenance(facts: Sequence[ShardFacts]) -> dict[str, Any]:
-    """What all shards share; for what they do not, the values there are."""
+    """Return the provenance that all shards share. An entry that differs between shards becomes {"differs": values}."""
     shared: dict[str, Any] = {}
     for name in SAME:
         distinct: dict[str, Any] = {}

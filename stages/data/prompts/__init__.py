@@ -1,4 +1,4 @@
-"""Prompts from files, or from an image set's captions.
+"""Reads prompts from files, or from the captions of an image set.
 
-They are checked and laid out once, as a table that workers map into memory.
+Prompts are checked once and written to a table, which all workers map into memory.
 """

@@ -1,4 +1,4 @@
-"""Triplets of a reference and two distorted images, with a judgement of which is closer: BAPPS, or synthetic ones.
+"""Triplets of a reference and two distorted images, with a judgement of which is closer: BAPPS, or synthetic triplets.
 
-`config` holds their settings. Training on them is in `stages.perceptual`.
+`config` holds their settings. `stages.perceptual` trains on them.
 """

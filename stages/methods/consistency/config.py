@@ -17,8 +17,9 @@ class ConsistencyConfig(MethodConfig):
     """Consistency distillation (Song et al. 2023, 2303.01469) and latent consistency models (LCM, Luo et al. 2023,
     2310.04378). The student learns to predict the end of the teacher's ODE path from every point of the path.
 
-    Neighbouring points are one DDIM step of `solver_steps` apart: with 40 steps and 1,000 timesteps, 25 timesteps. With
-    `w_range` the student takes the guidance strength w as an input, as in LCM. Otherwise `guidance_scale` is built in.
+    The student is trained at `solver_steps` evenly spaced points. One DDIM step of the teacher leads from each point to
+    the next. If there are 40 points and 1,000 timesteps, the step is 25 timesteps long. If `w_range` is set, the
+    student takes the guidance strength w as an input, as in LCM. Otherwise it learns one scale, `guidance_scale`.
     """
 
     DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
@@ -27,33 +28,34 @@ class ConsistencyConfig(MethodConfig):
     steps: int = Field(
         4,
         ge=1,
-        description="default number of sampling steps, for which the student is exported; does not affect training; "
-        "`steps` of an evaluate stage or of retort sample overrides it",
+        description="default number of sampling steps, also of the exported pipeline; does not affect training; "
+        "`steps` of an evaluate stage and --steps of retort sample override it",
     )
-    solver_steps: int = Field(40, ge=2, description="DDIM steps of the teacher, evenly spaced; a multiple of steps")
+    solver_steps: int = Field(40, ge=2, description="number of DDIM steps of the teacher; a multiple of steps")
     guidance_scale: float | None = Field(
         None,
         ge=1,
-        description="the teacher's guidance scale that is built into the student, as in diffusers; 1 means no "
+        description="guidance scale at which the student imitates the teacher, in diffusers' convention; 1 means no "
         "guidance; default: the scale of the pairs",
     )
     w_range: WRange | None = Field(
         None,
-        description="range of w = guidance_scale - 1 that the student takes as an input, instead of guidance_scale",
+        description="range of w = guidance_scale - 1; if given, the student takes w as an input; not to be combined "
+        "with guidance_scale",
     )
     target_decay: float = Field(
         0.95,
         ge=0,
         lt=1,
-        description="EMA decay of the weights that compute the target; 0 uses the student's own weights",
+        description="decay of the EMA of the student's weights, which computes the target; 0 uses the current weights",
     )
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
         Regression(name="pseudo_huber"), description="distance between the student's output and the target"
     )
     prediction: Prediction | None = Field(
         None,
-        description="what the student predicts: the noise (epsilon), v, or x0 (sample); default: what the teacher "
-        "predicts, so that its last layer can be reused",
+        description="what the student predicts: the noise (epsilon), v, or x0 (sample); default: the same as the "
+        "teacher, so that the teacher's last layer can be reused",
     )
 
     @property

@@ -12,34 +12,34 @@ from stages.training import Method, TrainingSettings
 class DiscriminatorSettings(Config):
     """The conditional diffusion discriminator and its optimizer. All other training settings are the student's."""
 
-    weights: Literal["teacher", "random"] = Field("teacher", description="initial weights of its U-Net")
-    noise: bool = Field(True, description="whether it takes the student's input noise as a condition")
+    weights: Literal["teacher", "random"] = Field("teacher", description="initial weights of the discriminator's U-Net")
+    noise: bool = Field(True, description="whether the discriminator takes the student's input noise as a condition")
     multi_scale: bool = Field(
         True,
-        description="whether it takes the resized latent and gives logits at every scale; otherwise it gives logits "
-        "for the U-Net's last features only",
+        description="whether the discriminator takes resized latents as inputs and gives logits at every scale; if "
+        "false, it gives logits for the U-Net's last features only",
     )
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate; default: the student's")
     betas: tuple[float, float] = Field(
-        (0.0, 0.99), strict=False, description="betas of AdamW; no momentum, as usual for discriminators"
+        (0.0, 0.99), strict=False, description="betas of AdamW; the default has no momentum, as usual in GANs"
     )
     r1_weight: float = Field(
         0.001,
         ge=0,
-        description="weight of the R1 penalty on the gradient of the sum of logits over positions; 0: no penalty; the "
-        "default is for 8x8 latents; larger latents need a smaller weight, such as 1.6e-5 for 64x64",
+        description="weight of the R1 penalty, the squared gradient of the sum of logits over positions; 0: no "
+        "penalty; the default is for 8x8 latents; larger latents need a smaller weight, such as 1.6e-5 for 64x64",
     )
     r1_every: int = Field(16, ge=1, description="steps between two R1 penalties; each is multiplied by this number")
     mix_and_match: float = Field(
         0.25,
         ge=0,
         le=1,
-        description="share of generated latents in the discriminator's fake half that are replaced by real latents "
-        "with the wrong noise, text, or both; needs a batch size of at least 2",
+        description="share of the discriminator's fake samples that are replaced by real latents with the wrong noise, "
+        "text, or both; needs a batch size of at least 2",
     )
 
     def training(self, student: TrainingSettings) -> TrainingSettings:
-        """Return the student's training settings with the discriminator's learning rate and betas."""
+        """Return the discriminator's training settings: the student's, with another learning rate and other betas."""
         rate = self.learning_rate or student.learning_rate
         return student.model_copy(update={"learning_rate": rate, "betas": self.betas})
 
@@ -48,13 +48,15 @@ class Diffusion2GANConfig(OneStepConfig):
     """Diffusion2GAN (Kang et al. 2024, 2405.05967): one-step regression on ODE pairs plus a conditional GAN.
 
     The paper's regression loss is E-LatentLPIPS. The multi-scale discriminator starts from the teacher's U-Net.
-    `gan_weight: 0` trains by regression only. Each part of the discriminator can be switched off under `discriminator`.
+    `gan_weight: 0` trains by regression only. The settings under `discriminator` switch off single parts of it.
 
-    The paper does not publish these values, so they are Retort's choice: gan_weight (0.3, chosen from 0.1, 0.3 and 1 in
-    manifests/digit_scenes_gan_sweep.yaml); r1_weight (0.001, chosen from 0, 0.001, 0.01, 0.1 and 1 in
-    digit_scenes_r1.yaml; larger weights made the discriminator weaker and the student no better); the share of
-    mix-and-match (0.25; 0.5 was worse in digit_scenes_gan_sweep.yaml); learning rates, betas and clipping; equal
-    weights for all maps of logits; and which features are judged without `multi_scale`.
+    The paper does not publish some values, so Retort chose them. `gan_weight` is 0.3, chosen from 0.1, 0.3 and 1 with
+    manifests/digit_scenes_gan_sweep.yaml. `mix_and_match` is 0.25, because 0.5 was worse with the same manifest.
+    `r1_weight` is 0.001, chosen from 0, 0.001, 0.01, 0.1 and 1 with manifests/digit_scenes_r1.yaml. Larger weights made
+    the discriminator weaker and the student no better.
+
+    Retort also chose the learning rates, the betas, the clipping, equal weights of all maps of logits, and the features
+    that are judged without `multi_scale`.
     """
 
     VERSION: ClassVar[int] = 2

@@ -1,4 +1,4 @@
-"""Mix-and-match: fake triples for the discriminator, made of real latents with the wrong noise or text."""
+"""Mix-and-match: fake samples for the discriminator that are real latents with the wrong noise or text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ def mix_and_match(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the (latents, noise, condition) of the fake half of the discriminator's batch (2405.05967, section 3.3).
 
-    Each generated latent is replaced with probability `share` by a real latent that does not match its noise and text.
-    It is another row's latent, or this row's latent with another row's text or noise. All kinds that are possible for
-    the batch are equally likely. The paper publishes neither the share nor the probabilities.
+    Each row is replaced with probability `share` by a real latent that does not match its noise and text. Three kinds
+    are equally likely: another row's latent, this row's latent with another row's text, and this row's latent with
+    another row's noise. The third is used only if the discriminator takes noise (`sees_noise`). The paper publishes
+    neither the share nor the probabilities.
 
-    A matching triple is never called fake. The noise is swapped only if the discriminator takes noise (`sees_noise`),
-    and the text only if the other text differs. Rows without a possible mismatch keep the generated latent, as does a
-    batch of one. latents and noise are (B, C, H, W), condition is (B, ...) or None. The inputs are not changed.
+    A matching sample is never fake. If the other row has the same text, or if there are no texts, the third kind takes
+    the place of the second. Without `sees_noise`, such a row keeps the generated latent, as does a batch of one.
+
+    Latents and noise are (B, C, H, W). `condition` is (B, ...) or None. The inputs are not changed.
     """
     rows, device = len(real), real.device
     if rows == 1:

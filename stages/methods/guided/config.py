@@ -17,22 +17,22 @@ class GuidedConfig(HalvingConfig):
 
     The first link of the chain learns the teacher's guided output for every strength w of `w_range`, in `start_steps`
     steps. The other links halve the steps, as in progressive distillation. w is drawn for each sample and is an input
-    of the student. w = 0 is the plain conditional output. diffusers' guidance_scale is w + 1, and its pipelines pass
-    guidance_scale - 1 to the network.
+    of the student. w = 0 gives the conditional output without guidance. In diffusers, guidance_scale is w + 1, and
+    pipelines pass guidance_scale - 1 to the network.
 
-    With `start_from`, a student with the same `w_range`, the chain has no first link and only halves.
+    If `start_from` names a student with the same `w_range`, the chain omits its first link and only halves the steps.
     """
 
     VERSION: ClassVar[int] = 2
     name: Literal["guided"] = "guided"
     match_first: Annotated[Literal[True], Neutral()] = Field(
-        True, description="always true: the first link learns guidance in start_steps steps; not used with start_from"
+        True, description="always true: the first link learns guidance in start_steps steps; ignored with start_from"
     )
     w_range: WRange = Field((0.0, 4.0), description="range of w = guidance_scale - 1 that the student learns")
     sampler: Literal["ddim", "stochastic"] = Field(
         "ddim",
-        description="how the student is sampled: ddim; or stochastic, which takes a step of twice the length and adds "
-        "noise for one step back (2210.03142, section 3.3), and which diffusers does not have",
+        description="how the student is sampled; ddim: without new noise; stochastic: a DDIM step of twice the length, "
+        "then noise that leads one step back (2210.03142, section 3.3); diffusers cannot run it",
     )
 
     @property

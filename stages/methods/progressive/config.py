@@ -11,23 +11,23 @@ from stages.training import Method
 
 
 class ProgressiveConfig(HalvingConfig):
-    """Progressive distillation (Salimans and Ho 2022, 2202.00512): a student learns to do two DDIM steps of its teacher
-    in one step, and then becomes the teacher of the next student.
+    """Progressive distillation (Salimans and Ho 2022, 2202.00512): one step of a student replaces two DDIM steps of its
+    teacher. The student is then the teacher of the next student.
 
-    A stage `student` from 32 steps to 1 is a chain of stages, student/16 to student/1, each with a new optimizer. At
-    the last point of the time grid students are trained on pure noise, as sampling starts from it, even if the
-    schedule's last alpha is above 0. The paper trains without averaged weights: `training.ema_decay: 0`.
+    A stage `student` from 32 steps to 1 is a chain of stages, student/16 to student/1, each with a new optimizer.
+    Students are trained on pure noise at the noisiest point, even if the schedule's last alpha is above 0, because
+    sampling starts from pure noise. The paper uses no average of the weights: set `training.ema_decay: 0` to do so too.
 
-    Students predict v, x0 or both, because epsilon with truncated SNR diverges (table 1). A teacher that predicts
-    epsilon needs `match_first: true`. The first link, student/32, then learns to predict v in as many steps as its
-    teacher.
+    Students predict v, x0, or both x0 and the noise, because epsilon with truncated SNR diverges (table 1). A teacher
+    that predicts epsilon needs `match_first: true`. The chain then begins with student/32, which learns to predict v
+    with as many steps as its teacher.
     """
 
     name: Literal["progressive"] = "progressive"
     guidance_scale: float | None = Field(
         None,
         ge=1,
-        description="the teacher's guidance scale that is built into the student, as in diffusers; 1 means no "
+        description="guidance scale at which the student imitates the teacher, in diffusers' convention; 1 means no "
         "guidance; default: the scale of the pairs",
     )
 

@@ -161,7 +161,7 @@ def test_an_artifact_may_be_named_by_its_path(tmp_path):
     with pytest.raises(ManifestError, match=r"needs an artifact of kind teacher; .* is of kind pairs"):
         pairs = execute(GAUSSIAN, tmp_path)["pairs"].artifact
         plan_of(text.replace(str(teacher.folder), str(pairs.folder)), tmp_path)
-    with pytest.raises(ManifestError, match="is no sealed artifact"):
+    with pytest.raises(ManifestError, match="is not a sealed artifact"):
         plan_of(text.replace(teacher.fingerprint, "nothing"), tmp_path)
 
 

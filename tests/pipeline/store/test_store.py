@@ -40,7 +40,7 @@ def test_an_unfinished_folder_is_not_there_for_anyone(tmp_path):
     plan = execute(GAUSSIAN, tmp_path)
     (plan["pairs"].artifact.folder / RECORD).unlink()
     assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "resume"
-    with pytest.raises(UsageError, match="no sealed artifact"):
+    with pytest.raises(UsageError, match="not a sealed artifact"):
         load_artifact(plan["pairs"].artifact.folder)
     before = (plan["pairs"].pool / "00000.parquet").stat().st_mtime_ns
     execute(GAUSSIAN, tmp_path)

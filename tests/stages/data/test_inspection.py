@@ -62,7 +62,7 @@ def test_noise_that_occurs_twice_is_an_error(pairs, tmp_path):
         for suffix in (".tar", ".parquet"):
             shutil.copy(pairs.pool / f"00000{suffix}", both / f"0000{number}{suffix}")
     found = inspect_shards(str(both))
-    assert found["repeated_noises"] == 16 and "16 samples start from a noise" in found["damaged"]["noise"]
+    assert found["repeated_noises"] == 16 and "16 samples repeat the noise of another" in found["damaged"]["noise"]
     assert retort("stats", both).returncode == 1
 
 

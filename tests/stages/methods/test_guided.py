@@ -153,7 +153,7 @@ def test_a_chain_that_goes_on_has_no_first_link(tmp_path):
     )
     plan = plan_of(text + more % "1: 3", tmp_path)
     assert [n for n in plan if n.startswith("further")] == ["further/2", "further/1"]
-    with pytest.raises(ManifestError, match=r"training_steps.4: with `start_from` no round has this"):
+    with pytest.raises(ManifestError, match=r"training_steps.4: no round has this number of steps"):
         plan_of(text + more % "4: 20, 1: 3", tmp_path)
     for start, end, wrong in ((32, 1, True), (32, 8, True), (32, 16, False)):
         found = list(

@@ -1,4 +1,4 @@
-"""The command `retort`. Only click is imported at the top: help must be instant."""
+"""The command `retort`. Only click is imported at the top, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.errors import INTERRUPTED
 
 
 class InOrder(click.Group):
-    """Lists its commands as they were added: first what is used first."""
+    """A group that lists its commands in the order in which they were added: the first to be used comes first."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -32,8 +32,8 @@ def cli() -> None:
 
     \b
     retort submit manifests/digits.yaml    run a pipeline
-    retort resume RUN [STAGE]              carry on after anything
-    retort stats SHARDS                    what is in a dataset of pairs
+    retort resume RUN [STAGE]              continue a run that was interrupted or failed
+    retort stats SHARDS                    show what is in a dataset of pairs
     """
 
 
@@ -45,7 +45,8 @@ for _command in (
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 a stage failed, 2 manifest or usage wrong, 3 locked, 130 interrupted and resumable."""
+    """Run the command line. Exit codes: 0 done, 1 a stage failed, 2 invalid manifest or usage, 3 locked,
+    130 interrupted and resumable."""
     debug = "--debug" in sys.argv
     try:
         sys.exit(cli.main(prog_name="retort", standalone_mode=False) or 0)
@@ -64,7 +65,7 @@ def main() -> None:
 
         if debug or not isinstance(error, RetortError | OSError):
             raise
-        # a manifest's problems begin with file:line:column, as editors expect
+        # problems of a manifest begin with file:line:column, so that editors can link to them
         prefix = "" if isinstance(error, ManifestError) else "retort: "
         text = str(error) if isinstance(error, RetortError) else describe(error)
         click.echo(redacted(f"{prefix}{text}"), err=True)

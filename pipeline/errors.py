@@ -1,4 +1,4 @@
-"""What can go wrong in a way that a user can mend, and the exit code of each."""
+"""Errors that a user can fix, with their exit codes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ INTERRUPTED = 130
 
 
 class RetortError(Exception):
-    """Its message is all that is printed, without a traceback."""
+    """An error whose message is printed without a traceback."""
 
     exit_code = 1
 
 
 class StageFailed(RetortError):
-    """A stage could not be carried out."""
+    """A stage failed."""
 
 
 class UsageError(RetortError):
-    """A command, a manifest or a path is wrong."""
+    """A command, a manifest or a path is invalid."""
 
     exit_code = 2
 
 
 class ManifestError(UsageError):
-    """Everything that is wrong with a manifest, each problem with its place."""
+    """All problems of a manifest, each with its position in the file."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
@@ -40,7 +40,7 @@ class Locked(RetortError):
 
 
 def suggest(given: str, allowed: Collection[str]) -> str:
-    """The end of a sentence about a name that is not known: what was probably meant, and all that may be."""
+    """Return the end of a message about an unknown name: the most similar allowed name, and all allowed names."""
     close = get_close_matches(given, allowed, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (allowed: {', '.join(map(str, allowed))})" if allowed else hint

@@ -66,14 +66,19 @@ class Content:
     revision_field: str | None = None
     """The name of the field, in the same class, that holds the hub revision. If given, the value may be a hub
     repository `owner/name`. If None, the value is a path or a glob."""
-    files: tuple[str, ...] = ("**/*",)
-    """Glob patterns of the files that the stage reads from a folder. Other files do not change the fingerprint."""
+    files: tuple[str, ...] | Callable[[str], tuple[str, ...]] = ("**/*",)
+    """Glob patterns of the files that the stage reads from a folder, or a function from the folder to them. Other files
+    do not change the fingerprint."""
     shipped: Mapping[str, Path] = field(default_factory=dict, hash=False)
     """Short name -> folder that is installed with Retort. Settings store the name, because the path may change."""
 
     def source(self, value: str) -> str:
         """Return the path or hub repository that a value of the field refers to. Shipped names become paths."""
         return str(self.shipped.get(value, value))
+
+    def patterns(self, source: str) -> tuple[str, ...]:
+        """Return the patterns of the files that are read from a folder."""
+        return self.files(source) if callable(self.files) else self.files
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel
-
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T")
 NAME = r"[a-z][a-z0-9_]*"
 
 
@@ -27,12 +25,18 @@ class PluginError(Exception):
 class Registry(Mapping[str, type[T]]):
     """A mapping from names to subclasses of `base`.
 
-    `group` is the group of entry points. `key` is the field of `base` that holds the name in a manifest. Packages can
-    neither replace built-in names nor offer `reserved` names.
+    `group` is the group of entry points. `key` is the field of `base` that holds the name in a manifest. If it is None,
+    the names are classes of diffusers pipelines. Packages can neither replace built-in names nor offer `reserved`
+    names.
     """
 
     def __init__(
-        self, group: str, base: type[T], key: str, built_in: Mapping[str, type[T]], reserved: Collection[str] = ()
+        self,
+        group: str,
+        base: type[T],
+        key: str | None,
+        built_in: Mapping[str, type[T]],
+        reserved: Collection[str] = (),
     ) -> None:
         self.group, self.base, self.key, self.built_in = group, base, key, built_in
         self._reserved = reserved
@@ -95,7 +99,7 @@ class Registry(Mapping[str, type[T]]):
         return loaded
 
     def _name_error(self, name: str) -> str | None:
-        if not re.fullmatch(NAME, name):
+        if self.key and not re.fullmatch(NAME, name):
             return "a name consists of lower-case letters, digits and _, and starts with a letter"
         return "Retort reserves this name" if name in self._reserved else None
 
@@ -103,7 +107,9 @@ class Registry(Mapping[str, type[T]]):
         wanted = f"{self.base.__module__}.{self.base.__name__}"
         if not isinstance(found, type) or not issubclass(found, self.base):
             return f"{found!r:.80} is not a subclass of {wanted}"
-        annotation = found.model_fields[self.key].annotation
+        if self.key is None:
+            return None
+        annotation = found.model_fields[self.key].annotation  # type: ignore[attr-defined]
         allowed = get_args(annotation) if get_origin(annotation) is Literal else (name,)
         return None if name in allowed else f"its class has {self.key}: {' or '.join(map(str, allowed))}"
 

@@ -1,4 +1,4 @@
-"""The commands about clusters: `--address` of `submit` and `resume`, and `retort stop`."""
+"""Commands for clusters: the option `--address` of `submit` and `resume`, and `retort stop`."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 STOP_FOR = 60.0
-"""Seconds for a driver on this machine to end after SIGTERM: it interrupts its stage and lets its Ray go."""
+"""Seconds to wait after SIGTERM until a driver on this machine has interrupted its stage and stopped its Ray."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where a run is to go: the dashboard's address, and what was said with it."""
+    """The cluster that a run is submitted to: the dashboard's address, and the other options."""
 
     address: str
     no_wait: bool
@@ -50,15 +50,15 @@ class Cluster:
 
 
 def cluster_options(command: F) -> F:
-    """Adds the options of a cluster, which reach `command` as one argument, `cluster`: a Cluster or None."""
+    """Add the options for a cluster to a command. It gets them as one argument `cluster`, a Cluster or None."""
 
     @click.option("--address", metavar="URL", help="Run on the Ray cluster of this dashboard: http://HEAD:8265.")
-    @click.option("--no-wait", is_flag=True, help="With --address: do not follow the job.")
+    @click.option("--no-wait", is_flag=True, help="With --address: submit the job and do not follow it.")
     @click.option("--store-is-shared", is_flag=True, help="With --address: every node has the store at the same path.")
     @wraps(command)
     def with_cluster(*args: Any, address: str | None, no_wait: bool, store_is_shared: bool, **others: Any) -> Any:
         if address is None and (no_wait or store_is_shared):
-            raise click.UsageError("--no-wait and --store-is-shared go with --address")
+            raise click.UsageError("--no-wait and --store-is-shared need --address")
         cluster = Cluster(address, no_wait, store_is_shared) if address is not None else None
         return command(*args, cluster=cluster, **others)
 
@@ -75,11 +75,14 @@ def _check_submitted_by(_: click.Context, __: click.Parameter, theirs: str | Non
 submitted_by = click.option(
     "--submitted-by", metavar="BUILD", hidden=True, expose_value=False, callback=_check_submitted_by
 )
-"""Given by the job of a cluster: its node must have the version that planned the run."""
+"""Hidden option of the job in a cluster: the version that planned the run. The job's node must have the same one."""
 
 
 def submit_to(cluster: Cluster, loaded: Loaded, name: str, selection: Selection, wait: bool, as_json: bool) -> None:
-    """Plan and freeze here, carry out there."""
+    """Plan the run on this machine, then submit it to the cluster.
+
+    Raises Locked if the run is a job that is still running.
+    """
     from pipeline import jobs
     from pipeline.errors import Locked
     from pipeline.jobs.dashboard import Unreachable, checked
@@ -94,14 +97,14 @@ def submit_to(cluster: Cluster, loaded: Loaded, name: str, selection: Selection,
         if before and jobs.alive(before):
             raise Locked(f"run {name} is job {before.id} of {before.address}; {_how(run, before)}")
     except Unreachable:
-        pass  # gone with its cluster; the lock tells if its driver is not
+        pass  # its cluster is gone; if its driver still runs, it holds the run's lock
     with held(loaded, run, selection, wait):
-        pass  # the plan is made and frozen: the job goes on from there
+        pass  # makes and stores the plan, which the job then follows
     _start(cluster, run, selection, wait, as_json)
 
 
 def resume_on(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_json: bool) -> None:
-    """Follow the run's job if it is still under way, else submit it anew."""
+    """Follow the run's job if it is still running, else submit a new one."""
     from pipeline import jobs
     from pipeline.errors import Locked
     from pipeline.jobs.dashboard import Unreachable, checked
@@ -127,7 +130,7 @@ def resume_on(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_j
 def _start(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_json: bool) -> None:
     from pipeline import jobs
 
-    ignore_overrides(f"--address {cluster.address} is what counts")
+    ignore_overrides(f"--address {cluster.address} is used")
     extra = [word for name in selection.only for word in ("--only", name)]
     extra += [word for name in selection.onward for word in ("--from", name)]
     extra += ["--wait"] if wait else []
@@ -136,7 +139,7 @@ def _start(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_json
 
 
 def _attend(cluster: Cluster, run: Run, job: Job, as_json: bool) -> None:
-    """Follow the job to its end and exit as its driver did; with --no-wait, say how to."""
+    """Follow the job to its end, and exit with its driver's exit code. With --no-wait, print how to follow it."""
     from pipeline import jobs
 
     if cluster.no_wait:
@@ -145,7 +148,7 @@ def _attend(cluster: Cluster, run: Run, job: Job, as_json: bool) -> None:
         return
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        # with --json, standard output is for the result alone
+        # with --json, standard output is only for the result
         code = jobs.follow(job, lambda text: click.echo(text, nl=False, err=as_json))
     except KeyboardInterrupt:
         click.echo(f"\nno longer following; job {job.id} goes on; {_how(run, job)}", err=True)
@@ -165,11 +168,11 @@ def _how(run: Run, job: Job) -> str:
     )
 
 
-@click.command(short_help="Stop a run, here or in a cluster.")
+@click.command(short_help="Stop a run, on this machine or in a cluster.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
 @store_option
 def stop(run_name: str | None, store: str | None) -> None:
-    """Stop RUN, in a cluster or on this machine. It can be resumed."""
+    """Stop RUN, on this machine or in a cluster. It can be resumed."""
     from pipeline.errors import UsageError
 
     run = find_run(run_name, store)
@@ -182,7 +185,7 @@ def stop(run_name: str | None, store: str | None) -> None:
 
 
 def _stopped_job(run: Run) -> bool:
-    """Stop the run's job, if it is under way."""
+    """Stop the run's job if it is running. Return whether it was."""
     from pipeline import jobs
     from pipeline.jobs.dashboard import Unreachable
 
@@ -198,27 +201,30 @@ def _stopped_job(run: Run) -> bool:
     last = [event["event"] for event in run.events()][-1:]
     if driver and not {"run_interrupted", "run_done", "stage_failed"}.intersection(last):
         click.echo(
-            "Ray killed its driver before it had ended by itself: nothing is lost, but to give it more time set "
-            "RAY_JOB_STOP_WAIT_TIME_S (seconds; 3 by default) where the head node is started",
+            "Ray killed the driver before it could end by itself. Nothing is lost. To give it more time, set "
+            "RAY_JOB_STOP_WAIT_TIME_S (seconds; 3 by default) when starting the head node",
             err=True,
         )
     return True
 
 
 def _stop_driver(run: Run, driver: Holder) -> None:
-    """Raises UsageError for a driver on another machine, StageFailed for one that does not end."""
+    """Stop a driver on this machine with SIGTERM, and wait until it has ended.
+
+    Raises UsageError if it is on another machine or belongs to another user, and StageFailed if it does not end.
+    """
     from pipeline.errors import StageFailed, UsageError
 
     if driver.host != socket.gethostname():
-        raise UsageError(f"run {run.name} is driven on {driver.host}, by process {driver.pid}: stop it there")
+        raise UsageError(f"run {run.name} is driven by process {driver.pid} on {driver.host}: stop it there")
     try:
         os.kill(driver.pid, signal.SIGTERM)
     except ProcessLookupError:
         return  # it ended by itself
     except PermissionError:
-        raise UsageError(f"process {driver.pid}, which drives run {run.name}, is another user's") from None
+        raise UsageError(f"process {driver.pid}, which drives run {run.name}, belongs to another user") from None
     deadline = time.monotonic() + STOP_FOR
     while run.driver() == driver:
         if time.monotonic() > deadline:
-            raise StageFailed(f"process {driver.pid} still drives run {run.name}, {STOP_FOR:.0f} s after it was asked")
+            raise StageFailed(f"process {driver.pid} still drives run {run.name}, {STOP_FOR:.0f} s after SIGTERM")
         time.sleep(0.1)

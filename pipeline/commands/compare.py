@@ -10,7 +10,7 @@ from pipeline.commands.console import find_run, json_option, print_result, store
 from pipeline.reference.completion import complete_runs_or_paths
 
 
-@click.command(short_help="Put students beside their teacher.")
+@click.command(short_help="Compare students with their teacher.")
 @click.argument("run_names", metavar="[RUN]...", nargs=-1, shell_complete=complete_runs_or_paths)
 @store_option
 @click.option(
@@ -23,7 +23,7 @@ from pipeline.reference.completion import complete_runs_or_paths
 @click.option(
     "--figure",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Also draw images to this file (.png, .pdf, ...), with labels and prompts, for a README or a paper.",
+    help="Also draw the images with labels and prompts to this file (.png, .pdf, ...), for a README or a paper.",
 )
 @click.option(
     "--row",
@@ -33,7 +33,7 @@ from pipeline.reference.completion import complete_runs_or_paths
     help="A row of the figure, named as in the table. Repeat for several; default: all rows.",
 )
 @click.option(
-    "--columns", type=click.IntRange(1), default=8, show_default=True, help="The most columns that the figure has."
+    "--columns", type=click.IntRange(1), default=8, show_default=True, help="Maximum number of columns of the figure."
 )
 @json_option
 def compare(
@@ -45,10 +45,10 @@ def compare(
     columns: int,
     as_json: bool,
 ) -> None:
-    """Compare the students of RUNs with their teacher: a table, and a page of images from the same noise.
+    """Compare the students of RUNs with their teacher. Print a table, and write a page of images from the same noises.
 
-    Students that were evaluated with the same teacher, noises and prompts make one section, whichever run they are of.
-    A figure is of one section: the first that has all the rows.
+    A section holds students that were evaluated with the same teacher, noises and prompts. They may belong to several
+    runs. A figure shows the first section that has all the rows.
     """
     from pipeline.errors import UsageError
     from pipeline.views import tables
@@ -69,7 +69,7 @@ def compare(
     if drawn and figure:
         try:
             drawn.save(figure)
-        except (OSError, ValueError) as error:  # ValueError: no format is named so
+        except (OSError, ValueError) as error:  # ValueError: unknown format
             raise UsageError(f"--figure {figure} cannot be written: {error}") from None
     result = {
         "sections": [section.as_dict() for section in compared],

@@ -1,4 +1,4 @@
-"""What commands share: options, opening a store, planning and carrying out. Only click is imported at the top."""
+"""Shared parts of the commands: options, opening a store, planning and running. Imports only click at the top."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ store_option = click.option(
     "--store",
     envvar="RETORT_STORE",
     metavar="FOLDER",
-    help=f"The store; default: RETORT_STORE, the manifest's, {DEFAULT_STORE}.",
+    help=f"The store. Default: RETORT_STORE, then the manifest's store, then {DEFAULT_STORE}.",
 )
 name_option = click.option("--name", help="Name of the run; default: the manifest's name.")
 
 
 def execution_options(command: F) -> F:
+    """Add --engine, --wait and --debug to a command."""
     for option in (
         click.option(
             "--engine",
             type=click.Choice(["ray", "inline", "attached"]),
             default="ray",
             show_default=True,
-            help="ray: worker processes; inline: all in this process, for debugging; "
+            help="ray: worker processes. inline: everything in this process, for debugging. "
             "attached: workers of the Ray cluster that this process runs in.",
         ),
         click.option("--wait", is_flag=True, help="Wait for locks that other runs hold."),
@@ -55,7 +56,7 @@ def execution_options(command: F) -> F:
 
 
 def selection_options(command: F) -> F:
-    """Adds --only, --from and --force, which reach `command` as one argument, `selection`."""
+    """Add --only, --from and --force to a command. It gets them as one argument `selection`, a Selection."""
 
     @wraps(command)
     def with_selection(*args: Any, only: Any, onward: Any, force: Any, **others: Any) -> Any:
@@ -64,9 +65,9 @@ def selection_options(command: F) -> F:
         return command(*args, selection=Selection(only, onward, force), **others)
 
     for name, parameter, text in (
-        ("--force", "force", "Make this stage again, and all that depends on it."),
-        ("--from", "onward", "Make this stage and all that depends on it."),
-        ("--only", "only", "Make this stage alone; its inputs must be there. Repeat for several."),
+        ("--force", "force", "Make this stage again, and all stages that depend on it."),
+        ("--from", "onward", "Make this stage and all stages that depend on it."),
+        ("--only", "only", "Make only this stage. Its inputs must already exist. Repeat for several."),
     ):
         click.option(name, parameter, multiple=True, metavar="STAGE", help=text, shell_complete=complete_stages)(
             with_selection
@@ -81,13 +82,15 @@ def open_store(store: str | None) -> Store:
 
 
 def is_manifest(target: str) -> bool:
-    """Whether a command's argument is a manifest's file, and not the name of a run."""
+    """Whether a command's argument is the path of a manifest, and not the name of a run."""
     return Path(target).suffix in (".yaml", ".yml") or Path(target).is_file()
 
 
 def find_run(target: str | None, store: str | None) -> Run:
-    """The run of that name, of that manifest, or the store's only one. The store is the one given, the manifest's,
-    or ./retort-store. Raises UsageError."""
+    """Find a run by its name or by its manifest. Without either, return the only run in the store.
+
+    The store is `store`, else the manifest's, else the default. Raises UsageError if there is no such run.
+    """
     from pipeline.manifest.model import name_and_store
     from pipeline.runs import Run
 
@@ -98,7 +101,7 @@ def find_run(target: str | None, store: str | None) -> Run:
 
 
 def find_artifact(target: str, store: str | None) -> Path:
-    """The folder of a sealed artifact, given by its path or as RUN/STAGE. Raises UsageError."""
+    """Return the folder of a sealed artifact, given as a path or as RUN/STAGE. Raises UsageError."""
     from pipeline.errors import UsageError, suggest
     from pipeline.manifest.fields import is_artifact_path
     from pipeline.manifest.matrix import chosen
@@ -119,6 +122,7 @@ def find_artifact(target: str, store: str | None) -> Path:
 
 
 def store_override(store: str | None) -> list[str]:
+    """Return the --set that overrides the manifest's store, if `store` is given."""
     return [f"store={json.dumps(store, ensure_ascii=False)}"] if store else []
 
 
@@ -131,7 +135,7 @@ def plan_run(loaded: Loaded, run: Run, force: Collection[str] = ()) -> Plan:
 
 @dataclass(frozen=True)
 class Execution:
-    """How stages are carried out, and what is printed of it."""
+    """How stages are run, and what is printed."""
 
     engine: str = "ray"
     wait: bool = False
@@ -141,12 +145,12 @@ class Execution:
 
 
 def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -> None:
-    """Plan and run, holding the run's lock."""
+    """Plan a run and run its stages, holding the run's lock."""
     from pipeline.runs import Run, Runner
     from pipeline.views.progress import reporter
 
     run = Run(open_store(loaded.manifest.store), name)
-    signal.signal(signal.SIGTERM, interrupt)  # also while it waits for a lock
+    signal.signal(signal.SIGTERM, interrupt)  # here, so that waiting for a lock can be interrupted, too
     with held(loaded, run, selection, how.wait) as (planned, chosen):
         engine = _engine(how.engine)
         shown = reporter(quiet=how.as_json or how.quiet)
@@ -166,18 +170,20 @@ def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -
 
 @contextmanager
 def held(loaded: Loaded, run: Run, selection: Selection, wait: bool) -> Iterator[tuple[Plan, set[str]]]:
-    """Be the run's only driver, with its plan made and frozen and what is forced forgotten; gives the plan and the
-    names of the stages to carry out."""
+    """Hold the run's lock as its only driver. Yield its plan and the names of the stages to run.
+
+    The plan is stored, and artifacts of forced stages are unsealed, before anything is yielded.
+    """
     from pipeline.planning.content import pinned
     from pipeline.runs import force
     from pipeline.store.locks import share
 
     if loaded.problems:
-        plan_run(loaded, run)  # raises them, with those that only planning finds
+        plan_run(loaded, run)  # raises them, together with problems that only planning finds
     run.store.create()
     waiting = say_waiting if wait else None
     with run.held(waiting):
-        with share(run.store.garbage_lock):  # what is to be reused is not collected before the plan is frozen
+        with share(run.store.garbage_lock):  # keeps `gc` from deleting reused artifacts before the plan is stored
             planned = plan_run(loaded, run, selection.forced(loaded.order))
             chosen = selection.of(planned)
             force.check(run, planned, chosen)
@@ -195,7 +201,7 @@ def say_warning(text: str) -> None:
 
 
 def show_done(run: Run, planned: Plan, as_json: bool) -> None:
-    """Print where the artifacts of a run lie."""
+    """Print the paths of a run's artifacts."""
     from pipeline.views import tables
 
     made = [s for s in planned if run.store.is_sealed(s.artifact)]
@@ -204,7 +210,7 @@ def show_done(run: Run, planned: Plan, as_json: bool) -> None:
 
 
 def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) -> None:
-    """Print what carrying out would do."""
+    """Print what a run would do."""
     from pipeline.runs import Run, force
     from pipeline.views import tables
 
@@ -221,7 +227,7 @@ def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) ->
 
 
 def show_difference(loaded: Loaded, other: str, as_json: bool) -> None:
-    """Print how a manifest, as it would be planned now, differs from what run `other` was."""
+    """Print how a manifest's plan differs from the plan of run `other`."""
     from pipeline.planning.difference import difference
     from pipeline.runs import Run
     from pipeline.views import tables
@@ -246,7 +252,10 @@ def _engine(name: str) -> Any:
 
 
 def ignore_overrides(instead: str) -> None:
-    """Say that Ray's variables are not followed, and what is; Ray itself would prefer them to an address in code."""
+    """Print that Ray's environment variables are ignored, and what is used instead.
+
+    Ray itself would prefer them to an address in code.
+    """
     from pipeline.engines.nodes import OVERRIDES
 
     for variable in filter(os.environ.get, OVERRIDES):
@@ -258,6 +267,7 @@ def interrupt(*_: object) -> NoReturn:
 
 
 def print_result(as_json: bool, value: Any, table: Callable[[], str]) -> None:
+    """Print a result as JSON or as a table, without secrets in URLs."""
     from stages.data.urls import redacted
 
     click.echo(redacted(json.dumps(value, indent=2, ensure_ascii=False) if as_json else table()))

@@ -1,4 +1,4 @@
-"""The commands that help to write a manifest and to type: `retort init`, `retort explain`, `retort completion`."""
+"""Commands that help to write manifests and command lines: `retort init`, `explain` and `completion`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.reference.completion import complete_explained, complete_methods
 
 SHELLS = ("bash", "zsh", "fish")
 COMPLETE = "_RETORT_COMPLETE"
-"""The variable by which click's script asks `retort` what to offer."""
+"""The environment variable with which click's completion script calls `retort`."""
 
 
 @click.command(short_help="Write a commented manifest.")
@@ -21,14 +21,19 @@ COMPLETE = "_RETORT_COMPLETE"
     default="digits",
     show_default=True,
     metavar="digits|digit_scenes|FOLDER|HUB_ID",
-    help="What to distil: one of two that need no download, a diffusers folder, or a hub id such as owner/name.",
+    help="The teacher: digits or digit_scenes, which need no download; a diffusers folder; or a hub id such as "
+    "owner/name.",
 )
 @click.option(
-    "--method", default="knowledge_distillation", show_default=True, shell_complete=complete_methods, help="How."
+    "--method",
+    default="knowledge_distillation",
+    show_default=True,
+    shell_complete=complete_methods,
+    help="The distillation method.",
 )
-@click.option("--prompts", metavar="FILE", help="A file, folder or glob of prompts, for a teacher of your own.")
+@click.option("--prompts", metavar="FILE", help="A file, folder or glob of prompts, for your own teacher.")
 def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
-    """Write a commented manifest to FILE, by default retort.yaml; - prints it."""
+    """Write a commented manifest to FILE, by default retort.yaml. With - as FILE, print it."""
     from pipeline.errors import UsageError
     from pipeline.reference.starter import PLACEHOLDER, manifest_text
 
@@ -41,30 +46,30 @@ def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
         with open(file, "x", encoding="utf-8") as opened:
             opened.write(text)
     except FileExistsError:
-        raise UsageError(f"{file} is there already; name another file, or remove it first") from None
+        raise UsageError(f"{file} already exists; give another file, or delete it first") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}") from None
     if f" {PLACEHOLDER} #" in text:
-        click.echo(f"{file} is written; give it prompts: it asks for {PLACEHOLDER}, which stands for a file of yours")
+        click.echo(f"{file} is written; replace {PLACEHOLDER} in it by your own file of prompts")
     else:
         click.echo(f"{file} is written")
     click.echo(f"next: retort plan {file}    what would be done\n      retort submit {file}  do it")
 
 
-@click.command(short_help="Say what a setting means.")
+@click.command(short_help="Explain a setting.")
 @click.argument("name", required=False, shell_complete=complete_explained)
-@click.option("--markdown", is_flag=True, help="Print everything that is built in, as a page: docs/manifest.md.")
+@click.option("--markdown", is_flag=True, help="Print the reference of all built-in settings: docs/manifest.md.")
 @json_option
 def explain(name: str | None, markdown: bool, as_json: bool) -> None:
-    """Say what NAME is and list its settings: a stage kind, a method, an image set, `sampler`, `training`, ...
+    """Explain NAME and list its settings. NAME is a stage kind, a method, an image set, `sampler`, `training`, ...
 
-    Without NAME, list all that can be explained. NAME may be a path, too: pairs.sampler.steps.
+    It may also be a path, such as pairs.sampler.steps. Without NAME, list all names.
     """
     from pipeline.reference import explain as explained
 
     if markdown:
         if name is not None or as_json:
-            raise click.UsageError("--markdown prints everything; leave NAME and --json away")
+            raise click.UsageError("--markdown prints everything; do not give NAME or --json")
         from pipeline.reference.markdown import page
 
         click.echo(page(), nl=False)
@@ -78,14 +83,14 @@ def explain(name: str | None, markdown: bool, as_json: bool) -> None:
 @click.command(
     short_help="Print a shell's completion script.",
     epilog="""\b
-To have it in every shell, add one line:
+To use it in every new shell, add one line:
   bash, to ~/.bashrc:   eval "$(retort completion bash)"
   zsh,  to ~/.zshrc:    eval "$(retort completion zsh)"
   fish, to ~/.config/fish/config.fish:   retort completion fish | source""",
 )
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print the script by which SHELL completes commands, runs, stages and names of settings."""
+    """Print the script that makes SHELL complete commands, runs, stages and names of settings."""
     from click.shell_completion import get_completion_class
 
     found = get_completion_class(shell)

@@ -1,4 +1,4 @@
-"""The commands that look at runs: `retort runs`, `status`, `logs`, `gc`."""
+"""Commands that show runs and clean up: `retort runs`, `status`, `logs` and `gc`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def runs(store: str | None, as_json: bool) -> None:
     print_result(as_json, found, lambda: tables.runs(str(opened.root), found))
 
 
-@click.command(short_help="Show how far each stage of a run is.")
+@click.command(short_help="Show the progress of a run's stages.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
-@click.option("--watch", is_flag=True, help="Show it live, until nobody carries the run out.")
+@click.option("--watch", is_flag=True, help="Update the display until the run ends.")
 @store_option
 @json_option
 def status(run_name: str | None, watch: bool, store: str | None, as_json: bool) -> None:
-    """Show how far each stage of RUN is, how fast, what it cost, and where its artifact lies."""
+    """Show the progress, speed and cost of each stage of RUN, and the path of its artifact."""
     from pipeline.runs import status_of
     from pipeline.views import tables
     from pipeline.views.watch import watch as follow
@@ -48,11 +48,11 @@ def status(run_name: str | None, watch: bool, store: str | None, as_json: bool) 
 @click.command(short_help="Print or follow a stage's log.")
 @click.argument("run_name", metavar="RUN", shell_complete=complete_runs_or_paths)
 @click.argument("stage", required=False, shell_complete=complete_stages)
-@click.option("--follow", "-f", is_flag=True, help="Go on while the run is carried out.")
-@click.option("--json", "as_json", is_flag=True, help="Print the run's events instead, a JSON object a line.")
+@click.option("--follow", "-f", is_flag=True, help="Continue until the run ends.")
+@click.option("--json", "as_json", is_flag=True, help="Print the run's events instead, one JSON object on each line.")
 @store_option
 def logs(run_name: str, stage: str | None, follow: bool, as_json: bool, store: str | None) -> None:
-    """Print the log of a STAGE of RUN; without STAGE, what happened in the run."""
+    """Print the log of a STAGE of RUN. Without STAGE, print the events of the run."""
     from pipeline.errors import UsageError
     from pipeline.manifest.matrix import chosen
     from pipeline.runs.run import read_event
@@ -90,21 +90,21 @@ def _words(event: dict[str, Any]) -> str:
     return f"{event['time'][:19]}  {event['stage'] or 'run'}: {text}"
 
 
-@click.command(short_help="Show or remove what no run refers to.")
-@click.option("--delete", is_flag=True, help="Remove it; without this, nothing is changed.")
+@click.command(short_help="Show or delete artifacts that no run uses.")
+@click.option("--delete", is_flag=True, help="Delete it. Without this option, nothing is changed.")
 @click.option(
     "--drop",
     multiple=True,
     metavar="RUN",
     shell_complete=complete_runs,
-    help="Take this run for gone, and remove its folder too.",
+    help="Treat this run as deleted. With --delete, its folder is deleted, too. Repeat for several.",
 )
 @store_option
 @json_option
 def gc(delete: bool, drop: tuple[str, ...], store: str | None, as_json: bool) -> None:
-    """Show what no run refers to any more, and what killed attempts left; with --delete, remove it.
+    """Show the artifacts that no run uses, and the leftovers of killed attempts. With --delete, delete them.
 
-    What a run that is under way holds is never touched. What runs of other stores use by its path is not known here.
+    Files of a run that is under way are never touched. Artifacts that runs of other stores use by path count as unused.
     """
     from pipeline.runs.garbage import collect
     from pipeline.views import tables

@@ -1,4 +1,4 @@
-"""The commands on data: `retort stats`, `verify` and `shards`."""
+"""Commands for data: `retort stats`, `verify` and `shards`."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from pipeline.reference.completion import complete_runs_or_paths
 def stats(
     target: str, store: str | None, deep: bool, html: Path | None, samples: int, out: Path, as_json: bool
 ) -> None:
-    """Show what is in TARGET: a run, a sealed `pairs` artifact, or a folder or URL of shards, made by Retort or by
-    others.
+    """Show what is in TARGET: a run, a sealed `pairs` artifact, or a folder or URL of shards. The shards may be any
+    webdataset, also one that Retort did not make.
 
     The exit code is 1 if something is damaged. With --sample, images and their prompts are written to the folder --out.
-    Images of other makers are scaled down to sides of at most 1024 pixels.
+    Images of shards that Retort did not make are scaled down to sides of at most 1024 pixels.
     """
     from pipeline.views import tables
 
@@ -125,7 +125,7 @@ def export(target: str, out: Path, store: str | None, form: str) -> None:
     if found.kind != "pairs":
         raise UsageError(f"{artifact} is of kind {found.kind}; only pairs have shards")
     if out.exists():
-        raise UsageError(f"{out} is there already; give another path")
+        raise UsageError(f"{out} already exists; give another path")
     try:
         EXPORTS[form](found, out)
     except StageError as error:
@@ -134,8 +134,8 @@ def export(target: str, out: Path, store: str | None, form: str) -> None:
 
 
 def _places(target: str, store: str | None, kind: str | None = None) -> list[str]:
-    """Paths of what TARGET stands for. A path or URL stands for itself, RUN/STAGE for its artifact, and a run for its
-    finished artifacts, of one `kind` or of all."""
+    """Return the paths that TARGET stands for: a path or URL itself, the artifact of RUN/STAGE, or a run's finished
+    artifacts of one `kind` (default: all kinds)."""
     if "://" in target or Path(target).exists():
         return [target]
     from pipeline.errors import UsageError
@@ -149,7 +149,7 @@ def _places(target: str, store: str | None, kind: str | None = None) -> list[str
     try:
         run = Run.find(open_store(store), target)
     except UsageError as error:
-        raise UsageError(f"{target} is no folder or run: {error}") from None
+        raise UsageError(f"{target} is neither a folder nor a run: {error}") from None
     made = [s["artifact"] for s in status_of(run).values() if kind in (None, s["kind"]) and s["state"] == "done"]
     if not made:
         raise UsageError(f"run {target} has no finished {kind or 'stage'} yet; see `retort status {target}`")
@@ -210,7 +210,7 @@ def _report(as_json: bool, found: dict[str, dict[str, Any]], table: Any) -> None
 
 
 def _headed(found: dict[str, dict[str, Any]], table: Any) -> list[str]:
-    """One text for each report. If there are several, each begins with its place."""
+    """Return one text for each report. If there are several, each begins with the path of its target."""
     return [f"{place}\n{table(report)}" if len(found) > 1 else table(report) for place, report in found.items()]
 
 

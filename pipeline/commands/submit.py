@@ -1,4 +1,4 @@
-"""The commands that plan and carry out: `retort submit`, `resume` and `plan`."""
+"""Commands that plan and run pipelines: `retort submit`, `resume` and `plan`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def submit(
     as_json: bool,
     cluster: Cluster | None,
 ) -> None:
-    """Run the pipeline of MANIFEST, reusing whatever the store already holds."""
+    """Run the pipeline of MANIFEST. Artifacts that the store already holds are reused."""
     from pipeline.manifest import examine
 
     loaded = examine(manifest, [*overrides, *store_override(store)])
@@ -65,7 +65,7 @@ def submit(
         carry_out(loaded, run_name, selection, Execution(engine, wait, as_json))
 
 
-@click.command(short_help="Carry on with a run, doing no work twice.")
+@click.command(short_help="Continue a run.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
 @click.argument("stages", metavar="[STAGE]...", nargs=-1, shell_complete=complete_stages)
 @selection_options
@@ -86,7 +86,7 @@ def resume(
     as_json: bool,
     cluster: Cluster | None,
 ) -> None:
-    """Carry on with RUN, or with STAGEs of it, doing no work twice."""
+    """Continue RUN, or only some STAGEs of it. Finished work is not repeated."""
     run = find_run(run_name, store)
     selection = replace(selection, only=(*stages, *selection.only))
     if dry_run:
@@ -105,7 +105,7 @@ def resume(
     "--diff",
     metavar="RUN",
     shell_complete=complete_runs,
-    help="Say instead how its settings differ from those of this run.",
+    help="Show instead how the settings differ from those of this run.",
 )
 @name_option
 @store_option
@@ -119,11 +119,11 @@ def plan(
     store: str | None,
     as_json: bool,
 ) -> None:
-    """Show what submitting MANIFEST, or resuming RUN, would do, and why. Nothing is changed."""
+    """Show what `retort submit MANIFEST` or `retort resume RUN` would do, and why. Nothing is changed."""
     from pipeline.manifest import examine
 
     if name is not None and not is_manifest(target):
-        raise click.UsageError("--name goes with a manifest; a run has its name")
+        raise click.UsageError("--name needs a manifest; a run already has a name")
     if is_manifest(target):
         loaded = examine(Path(target), [*overrides, *store_override(store)])
         run_name = name or loaded.manifest.name
@@ -131,7 +131,7 @@ def plan(
         run = find_run(target, store)
         loaded, run_name = run.manifest(overrides), run.name
     if diff is not None and (selection.given or selection.force):
-        raise click.UsageError("--diff is about whole plans; leave --only, --from and --force away")
+        raise click.UsageError("--diff compares whole plans; do not give --only, --from or --force")
     if diff is not None:
         show_difference(loaded, diff, as_json)
     else:

@@ -9,14 +9,14 @@ import click
 from pipeline.reference.completion import complete_published
 
 
-@click.command("import-weights", short_help="Bring published E-LatentLPIPS weights into Retort's form.")
+@click.command("import-weights", short_help="Convert published E-LatentLPIPS weights to Retort's format.")
 @click.argument("source", metavar="FILE|NAME", shell_complete=complete_published)
 @click.argument("out", type=click.Path(path_type=Path))
 def import_weights(source: str, out: Path) -> None:
-    """Write a published E-LatentLPIPS checkpoint to the folder OUT, as a perceptual network in Retort's form.
+    """Convert a published E-LatentLPIPS checkpoint to a perceptual network in Retort's format, in the folder OUT.
 
-    FILE is NAME_latest_vgg16_tuned.pth, as published; NAME alone (sd15, sd21, sdxl, sd3, flux) downloads it. The
-    licence is CC BY-NC 4.0: not for commercial use.
+    FILE is the published file NAME_latest_vgg16_tuned.pth. With a NAME instead (sd15, sd21, sdxl, sd3, flux), the file
+    is downloaded. The licence is CC BY-NC 4.0: no commercial use.
     """
     from pipeline.errors import RetortError, UsageError, suggest
     from stages.base import StageError
@@ -24,7 +24,7 @@ def import_weights(source: str, out: Path) -> None:
 
     path, named = Path(source), source in importing.PUBLISHED
     if out.exists():
-        raise UsageError(f"{out} is there already; name another folder")
+        raise UsageError(f"{out} already exists; give another folder")
     if not named and not path.is_file():
         raise UsageError(f"{source} is neither a file nor a published network{suggest(source, importing.PUBLISHED)}")
     if named:

@@ -59,7 +59,7 @@ def _identify_field(field: Marked, cache: HashCache) -> str:
     source = field.marker.source(field.value)
     if Path(source).is_absolute() or revision_field is None:
         try:
-            return f"sha256:{cache.sha256_of(source, field.marker.files)}"
+            return f"sha256:{cache.sha256_of(source, field.marker.patterns(source))}"
         except FileNotFoundError as error:
             return Unknown(str(error))
         except OSError as error:

@@ -1,5 +1,8 @@
-"""What a shell offers when TAB is pressed: `shell_complete=` callbacks of click. Nothing heavy at the top, and what
-cannot be read is not offered: an error would appear in the middle of the user's line."""
+"""Callbacks of click that complete words when TAB is pressed in a shell.
+
+They import nothing slow at the top. They ignore files that cannot be read, because an error message would appear in the
+middle of the user's line.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,21 @@ from pipeline import DEFAULT_STORE
 
 
 def complete_runs(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
-    """Names of the runs in the store."""
+    """Complete names of the runs in the store."""
     return _fitting(incomplete, _runs(context))
 
 
 def complete_runs_or_paths(context: Context, parameter: Parameter, incomplete: str) -> list[CompletionItem]:
-    """The same, and the shell's own files and folders."""
+    """Complete names of runs, files and folders."""
     runs = [CompletionItem(name) for name in complete_runs(context, parameter, incomplete)]
     return [*runs, CompletionItem(incomplete, type="file")]
 
 
 def complete_stages(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
-    """Stages of the run that was named before (parameter `run_name` or `target`), or of all runs: behind an option
-    that still lacks its value click does not know what came before."""
+    """Complete stages of the run in parameter `run_name` or `target`, or of all runs if it is not known.
+
+    click does not pass earlier parameters while an option has no value yet.
+    """
     named, there = context.params.get("run_name") or context.params.get("target"), _runs(context)
     runs = there if named is None else [named] if named in there else []
     return _fitting(incomplete, dict.fromkeys(stage for run in runs for stage in _stages(context, run)))
@@ -41,28 +46,28 @@ def _stages(context: Context, run: str) -> Iterable[str]:
 
 
 def complete_explained(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
-    """All that `retort explain` explains."""
+    """Complete the names that `retort explain` knows."""
     from pipeline.reference.explain import names
 
     return _fitting(incomplete, (name for group in names().values() for name in group))
 
 
 def complete_published(context: Context, parameter: Parameter, incomplete: str) -> list[CompletionItem]:
-    """Published perceptual networks, and the shell's own files."""
+    """Complete names of published perceptual networks, and files."""
     from stages.perceptual.importing import PUBLISHED
 
     return [*map(CompletionItem, _fitting(incomplete, PUBLISHED)), CompletionItem(incomplete, type="file")]
 
 
 def complete_methods(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
-    """Distillation methods, also those of other packages."""
+    """Complete distillation methods, including those of plug-ins."""
     from stages.methods import METHODS
 
     return _fitting(incomplete, METHODS)
 
 
 def _store(context: Context) -> Path:
-    """From --store or RETORT_STORE, which click reads; else the one in this folder."""
+    """Return the store: that of --store or RETORT_STORE, which click reads, or the default one."""
     return Path(context.params.get("store") or DEFAULT_STORE).expanduser()
 
 

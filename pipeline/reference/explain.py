@@ -1,4 +1,4 @@
-"""What `retort explain` knows: every name that a manifest may use, and its settings, as data and as text."""
+"""Implements `retort explain`: finds every name that a manifest may use, and describes its settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ WIDEST = 100
 
 @dataclass(frozen=True)
 class Topic:
-    """Something that can be explained. `used` says where in a manifest it stands."""
+    """A name that can be explained. what: its category, such as methods. used: where it is used in a manifest. package:
+    the plug-in that provides it; None for built-in names."""
 
     name: str
     what: str
@@ -51,7 +52,7 @@ class Topic:
     config: type[Config]
     package: str | None = None
     only: str | None = None
-    """One setting of it alone."""
+    """The name of a setting, if only that one is explained."""
 
     def settings(self) -> list[Setting]:
         return [s for s in settings_of(self.config) if self.only in (None, s.name)]
@@ -62,14 +63,16 @@ class Topic:
 
 
 def names() -> dict[str, list[str]]:
-    """All that can be asked for, by what it is. Imports no package that offers some of it."""
+    """Return category -> names that can be explained. Imports no plug-ins."""
     found = {what: list(registry) for what, registry in REGISTRIES.items()}
     return {**found, GROUPS: ["manifest", "matrix", *sorted(_groups())]}
 
 
 def topics(asked: str) -> list[Topic]:
-    """All that `asked` may mean: a name of `names()`, a dotted path below one, or the name of a single setting.
-    Raises UsageError, with what was perhaps meant."""
+    """Return all topics that `asked` can mean: a name in `names()`, a dotted path from one, or the name of a setting.
+
+    Raises UsageError with the most similar name if there is none.
+    """
     first, _, path = asked.partition(".")
     found = _inside(_named(first), path.split(".")) if path else _named(asked)
     if not found and not path:
@@ -81,7 +84,7 @@ def topics(asked: str) -> list[Topic]:
     known = [name for group in names().values() for name in group]
     close = get_close_matches(asked, [*known, *_setting_names()], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
-    raise UsageError(f"nothing is called {asked!r}{hint} `retort explain` lists what there is")
+    raise UsageError(f"nothing is called {asked!r}{hint} `retort explain` lists all names")
 
 
 def _named(name: str) -> list[Topic]:
@@ -100,7 +103,7 @@ def _named(name: str) -> list[Topic]:
 
 
 def _inside(found: Sequence[Topic], path: Sequence[str]) -> list[Topic]:
-    """Follow a dotted path to settings, or to a single one."""
+    """Follow a dotted path from topics to a group of settings or a single setting."""
     reached = []
     for topic in found:
         setting = next((s for s in settings_of(topic.config) if s.name == path[0]), None)
@@ -121,7 +124,7 @@ def _inside(found: Sequence[Topic], path: Sequence[str]) -> list[Topic]:
 
 @cache
 def _groups() -> dict[str, dict[type[Config], list[str]]]:
-    """Name of a field -> the classes of its settings -> where each stands, for all that is built in."""
+    """Return name of a field -> class of its settings -> paths where it is used, for all built-in names."""
     groups: dict[str, dict[type[Config], list[str]]] = {}
     for root, config in _roots():
         for path, setting in _walk(config, root):
@@ -144,7 +147,7 @@ def _walk(config: type[Config], path: str) -> Iterator[tuple[str, Setting]]:
 
 
 def built_in() -> list[Topic]:
-    """Every name and part that is built in, by what it is, in the order of `names()`."""
+    """Return the topics of all built-in names, in the order of `names()`."""
     return [
         topic
         for what, found in names().items()
@@ -160,7 +163,7 @@ def _setting_names() -> set[str]:
 
 
 def _shown_elsewhere(config: type[Config]) -> bool:
-    """Settings that several parts share are explained once, under their own name."""
+    """Whether settings are explained under their own name, because several places use them."""
     places = [place for classes in _groups().values() for place in classes.get(config, [])]
     return len(places) > 1 or issubclass(config, Execution)
 
@@ -169,7 +172,7 @@ def _shown_elsewhere(config: type[Config]) -> bool:
 
 
 def listing() -> str:
-    """All names, by what they are."""
+    """Return the list of all names, by category."""
     lines = ["retort explain NAME says what NAME is and lists its settings. NAME is one of these, or a path such as"]
     lines += ["pairs.sampler.steps."]
     for what, found in names().items():
@@ -185,7 +188,7 @@ def _package(what: str, name: str) -> str | None:
 
 
 def text(topic: Topic) -> str:
-    """A topic for the terminal."""
+    """Return a topic as text for the terminal."""
     source = f", from the package {topic.package}" if topic.package else ""
     used = "" if topic.used == topic.name else f" ({topic.used})"
     lines = [f"{topic.name}: {_singular(topic.what)}{source}{used}", ""]
@@ -196,7 +199,7 @@ def text(topic: Topic) -> str:
     if settings:
         lines += _lines(settings, "  ", topic.name)
     if topic.what == "stage kinds" and topic.only is None:
-        lines.append("  As any stage it may also have a `matrix`: retort explain matrix")
+        lines.append("  Like any stage, it may also have a `matrix`: retort explain matrix")
     return "\n".join(lines).rstrip()
 
 
@@ -225,14 +228,15 @@ def _lines(settings: Sequence[Setting], indent: str, path: str) -> list[str]:
 
 
 def _reference(setting: Setting, path: str) -> str:
-    """The name that leads to a setting's settings; with its path where that alone means several things."""
+    """Return the name under which the settings inside a setting are explained: a path if the name is ambiguous."""
     classes = list(_groups().get(setting.name, {}))
     taken = any(setting.name in registry.built_in for registry in REGISTRIES.values())
     return setting.name if classes == [setting.config] and not taken else f"{path}.{setting.name}"
 
 
 def default_text(setting: Setting) -> str:
-    """The default as a manifest would have it; empty if there is none, or it is that of each setting inside."""
+    """Return a default as it is written in a manifest. Empty if there is none, or if it is all defaults of the settings
+    inside."""
     value = setting.default
     if isinstance(value, dict):
         inside = ", ".join(f"{key}: {_word(inner)}" for key, inner in value.items())

@@ -1,6 +1,6 @@
-"""docs/manifest.md as text: an opening that is written by hand, then every built-in name and setting as tables.
+"""Generates docs/manifest.md: a hand-written opening, then tables of every built-in name and its settings.
 
-The tables come from the settings' classes, as `retort explain` does. Names from plug-in packages are left out.
+The tables come from the classes of settings, like the texts of `retort explain`. Names of plug-ins are left out.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from stages.base import Config
 
 OPENING = Path(__file__).parent / "templates" / "manifest.md"
 TOP = ("manifest", "matrix", "resources")
-"""The parts that no stage has inside."""
+"""Topics of the whole manifest, which are not inside a stage."""
 WIDTH = 120
 
 
 def page() -> str:
-    """The whole page, with links to all its sections where the opening says CONTENTS."""
+    """Return the whole page. Links to all sections replace the word CONTENTS in the opening."""
     sections = _sections()
     headings = {config: _heading(topics, sections) for config, topics in sections.items()}
     text = OPENING.read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def page() -> str:
 
 
 def _sections() -> dict[type[Config], list[Topic]]:
-    """Each class of settings, with all names that it goes by."""
+    """Return class of settings -> topics that use it."""
     sections: dict[type[Config], list[Topic]] = {}
     for topic in built_in():
         sections.setdefault(topic.config, []).append(topic)
@@ -42,7 +42,7 @@ def _sections() -> dict[type[Config], list[Topic]]:
 
 
 def _heading(topics: list[Topic], sections: dict[type[Config], list[Topic]]) -> str:
-    """The names of a class. Where several classes share a name, with the settings that each belongs to."""
+    """Return the heading of a section: its names. If several sections have the same name, also where it is used."""
     name = ", ".join(topic.name for topic in topics)
     counts = Counter(topic.name for several in sections.values() for topic in several)
     if topics[0].what != GROUPS or counts[name] == 1:
@@ -69,7 +69,7 @@ def _section(config: type[Config], topics: list[Topic], headings: dict[type[Conf
 
 
 def _type(setting: Setting, headings: dict[type[Config], str]) -> str:
-    """Its type and bounds. Names and settings that have a section are links to it."""
+    """Return the type and bounds of a setting, with links to the sections of the names and settings in it."""
     text = setting.allowed
     for registry in REGISTRIES.values():
         links = [_link(name, headings[config]) for name, config in registry.built_in.items()]
@@ -89,7 +89,7 @@ def _cell(text: str) -> str:
 
 
 def _with_links(text: str) -> str:
-    """Numbers of arXiv papers become links."""
+    """Replace the numbers of arXiv papers by links."""
     return re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", text)
 
 
@@ -98,7 +98,7 @@ def _filled(paragraph: str) -> str:
 
 
 def _contents(text: str) -> str:
-    """A list of the headings: a chapter a line, with its sections."""
+    """Return a list of links, with one line for each chapter and its sections."""
     lines: list[str] = []
     for level, heading in re.findall(r"^(##|###) (.*)", text, re.M):
         if level == "##":
@@ -109,6 +109,6 @@ def _contents(text: str) -> str:
 
 
 def _link(words: str, heading: str | None = None) -> str:
-    """A link to a section, by the anchor that GitHub makes of its heading."""
+    """Return a link to a section. The anchor is the one that GitHub makes from the heading."""
     anchor = re.sub(r"[^\w\- ]", "", (heading or words).lower()).replace(" ", "-")
     return f"[{words}](#{anchor})"

@@ -1,4 +1,4 @@
-"""The manifests that `retort init` writes: templates/*.yaml, filled in for a teacher and a method."""
+"""Makes the manifests of `retort init`: fills in templates/*.yaml for a teacher and a method."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from stages.base import StageError
 from stages.data.files import files_of
 from stages.data.prompts.config import PATTERNS, Prompts
 from stages.methods import METHODS
+from stages.networks.adapters import checked
+from stages.networks.pixel import PixelDiffusion
 from stages.registry import PluginError
-from stages.teacher import layout
 
 TEMPLATES = Path(__file__).parent / "templates"
 EMBEDDED = ("digits", "digit_scenes")
-"""Teachers that need no download: templates of the same name."""
+"""Teachers that need no download. Each has a template of the same name."""
 HUB_ID = r"[\w.-]+/[\w.-]+"
 PLACEHOLDER = "prompts.txt"
 LONGEST = 60
-"""Characters of a comment that says what a setting may be; longer ones stay out."""
+"""Largest length of a comment with a setting's type. Longer types are left out."""
 
 
 def manifest_text(teacher: str, method: str, prompts: str | None, file: str) -> str:
-    """A commented manifest for `teacher`: digits, digit_scenes, a diffusers folder or a hub id.
+    """Return a commented manifest. teacher: digits, digit_scenes, a diffusers folder or a hub id.
 
-    `file` is what it will be called. Raises UsageError for what cannot be a teacher, a method or prompts.
+    file: the path that it will be written to. Raises UsageError for an invalid teacher, method or prompts.
     """
     values = {"file": file, "teacher": teacher, "name": _run_name(teacher), **_method(method)}
     if teacher in EMBEDDED:
         if prompts is not None:
-            raise UsageError(f"--prompts: the {teacher} teacher knows its own image set's captions only")
+            raise UsageError(f"--prompts: the {teacher} teacher knows only the captions of its own image set")
         return _filled(teacher, values)
     folder = Path(teacher).expanduser()
     if folder.is_dir():
@@ -44,38 +45,38 @@ def manifest_text(teacher: str, method: str, prompts: str | None, file: str) -> 
         raise UsageError(
             f"--teacher {teacher}: give {', '.join(EMBEDDED)}, a diffusers folder, or a hub id such as owner/name"
         )
-    revision = "    # revision: a full commit, and planning needs no network\n"
+    revision = "    # revision: a full commit hash; planning then needs no network\n"
     return _filled("latent", {**values, "source": teacher, "revision": revision, "prompts": _prompts(prompts)})
 
 
 def _for_folder(folder: Path, prompts: str | None, values: dict[str, str]) -> str:
     try:
-        found = layout.check(folder)
-        classes = layout.classes(folder) if found is layout.PIXELS else None
-    except StageError as error:
+        pixels = issubclass(checked(folder), PixelDiffusion)
+        classes = PixelDiffusion.classes_of(folder) if pixels else None
+    except (StageError, PluginError) as error:
         raise UsageError(str(error)) from None
     values = {**values, "source": _scalar(str(folder))}
-    if found is layout.STABLE_DIFFUSION:
+    if not pixels:
         return _filled("latent", {**values, "revision": "", "prompts": _prompts(prompts)})
     if classes is None:
         if prompts is not None:
-            raise UsageError(f"--prompts: {folder} is unconditional and takes none")
+            raise UsageError(f"--prompts: {folder} is unconditional and takes no prompts")
         none = "    # no prompts: this teacher is unconditional"
         return _filled(
-            "pixel", {**values, "prompts": none, "guidance": "1.0, for an unconditional teacher cannot be guided"}
+            "pixel", {**values, "prompts": none, "guidance": "1.0: an unconditional teacher cannot be guided"}
         )
-    guidance = "1.0 is none; more is possible if a class of the teacher stands for none"
-    return _filled("pixel", {**values, "prompts": _prompts(prompts, "a class a line"), "guidance": guidance})
+    guidance = "1.0 is no guidance; more needs a teacher with an unconditional class"
+    return _filled("pixel", {**values, "prompts": _prompts(prompts, "one class on each line"), "guidance": guidance})
 
 
 def _filled(template: str, values: dict[str, str]) -> str:
     return Template((TEMPLATES / f"{template}.yaml").read_text(encoding="utf-8")).substitute(values)
 
 
-def _prompts(given: str | None, content: str = "a prompt a line") -> str:
-    """The line of the manifest; where none are given, one that makes the plan say which file is missing."""
+def _prompts(given: str | None, content: str = "one prompt on each line") -> str:
+    """Return the manifest's line for prompts. Without prompts, it names PLACEHOLDER, which plans report as missing."""
     if given is None:
-        return f"    prompts: {PLACEHOLDER} # give a file of yours: {content}; or .csv, .jsonl, .parquet with a column"
+        return f"    prompts: {PLACEHOLDER} # give your own file: {content}; or .csv, .jsonl, .parquet with a column"
     try:
         Prompts.model_validate(given)
         files_of(str(Path(given).expanduser()), PATTERNS)
@@ -86,20 +87,23 @@ def _prompts(given: str | None, content: str = "a prompt a line") -> str:
     path = _scalar(str(Path(given).expanduser().absolute()))
     if Path(given).suffix.lower() == ".txt":
         return f"    prompts: {path}"
-    return f"    prompts: {{path: {path}, column: prompt}} # the column that holds the texts"
+    return f"    prompts: {{path: {path}, column: prompt}} # the column that holds the prompts"
 
 
 def _method(name: str) -> dict[str, str]:
-    """The lines of the method, with all of its settings at their defaults, and words for how often it is called."""
+    """Return the method's lines, with all settings at their defaults, and texts about its number of steps."""
     try:
         config = METHODS.get(name)
     except PluginError as error:
         raise UsageError(str(error)) from error
     if config is None:
         raise UsageError(f"--method {name}: there is no such method{suggest(name, METHODS)}")
+    if {"pairs"} not in config.DATA:
+        wanted = " or ".join(" and ".join(sorted(streams)) for streams in config.DATA)
+        raise UsageError(f"--method {name}: init writes manifests that train on pairs, but {name} needs {wanted}")
     own = [_setting(setting) for setting in settings_of(config)]
     text = "\n".join(["    method:", f"      name: {name} # retort explain {name}", *own])
-    few = "latents" in config.DATA
+    few = not all("pairs" in streams for streams in config.DATA)
     return {
         "method": text,
         "calls": "a few network calls" if few else "one network call",
@@ -111,7 +115,7 @@ def _method(name: str) -> dict[str, str]:
 def _setting(setting: Setting) -> str:
     comment = f" # {setting.allowed if len(setting.allowed) <= LONGEST else f'retort explain {setting.name}'}"
     if setting.required:
-        return f"      # {setting.name}: required, and without a default{comment}"
+        return f"      # {setting.name}: required{comment}"
     if setting.config or setting.default is None:
         return f"      # {setting.name}:{comment}"
     value = setting.default
@@ -119,17 +123,17 @@ def _setting(setting: Setting) -> str:
 
 
 def _scalar(text: str) -> str:
-    """A text as YAML: quoted unless it is a plain word or path."""
+    """Return a text as YAML. It is quoted unless it is a plain word or path."""
     plain = re.fullmatch(r"[A-Za-z/][\w./-]*", text) and text.lower() not in ("null", "true", "false")
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 WORDS = ("null", "true", "false")
-"""What YAML takes for something else than a word; numbers are others."""
+"""Words that YAML does not read as text."""
 
 
 def _run_name(teacher: str) -> str:
-    """A name for the run: of a path its last part."""
+    """Return a name for the run, made from the last part of a path."""
     last = Path(teacher).expanduser().absolute().name
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", last).strip("_-")[:80] or "retort"
     return name if re.fullmatch(r"[A-Za-z]*[A-Za-z_-]{2}[\w-]*", name) and name.lower() not in WORDS else f"run_{name}"

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import UsageError
 from stages import KINDS
-from stages.base import SCRATCH, Artifact
+from stages.base import SCRATCH, Artifact, StageError
 from stages.data.files import fsync_folder, is_temporary, sha256_of, write_atomically
 from stages.registry import PluginError
 
@@ -107,7 +107,10 @@ class Store:
             return f"{changed} is missing or changed"
         if remade:
             return f"its input {remade} was made again with different bytes"
-        return artifact.stage.damage(artifact.folder)
+        try:
+            return artifact.stage.damage(artifact.folder)
+        except StageError as error:
+            return str(error)
 
     def seal(self, artifact: Artifact, work: Path, record: Mapping[str, Any]) -> None:
         """Turn the folder `work` into the artifact: hash its files, write the record, and move it into the store."""

@@ -1,4 +1,4 @@
-"""Sealed pairs in forms that others read."""
+"""Exports sealed pairs to Parquet and to Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from stages.data.receipts import read_facts, read_rows, receipt_of
 
 
 def to_parquet(artifact: Artifact, out: Path) -> None:
-    """One file, a row group a shard: index, key, prompt, and each array as a tensor of its shape and dtype (a list
-    of fixed length to readers that know no tensors). Raises StageError for damaged shards."""
+    """Write one Parquet file with one row group for each shard. Raises StageError for damaged shards.
+
+    Columns: index, key, prompt, and one for each array, as Arrow's fixed-shape tensors. Readers that do not support
+    tensors see lists of fixed length.
+    """
     shards = read_list(artifact.folder)
     names = list(read_facts(receipt_of(shards[0].tar)).arrays)
     reader, start = PairReader(shards, names), 0
@@ -42,10 +45,13 @@ def to_parquet(artifact: Artifact, out: Path) -> None:
 
 
 def to_huggingface(artifact: Artifact, out: Path) -> None:
-    """A folder that `datasets.load_dataset(folder)` reads: copies of the tars, and a dataset card. No links: who
-    edited the export would change what is sealed. Raises StageError for damaged shards."""
+    """Write a folder that `datasets.load_dataset(folder)` reads: the tars and a dataset card.
+
+    The tars are copies, not links: an edit of the export must not change the sealed artifact. Raises StageError for
+    damaged shards.
+    """
     shards = read_list(artifact.folder)
-    PairReader(shards)  # none is missing
+    PairReader(shards)  # raises if a shard is missing
     temporary = temporary_of(out)
     try:
         (temporary / "data").mkdir(parents=True)
@@ -78,7 +84,7 @@ tags:
 ---
 # {metrics["count"]:,} (noise, latent, prompt) pairs
 
-A diffusion teacher's ODE, solved from stored noise by Retort (pairs/{artifact.fingerprint}).
+Retort solved the ODE of a diffusion teacher from the stored noise (pairs/{artifact.fingerprint}).
 
 | member | dtype | shape |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut."""
+"""Finds, hashes and atomically writes files. A published file is complete, even after a power failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_once(path: Path) -> str:
-    """As `sha256_of`, but this process reads the file once, while its size, time and inode stay the same."""
+    """As `sha256_of`, but cached in this process while size, modification time and inode of the file stay the same."""
     return _sha256_of(path, *stamp_of(path))
 
 
@@ -30,15 +30,20 @@ def _sha256_of(path: Path, *stamp: int) -> str:
 
 
 def stamp_of(path: Path) -> tuple[int, int, int]:
-    """Size, time of change and inode. A file that is edited or replaced gets another stamp; a decayed disk gives none
-    away."""
+    """Return size in bytes, modification time in ns and inode.
+
+    They change when a file is edited or replaced, but not when the disk corrupts it.
+    """
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Path]:
-    """Name -> path, sorted by name: of a file, of those in a folder that match a pattern, or of a glob's matches.
-    Links are followed. Raises FileNotFoundError if there is none."""
+    """Return name -> path, sorted by name, for a file, the files of a folder that match a pattern, or a glob.
+
+    Names are relative to the folder, or to the common folder of a glob's matches. Links are followed. Raises
+    FileNotFoundError if no file is found.
+    """
     path = Path(source)
     if path.is_file():
         return {path.name: path}
@@ -57,7 +62,7 @@ def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Pat
 
 
 def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All that is no folder, at any depth. Links are followed, but not to a folder that they lie in (`above`)."""
+    """Yield all files at any depth. Links are followed, except to a folder that contains them (one of `above`)."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -73,10 +78,10 @@ def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
 
 
 def _globbed(pattern: Path) -> Iterator[Path]:
-    """As `glob.glob`, which would go round where links loop."""
+    """As `glob.glob`, but stops at loops of links."""
     if "**" not in pattern.parts:
         return map(Path, glob.glob(str(pattern)))
-    from fsspec.utils import glob_translate  # here, since planning seldom needs it
+    from fsspec.utils import glob_translate  # here, because planning rarely needs it
 
     fixed = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
     folder, below = Path(*pattern.parts[:fixed]), pattern.parts[fixed:]
@@ -90,7 +95,10 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _matches(path: Path, pattern: str) -> bool:
-    """As `Path.glob`: at exactly the pattern's depth, or with `**/` before it at any. Hidden files never."""
+    """Whether a path matches a pattern of `Path.glob`: at the pattern's depth, or after `**/` at any depth.
+
+    Suffixes match in upper case, too. Hidden files never match.
+    """
     anywhere, name = pattern.startswith("**/"), pattern.removeprefix("**/")
     deep_enough = anywhere or len(path.parts) == name.count("/") + 1
     lowered = path.with_name(path.name.lower())  # IMG.JPG is a .jpg
@@ -100,7 +108,7 @@ def _matches(path: Path, pattern: str) -> bool:
 def sha256_of_all(
     source: str, patterns: Sequence[str] = EVERYTHING, hash_file: Callable[[Path], str] = sha256_of
 ) -> str:
-    """A file's sha256; of several files, that of their names and hashes."""
+    """Return the sha256 of a file; for several files, the sha256 of their names and hashes."""
     if Path(source).is_file():
         return hash_file(Path(source))
     lines = [f"{name}\0{hash_file(path)}\n" for name, path in files_of(source, patterns).items()]
@@ -108,29 +116,30 @@ def sha256_of_all(
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush all that is in `folder`, then the folder itself."""
+    """Flush everything in `folder` to disk, then the folder itself."""
     for path in [*folder.rglob("*"), folder]:
         _fsync(path)
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Move a finished file of the same folder to its final name, durably."""
+    """Rename a finished file or folder to its final name in the same folder, and flush it to disk."""
     _fsync(temporary)
     os.replace(temporary, final)
     _fsync(final.parent)
 
 
 def temporary_of(path: Path) -> Path:
-    """A name beside `path` that no reader looks at and no other writer takes, on whatever host."""
+    """Return a hidden name beside `path` that is unique on all hosts. Readers ignore it."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether it is a file that `temporary_of` named: a killed writer left it, unless one writes now."""
+    """Whether `temporary_of` named the file. A killed writer left it, unless a writer is still at work."""
     return re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name) is not None and path.is_file()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file through a temporary file, so that readers see the old or the new content, never a part of it."""
     temporary = temporary_of(path)
     try:
         temporary.write_bytes(content)

@@ -1,7 +1,7 @@
-"""Latents of an image set on disk, as `kind: latents` seals them.
+"""Reads and writes the files of a `latents` artifact: the encoded images of an image set.
 
-NAME.npy holds the latents of a split (N, C, h, w), NAME.parquet their rows in the same order: caption, origin, and
-an int64 column for each label.
+For each split, NAME.npy holds the latents (N, C, h, w). NAME.parquet has one row for each latent, in the same order:
+caption, origin, and one int64 column for each label.
 """
 
 from __future__ import annotations
@@ -24,31 +24,35 @@ from stages.base import StageError
 from stages.data.files import publish, temporary_of, write_atomically
 
 NAMES = {False: "training", True: "held_out"}
-"""What the files of a split are called, by whether it is held out."""
+"""Whether a split is held out -> name of its files."""
 ROW_GROUP = 65_536
 NO_LABELS = ("caption", "origin")
 
 
 @dataclass(frozen=True)
 class LabelledLatents:
-    """latents: (N, C, h, w) as stored, memory-mapped; captions: N strings; labels: name -> (N,) int64 classes."""
+    """Encoded images with captions and class labels.
+
+    latents: (N, C, h, w) in the stored dtype, memory-mapped. captions: N strings. labels: name -> (N,) int64 class
+    numbers from 0.
+    """
 
     latents: NDArray[np.floating]
     captions: list[str]
     labels: dict[str, NDArray[np.int64]]
     origins: NDArray[np.int64]
-    """(N,): as those of the images."""
+    """(N,): as in LabelledImages. Latents with equal numbers are not independent."""
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def batch(self, index: NDArray[np.int64] | slice) -> NDArray[np.float32]:
-        """The latents of `index`, read from the disk: float32."""
+        """Read the latents at `index` from disk, as float32 (B, C, h, w)."""
         return np.array(self.latents[index], dtype=np.float32)
 
 
 def read_latents(folder: Path, held_out: bool) -> LabelledLatents:
-    """A split of a sealed `latents` artifact. Raises StageError if it is not there, or damaged."""
+    """Read a split of a sealed `latents` artifact. Raises StageError if it is missing or damaged."""
     path = folder / NAMES[held_out]
     try:
         latents = np.load(path.with_suffix(".npy"), mmap_mode="r")
@@ -56,16 +60,16 @@ def read_latents(folder: Path, held_out: bool) -> LabelledLatents:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StageError(f"{path}.npy and .parquet cannot be read as latents ({error})") from None
     if len(latents) != table.num_rows:
-        raise StageError(f"{path}.npy has {len(latents)} latents, but {table.num_rows} rows stand beside them")
+        raise StageError(f"{path}.npy has {len(latents)} latents, but {path}.parquet has {table.num_rows} rows")
     labels = {name: np.array(table[name]) for name in _labels(table.schema)}
     return LabelledLatents(latents, table["caption"].to_pylist(), labels, np.array(table["origin"]))
 
 
 @contextmanager
 def appending(path: Path, shape: tuple[int, ...], dtype: np.dtype, start: int) -> Iterator[IO[bytes]]:
-    """The .npy of an array of `shape`, begun if it is not there, open for the raw numbers of its rows from `start` on.
+    """Open the .npy file of an array of `shape` for writing raw values, positioned at row `start`. Create it if needed.
 
-    A file and no memory map: a full disk is then an error, and not the end of the process.
+    It is a plain file, because writing to a memory map kills the process when the disk is full.
     """
     buffer = BytesIO()
     about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -78,12 +82,12 @@ def appending(path: Path, shape: tuple[int, ...], dtype: np.dtype, start: int) -
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Publish rows of captions, origins and classes. Memory does not grow with them. Raises StageError if there is
-    none."""
+    """Write rows of captions, origins and classes as Parquet, with constant memory. Raises StageError if there are no
+    rows."""
     left, temporary = iter(rows), temporary_of(path)
     some = list(islice(left, ROW_GROUP))
     if not some:
-        raise StageError(f"the image set has no images for {path.stem}")
+        raise StageError(f"the image set has no images for the split {path.stem}")
     schema = pa.schema([(name, pa.string() if name == "caption" else pa.int64()) for name in some[0]])
     try:
         with pq.ParquetWriter(temporary, schema) as writer:
@@ -100,8 +104,7 @@ def count_rows(path: Path) -> int:
 
 
 def count_classes(folder: Path) -> dict[str, int]:
-    """How many classes each label has in both splits together: one more than the largest, since they are counted
-    from 0."""
+    """Return label -> number of classes over both splits: the largest class number plus 1."""
     found: dict[str, int] = {}
     for name in NAMES.values():
         file = pq.ParquetFile(folder / f"{name}.parquet")

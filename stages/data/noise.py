@@ -1,4 +1,4 @@
-"""Starting noise, a pure function of (seed, sample index)."""
+"""Starting noise of samples. It is a pure function of the seed and the sample's index."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ CONVENTION = "philox-key(seed,index)-standard_normal-float32"
 
 
 def noise_for(seed: int, index: int, shape: tuple[int, ...], dtype: np.dtype) -> NDArray[np.floating]:
-    """Standard normal noise of sample `index`, rounded to `dtype`: what is stored and what is solved from.
+    """Return the standard normal noise of sample `index`, rounded to `dtype`. It is both stored and used by the solver.
 
-    Counter-based (Salmon et al. 2011, Philox): any worker makes any sample's noise without the ones before.
+    The generator is counter-based (Philox, Salmon et al. 2011), so a worker can draw any sample's noise directly.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
     return generator.standard_normal(shape, dtype=np.float32).astype(dtype)
 
 
 def hash64(content: bytes) -> int:
-    """A 64-bit hash: equal noises, and equal prompts, are found without reading any."""
+    """Return a 64-bit hash. Receipts store it for noises and prompts, so that duplicates are found without the data."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""The order in which samples are drawn: a pure function of (seed, step), so that resuming needs no state."""
+"""The order in which training draws samples. It is a pure function of seed and step, so resuming needs no state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from stages.data.shares import BLOCK
 
 
 class ShuffledOrder:
-    """Batches of indices: epoch after epoch, each a fresh permutation, nothing dropped.
+    """Draws batches of indices in epochs. Each epoch is a new random permutation, and no index is dropped.
 
-    `sources` is a length, or several ranges of indices that are drawn from at `weights` (rounded to 1/1024), each
-    in epochs of its own. An epoch's last batch runs over into the next epoch. `rank` of `world` gets every world-th
-    index, so that the union over ranks is the same batch whatever the number of ranks. Raises ValueError when a
-    source is empty, or so light that it would never be drawn.
+    sources: the number of indices, or several ranges of indices. Each range has its own epochs, and is drawn with its
+    share of `weights` (rounded to multiples of 1/1024); by default the ranges' lengths. A batch may span two epochs.
+
+    Process `rank` of `world` gets every world-th index of a batch, so the batch over all ranks does not depend on the
+    number of ranks. Raises ValueError if a source is empty, or if its weight is too small to be drawn at all.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class ShuffledOrder:
         self._block = lru_cache(maxsize=4)(lambda block: _pattern(self._counts, [seed, block]))
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        """The indices of the 0-based `step`."""
+        """Return the indices of a step, counted from 0: (batch_size / world,), for this rank."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.world]
         return np.array([self._at(place) for place in places], dtype=np.int64)
 
@@ -53,7 +54,7 @@ class ShuffledOrder:
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """How many of BLOCK draws go to each source: rounded down, what is left to the largest remainders."""
+    """Return how many of BLOCK draws each source gets: rounded down, with the rest given to the largest remainders."""
     exact = np.array(weights, dtype=np.float64) / np.sum(weights) * BLOCK
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1
@@ -63,7 +64,10 @@ def _shares(weights: Sequence[float]) -> list[int]:
 
 
 def _pattern(counts: list[int], seed: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A block's sources in a random order, and for each draw how many of the same source come before it."""
+    """Return the source of each draw of a block, in random order, and its number among the draws of that source.
+
+    Both are (BLOCK,).
+    """
     whose = np.repeat(np.arange(len(counts)), counts)
     if len(counts) > 1:
         whose = np.random.default_rng(seed).permutation(whose)

@@ -1,4 +1,4 @@
-"""Images for a person to look at: strips of them, tables of them in pages, and figures."""
+"""Arranges images for viewing: strips, HTML tables, and figures with labels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # pages are made by commands that import neither before they need it
+if TYPE_CHECKING:  # imported late at run time, so that commands start fast
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image, ImageFont
 
     Row = tuple[str, list[Image.Image]]
-    """A label and images of one size, one a column. Lines of the label after its first are notes."""
+    """A label, and one image for each column, all of one size. Lines after the label's first are notes."""
 
 IN_PAGE, IN_FIGURE = 64, 96
-"""Pixels that an image is wide, at least. A smaller one is enlarged by a whole factor, without smoothing."""
+"""Minimum width of an image in pixels. A smaller image is enlarged by an integer factor, without smoothing."""
 MARGIN, GUTTER, LEADING, LABEL, LARGE, SMALL = 16, 6, 17, 190, 15, 12
-"""Pixels in a figure: border, space between images, height of a line, widest label, and the sizes of the fonts of
-labels and captions. They grow in proportion to images wider than GROWS."""
+"""Sizes in a figure, in pixels: border, space between images, line height, maximum width of a label, font size of
+labels, font size of captions. They are scaled up for images wider than GROWS."""
 GROWS = 192
 LINES = 6
-"""A caption has at most so many lines, and a line of a label is wrapped to at most so many."""
+"""Maximum number of lines of a caption, and of a wrapped line of a label."""
 PAPER, INK, FAINT = "#ffffff", "#1f1f1f", "#6b6b6b"
 
 STYLE = """
@@ -43,11 +43,11 @@ small { color: var(--faint); font-size: .8rem; font-weight: 400 } th small { dis
 .images td div { max-height: 5.5rem; overflow: hidden; color: var(--faint); font-size: .65rem; line-height: 1.25;
   text-align: center; hyphens: auto; overflow-wrap: anywhere }
 """
-"""Of a page that holds a `table`. Colours are the reader's own, light or dark."""
+"""CSS of a page that contains a `table`. The colours follow the browser's light or dark mode."""
 
 
 def strip(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Images (N, 3, H, W) in [-1, 1] side by side: (H, N * W, 3) in 0 to 255."""
+    """Put images (N, 3, H, W) in [-1, 1] side by side: (H, N * W, 3), in 0 to 255."""
     import numpy as np
 
     levels = ((images + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8)
@@ -55,20 +55,20 @@ def strip(images: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def cut(strip: Image.Image, columns: int) -> list[Image.Image]:
-    """The single images of a strip."""
+    """Cut a strip into its `columns` images."""
     width = strip.width // columns
     return [strip.crop((width * i, 0, width * (i + 1), strip.height)) for i in range(columns)]
 
 
 def data_url(image: Image.Image) -> str:
-    """An image as a PNG file in a URL, so that a page is one file."""
+    """Encode an image as a PNG in a data URL, so that the page needs no other file."""
     buffer = BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def table(rows: Sequence[Row], captions: Sequence[str]) -> str:
-    """Single images as an HTML table, with a label at the left of each row and a caption on top of each column."""
+    """Return an HTML table of images, with a label to the left of each row and a caption above each column."""
     width = _wide(rows[0][1][0], IN_PAGE)
     above = "".join(
         f'<td><div style="width: {width}px" title="{html.escape(text)}">{html.escape(text)}</div></td>'
@@ -90,7 +90,7 @@ def table(rows: Sequence[Row], captions: Sequence[str]) -> str:
 
 
 def figure(rows: Sequence[Row], captions: Sequence[str]) -> Image.Image:
-    """The same as an image of its own, on white paper, in the font that Pillow carries (ASCII only)."""
+    """Draw the rows of `table` as one image on white, in the font that is included in Pillow (ASCII only)."""
     from PIL import Image, ImageDraw, ImageFont
 
     one = rows[0][1][0]
@@ -128,12 +128,12 @@ def figure(rows: Sequence[Row], captions: Sequence[str]) -> Image.Image:
 
 
 def _wide(image: Image.Image, least: int) -> int:
-    """Pixels that an image is drawn wide: a multiple of its own, `least` or more."""
+    """Return the width to draw an image at: the smallest multiple of its own width that is at least `least` pixels."""
     return -(-least // image.width) * image.width
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels, LINES at most."""
+    """Wrap text to at most LINES lines, each at most `width` pixels wide."""
     for characters in range(max(1, min(len(text), width)), 0, -1):
         lines = textwrap.wrap(text, characters, max_lines=LINES, placeholder="…")
         if all(font.getlength(line) <= width for line in lines):

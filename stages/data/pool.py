@@ -1,8 +1,8 @@
-"""Pools and lists of shards: which shards a count asks for, which are there, and the list that is sealed.
+"""Pools of shards, and the sealed list of the shards that a `pairs` artifact uses.
 
-A pool is a folder of finished shards that differ in nothing but their number, so that raising `count`
-reuses every full shard. A last, shorter shard lives in a folder of its own, named by its length, and
-is never taken for a full one.
+A pool is a folder of finished shards made with the same settings. Artifacts that differ only in `count` share a pool,
+so raising `count` reuses every full shard. A shorter last shard lies in the subfolder `tail-LENGTH`, so it is never
+mistaken for a full shard.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROMPTS = "prompts.arrow"
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Shard `number` holds the samples from `start` up to `stop`, at `place` below the pool."""
+    """A shard to make: number `number`, with samples `start` to `stop` - 1, at the path `place` in the pool."""
 
     number: int
     start: int
@@ -34,6 +34,7 @@ class ShardPlan:
 
     @property
     def place(self) -> str:
+        """The path of the tar in the pool: NUMBER.tar, or tail-LENGTH/NUMBER.tar for a shorter last shard."""
         name = f"{self.number:05d}.tar"
         return name if self.stop - self.start == self.shard_size else f"tail-{self.stop - self.start}/{name}"
 
@@ -42,7 +43,7 @@ class ShardPlan:
 
 
 def plan_shards(count: int, shard_size: int) -> list[ShardPlan]:
-    """The shards that hold samples 0 to count - 1, in order."""
+    """Return the shards that hold samples 0 to count - 1, in order."""
     return [
         ShardPlan(number, start, min(start + shard_size, count), shard_size)
         for number, start in enumerate(range(0, count, shard_size))
@@ -51,7 +52,7 @@ def plan_shards(count: int, shard_size: int) -> list[ShardPlan]:
 
 @dataclass(frozen=True)
 class ListedShard:
-    """A shard as a sealed artifact lists it: where the tar lies, and what it was when it was sealed."""
+    """A shard in a sealed artifact's list: the path of its tar, and the tar's samples, bytes and hash when sealed."""
 
     tar: Path
     count: int
@@ -60,13 +61,15 @@ class ListedShard:
 
 
 def receipted(pool: Path) -> set[str]:
-    """Places below the pool, as ShardPlan names them, whose receipts are there."""
+    """Return the paths in the pool, as in `ShardPlan.place`, of all shards that have a receipt."""
     return {path.relative_to(pool).with_suffix(".tar").as_posix() for path in pool.rglob("[0-9]*.parquet")}
 
 
 def damage(folder: Path) -> str | None:
-    """Why a sealed list cannot be believed, in words; None if all it names is there, and of the sealed size. Tars are
-    not read. Raises StageError if the list itself cannot be read."""
+    """Return what is wrong with the files of a sealed list, as text. None if every file exists and has the sealed size.
+
+    Tars are not read. Raises StageError if the list itself cannot be read.
+    """
     listed = _listed(folder)
     pool, sealed = folder.parent / "pool" / listed["pool"], (folder / LIST).stat().st_mtime
     try:
@@ -82,14 +85,16 @@ def damage(folder: Path) -> str | None:
 
 
 def intact(shard: ListedShard) -> bool:
-    """Whether tar and receipt are there, and the tar of the sealed size. Reads neither."""
+    """Whether the tar and its receipt exist and the tar has the sealed size. Reads neither file."""
     return _intact(str(shard.tar), shard.bytes, shard.sha256, math.inf)
 
 
 def _intact(tar: str, size: int, sha256: str, sealed: float) -> bool:
-    """The same; but a receipt newer than `sealed`, in seconds of the epoch, is read: the shard may have been made
-    again, for another artifact of the pool, and on other hardware with other bytes."""
-    receipt = f"{tar.removesuffix('.tar')}.parquet"  # strings: paths cost more than the disk, and there are many
+    """As `intact`. Also reads the hash in a receipt that is newer than `sealed` (seconds since the epoch).
+
+    Another artifact of the pool may have made the shard again since then. On other hardware its bytes may differ.
+    """
+    receipt = f"{tar.removesuffix('.tar')}.parquet"  # a string: for many shards, Path objects cost more than the disk
     try:
         if os.stat(tar).st_size != size:
             return False
@@ -99,13 +104,13 @@ def _intact(tar: str, size: int, sha256: str, sealed: float) -> bool:
 
 
 def _hash_in(receipt: str) -> str:
-    from stages.data.receipts import read_facts  # here: planning reads no receipts but these
+    from stages.data.receipts import read_facts  # here, because planning rarely needs a receipt
 
     return read_facts(Path(receipt)).sha256
 
 
 def write_list(folder: Path, pool: Path, shards: Sequence[ListedShard]) -> None:
-    """Seal the list of an artifact's shards into `folder`, by paths relative to it."""
+    """Write the list of an artifact's shards to `folder`. Paths in it are relative to the pool."""
     entries = [
         {"tar": os.path.relpath(s.tar, pool), "count": s.count, "bytes": s.bytes, "sha256": s.sha256} for s in shards
     ]
@@ -116,34 +121,36 @@ def write_list(folder: Path, pool: Path, shards: Sequence[ListedShard]) -> None:
 
 
 def pool_of(folder: Path) -> Path:
-    """The pool in which the shards of a sealed `pairs` artifact lie. Raises StageError if it has no list."""
+    """Return the pool of a sealed `pairs` artifact. Raises StageError if the artifact has no list."""
     return folder.parent / "pool" / str(_listed(folder)["pool"])
 
 
 def read_list(folder: Path) -> list[ListedShard]:
-    """The shards of a sealed `pairs` artifact. Raises StageError if the list is not there."""
+    """Return the shards of a sealed `pairs` artifact. Raises StageError if the artifact has no list."""
     listed = _listed(folder)
     pool = pool_of(folder)
     return [ListedShard(pool / s["tar"], s["count"], s["bytes"], s["sha256"]) for s in listed["shards"]]
 
 
 def parts(folder: Path) -> dict[str, str]:
-    """Path below the pool -> sha256, of the shards and the table of prompts that a sealed artifact lists. Raises
-    StageError if the list is not there."""
+    """Return path in the pool -> sha256 of the shards and the prompt table that a sealed artifact lists.
+
+    Raises StageError if the artifact has no list.
+    """
     listed = _listed(folder)
     prompts = listed["prompts"]
     return {prompts["file"]: prompts["sha256"]} | {shard["tar"]: shard["sha256"] for shard in listed["shards"]}
 
 
 def discard(pool: Path, paths: Sequence[str]) -> None:
-    """Remove parts. A shard's receipt goes first, and with it the shard."""
+    """Delete files from the pool. A shard's receipt is deleted first: without a receipt, the shard does not exist."""
     for path in paths:
         (pool / path).with_suffix(".parquet").unlink(missing_ok=True)
         (pool / path).unlink(missing_ok=True)
 
 
 def _listed(folder: Path) -> dict[str, Any]:
-    """The list, checked: it names a pool beside its folder, and shards inside that. Raises StageError."""
+    """Read and check the list of an artifact. Raises StageError if it is missing or invalid."""
     try:
         return parse_list((folder / LIST).read_bytes(), str(folder / LIST))
     except FileNotFoundError:
@@ -151,7 +158,10 @@ def _listed(folder: Path) -> dict[str, Any]:
 
 
 def parse_list(content: bytes, where: str) -> dict[str, Any]:
-    """As `_listed`, of a file's bytes."""
+    """Parse and check a list. `where` is its path, for error messages.
+
+    Raises StageError if it is invalid, or names files outside of its pool.
+    """
     try:
         listed = json.loads(content)
         inside = [listed["pool"], listed["prompts"]["file"], *(shard["tar"] for shard in listed["shards"])]
@@ -159,10 +169,10 @@ def parse_list(content: bytes, where: str) -> dict[str, Any]:
         kinds = [type(part[name]) for part in parts for name in ("count", "bytes")]
         hashes = [part["sha256"] for part in parts]
         if not all(isinstance(one, str) and re.fullmatch("[0-9a-f]{64}", one) for one in hashes):
-            raise ValueError("it names no hashes")
+            raise ValueError("a sha256 is missing or invalid")
         outside = (p.startswith("/") or ".." in p.split("/") or "\0" in p for p in inside)
         if any(outside) or {*kinds} - {int}:
-            raise ValueError("it names files outside of its pool, or no sizes")
+            raise ValueError("a path leads out of the pool, or a count or size is not an integer")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StageError(f"{where} cannot be read ({error})") from None
     return dict(listed)

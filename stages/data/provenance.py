@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""Versions of the packages that a result was made with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions() -> dict[str, str]:
-    """Of everything that may change a result; of what is not installed, nothing."""
+    """Return package -> version, for Python and the installed packages that can affect a result."""
     found = {"python": platform.python_version()}
     for name in ("retort", "torch", "diffusers", "transformers", "numpy", "ray"):
         with suppress(PackageNotFoundError):

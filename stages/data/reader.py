@@ -1,4 +1,4 @@
-"""Random access to the pairs of a sealed artifact, through its receipts' offsets and memory maps."""
+"""Random access to the pairs of sealed artifacts, through memory maps and the offsets in the receipts."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ CHANGED = "or its receipt is missing or changed since it was sealed; `retort sha
 
 @dataclass(frozen=True)
 class PairBatch:
-    """arrays: name -> (B, ...) as stored; prompts: B strings."""
+    """B pairs. arrays: name -> (B, ...) in the stored dtype. prompts: B strings."""
 
     arrays: dict[str, NDArray[np.floating]]
     prompts: list[str]
 
     @property
     def noise(self) -> NDArray[np.floating]:
-        """(B, C, H, W)"""
+        """Starting noise (B, C, H, W)."""
         return self.arrays["noise"]
 
     @property
     def latent(self) -> NDArray[np.floating]:
-        """(B, C, H, W)"""
+        """Results of the teacher's ODE (B, C, H, W)."""
         return self.arrays["latent"]
 
 
 class PairReader:
-    """The pairs of `shards`, of one artifact or of several, numbered from 0 in the order of the list; of their
-    arrays those named. No tar is opened before it is needed, and none is used before its bytes are found to be those
-    that were sealed: a process reads each tar once for that.
+    """Reads pairs of `shards`, which may belong to several artifacts. Pairs are numbered from 0, in the shards' order.
 
-    Raises StageError when a shard is missing or not the one that was sealed, or when arrays do not fit together.
+    arrays: names of the arrays to read. A tar is opened when it is first needed. Each process then hashes it once, and
+    compares it with the sealed hash.
+
+    Raises StageError if a shard is missing or changed, if it lacks an array, or if the shapes in a batch differ.
     """
 
     def __init__(self, shards: Sequence[ListedShard], arrays: Sequence[str] = ("noise", "latent")) -> None:
@@ -58,6 +59,7 @@ class PairReader:
         return self._ends[-1] if self._ends else 0
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> PairBatch:
+        """Read the pairs at `indices`."""
         found: dict[str, list[NDArray[np.floating]]] = {name: [] for name in self._arrays}
         prompts = []
         for index in indices:
@@ -71,10 +73,12 @@ class PairReader:
             return PairBatch({name: np.stack(arrays) for name, arrays in found.items()}, prompts)
         except ValueError:
             shapes = {name: sorted({array.shape for array in arrays}) for name, arrays in found.items()}
-            raise StageError(f"these pairs are of several shapes and cannot be mixed: {shapes}") from None
+            raise StageError(f"pairs of different shapes cannot be mixed in a batch: {shapes}") from None
 
 
 class _OpenShard:
+    """A memory-mapped shard. Its receipt and tar are checked against the sealed hash when it is opened."""
+
     def __init__(self, shard: ListedShard, arrays: Sequence[str]) -> None:
         receipt, columns = receipt_of(shard.tar), ["prompt", *(f"{name}_offset" for name in arrays)]
         try:
@@ -87,13 +91,14 @@ class _OpenShard:
             raise StageError(f"{shard.tar} {CHANGED}")
         absent = next((name for name in arrays if name not in facts.arrays), None)
         if absent is not None:
-            raise StageError(f"{shard.tar} has no {absent}; it has {', '.join(facts.arrays)}")
+            raise StageError(f"{shard.tar} has no array {absent}; it has: {', '.join(facts.arrays)}")
         self.bytes = np.memmap(shard.tar, dtype=np.uint8, mode="r")
         self.prompts = rows["prompt"]
         self.offsets = {name: rows[f"{name}_offset"].to_numpy() for name in arrays}
         self.kinds = {name: (np.dtype(facts.arrays[name].dtype), tuple(facts.arrays[name].shape)) for name in arrays}
 
     def array(self, name: str, row: int) -> NDArray[np.floating]:
+        """Return an array of the sample in `row`. It is a view of the memory map."""
         dtype, shape = self.kinds[name]
         start = int(self.offsets[name][row])
         raw = self.bytes[start : start + dtype.itemsize * int(np.prod(shape))]

@@ -1,6 +1,6 @@
-"""Receipts: a parquet file beside each shard, a row a sample, with the shard's facts in the file's metadata.
+"""Receipts: a Parquet file beside each shard, with one row for each sample. Its metadata describes the whole shard.
 
-A receipt carries the hash of all its other bytes, so that damage to it is noticed without anything beside it.
+A receipt contains the sha256 of its own other bytes (the seal), so that damage to the receipt itself is detected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def receipt_of(tar: Path) -> Path:
 
 
 def write_receipt(receipt: Path, pairs: Sequence[Pair], offsets: dict[str, list[int]], facts: ShardFacts) -> None:
-    """Publish the receipt of a shard whose tar is there. `offsets`: of each array's raw numbers in the tar."""
+    """Write the receipt of a shard whose tar is already published.
+
+    offsets: array name -> for each sample, the byte in the tar where the array's raw values begin.
+    """
     columns: dict[str, Any] = {
         "index": pa.array([pair.index for pair in pairs], pa.int64()),
         "key": [pair.key for pair in pairs],
@@ -63,28 +66,28 @@ def _seal(content: bytes) -> bytes:
 
 
 def check_seal(content: bytes) -> None:
-    """Raise ValueError unless these are the bytes of a receipt as it was written."""
+    """Raise ValueError if a receipt's bytes changed since it was written, or are not a receipt."""
     place = content.rfind(SEAL)
     seal = content[place : place + len(UNSEALED)]
     if place < 0 or hashlib.sha256(content[:place] + UNSEALED + content[place + len(seal) :]).hexdigest() != seal[
         len(SEAL) :
     ].decode("ascii", "replace"):
-        raise ValueError("the receipt is damaged, or not one of Retort's")
+        raise ValueError("the receipt is damaged, or was not written by Retort")
 
 
 def parse_facts(metadata: pq.FileMetaData) -> ShardFacts:
-    """The shard's facts from a parquet file's footer. Raises ValueError."""
+    """Return the description of a shard from the footer of its receipt. Raises ValueError if there is none."""
     found = (metadata.metadata or {}).get(METADATA)
     if found is None:
-        raise ValueError("no receipt of a shard of pairs")
+        raise ValueError("not the receipt of a shard of pairs")
     try:
         return ShardFacts.model_validate_json(found)
     except ValueError:
-        raise ValueError("a receipt of another version of Retort") from None
+        raise ValueError("the receipt was written by another version of Retort") from None
 
 
 def read_facts(receipt: Path) -> ShardFacts:
-    """As `parse_facts`, of a file: reads the footer only. Raises OSError or ValueError on a damaged file."""
+    """As `parse_facts`, for a file. Reads only its footer. Raises OSError or ValueError if the file is damaged."""
     try:
         return parse_facts(pq.read_metadata(receipt))
     except (pa.ArrowException, ValueError) as error:
@@ -92,15 +95,18 @@ def read_facts(receipt: Path) -> ShardFacts:
 
 
 def read_receipt(content: bytes, columns: list[str], tar_bytes: int) -> tuple[ShardFacts, pa.Table]:
-    """The facts and some columns of a receipt's bytes, its seal checked first. Raises ValueError if it is damaged, or
-    has more rows than a tar of `tar_bytes` has room for, KeyError for a column that it has not."""
+    """Check the seal of a receipt, then return its description of the shard and the given columns.
+
+    content: the receipt's bytes. Raises ValueError if it is damaged, or has more rows than fit into a tar of
+    `tar_bytes`. Raises KeyError if a column is missing.
+    """
     check_seal(content)
     try:
         file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=["prompt"] if "prompt" in columns else None)
         facts = parse_facts(file.metadata)
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         rows = sum(group.num_rows for group in groups)
-        if rows != facts.count or rows * tarfile.BLOCKSIZE > tar_bytes:  # a few bytes of parquet may say millions
+        if rows != facts.count or rows * tarfile.BLOCKSIZE > tar_bytes:  # a small hostile file can claim millions
             raise ValueError(f"its receipt has {rows} rows for {facts.count} samples in {tar_bytes} bytes")
         absent = next((name for name in columns if name not in file.schema_arrow.names), None)
         if absent is not None:
@@ -111,15 +117,18 @@ def read_receipt(content: bytes, columns: list[str], tar_bytes: int) -> tuple[Sh
             if name != "prompt" and not pa.types.is_primitive(file.schema_arrow.field(name).type)
         ]
         if wide:
-            raise ValueError(f"its receipt's column {wide[0]} holds no numbers")
+            raise ValueError(f"its receipt's column {wide[0]} does not hold numbers")
         return facts, _with_prompts(file.read(columns=columns, use_threads=False), tar_bytes)
     except pa.ArrowException as error:
         raise ValueError(f"its receipt cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def _with_prompts(rows: pa.Table, tar_bytes: int) -> pa.Table:
-    """With prompts as strings. Raises ValueError if they are longer than the tar, which holds them too: a dictionary of
-    one long prompt may stand for gigabytes."""
+    """Decode the dictionary-encoded prompts to strings.
+
+    Raises ValueError if they are longer than the tar, which contains them too: in a hostile file, a dictionary with one
+    long prompt may expand to gigabytes.
+    """
     place = rows.schema.get_field_index("prompt")
     if place < 0 or not pa.types.is_dictionary(rows.schema.field(place).type):
         return rows
@@ -131,12 +140,15 @@ def _with_prompts(rows: pa.Table, tar_bytes: int) -> pa.Table:
 
 
 def read_rows(receipt: Path, columns: list[str] | None = None) -> pa.Table:
-    """A row a sample: index, key, prompt, hashes, of each array offset, mean, std, absmax; or `columns`."""
+    """Read the rows of a receipt, one for each sample, or only some `columns` of them.
+
+    Columns: index, key, prompt, prompt_hash, noise_hash; for each array NAME_offset, NAME_mean, NAME_std, NAME_absmax.
+    """
     return pq.read_table(receipt, columns=columns, memory_map=True)
 
 
 def valid_facts(tar: Path) -> ShardFacts | None:
-    """The facts of a shard whose receipt can be read and whose tar has the recorded size; else None."""
+    """Return a shard's description if its receipt is readable and its tar has the recorded size, else None."""
     try:
         facts = read_facts(receipt_of(tar))
         return facts if tar.stat().st_size == facts.bytes else None

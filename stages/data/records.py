@@ -1,4 +1,4 @@
-"""The named records that travel: a pair, and what a receipt says of its shard."""
+"""Records of a pair, and of the statistics of a shard in its receipt."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from stages.data.statistics import BINS, MOST, Moments
 
 @dataclass(frozen=True)
 class Pair:
-    """Sample `index` of a pool: what was solved from and what came out, as stored.
+    """Sample `index` of a pool, as stored: the starting noise, and the result of the teacher's ODE.
 
-    arrays, float16 or float32: noise and latent (C, H, W), the latent being the VAE's times its scaling factor or an
-    image in [-1, 1]; where they were asked for path (K, C, H, W), states z_t at chosen timesteps, and text_embedding.
+    arrays, float16 or float32: `noise` and `latent`, each (C, H, W). The latent is the VAE's times its scaling factor;
+    for a pixel-space teacher it is an image in [-1, 1]. On request also `path` (K, C, H, W), the states z_t at K
+    timesteps, and `text_embedding`, the text encoder's states.
     """
 
     index: int
@@ -28,23 +29,23 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """Nine digits and no dot: webdataset splits a member's name at its first dot."""
+        """The index as nine digits. It has no dot, because webdataset splits member names at the first dot."""
         return f"{self.index:09d}"
 
 
 class ArrayFacts(Config):
-    """One array of all samples of a shard: moments and histogram merge with those of other shards."""
+    """Statistics of one array over all samples of a shard. They can be merged with those of other shards."""
 
     dtype: Literal["float16", "float32", "float64"]
     shape: list[int] = Field(max_length=8)
     moments: Moments
     channels: list[Moments] = Field(default_factory=list, max_length=4096)
-    """Of arrays (C, H, W), each channel's."""
+    """The moments of each channel; empty unless the array is (C, H, W)."""
     histogram: list[Annotated[int, Field(ge=0, le=MOST)]] = Field(min_length=BINS, max_length=BINS)
 
 
 class PromptFacts(Config):
-    """Lengths of a shard's prompts, in characters and in words."""
+    """Lengths of a shard's prompts in characters and in words, and the number of empty prompts."""
 
     characters: Moments
     words: Moments
@@ -52,7 +53,7 @@ class PromptFacts(Config):
 
 
 class ShardFacts(Config):
-    """What a receipt says of its shard as a whole."""
+    """The part of a receipt that describes the shard as a whole."""
 
     count: int = Field(ge=0, le=MOST)
     bytes: int = Field(ge=0, le=MOST)
@@ -60,4 +61,4 @@ class ShardFacts(Config):
     arrays: dict[str, ArrayFacts]
     prompts: PromptFacts
     provenance: dict[str, Any]
-    """sampler, noise convention, teacher, pool and prompts, device, versions, seconds."""
+    """How the shard was made: sampler, noise convention, teacher, pool, prompts, device, versions and seconds."""

@@ -1,7 +1,7 @@
-"""Shards of pairs: a tar that any webdataset reader can read, and beside it a receipt that makes it exist.
+"""Writes shards of pairs: a tar that any webdataset reader can read, and a receipt beside it.
 
-The tar's bytes are a function of its pairs alone. The receipt is published after the tar: a shard without a valid
-receipt does not exist.
+The tar's bytes depend only on its pairs. The receipt is published after the tar. A shard without a valid receipt counts
+as not made.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from stages.data.statistics import Moments, histogram
 
 
 def write_shard(tar: Path, pairs: Sequence[Pair], sample_facts: dict[str, Any], provenance: dict[str, Any]) -> str:
-    """Publish `pairs` as `tar` and its receipt; return the tar's sha256.
+    """Write `pairs` to `tar` with its receipt, and return the tar's sha256.
 
-    `sample_facts` go into every sample's .json member beside its index. Interrupted anywhere, it leaves
-    no shard; called again, it leaves the same tar.
+    `sample_facts` are added to every sample's .json member, beside its index. An interrupted call leaves no shard.
+    Another call with the same pairs writes the same tar.
     """
-    import webdataset as wds  # here, since it imports torch, which reading needs not wait for
+    import webdataset as wds  # here, because it imports torch, which reading does not need
 
     temporary = temporary_of(tar)
     names = list(pairs[0].arrays)
@@ -64,7 +64,7 @@ def _members(pair: Pair, sample_facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _array_offsets(tar: Path, names: list[str]) -> dict[str, list[int]]:
-    """Where each array's raw numbers begin in the tar, past the .npy header."""
+    """Return array name -> for each sample, the byte in the tar where its raw values begin, after the .npy header."""
     offsets: dict[str, list[int]] = {name: [] for name in names}
     with open(tar, "rb") as file:
         for sample in tars.walk(file):
@@ -76,7 +76,10 @@ def _array_offsets(tar: Path, names: list[str]) -> dict[str, list[int]]:
 
 
 def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the .npy at the file's position, which moves on to the raw numbers. Raises ValueError."""
+    """Read shape and dtype from the .npy header at the file's position. The raw values follow at the new position.
+
+    Raises ValueError if it is no .npy header.
+    """
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
@@ -86,7 +89,7 @@ def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def array_facts(values: NDArray[np.floating]) -> ArrayFacts:
-    """Of `values` (N, ...), one entry a sample."""
+    """Return the statistics of an array over the N samples of a shard. values: (N, ...)."""
     by_channel = list(np.moveaxis(values, 1, 0)) if values.ndim == 4 else []
     return ArrayFacts(
         dtype=values.dtype.name,  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""How a mixture is divided. Imports no NumPy: planning checks shares, too."""
+"""The resolution of mixture weights. Imports no NumPy, because planning checks weights, too."""
 
 BLOCK = 1024
-"""Draws within which a mixture's shares are exact: a source with less than one of them is never drawn."""
+"""Mixture weights are rounded to multiples of 1/BLOCK, and every BLOCK draws have exactly these shares. A source with a
+weight below 1/BLOCK would never be drawn."""

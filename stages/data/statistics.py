@@ -1,4 +1,4 @@
-"""Summaries of arrays that can be merged: moments and histograms, kept in float64."""
+"""Moments (in float64) and histograms of arrays. Those of several arrays can be merged."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from stages.base import Config
 
 BINS = 96
 EDGES = np.linspace(-6.0, 6.0, BINS + 1)
-"""Histogram edges; values outside fall into the first or last bin."""
+"""Bin edges of histograms. Values outside of them are counted in the first or last bin."""
 NORMAL = np.array([NormalDist().cdf(edge) for edge in EDGES[1:-1]])
 
 
 MOST = 2**53
-"""The largest count that a float64 still tells from its neighbour."""
+"""The largest allowed count: up to it, float64 represents every integer exactly."""
 
 
 class Moments(Config):
-    """Count, mean, sum of squared deviations and largest magnitude of the finite values; how many are not finite."""
+    """Count, mean, sum of squared deviations (`m2`) and largest magnitude of the finite values of an array.
+
+    `nonfinite` counts the other values.
+    """
 
     count: int = Field(0, ge=0, le=MOST)
     mean: float = 0.0
@@ -34,6 +37,7 @@ class Moments(Config):
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> Moments:
+        """Return the moments of all values of an array of any shape."""
         flat = values.astype(np.float64).ravel()
         finite = flat[np.isfinite(flat)]
         lost = flat.size - finite.size
@@ -44,7 +48,7 @@ class Moments(Config):
         return cls(count=finite.size, mean=mean, m2=deviations, absmax=float(np.abs(finite).max()), nonfinite=lost)
 
     def merge(self, other: Moments) -> Moments:
-        """Chan, Golub and LeVeque 1979: exact up to rounding, in any order."""
+        """Return the moments of both arrays together, exact up to rounding (Chan, Golub and LeVeque 1979)."""
         count, nonfinite = self.count + other.count, self.nonfinite + other.nonfinite
         if count == 0:
             return Moments(nonfinite=nonfinite)
@@ -63,21 +67,24 @@ class Moments(Config):
 
     @property
     def std(self) -> float:
+        """The population standard deviation; 0 without finite values."""
         return (self.m2 / self.count) ** 0.5 if self.count else 0.0
 
 
 def histogram(values: NDArray[Any]) -> list[int]:
-    """Counts between EDGES; the sum is the number of finite values."""
+    """Count the finite values in each bin of EDGES."""
     flat = values.astype(np.float64).ravel()
     flat = np.clip(flat[np.isfinite(flat)], EDGES[0], EDGES[-1])
-    # equal bins: an index instead of a search, which is what a shard's cost of writing is made of
+    # bins are equal, so the index is computed: a search would dominate the time to write a shard
     places = np.minimum(((flat - EDGES[0]) * (BINS / (EDGES[-1] - EDGES[0]))).astype(np.int64), BINS - 1)
     counts: list[int] = np.bincount(places, minlength=BINS).tolist()
     return counts
 
 
 def ks_distance(counts: NDArray[np.int64]) -> float | None:
-    """The Kolmogorov-Smirnov distance D = sup |F(x) - Phi(x)| of a histogram to N(0, 1), the supremum taken over the
-    inner EDGES. No p-value: of millions of values every difference is significant. None for no values."""
+    """Return the Kolmogorov-Smirnov distance of a histogram to N(0, 1): max |F(x) - Phi(x)| over the inner EDGES.
+
+    None if the histogram is empty. There is no p-value: for millions of values, every difference is significant.
+    """
     total = counts.sum()
     return float(np.abs(np.cumsum(counts)[:-1] / total - NORMAL).max()) if total else None

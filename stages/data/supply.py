@@ -1,4 +1,4 @@
-"""What a student is trained on, batch by batch: stored pairs, or the latents of an image set."""
+"""Batches of training data for a student: stored pairs, the latents of an image set, or prompts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from stages.base import StageError
 from stages.data.latents import LabelledLatents, read_latents
 from stages.data.order import ShuffledOrder
 from stages.data.pool import read_list
+from stages.data.prompts.table import PromptTable
 from stages.data.reader import PairReader
 
 
 class Supply(Protocol):
-    """Batches of `latent` (B, C, H, W), `prompts` (B strings), and what else there is, as stored."""
+    """A source of training batches: `prompts` (B strings), and arrays such as `latent` (B, C, H, W) as stored."""
 
     count: int
-    """Of what is trained on."""
+    """Number of training samples."""
 
     def batch(self, step: int) -> Mapping[str, Any]:
-        """A function of the 0-based step."""
+        """Return the batch of a step, counted from 0. It depends only on the step and the seed."""
 
 
 class PairSupply:
-    """Pairs of several artifacts, mixed by weight; also their `noise` (B, C, H, W). The first one's last `held_out` are
-    left out: they are `reader`'s numbers `held`. Raises StageError."""
+    """Pairs of several artifacts, mixed by weight: `noise` and `latent`, each (B, C, H, W), and `prompts`.
+
+    weights: one for each artifact; None stands for its number of pairs. The last `held_out` pairs of the first artifact
+    are not trained on. They have the indices `held` in `reader`. Raises StageError for damaged pairs or a weight that
+    is too small.
+    """
 
     def __init__(
         self, folders: Sequence[Path], weights: Sequence[float | None], held_out: int, batch_size: int, seed: int
@@ -50,12 +55,12 @@ class PairSupply:
         return self._read(self._order.batch(step))
 
     def examples(self, count: int) -> Mapping[str, Any]:
-        """`count` different pairs drawn from those that are trained on; all, where there are no more."""
+        """Return `count` different random training pairs, or all of them if there are fewer."""
         drawn = np.random.default_rng(0).choice(self.count, min(count, self.count), replace=False)
         return self._read([self._trained_on(int(place)) for place in np.sort(drawn)])
 
     def _trained_on(self, place: int) -> int:
-        """The reader's number of the pair at a place among all that are trained on."""
+        """Return the index in `reader` of training pair number `place`."""
         for drawn in self._ranges:
             if place < len(drawn):
                 return drawn[place]
@@ -68,7 +73,10 @@ class PairSupply:
 
 
 class LatentSupply:
-    """Latents of an image set that are not held out; `prompts_of` says what the teacher calls such images."""
+    """Latents of an image set's training images. `prompts_of` makes the teacher's prompts from captions and labels.
+
+    Raises StageError if they cannot be read.
+    """
 
     def __init__(
         self, folder: Path, prompts_of: Callable[[LabelledLatents], list[str]], batch_size: int, seed: int
@@ -82,3 +90,15 @@ class LatentSupply:
     def batch(self, step: int) -> Mapping[str, Any]:
         index = self._order.batch(step)
         return {"latent": self._latents.batch(index), "prompts": [self._prompts[i] for i in index]}
+
+
+class PromptSupply:
+    """Prompts only, from the prompt table in a folder."""
+
+    def __init__(self, folder: Path, batch_size: int, seed: int) -> None:
+        self._table = PromptTable(folder)
+        self.count = len(self._table)
+        self._order = ShuffledOrder(self.count, batch_size, seed)
+
+    def batch(self, step: int) -> Mapping[str, Any]:
+        return {"prompts": self._table.of(map(int, self._order.batch(step)))}

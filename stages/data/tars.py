@@ -1,6 +1,6 @@
-"""Walk tars of samples, as webdataset lays them out: members of one key follow one another.
+"""Reads tars in the webdataset layout, where the members of a sample are consecutive and share a key.
 
-Only regular files are looked at, nothing is ever extracted, and what a tar holds is taken for hostile.
+The content of a tar is not trusted: only regular files are read, and nothing is extracted to disk.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ LONGEST = 1024**2
 
 @dataclass
 class TarSample:
-    """A key and where its members lie: extension -> (offset of the data in the tar, bytes)."""
+    """A sample's key and members: lower-case extension -> (offset of the data in the tar, bytes)."""
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def walk(file: IO[bytes]) -> Iterator[TarSample]:
-    """The samples of an uncompressed tar. Raises ValueError where it is damaged or ends too early."""
+    """Yield the samples of an uncompressed tar. Raises ValueError where it is damaged or truncated."""
     sample: TarSample | None = None
     for member in _members(file):
         folder, slash, name = member.name.rpartition("/")
@@ -56,20 +56,20 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
                 end = member.offset_data + (member.size if member.isfile() else 0)
                 if end > size:
                     raise ValueError(f"cut off in the middle of {member.name!r:.80}")
-                archive.members = []  # type: ignore[attr-defined]  # a tar of a million members must not be remembered
+                archive.members = []  # type: ignore[attr-defined]  # or memory would grow with every member
                 yield member
-            # tarfile takes any garbage after the first member for the end: a tar really ends in zeros
+            # tarfile accepts any garbage after the first member as the end of the tar; a real end is a block of zeros
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise ValueError(f"not a tar from byte {archive.offset} on")
+                raise ValueError(f"no valid tar header at byte {archive.offset}")
             if size < archive.offset + tarfile.BLOCKSIZE:
-                raise ValueError("cut off: it does not end as a tar does")
+                raise ValueError("cut off: the zeros at the end of a tar are missing")
     except (tarfile.TarError, UnicodeError, OverflowError, EOFError, RecursionError, MemoryError) as error:
         raise ValueError(f"not a readable tar ({error})") from None
 
 
 class _Member(tarfile.TarInfo):
-    """A header; those that hold a name, or other headers, may not be long enough to fill the memory."""
+    """A header. Limits headers that hold a long name or PAX records to LONGEST bytes, so that they fit into memory."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in (*LONG, *PAX) and not 0 <= self.size <= LONGEST:
@@ -78,10 +78,10 @@ class _Member(tarfile.TarInfo):
 
 
 def read(file: IO[bytes], place: tuple[int, int], most: float = math.inf) -> bytes:
-    """A member's bytes. Raises ValueError if they are not all there, or more than `most`."""
+    """Read the bytes of a member at (offset, size). Raises ValueError if it is cut off or larger than `most` bytes."""
     offset, size = place
     if size > most:
-        raise ValueError(f"a member of {size} bytes")
+        raise ValueError(f"a member is too large: {size} bytes")
     file.seek(offset)
     data = file.read(size)
     if len(data) != size:

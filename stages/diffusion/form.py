@@ -11,6 +11,7 @@ from stages.diffusion.prediction import StudentPrediction
 
 Schedule = Literal["teacher", "cosine"]
 StudentSampler = Literal["ddim", "stochastic", "consistency"]
+Boundary = Literal["none", "lcm"]
 
 
 def _valid_range(value: tuple[float, float]) -> tuple[float, float]:
@@ -37,8 +38,19 @@ class Form(Config):
     schedule: Schedule = Field(
         "teacher", description="noise levels: those of the teacher, or cosine, alpha = cos(pi t / 2) (2202.00512)"
     )
+    levels: tuple[int, ...] | None = Field(
+        None,
+        strict=False,
+        description="timesteps of the teacher's schedule at which the network is called, descending: [999, 749, 499, "
+        "249]; null: evenly spaced",
+    )
     sampler: StudentSampler = Field(
         "ddim", description="how a step is taken: ddim, stochastic (2210.03142) or consistency (2303.01469)"
+    )
+    boundary: Boundary = Field(
+        default_factory=lambda others: "lcm" if others.get("sampler") == "consistency" else "none",
+        description="lcm: the output is mixed with its input so that it is the identity on clean data (2310.04378); "
+        "default: lcm for the consistency sampler, none for others",
     )
     guidance_scale: float | None = Field(
         None,
@@ -53,4 +65,16 @@ class Form(Config):
     def _predicts_x0_in_pure_noise(self) -> Self:
         if self.prediction == "epsilon" and self.schedule == "cosine":
             raise ValueError("schedule: cosine ends in pure noise, where x0 cannot be computed from epsilon")
+        return self
+
+    @model_validator(mode="after")
+    def _levels_are_steps(self) -> Self:
+        if self.levels is None:
+            return self
+        if self.schedule != "teacher":
+            raise ValueError("levels are timesteps of the teacher's schedule: leave schedule out")
+        if len(self.levels) != self.steps:
+            raise ValueError(f"steps: {self.steps} needs as many levels, not {len(self.levels)}")
+        if list(self.levels) != sorted(set(self.levels), reverse=True) or self.levels[-1] < 0:
+            raise ValueError("levels should descend, to 0 at the least")
         return self

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.diffusion.form import Schedule
-from stages.diffusion.schedule import NoiseSchedule
+from stages.diffusion.form import Form
+from stages.diffusion.schedule import Level, NoiseSchedule
 
 MIN_TIMESTEPS = 1000
 """The minimum number of training timesteps of a cosine grid."""
@@ -16,16 +17,18 @@ MIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class Grid:
-    """Points 0 (clean data) to N (noise), evenly spaced in time. The network is called at points N, ..., 1.
+    """Points 0 (clean data) to N (noise). The network is called at points N, ..., 1.
 
-    At point N a student is trained and sampled on pure noise, even if alpha[N] > 0. Stable Diffusion's schedule, for
-    example, ends at alpha = 0.068, but its users always start from N(0, 1), and the student learns that map. alpha[N]
-    and sigma[N] stay those of the schedule. They convert the network's output to x0.
+    The points are evenly spaced in time, unless a form names its levels.
+
+    At point N a student is trained and sampled on pure noise, even if alpha[N] > 0. For example, Stable Diffusion's
+    schedule ends at alpha = 0.068, but sampling always starts from N(0, 1). The student learns the map from N(0, 1).
+    alpha[N] and sigma[N] stay those of the schedule. They convert the network's output to x0.
     """
 
     timesteps: NDArray[np.float64]
-    """(N + 1,): the timestep that the network is given: T i / N - 1 at point i, so -1 at point 0. On a teacher's
-    schedule it is rounded to a whole number."""
+    """(N + 1,): the network's timestep at each point. It is -1 at point 0, where the network is not called. On evenly
+    spaced grids it is T i / N - 1 at point i, rounded to a whole number if the grid is on a teacher's schedule."""
     alpha: NDArray[np.float64]
     """(N + 1,): from 1 at point 0, falling."""
     sigma: NDArray[np.float64]
@@ -34,27 +37,42 @@ class Grid:
     """T, the number of training timesteps."""
 
     @classmethod
-    def of(cls, schedule: Schedule, teacher: NoiseSchedule, steps: int) -> Grid:
-        """A grid of `steps` steps on the teacher's schedule or on the cosine schedule.
+    def of(cls, form: Form, teacher: NoiseSchedule, steps: int | None = None) -> Grid:
+        """Return the time grid for a student of `form`, with its number of steps.
 
-        Raises ValueError if the teacher's schedule has fewer timesteps than `steps`."""
-        return cls.trailing(teacher, steps) if schedule == "teacher" else cls.cosine(steps)
+        For training, `steps` gives a finer grid. It must be a multiple of `form.steps`. `teacher` is the schedule of
+        the teacher.
+
+        Raises ValueError if the teacher's schedule has too few timesteps, or if `steps` contradicts the levels."""
+        steps = steps or form.steps
+        if form.levels is None:
+            return cls.trailing(teacher, steps) if form.schedule == "teacher" else cls.cosine(steps)
+        if steps != form.steps or form.levels[0] >= len(teacher):
+            raise ValueError(f"levels {list(form.levels)} do not fit {steps} steps and {len(teacher)} timesteps")
+        return cls.at(teacher, [-1, *reversed(form.levels)])
 
     @classmethod
     def trailing(cls, teacher: NoiseSchedule, steps: int) -> Grid:
-        """The trailing timesteps of a teacher's schedule, round(T i / N) - 1 (Lin et al. 2023, 2305.08891, table 2).
+        """Return the grid of the trailing timesteps of a teacher's schedule, round(T i / N) - 1 at point i.
+
+        See Lin et al. 2023, 2305.08891, table 2. N is `steps`, and T the number of the schedule's timesteps.
 
         The grid of 2 N steps contains the grid of N steps. Raises ValueError if T < N."""
         count = len(teacher)
         if steps > count:
             raise ValueError(f"the teacher's schedule has {count} timesteps, too few for {steps} steps")
         timesteps = [round(count * i / steps) - 1 for i in range(steps + 1)]
-        levels = np.array([teacher.at(t) for t in timesteps])
-        return cls(np.array(timesteps, dtype=np.float64), levels[:, 0], levels[:, 1], count)
+        return cls.at(teacher, timesteps)
+
+    @classmethod
+    def at(cls, teacher: NoiseSchedule, timesteps: Sequence[int]) -> Grid:
+        """Return the grid of the given timesteps of a teacher's schedule. They must rise, and start with -1."""
+        levels = np.array([tuple(teacher.at(t)) for t in timesteps])
+        return cls(np.array(timesteps, dtype=np.float64), levels[:, 0], levels[:, 1], len(teacher))
 
     @classmethod
     def cosine(cls, steps: int) -> Grid:
-        """The cosine schedule: alpha = cos(pi t / 2) and sigma = sin(pi t / 2) at t = i / N.
+        """Return the grid of the cosine schedule: alpha = cos(pi t / 2) and sigma = sin(pi t / 2) at t = i / N.
 
         alpha is exactly 0 at t = 1 (Salimans and Ho 2022, 2202.00512, section 2). T is `cosine_train_steps(N)`."""
         i = np.arange(steps + 1)
@@ -67,21 +85,21 @@ class Grid:
         """N, the number of network calls."""
         return len(self.timesteps) - 1
 
-    def level(self, i: int) -> tuple[float, float]:
-        """Return (alpha, sigma) at point i."""
-        return float(self.alpha[i]), float(self.sigma[i])
+    def level(self, i: int) -> Level:
+        """Return the level at point i, as numbers."""
+        return Level(float(self.alpha[i]), float(self.sigma[i]), float(self.timesteps[i]))
 
     def subsample(self, stride: int) -> Grid:
-        """The grid of every `stride`-th point, with N / stride steps. `stride` must divide N."""
+        """Return the grid of every `stride`-th point, with N / stride steps. `stride` must divide N."""
         return Grid(self.timesteps[::stride], self.alpha[::stride], self.sigma[::stride], self.train_steps)
 
 
 def cosine_train_steps(steps: int) -> int:
-    """The number T of training timesteps of a cosine grid: `steps`, doubled or halved to at least 1,000.
+    """Return T, the number of training timesteps of a cosine grid of `steps` steps.
 
-    It is doubled while it is below 1,000, and halved while it is even and the half is at least 1,000. All links of a
-    chain share T: 1,024 for powers of two. diffusers has whole timesteps only. It can run a student whose steps divide
-    T."""
+    T is `steps`, doubled while it is below 1,000, and halved while it is even and the half is at least 1,000. So all
+    links of a chain have the same T, which is 1,024 for powers of two. diffusers supports only whole timesteps. It can
+    sample a student if its number of steps divides T."""
     count = steps
     while count >= 2 * MIN_TIMESTEPS and count % 2 == 0:
         count //= 2

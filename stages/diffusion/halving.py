@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stages.diffusion.few_step import ddim_step, implied_x0
 from stages.diffusion.grid import Grid
+from stages.diffusion.schedule import Level
 
 
 def two_step_target(
@@ -32,8 +33,8 @@ def two_step_target(
     if stochastic:
         middle, there = torch.where(i > 1, 2 * i - 2, 1), torch.where(i > 1, 2 * i - 4, 0)
 
-    def level(j: Tensor) -> tuple[Tensor, Tensor]:
-        return alpha[j].view(-1, 1, 1, 1), sigma[j].view(-1, 1, 1, 1)
+    def level(j: Tensor) -> Level:
+        return Level(alpha[j].view(-1, 1, 1, 1), sigma[j].view(-1, 1, 1, 1), None)
 
     start = z.double()
     half_way = ddim_step(start, denoise(z, here).double(), level(here), level(middle))

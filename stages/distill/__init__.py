@@ -1,4 +1,4 @@
-"""Stage kind `distill`: a student, trained by a method and exported as a diffusers pipeline.
+"""The stage kind `distill`: it trains a student by a method and exports it as a diffusers pipeline.
 
 `stage` holds the settings, `train` runs the training, and `card` writes the model card. Methods are in
 `stages.methods`, and the training loop is in `stages.training`.

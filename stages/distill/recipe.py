@@ -1,47 +1,62 @@
-"""The settings and inputs that `kind: distill` sends to the training worker."""
+"""The settings and inputs that a `distill` stage sends to its training worker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from stages.base import Artifact
-from stages.methods.base import MethodConfig
+from stages.methods.base import MethodConfig, Stream
 from stages.training import TrainingSettings
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The pipeline in `start`, whose network the student starts from."""
+
+    folder: Path
+    about: Mapping[str, Any]
+    """Its source, the commit if the source is a hub id, and its licence if its model card gives one."""
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How a student is taught, and on what: pairs of several sources, mixed by weight, or latents."""
+    """All that determines a student, except the seed."""
 
     method: MethodConfig
     training: TrainingSettings
+    streams: Sequence[Stream]
+    """The data streams of training. Their order determines the seed of each."""
+    teacher: Artifact
     pairs: Sequence[Artifact]
+    """The sources of pairs. Empty if the student is not trained on pairs."""
     weights: Sequence[float | None]
-    """Of the pairs; None: by their number."""
+    """The weight of each source of pairs. None: its number of training pairs."""
     held_out: int
-    """Of the first source's last pairs."""
+    """The number of pairs that are held out: the last ones of the first source."""
     latents: Artifact | None
+    prompts: Path
+    """The folder of the prompt table. It exists if the student is trained on prompts."""
     start: Artifact | None
-    """The student to go on from."""
+    """The student in `start_from`, whose weights the student starts from."""
+    origin: Origin | None
+    """The pipeline in `start`. None: the student starts from the teacher, or from the student in `start_from`."""
     inputs: Mapping[str, Artifact]
-    """What the method's fields name."""
+    """Dotted path of a field in the method's settings -> the sealed artifact that it names."""
     contents: Mapping[str, str]
-    """What the method's `Content` fields were found to hold."""
+    """Dotted path of a `Content` field in the method's settings -> identity of its content."""
 
     @property
     def data(self) -> Sequence[Artifact]:
-        """What it is trained on."""
-        return [self.latents] if self.latents else self.pairs
+        """The artifacts that the student is trained on: pairs, then latents."""
+        return [*self.pairs, *([self.latents] if self.latents else [])]
 
     @property
     def generation(self) -> int:
-        """How many students it goes on from, one after another."""
+        """The number of earlier students in the chain of `start_from`."""
         count, student = 0, self.start
         while student is not None:
             count, student = count + 1, student.inputs.get("start_from")
         return count
-
-    @property
-    def teacher(self) -> Artifact:
-        return self.data[0].inputs["teacher"]

@@ -1,4 +1,4 @@
-"""`kind: distill`: trains a student with one of the methods and exports it for plain diffusers."""
+"""The stage of `kind: distill`: its settings, its checks against other stages, and its run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from stages.base import SCRATCH, Artifact, Choice, Config, Input, Link, Neutral, Stage, StageContext, values_under
+from stages.data.pool import PROMPTS
+from stages.data.prompts.config import Prompts
 from stages.data.shares import BLOCK
-from stages.distill.recipe import Recipe
+from stages.diffusion.prediction import Prediction
+from stages.distill.recipe import Origin, Recipe
 from stages.latents import Latents
 from stages.methods import METHODS
-from stages.methods.base import MethodConfig
+from stages.methods.base import MethodConfig, Stream
 from stages.pairs import Pairs, guidance_scales
 from stages.teacher import Teacher
+from stages.teacher.stage import FROM, adopt, ask
 from stages.training import TrainingExecution, TrainingSettings
 from stages.training.players import training_progress
 
 
 class Source(Config):
-    """Pairs to train on, and their share of every batch."""
+    """A source of training pairs and its share of every batch."""
 
     pairs: Annotated[str, Input("pairs")] = Field(description="stage that makes the pairs")
     weight: float | None = Field(
@@ -34,42 +38,64 @@ class Source(Config):
 
 @dataclass(frozen=True)
 class Trained:
-    """Noises that a student was trained on: the first `count` of `pairs`, which that student's stage calls `name`.
+    """Noises that a student was trained on.
 
-    Noise is drawn from (seed, number) alone, so all pairs of one seed begin with the same noises.
+    Each noise is determined by the seed of its pairs stage and its number. So the noises of two pairs stages with the
+    same seed are equal.
     """
 
     pairs: Artifact
     name: str
+    """The name of the pairs stage in the manifest."""
     count: int
+    """The first `count` noises of `pairs`."""
 
 
 def _sources(value: Any) -> Any:
-    """A stage's name stands for a list of one, and in a list for a source of default weight."""
+    """Convert the short forms of `pairs`: a stage's name to a list, and names in a list to sources."""
     values = [value] if isinstance(value, str) else value
     return [{"pairs": one} if isinstance(one, str) else one for one in values] if isinstance(values, list) else values
 
 
 def sources(student: Mapping[str, Artifact]) -> list[Artifact]:
-    """The `pairs` artifacts among a student's inputs, in the manifest's order; none if it is trained on latents."""
+    """Return the `pairs` artifacts among a student's inputs, in the manifest's order. May be empty."""
     return [artifact for field, artifact in student.items() if field.startswith("pairs.")]
 
 
 def teacher_of(student: Mapping[str, Artifact]) -> Artifact:
-    """The teacher, given a student's inputs: that of what it is trained on."""
-    return (sources(student) or [student["latents"]])[0].inputs["teacher"]
+    """Return the teacher from a student's inputs: that of its pairs or latents, or else its own `teacher`."""
+    data = [*sources(student), *([student["latents"]] if "latents" in student else [])]
+    return data[0].inputs["teacher"] if data else student["teacher"]
 
 
 def _of_method(problems: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Prefix the field paths of a method's problems with `method.`."""
     yield from ((f"method.{path}", problem) for path, problem in problems)
 
 
-class Distill(Stage):
-    """Train a student with one of the methods, and export it as a stock diffusers folder.
+class Start(Config):
+    """Another pipeline whose network a student starts from. The network may be smaller or larger than the teacher's."""
 
-    It is trained on `pairs`, one stage or a list of `{pairs: STAGE, weight: 2.0}` to be mixed, or on `latents`, as its
-    method takes it. A method that takes rounds makes a chain of it: student/16, student/8, ...; whoever reads `student`
-    is made once for each of them, as of a matrix, and a single one is read by its whole name."""
+    pipeline: Annotated[str, FROM] = Field(
+        description="a diffusers folder, a hub id or digit_scenes; needs the teacher's family, VAE and text encoder"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """The prediction type of the network. None: it is not known yet."""
+        folder = Path(FROM.source(self.pipeline))
+        return ask(folder if folder.is_dir() else None, lambda adapter, found: adapter.prediction_of(found))
+
+
+class Distill(Stage):
+    """Train a student with one of the methods, and export it as a diffusers pipeline.
+
+    The method decides on what the student is trained: `pairs`, `latents`, `prompts` or several of them. `pairs` is a
+    stage, or a list of stages to be mixed, such as `{pairs: STAGE, weight: 2.0}`.
+
+    A method with several rounds makes a chain of stages: student/16, student/8, ... A stage that reads `student` is
+    then made once for each of them, as with a matrix. A stage that reads `student/8` uses only that one."""
 
     VERSION: ClassVar[int] = 3
     kind: Literal["distill"]
@@ -79,10 +105,21 @@ class Distill(Stage):
     latents: Annotated[str | None, Input("latents"), Neutral()] = Field(
         None, description="latents of real images to train on, in place of pairs, for methods that add noise themselves"
     )
+    prompts: Annotated[Prompts | None, Neutral()] = Field(
+        None,
+        description="prompts to train on, for methods that need only prompts: digits or digit_scenes, for the captions "
+        "of that image set, or a path",
+    )
+    teacher: Annotated[str | None, Input("teacher"), Neutral()] = Field(
+        None, description="the teacher, if only prompts are given; pairs and latents have their own"
+    )
     method: Annotated[MethodConfig, Choice("name", METHODS)] = Field(description="the distillation method")
     start_from: Annotated[str | None, Input("distill"), Neutral()] = Field(
         None,
         description="student of the same teacher to start from; default: the teacher's weights",
+    )
+    start: Annotated[Start | None, Neutral()] = Field(
+        None, description="another pipeline whose network the student starts from; excludes start_from"
     )
     training: TrainingSettings = Field(description="how the student is trained")
     held_out: int = Field(
@@ -102,9 +139,11 @@ class Distill(Stage):
         kind = METHODS.get(name) if isinstance(name, str) else None
         if kind is None or not isinstance(method, dict) or not isinstance(training, dict):
             return []
-        found = []
+        found: list[Link] = []
         for one in kind.rounds(method, settings.get("start_from") is not None):
             own: dict[str, Any] = {**settings, "method": one.method}
+            if found:
+                own.pop("start", None)  # later links start from the link before
             origins: dict[tuple[str, ...], tuple[str, ...]] = {}
             if one.training_steps is not None:
                 own["training"] = {**training, "steps": one.training_steps}
@@ -113,8 +152,10 @@ class Distill(Stage):
         return found
 
     def trained_on(self, inputs: Mapping[str, Artifact]) -> Iterator[Trained]:
-        """The noises that this student was trained on, then those of the students that it goes on from: all of each
-        source, but of the first source not the last `held_out`. Training on latents draws other noises: nothing."""
+        """Yield the noises that this student was trained on, then those of the earlier students in `start_from`.
+
+        These are the noises of its pairs, except the held-out ones. A student of latents or prompts has none, because
+        its noises do not come from pairs."""
         for place, (source, pairs) in enumerate(zip(self.pairs or [], sources(inputs), strict=True)):
             assert isinstance(pairs.stage, Pairs)
             yield Trained(pairs, source.pairs, pairs.stage.count - (self.held_out if place == 0 else 0))
@@ -124,11 +165,15 @@ class Distill(Stage):
             yield from start.stage.trained_on(start.inputs)
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        given = "pairs" if self.pairs else "latents"
-        if given not in self.method.DATA:
-            yield given, f"{self.method.name} is trained on {' or '.join(self.method.DATA)}, not on {given}"
+        given = self.streams[0]
+        if set(self.streams) not in self.method.DATA:
+            wanted = " or ".join(" and ".join(sorted(streams)) for streams in self.method.DATA)
+            yield given, f"{self.method.name} is trained on {wanted}, not on {' and '.join(self.streams)}"
         if self.pairs:
             yield from self._check_pairs(sources(inputs))
+            latents = inputs.get("latents")
+            if latents and latents.inputs["teacher"].fingerprint != teacher_of(inputs).fingerprint:
+                yield "latents", "they are of another teacher than that of `pairs`"
         yield from self._check_guidance(inputs)
         yield from _of_method(self.method.check(values_under(inputs, "method")))
         yield from self._check_teacher(given, teacher_of(inputs), inputs.get("latents"))
@@ -138,19 +183,24 @@ class Distill(Stage):
         known = teacher.stage
         assert isinstance(known, Teacher)
         if known.gaussian:
-            yield given, "their teacher is `gaussian:`, which has no network that a student could start from"
+            yield given, "their teacher is `gaussian:`, which has no network for a student to start from"
         size = known.image_size(teacher.folder)
         if latents and isinstance(latents.stage, Latents) and size not in (None, (latents.stage.images.size,) * 2):
             pixels = f"images of {latents.stage.images.size} pixels, but the teacher makes {size[0]} x {size[1]}"
-            yield given, f"they are of {pixels}, and so will its student; encode images of that size"
+            yield "latents", f"they are of {pixels}; encode images of that size"
         as_input = self.method.form.w_range is not None
-        unguided = known.why_unguided(as_input, teacher.folder) if self.method.uses_guidance else None
+        unguided = known.guidance_error(as_input, teacher.folder) if self.method.uses_guidance else None
         if unguided:
             yield "method", f"it needs guidance, but {unguided}"
+        if self.method.has_discriminator and known.has_features(teacher.folder) is False:
+            yield (
+                "method",
+                "it trains a discriminator, which does not support the teacher's network",
+            )
         timesteps = known.timesteps(teacher.folder)
         if timesteps is not None:
             yield from _of_method(self.method.check_timesteps(timesteps))
-        prediction = known.prediction(teacher.folder)
+        prediction = self.start.prediction if self.start else known.prediction(teacher.folder)
         if prediction is not None:
             yield from _of_method(self.method.check_prediction(prediction, self.start_from is None))
 
@@ -165,39 +215,39 @@ class Distill(Stage):
         yield from _of_method(self.method.check_start(before.method if before else None))
 
     def _check_held_out(self, pairs: Artifact, start: Artifact) -> Iterator[tuple[str, str]]:
-        """That no student before was trained on what is held out here."""
+        """Yield a problem for each earlier student that was trained on noises which this stage holds out."""
         assert isinstance(pairs.stage, Pairs) and isinstance(start.stage, Distill)
         for before in start.stage.trained_on(start.inputs):
             seen = min(before.count, pairs.stage.count) - (pairs.stage.count - self.held_out)
             if before.pairs.seed == pairs.seed and seen > 0:
                 yield (
                     "held_out",
-                    f"a student that this one goes on from was trained on {seen} of the {self.held_out} noises that "
-                    f"are held out, as part of {before.name}; hold the same out of both",
+                    f"an earlier student in start_from was trained on {seen} of the {self.held_out} noises that are "
+                    f"held out, as part of {before.name}; hold out the same noises in both stages",
                 )
 
     def _check_guidance(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         if self.method.form.w_range is not None:
             return
         own = guidance_scales(self.method.form, sources(inputs))
-        if not own and "latents" in self.method.DATA:
-            yield "method", "latents say nothing of guidance_scale: give it, 1 for none"
+        if not own and not self._needs_pairs:
+            yield "method", f"{self.streams[0]} have no guidance_scale: set it in the method; 1 means no guidance"
         if len(own) > 1:
             found = " and ".join(f"{scale:g}" for scale in own)
-            remedy = "give the student's" if "latents" in self.method.DATA else "a student of them has one"
+            remedy = "use pairs with the same" if self._needs_pairs else "set one in the method"
             yield "method", f"the pairs have guidance_scale: {found}; {remedy}"
         start = inputs.get("start_from")
         if start and isinstance(start.stage, Distill):
             there = guidance_scales(start.stage.method.form, sources(start.inputs))
             if there and len(own) == 1 and own != there:
-                yield "method", f"the student to go on from has guidance_scale: {there[0]:g}, this one {own[0]:g}"
+                yield "method", f"the student in start_from has guidance_scale: {there[0]:g}, this one has {own[0]:g}"
 
     def _check_pairs(self, found: Sequence[Artifact]) -> Iterator[tuple[str, str]]:
         stages = [artifact.stage for artifact in found if isinstance(artifact.stage, Pairs)]
         assert self.pairs
         if self.held_out >= stages[0].count:
             yield "held_out", f"{self.held_out} pairs held out of {stages[0].count} leave none to train on"
-        if "latents" not in self.method.DATA and any(s.sampler.timestep_spacing != "trailing" for s in stages):
+        if self._needs_pairs and any(s.sampler.timestep_spacing != "trailing" for s in stages):
             yield (
                 "pairs",
                 "a one-step student needs pairs solved with timestep_spacing: trailing, from the last timestep",
@@ -207,18 +257,35 @@ class Distill(Stage):
         if len({artifact.seed for artifact in found}) < len(found):
             yield (
                 "pairs",
-                "two of them have one seed, and so start from the same noises: what is held out of one would be "
-                "trained on in the other; give one stage a `seed:` of its own",
+                "two of them have the same seed, and so the same noises: noises held out of one would be trained on in "
+                "the other; give one stage another `seed:`",
             )
         weights = [source.weight or stage.count for source, stage in zip(self.pairs, stages, strict=True)]
         light = next((s.pairs for s, w in zip(self.pairs, weights, strict=True) if w < sum(weights) / BLOCK), None)
         if light is not None:
             yield "pairs", f"{light} has less than 1/{BLOCK} of the weight and would never be drawn"
 
+    @property
+    def streams(self) -> list[Stream]:
+        """The data streams of training. Their order determines the seed of each."""
+        given: dict[Stream, Any] = {"pairs": self.pairs, "latents": self.latents, "prompts": self.prompts}
+        return [stream for stream, value in given.items() if value is not None]
+
+    @property
+    def _needs_pairs(self) -> bool:
+        """Whether the method cannot be trained without pairs."""
+        return all("pairs" in streams for streams in self.method.DATA)
+
     @model_validator(mode="after")
-    def _one_kind_of_data(self) -> Self:
-        if (self.pairs is None) == (self.latents is None):
-            raise ValueError("give either pairs or latents")
+    def _some_data(self) -> Self:
+        if not self.streams:
+            raise ValueError("give what the student is trained on: pairs, latents or prompts")
+        if self.streams == ["prompts"] and self.teacher is None:
+            raise ValueError("prompts name no teacher: give `teacher`")
+        if self.streams != ["prompts"] and self.teacher is not None:
+            raise ValueError("the data names the teacher: leave `teacher` out")
+        if self.start and self.start_from:
+            raise ValueError("give either start or start_from")
         return self
 
     @model_validator(mode="after")
@@ -231,14 +298,28 @@ class Distill(Stage):
         return training_progress(work / SCRATCH)
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
+        prompts = context.output / SCRATCH
+        if self.prompts and not (prompts / PROMPTS).exists():
+            from stages.data.prompts.table import write_table
+
+            prompts.mkdir(parents=True, exist_ok=True)
+            write_table(self.prompts, context.contents, prompts / PROMPTS)
+        origin = None
+        if self.start:  # copied to the store, because the worker may be on another machine
+            folder = context.output / SCRATCH / "start"
+            origin = Origin(folder, adopt(self.start.pipeline, context.contents["start.pipeline"], folder))
         recipe = Recipe(
             self.method,
             self.training,
+            self.streams,
+            teacher_of(context.inputs),
             sources(context.inputs),
             [source.weight for source in self.pairs or []],
             self.held_out,
             context.inputs.get("latents"),
+            prompts,
             context.inputs.get("start_from"),
+            origin,
             values_under(context.inputs, "method"),
             values_under(context.contents, "method"),
         )

@@ -1,24 +1,27 @@
-"""Trains and exports a student. Runs on a worker."""
+"""Training and export of a student, on a worker."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stages.base import SCRATCH, Artifact, Progress, StageError
-from stages.data.supply import LatentSupply, PairSupply, Supply
+from stages.data.files import files_of, sha256_of
+from stages.data.supply import LatentSupply, PairSupply, PromptSupply, Supply
 from stages.diffusion.form import Form
 from stages.distill.card import card
 from stages.distill.recipe import Recipe
-from stages.methods.base import Materials
+from stages.methods.base import Materials, Stream
+from stages.networks.adapter import Adapter, read_json
+from stages.networks.adapters import adapter_of
 from stages.networks.compute import prepare
-from stages.networks.network import NetworkTeacher
 from stages.networks.student import Student, export
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs, guidance_scales
@@ -26,23 +29,34 @@ from stages.training import Batch, TrainingExecution
 from stages.training.loop import step_seed, train
 
 BATCH = 16
+"""The batch size on held-out pairs."""
+SAVED_BY = ("transformers_version", "torch_dtype", "dtype")
+"""Settings of a component's config that do not change what it computes."""
 EXAMPLES = 512
-"""Pairs to which a student's last layer is fitted before training; a choice of Retort's."""
+"""The number of pairs to which the student's last layer may be fitted before training."""
 
 
 def distill(
     recipe: Recipe, execution: TrainingExecution, seed: int, output: Path, threads: int, fingerprint: str
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Fill `output` with the student's folder; return its figures. Raises StageError if it cannot be trained."""
+    """Train the student and export it to `output`. Returns its figures.
+
+    `output` also gets history.jsonl, a line for each logged step, and the checkpoints. Raises StageError if the student
+    cannot be trained."""
     prepare(threads)
-    if recipe.generation:  # each link of a chain draws images and noises of its own
+    if recipe.generation:  # each link of a chain draws different images and noises
         seed = step_seed(seed, recipe.generation)
     torch.manual_seed(seed)
     teacher = load_network(recipe.teacher.folder, execution)
-    for path, problem in recipe.method.check_prediction(teacher.prediction, recipe.start is None):
+    origin = _origin(recipe.origin.folder, teacher, execution) if recipe.origin else teacher
+    for path, problem in recipe.method.check_prediction(origin.prediction, recipe.start is None):
         raise StageError(f"method.{path}: {problem}")
     scales = guidance_scales(recipe.method.form, recipe.pairs)
-    supply = _supply(recipe, teacher, seed)
+    supplies = {
+        stream: _supply(stream, recipe, teacher, step_seed(seed, place) if place else seed)
+        for place, stream in enumerate(recipe.streams)
+    }
+    pairs = supplies.get("pairs")
     method = recipe.method.create(
         Materials(
             teacher,
@@ -51,12 +65,13 @@ def distill(
             (scales or [1.0])[0],
             recipe.inputs,
             recipe.contents,
-            _examples(supply, teacher) if isinstance(supply, PairSupply) else None,
+            _examples(pairs, teacher) if isinstance(pairs, PairSupply) else None,
+            origin,
         )
     )
 
     def batch(step: int) -> Batch:
-        return _tensors(supply.batch(step))
+        return {stream: _tensors(supply.batch(step)) for stream, supply in supplies.items()}
 
     trained = yield from train(method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution)
     student = trained.averages["student"]
@@ -64,33 +79,78 @@ def distill(
     if scales:
         student.form = student.form.model_copy(update={"guidance_scale": scales[0]})
     figures = {"training_loss": trained.losses["student"], "device": trained.device}
-    if isinstance(supply, PairSupply):
-        figures |= _on_held_out(student, teacher, supply, recipe.pairs[0])
-    export(student, teacher, output, card(recipe, student.form, teacher, supply.count, figures, fingerprint))
+    if isinstance(pairs, PairSupply):
+        figures |= _on_held_out(student, teacher, pairs, recipe.pairs[0])
+    counts = {stream: supply.count for stream, supply in supplies.items()}
+    export(student, output, card(recipe, student.form, teacher, counts, figures, fingerprint))
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
     (output / "history.jsonl").write_text(lines, encoding="utf-8")
     return figures
 
 
-def _supply(recipe: Recipe, teacher: NetworkTeacher, seed: int) -> Supply:
-    """Raises StageError for latents of another size than the teacher's: the student's would be."""
+def _supply(stream: Stream, recipe: Recipe, teacher: Adapter, seed: int) -> Supply:
+    """Create the supply of a data stream. Raises StageError if latents have another shape than the teacher's."""
     size = recipe.training.batch_size
-    if recipe.latents is None:
+    if stream == "pairs":
         return PairSupply([one.folder for one in recipe.pairs], recipe.weights, recipe.held_out, size, seed)
+    if stream == "prompts":
+        return PromptSupply(recipe.prompts, size, seed)
+    assert recipe.latents
     supply = LatentSupply(recipe.latents.folder, teacher.prompts_of, size, seed)
     if supply.shape != teacher.latent_shape:
         raise StageError(
-            f"the latents are {supply.shape}, but the teacher makes {teacher.latent_shape}, and so will its student; "
+            f"the latents have the shape {supply.shape}, the teacher's have {teacher.latent_shape}; "
             f"encode images of {teacher.latent_shape[1] * teacher.down_sampling} pixels"
         )
     return supply
 
 
+def _origin(folder: Path, teacher: Adapter, execution: TrainingExecution) -> Adapter:
+    """Load the pipeline in `folder`, whose network the student starts from.
+
+    Raises StageError unless its family, noise schedule, latent shape and other components are those of the teacher."""
+    if adapter_of(folder) is not type(teacher):
+        raise StageError("start.pipeline: it is of another family than the teacher")
+    for name in set(teacher.COMPONENTS) - {teacher.NETWORK, "scheduler"}:
+        patterns = [pattern for pattern in teacher.FILES if pattern.startswith(f"{name}/")]
+        if _identity(folder, patterns) != _identity(teacher.folder, patterns):
+            raise StageError(f"start.pipeline: its {name} differs from the teacher's; the two must be equal")
+    origin = load_network(folder, execution)
+    ours, theirs = teacher.schedule.log_snr, origin.schedule.log_snr
+    if len(ours) != len(theirs) or not np.allclose(ours, theirs):
+        raise StageError("start.pipeline: its noise schedule differs from the teacher's; the two must be equal")
+    if origin.latent_shape != teacher.latent_shape:
+        raise StageError(
+            f"start.pipeline: its latents have the shape {origin.latent_shape}, the teacher's have "
+            f"{teacher.latent_shape}"
+        )
+    return origin
+
+
+def _identity(folder: Path, patterns: Sequence[str]) -> dict[str, Any]:
+    """Return what a component computes: file name -> its sha256, or the settings in its config.json.
+
+    Settings that only record how the config was saved are left out."""
+
+    def settings(path: Path) -> dict[str, Any]:
+        return {
+            name: value for name, value in read_json(path).items() if not name.startswith("_") and name not in SAVED_BY
+        }
+
+    return {
+        name: settings(path) if path.name == "config.json" else sha256_of(path)
+        for name, path in files_of(str(folder), patterns).items()
+    }
+
+
 def _tensors(stored: Mapping[str, Any]) -> Batch:
+    """Convert arrays to float32 tensors on the CPU. `prompts` are kept as they are."""
     return {name: v if name == "prompts" else torch.from_numpy(v).float() for name, v in stored.items()}
 
 
-def _examples(supply: PairSupply, teacher: NetworkTeacher) -> Callable[[], Batch]:
+def _examples(supply: PairSupply, teacher: Adapter) -> Callable[[], Batch]:
+    """Return a function that reads EXAMPLES training pairs, or all if there are fewer, to the teacher's device."""
+
     def examples() -> Batch:
         found = _tensors(supply.examples(EXAMPLES))
         return {name: v.to(teacher.device) if isinstance(v, Tensor) else v for name, v in found.items()}
@@ -98,8 +158,9 @@ def _examples(supply: PairSupply, teacher: NetworkTeacher) -> Callable[[], Batch
     return examples
 
 
-def _on_held_out(student: Student, teacher: NetworkTeacher, supply: PairSupply, pairs: Artifact) -> dict[str, float]:
-    """Its error on the pairs held out, if it is to make what they hold. Raises StageError if that is not finite."""
+def _on_held_out(student: Student, teacher: Adapter, supply: PairSupply, pairs: Artifact) -> dict[str, float]:
+    """Return the student's mean squared error on held-out pairs as a figure. The result is empty if `_comparable`
+    returns None. Raises StageError if the error is not finite."""
     assert isinstance(pairs.stage, Pairs)
     w = _comparable(student.form, pairs.stage.sampler.guidance_scale)
     if w is None:
@@ -111,8 +172,9 @@ def _on_held_out(student: Student, teacher: NetworkTeacher, supply: PairSupply, 
 
 
 def _comparable(form: Form, guidance_scale: float) -> float | None:
-    """The w at which the student is to make what pairs of a `guidance_scale` hold; None if it is not, or adds noise of
-    its own."""
+    """Return the w at which the student should reproduce pairs of `guidance_scale`.
+
+    Returns None if it learns another guidance, or if its sampler draws more noise."""
     if form.steps > 1 and form.sampler != "ddim":
         return None
     w = guidance_scale - 1
@@ -123,13 +185,13 @@ def _comparable(form: Form, guidance_scale: float) -> float | None:
 
 
 @torch.no_grad()
-def _error(student: Student, teacher: NetworkTeacher, pairs: PairSupply, w: float) -> float:
-    """Mean squared error to the stored latents of the pairs held out, over all elements."""
+def _error(student: Student, teacher: Adapter, pairs: PairSupply, w: float) -> float:
+    """Return the mean squared error to the latents of the held-out pairs, over all elements."""
     errors: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(pairs.held), BATCH):
         held = pairs.reader.batch(pairs.held[start : start + BATCH])
         noise = teacher.to_device(held.noise)
-        x0 = student(noise, teacher.encode_prompts(held.prompts), noise.new_full((len(noise),), w), generator)
+        x0 = student(noise, student.encode(held.prompts), noise.new_full((len(noise),), w), generator)
         errors.append((x0 - teacher.to_device(held.latent)).square().mean((1, 2, 3)))
     return float(torch.cat(errors).mean())

@@ -11,12 +11,12 @@ from stages.base import Execution
 Split = Literal["test", "validation"]
 
 MIN_SAMPLES = 100
-"""In each set of images that distances are measured between: more than a probe has features, or covariances are
-singular."""
+"""Smallest number of images in each set that a distance is measured between. It is larger than the number of a probe's
+features, because covariances would be singular otherwise."""
 
 
 class EvaluationExecution(Execution):
-    """How an evaluation is carried out. Recorded in what it makes, and never a reason to make it again."""
+    """How an evaluation is run. These settings are recorded in its artifact, and changing them makes nothing stale."""
 
     micro_batch: int = Field(
         64, ge=1, description="samples drawn at once; the seconds for an image are measured in such batches"

@@ -1,4 +1,4 @@
-"""The columns of an evaluation's table: their names, order and texts. Needs no NumPy."""
+"""The columns of an evaluation's table: names, order, titles and number formats. Needs no NumPy."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any, NamedTuple
 
 
 class Figure(NamedTuple):
+    """The title of a column and the format of its numbers."""
+
     title: str
     form: str
 
 
 FIGURES = {
-    # how a student was trained: only a comparison of students has these
+    # how a student was trained; only comparisons of students have these
     "method": Figure("method", "{}"),
     "training_steps": Figure("training steps", "{:,.0f}"),
     "trained_seconds": Figure("trained s", "{:,.0f}"),
     "device_seconds": Figure("device s", "{:,.0f}"),
-    # what it costs and how good it is
+    # cost and quality
     "network_calls": Figure("network calls", "{:g}"),
     "seconds_per_image": Figure("s / image", "{:.4f}"),
     "latent_mse": Figure("latent MSE to teacher", "{:.4f}"),
@@ -31,14 +33,17 @@ FIGURES = {
 
 
 def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The figures that at least one of the rows has."""
+    """Return the names of the figures that at least one row has, in the order of FIGURES."""
     present = {key for row in rows for key in row}
     return [key for key in FIGURES if key in present]
 
 
 def words(row: Mapping[str, Any], key: str) -> tuple[str, str]:
-    """A figure and its spread; each empty where there is none. The spread is the standard error `KEY_se`, `± ...`; of
-    a mean over seeds also the 95 % interval from `KEY_low` to `KEY_high`, `[..., ...]`."""
+    """Return a figure and its uncertainty as text. Each is empty if the row does not have it.
+
+    The uncertainty is the standard error `KEY_se` as `± ...`. A mean over seeds also has the 95 % interval from
+    `KEY_low` to `KEY_high` as `[..., ...]`.
+    """
     if key not in row:
         return "", ""
     form = FIGURES[key].form.format
@@ -49,7 +54,7 @@ def words(row: Mapping[str, Any], key: str) -> tuple[str, str]:
 
 
 def title(side: str, values: Mapping[str, Any]) -> str:
-    """What a side or a reference of `metrics.json` is called."""
+    """Return the title of a side or reference in `metrics.json`."""
     kind, _, steps = side.partition("_")
     steps = steps if kind == "teacher" else str(values.get("network_calls"))
     if kind in ("teacher", "student"):
@@ -58,26 +63,27 @@ def title(side: str, values: Mapping[str, Any]) -> str:
 
 
 def calls(values: Mapping[str, Any]) -> str:
-    """What a side costs, in words; empty for a reference."""
+    """Return the number of network calls for an image, as text. Empty for a reference."""
     count = words(values, "network_calls")[0]
     return f"{count} network call{'s' if count != '1' else ''}" if count else ""
 
 
 def legend(metrics: Mapping[str, Any]) -> list[str]:
-    """What the columns mean, a line each."""
+    """Return the lines that explain the columns."""
     lines = [
-        f"{metrics['samples']} samples a side, of the {metrics['split']} split; ± is one standard error.",
-        "Latent MSE: to the teacher's own full-step output from the same noise; full-step rows are 0 by definition.",
-        f"Seconds an image: in batches of {metrics['micro_batch']}, computed in {metrics['dtype']}, without decoding. "
-        "Network calls count guidance's second half.",
+        f"Each side has {metrics['samples']} samples of the {metrics['split']} split. ± is one standard error.",
+        "Latent MSE is measured to the teacher's full-step output from the same noise, so it is 0 for the teacher in "
+        "full steps.",
+        f"Seconds per image are measured in batches of {metrics['micro_batch']}, computed in {metrics['dtype']}, "
+        "without decoding. Network calls include the unconditional calls of guidance.",
     ]
     if "features" in metrics:
         lines += [
-            f"Distances, precision, recall and diversity are at {metrics['distance_samples']} samples a side, in "
+            f"Distances, precision, recall and diversity use {metrics['distance_samples']} samples of each side, and "
             f"{metrics['features']}: features of a classifier trained on real images. They are not FID.",
-            "All distances are to real images that the classifier never saw. 'real': others that it never saw, at the "
-            "same number of samples, the floor. 'VAE reconstruction': those through the VAE alone, the floor for every "
-            "latent model of this teacher.",
-            f"The classifier is right on {metrics['probe_accuracy']:.1%} of the images that it never saw.",
+            "All distances are to real images that the classifier was not trained on. 'real' is as many other such "
+            "images: the lowest distance to expect. 'VAE reconstruction' is the same images encoded and decoded by the "
+            "VAE: the lowest distance to expect of a latent model with this VAE.",
+            f"The classifier is right on {metrics['probe_accuracy']:.1%} of the images that it was not trained on.",
         ]
     return lines

@@ -20,15 +20,17 @@ from stages.probe import Probe
 
 
 class RealSets(NamedTuple):
-    """Real images that share no original, equally many: what all distances are measured to, and those that are
-    measured against it as if they had been generated."""
+    """Two equally large sets of real images that share no original.
+
+    All distances are measured to `reference`. `other` is measured like generated images, as a baseline.
+    """
 
     reference: LabelledImages
     other: LabelledImages
 
 
 def against_teacher(side: Side, teacher: Side) -> dict[str, Any]:
-    """Mean squared error to the teacher's own latents from the same noise, and the cost of both."""
+    """Return the mean squared error to the teacher's latents from the same noise, and the cost of the side."""
     errors = (side.latents - teacher.latents).square().mean((1, 2, 3)).double()
     return {
         "network_calls": side.calls,
@@ -41,10 +43,12 @@ def against_teacher(side: Side, teacher: Side) -> dict[str, Any]:
 def against_real(
     metrics: dict[str, Any], sides: Sequence[Side], setting: Setting, probe: Artifact, images: RealSets
 ) -> Generator[Progress, None, None]:
-    """Add distances, precision, recall, diversity and, where prompts say classes, prompt accuracy to each side of
-    `metrics`, and the two references: other real images, and those through the VAE alone. All distances are at one
-    number of samples. The probe was trained on none of `images`. Raises ValueError if the teacher's images are of
-    another size."""
+    """Add the figures that need real images to `metrics`: distances, precision, recall, diversity and prompt accuracy.
+
+    They are added to every side, and to two references: other real images, and their VAE reconstructions. Prompt
+    accuracy needs prompts that name classes. All distances use the same number of samples. The probe must not have been
+    trained on `images`. Raises ValueError if the teacher's images have another size than the probe's.
+    """
     assert isinstance(probe.stage, Probe)
     real_set = probe.stage.images
     size = setting.teacher.decode(torch.zeros(1, *setting.teacher.latent_shape)).shape[-2:]
@@ -70,9 +74,11 @@ def against_real(
 
 
 def two_real_sets(images: LabelledImages, samples: int) -> RealSets:
-    """Two random sets that share no original, neither larger than half of what there is. Scenes count as originals,
-    though all are composed of the same scans and photographs: a teacher's samples are, too. Raises StageError if either
-    has fewer than MIN_SAMPLES."""
+    """Draw two random sets of equal size that share no original, with `samples` images each if there are enough.
+
+    Every image of composed scenes counts as an original, although scenes share scans and photographs: the samples of a
+    teacher share them, too. Raises StageError if a set has fewer than MIN_SAMPLES images.
+    """
     generator = np.random.default_rng(0)
     known, original = np.unique(images.origins, return_inverse=True)
     in_first = generator.permutation(len(known)) < len(known) // 2
@@ -97,8 +103,12 @@ def _measure(
     real_origins: np.ndarray,
     origins: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The figures of one side or reference. `real` (N, F) are the features of the reference set; origins (N,) number
-    the originals of its images and of `images`, None where no two share one."""
+    """Return the figures of one side or reference.
+
+    wanted: label -> (N,), the classes that the prompts ask for. real: (N, F), features of the reference set.
+    real_origins, origins: (N,), the originals that the reference images and `images` were made from; None if no two
+    images share an original.
+    """
     features, predicted = classifier.look(images)
     figures: dict[str, Any] = {}
     if wanted:

@@ -1,4 +1,7 @@
-"""Chooses the noises of an evaluation: noises that the student was not trained on. Needs no NumPy, for planning."""
+"""Chooses the noises of an evaluation: noises that the student was not trained on.
+
+Needs no NumPy, because planning uses it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,16 @@ from stages.evaluate.config import Split
 from stages.pairs import Pairs
 
 VALIDATION = 2**50
-"""Number of the first validation noise. No pool holds so many pairs, so nothing is trained on it or tested on it."""
+"""Number of the first validation noise. Pools have fewer pairs, so these noises are never used for training or testing.
+"""
 
 
 @dataclass(frozen=True)
 class Noises:
-    """Numbers of stored pairs, and after them of noises that are in no pair: each is drawn from (seed, number)."""
+    """The numbers of the noises: first those of stored pairs, then those of fresh noises, which no pair has.
+
+    A noise is drawn from the seed and its number.
+    """
 
     stored: range
     fresh: range
@@ -26,11 +33,11 @@ class Noises:
 
 
 def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: int) -> Noises:
-    """`samples` noises of the pairs' seed that the student was not trained on.
+    """Return `samples` noises of the pairs' seed that the student was not trained on.
 
-    test: the stored pairs past the last one trained on, then fresh noises past that and past all stored pairs.
-    validation: fresh noises from number VALIDATION on. Test noises have lower numbers, so no sample is in both splits,
-    whatever the pairs, the student and the number of samples are.
+    test: stored pairs that come after the last training pair, then fresh noises with higher numbers than all of these.
+    validation: fresh noises, numbered from VALIDATION. Test noises always have lower numbers, so no noise is in both
+    splits.
     """
     assert isinstance(pairs.stage, Pairs)
     if split == "validation":
@@ -43,8 +50,10 @@ def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: i
 
 
 def overlap(pairs: Artifact, student: Artifact) -> Trained | None:
-    """What the student was trained on that has noises of `pairs`, the most of it; None if nothing has, or if the
-    student was trained on `pairs` itself, whose held-out noises are known."""
+    """Return the training pairs of the student that share most noises with `pairs`, because both have the same seed.
+
+    None if none do, or if the student was trained on `pairs` itself: its held-out noises are known.
+    """
     found = trained(student)
     if pairs.fingerprint in {one.pairs.fingerprint for one in found}:
         return None
@@ -52,7 +61,7 @@ def overlap(pairs: Artifact, student: Artifact) -> Trained | None:
 
 
 def trained(student: Artifact | None) -> list[Trained]:
-    """All that a student was trained on, in the order of its `start_from` chain, its own first."""
+    """Return all pairs that a student was trained on: its own, then those of the students in its `start_from` chain."""
     if student is None:
         return []
     assert isinstance(student.stage, Distill)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves to look at: a strip of images a side, a figure of all sides, one self-contained page."""
+"""Writes the images of an evaluation: a strip for each side, a figure of all sides, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.evaluate import figures
 
 COLUMNS = 16
 STRIP = 2048
-"""Pixels that a strip may be wide, unless four images are wider: strips of many students make one page."""
+"""Largest width of a strip in pixels, unless four images are wider. Strips of many students share one page."""
 
 STYLE = """
 .figures td, .figures th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
@@ -26,7 +26,7 @@ STYLE = """
 
 
 def columns(samples: int, width: int) -> list[int]:
-    """Which samples to show, of images so many pixels wide: drawn at random, since prompts come in a cycle."""
+    """Choose random samples to show, for images `width` pixels wide. Random, because prompts repeat in a cycle."""
     count = min(COLUMNS, max(4, STRIP // width))
     return [int(i) for i in np.random.default_rng(0).permutation(samples)[:count]]
 
@@ -34,9 +34,13 @@ def columns(samples: int, width: int) -> list[int]:
 def write(
     output: Path, metrics: Mapping[str, Any], images: Mapping[str, NDArray[np.float32]], shown: Mapping[str, Any]
 ) -> None:
-    """Write `rows/SIDE.png` (one noise a column, in native resolution), `grid.png` (all of them, labelled),
-    `shown.json` (which noises and prompts they are) and `index.html`. `images` maps a side's name to its images
-    (N, 3, H, W) in [-1, 1], made from `shown["prompts"]`."""
+    """Write the images and the page of an evaluation to `output`.
+
+    `rows/SIDE.png` is a strip with one column for each noise, in native resolution. `grid.png` shows all sides with
+    labels. `shown.json` names the noises and prompts. `index.html` is the page.
+
+    images: name of a side -> (N, 3, H, W) in [-1, 1], made from the N prompts in `shown["prompts"]`.
+    """
     (output / "rows").mkdir(exist_ok=True)
     rows = []
     for side, values in metrics["sides"].items():
@@ -50,7 +54,7 @@ def write(
     (output / "index.html").write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: student and teacher</title>
 <style>{pictures.STYLE}{STYLE}</style><h1>Student and teacher</h1>
-<p>Every column is one noise and one prompt, the same in all rows.</p>
+<p>Each column shows one noise and one prompt, the same in all rows.</p>
 {pictures.table(rows, shown["prompts"])}{_table(metrics)}{_legend(metrics)}</html>
 """,
         encoding="utf-8",

@@ -25,7 +25,7 @@ def evaluate(
     output: Path,
     threads: int,
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Write `metrics.json`, and what `page.write` writes, to `output`; return the metrics."""
+    """Write `metrics.json` and the files of `page.write` to `output`. Return the metrics. Raises StageError."""
     from stages.data.images.load import load
     from stages.data.images.sealed import images_of
     from stages.evaluate import measure, page
@@ -34,7 +34,7 @@ def evaluate(
 
     prepare(threads)
     real = None
-    if probe:  # first of all: what is wrong with its images is said at once
+    if probe:  # first, so that problems with its images are reported before sampling
         assert isinstance(probe.stage, Probe)
         unseen = load(images_of(probe), held_out=True, limit=probe.stage.limit, scratch=output / SCRATCH)
         real = measure.two_real_sets(unseen, noises.count)

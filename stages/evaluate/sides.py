@@ -7,11 +7,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.base import Artifact, Progress
 from stages.data.noise import noise_for
@@ -21,7 +20,7 @@ from stages.data.reader import PairReader
 from stages.diffusion.config import Sampler
 from stages.evaluate.config import EvaluationExecution
 from stages.evaluate.noises import Noises
-from stages.networks.network import NetworkTeacher
+from stages.networks.adapter import Adapter
 from stages.networks.student import Student
 from stages.networks.teachers import load_network, solve
 from stages.pairs import Pairs
@@ -34,7 +33,7 @@ Sample = Callable[[slice], Tensor]
 
 @dataclass(frozen=True)
 class Side:
-    """What one side made.
+    """The samples of one side, and their cost.
 
     latents: (N, C, h, w), scaled, float32, on the CPU. calls: network calls an image. seconds: an image, without
     decoding.
@@ -48,17 +47,18 @@ class Side:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sides share.
+    """The teacher, prompts and noises that all sides share.
 
-    samples: the N numbers that give each sample's noise and prompt. noise: (N, C, h, w) in the pairs' storage dtype.
+    samples: N numbers, from which each sample's noise and prompt follow. noise: (N, C, h, w) in the pairs' storage
+    dtype.
     """
 
-    teacher: NetworkTeacher
+    teacher: Adapter
     samples: list[int]
     prompts: list[str]
     noise: np.ndarray
     solved: Tensor
-    """The teacher's full-step latents of the samples that are stored in the pairs, which come first."""
+    """The teacher's full-step latents of the samples that are stored in the pairs. These samples come first."""
 
 
 def sample_sides(
@@ -71,7 +71,7 @@ def sample_sides(
 ) -> Generator[Progress, None, tuple[list[Side], Setting]]:
     """Sample the teacher in full steps, then in each of `teacher_steps`, then the student if there is one.
 
-    `student_steps` is None for the student's own steps. Returns the sides in this order, and what they share.
+    student_steps: None for the student's own number of steps. Returns the sides in this order, and their Setting.
     """
     assert isinstance(pairs.stage, Pairs)
     setting = _setting(pairs, noises, execution)
@@ -85,7 +85,7 @@ def sample_sides(
     if student:
         network = Student.load(student.folder, setting.teacher, student_steps)
         if setting.teacher.dtype != torch.float32:
-            network.unet = _InDtype(network.unet, setting.teacher.dtype)
+            network.compute_in(setting.teacher.dtype)
         plans.append(("student", _few_steps(network, setting, full.guidance_scale), network.form.steps))
     sides: list[Side] = []
     total = len(plans) * noises.count
@@ -97,32 +97,16 @@ def sample_sides(
     return sides, setting
 
 
-class _InDtype(nn.Module):
-    """A U-Net with weights and arithmetic in `dtype`. Its output is float32, as a teacher's is."""
-
-    def __init__(self, unet: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.unet, self.dtype, self.config = unet.to(dtype), dtype, unet.config
-
-    def forward(self, z: Tensor, timestep: Tensor, condition: Tensor | None, **further: Tensor) -> Any:
-        if condition is not None and condition.is_floating_point():
-            condition = condition.to(self.dtype)
-        further = {name: value.to(self.dtype) for name, value in further.items()}
-        output = self.unet(z.to(self.dtype), timestep, condition, **further)
-        output.sample = output.sample.float()
-        return output
-
-
 def _few_steps(student: Student, setting: Setting, guidance_scale: float) -> Sample:
-    """The sampler of the student. Noise that it draws between steps comes from a generator of the sample, so that it
-    does not depend on the batch."""
+    """Return the sampler of the student. Each sample has its own generator for noise between steps, so that results do
+    not depend on the batch."""
     teacher = setting.teacher
 
     def sampled(rows: slice) -> Tensor:
         noise = teacher.to_device(setting.noise[rows])
         w = torch.full((len(noise),), guidance_scale - 1, device=teacher.device)
         generators = [torch.Generator().manual_seed(number) for number in setting.samples[rows]]
-        return student(noise, teacher.encode_prompts(setting.prompts[rows]), w, generators)
+        return student(noise, student.encode(setting.prompts[rows]), w, generators)
 
     return sampled
 
@@ -130,7 +114,7 @@ def _few_steps(student: Student, setting: Setting, guidance_scale: float) -> Sam
 def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) -> Setting:
     """Read the stored noises and prompts of the pairs, draw the fresh ones, and load the teacher."""
     assert isinstance(pairs.stage, Pairs)
-    # in the dtype that the pairs were made in
+    # computes in the dtype that the pairs were made with
     teacher = load_network(pairs.inputs["teacher"].folder, execution, dtype=pairs.stage.dtype)
     noise = np.empty((noises.count, *teacher.latent_shape), pairs.stage.storage_dtype)
     solved: np.ndarray = noise[:0]
@@ -152,9 +136,9 @@ def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) ->
 
 
 def _sample(sampler: Sample, setting: Setting, known: Tensor, micro_batch: int) -> tuple[Tensor, float]:
-    """Sample all latents except the `known` ones, which are taken as they are. Also measure the seconds an image.
+    """Sample all latents except the first ones, which are already `known`. Return all latents and seconds per image.
 
-    The seconds are those of one more batch, after a batch that warms up.
+    The seconds are measured on one additional batch, after a warm-up batch.
     """
     latents = [known]
     with torch.inference_mode():

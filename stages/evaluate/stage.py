@@ -17,25 +17,25 @@ from stages.probe import Probe
 
 
 def subject(inputs: Mapping[str, Artifact]) -> tuple[Artifact, Artifact | None]:
-    """The pairs that give the noises, prompts and teacher of an evaluation, and the student if there is one."""
+    """Return the pairs whose noises, prompts and teacher an evaluation uses, and the student if there is one."""
     student = inputs.get("student")
     return inputs.get("pairs") or sources(student.inputs if student else {})[0], student
 
 
 class Evaluate(Stage):
-    """Compares a student with its teacher on the same prompts and noise. With `pairs` alone it compares the teacher in
-    full steps with the teacher in few steps. Writes metrics.json and an HTML page.
+    """Compares a student with its teacher on the same prompts and noises. With `pairs` alone, it compares the teacher
+    in full steps with the teacher in few steps. Writes metrics.json and an HTML page.
 
-    The noises are ones that the student was not trained on: those held out of its training pairs, or those of `pairs`,
+    The student was not trained on the noises. They are the held-out noises of its training pairs, or those of `pairs`,
     then fresh noises of the same seed. A student that takes the guidance scale as an input gets that of the pairs. Its
-    network computes in the dtype of the pairs, as the teacher's does.
+    network computes in the dtype of the pairs, like the teacher's.
 
-    `real`, a probe, adds distances to real images that the probe was not trained on, in its features. Without it only
-    what needs no real images is measured: distance to the teacher's own output, seconds and network calls.
+    `real` names a probe. It adds distances to real images that the probe was not trained on, measured in the probe's
+    features. Without it, an evaluation measures the distance to the teacher's own output, seconds and network calls.
 
-    `split` separates choosing settings from reporting. Choose a setting by evaluations with `split: validation`, and
-    report the chosen student with `split: test`. The two share no sample: validation noises are numbered from 2^50 on,
-    which no pairs and no test noises reach. All validation noises are fresh, so each evaluation runs the teacher on
+    `split` separates choosing settings from reporting results. Use `split: validation` to choose settings, and `split:
+    test` to report the chosen student. The splits share no sample: validation noises are numbered from 2^50 on, and
+    pairs and test noises have lower numbers. All validation noises are fresh, so each evaluation runs the teacher on
     them again.
     """
 
@@ -77,12 +77,12 @@ class Evaluate(Stage):
         if self.student is None and self.pairs is None:
             raise ValueError("give student, pairs or both")
         if self.student is None and self.steps:
-            raise ValueError("steps are those of a student; the teacher's are teacher_steps")
+            raise ValueError("steps applies to a student; for the teacher, give teacher_steps")
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         if self.student and not self.pairs and not sources(inputs["student"].inputs):
-            yield "student", "it was trained on latents; give `pairs`, whose noises and prompts are to be compared on"
+            yield "student", "it was not trained on pairs; give `pairs`, for noises and prompts to compare on"
             return
         found, student = subject(inputs)
         pairs = found.stage
@@ -94,14 +94,14 @@ class Evaluate(Stage):
         if isinstance(images, Digits) and (pairs.prompts is None or pairs.prompts.images != images):
             yield "real", f"prompt accuracy needs pairs with prompts: {images.name}, not {str(pairs.prompts)!r}"
         if getattr(found.inputs["teacher"].stage, "gaussian", None):
-            yield "pairs" if self.pairs else "student", "the teacher is `gaussian:`, which draws no images"
+            yield "pairs" if self.pairs else "student", "the teacher is `gaussian:`, which makes no images"
         steps = self.teacher_steps or []
         if len(set(steps)) < len(steps):
             yield "teacher_steps", "a number of steps is given twice"
         if steps and max(steps) >= pairs.sampler.steps:
             yield (
                 "teacher_steps",
-                f"{max(steps)} is not fewer than the {pairs.sampler.steps} steps of the pairs themselves",
+                f"{max(steps)} is not fewer than the {pairs.sampler.steps} steps of the pairs",
             )
         if self.real and self.samples < MIN_SAMPLES:
             yield "samples", f"distances to real images need at least {MIN_SAMPLES} samples"
@@ -110,7 +110,7 @@ class Evaluate(Stage):
         self, student: Artifact, stage: Distill, found: Artifact, pairs: Pairs
     ) -> Iterator[tuple[str, str]]:
         if teacher_of(student.inputs).fingerprint != found.inputs["teacher"].fingerprint:
-            yield "pairs", f"they are of another teacher than {self.student}'s"
+            yield "pairs", f"they were made by another teacher than {self.student}'s"
         repeated = overlap(found, student) if self.pairs and self.split == "test" else None
         if repeated:
             yield (

@@ -19,18 +19,18 @@ from stages.data.images.labelled import scaled
 from stages.data.images.load import batches, rows
 from stages.data.latents import NAMES, appending, count_classes, count_rows, write_rows
 from stages.data.statistics import Moments
+from stages.networks.adapter import Adapter
 from stages.networks.compute import prepare
-from stages.networks.network import NetworkTeacher
 from stages.networks.teachers import load_network
 
 BATCH = 64
-"""Images encoded at once, always the same ones: bits may depend on what else is in a batch."""
+"""Images in a batch. Batches always have the same images, because bits of a latent may depend on its batch."""
 RECORD_EVERY = 4
-"""Batches between two records of how far it came: what a kill may cost."""
+"""Batches between two records of progress. A killed attempt loses at most so many batches."""
 
 
 class Reached(Config):
-    """How far an attempt came: `done` of `total` images, those to train on first, and what their latents are like."""
+    """The progress of an attempt: `done` of `total` images, training images first, and the moments of their latents."""
 
     done: int
     total: int
@@ -46,10 +46,11 @@ def encode_images(
     record: Path,
     threads: int,
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Write what `read_latents` reads to `output`, going on from what `record` says is there; return figures.
+    """Encode an image set and write the files that `read_latents` reads to `output`. Return statistics.
 
-    Captions and classes come first: what is wrong with them is found before anything is encoded. Raises StageError
-    for images that cannot be read or do not fit the VAE, and for latents that are not finite.
+    record: the file that holds the progress. An earlier attempt is continued from it. Captions and classes are written
+    first, so that their errors are found before any image is encoded. Raises StageError for images that cannot be read
+    or do not fit the VAE, and for latents that are not finite.
     """
     prepare(threads)
     network, dtype = load_network(teacher, execution), np.dtype(storage_dtype)
@@ -90,37 +91,37 @@ def encode_images(
     }
 
 
-def _latent_shape(network: NetworkTeacher, size: int) -> tuple[int, int, int]:
-    """Of images of `size` pixels. Raises StageError where the VAE would cut some of them off."""
+def _latent_shape(network: Adapter, size: int) -> tuple[int, int, int]:
+    """Return (C, h, w) for images of `size` pixels. Raises StageError if the VAE would crop them."""
     factor = network.down_sampling
     if size % factor:
         raise StageError(
-            f"images of {size} pixels do not fit the teacher's VAE, which makes one latent of {factor} x {factor} "
-            f"pixels; give images a `size` that is a multiple of {factor}"
+            f"images of {size} pixels do not fit the teacher's VAE, which scales images down by {factor}; give images "
+            f"a `size` that is a multiple of {factor}"
         )
     return network.latent_shape[0], size // factor, size // factor
 
 
 def _count(images: ImageSet, held_out: bool, output: Path) -> int:
-    """How many images a split has, its rows written if they are not there."""
+    """Return the number of images of a split. Write its rows if they do not exist."""
     path = output / f"{NAMES[held_out]}.parquet"
     if not path.exists():
         write_rows(path, rows(images, held_out=held_out))
     return count_rows(path)
 
 
-def _encoded(network: NetworkTeacher, images: NDArray[np.uint8], dtype: np.dtype) -> NDArray[np.floating]:
+def _encoded(network: Adapter, images: NDArray[np.uint8], dtype: np.dtype) -> NDArray[np.floating]:
     latents = network.to_numpy(network.encode(torch.from_numpy(scaled(images))))
-    with np.errstate(over="ignore"):  # what does not fit is found to be infinite
+    with np.errstate(over="ignore"):  # overflow becomes infinite, which `_check` finds
         return latents.astype(dtype)
 
 
 def _check(latents: NDArray[np.floating], split: str, first: int) -> None:
-    """Raise StageError unless the latents, of the images of a split from number `first` on, are finite."""
+    """Raise StageError unless all latents of a batch are finite. `first` is the number of its first image."""
     finite = np.isfinite(latents).reshape(len(latents), -1).all(1)
     if not finite.all():
         raise StageError(
             f"the latent of {split} image {first + int(np.argmin(finite))} is not finite in {latents.dtype}; "
-            f"{int((~finite).sum())} of this batch of {len(latents)} are affected. Give storage_dtype: float32; if "
+            f"{int((~finite).sum())} of this batch of {len(latents)} are affected. Set storage_dtype: float32. If "
             "that does not help, the teacher's VAE is damaged"
         )

@@ -1,4 +1,4 @@
-"""`kind: latents`: an image set, encoded once by a teacher's VAE, for all stages that train on real latents."""
+"""`kind: latents`: encodes an image set once with a teacher's VAE, for all stages that train on real latents."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from stages.data.images.config import IMAGE_SETS, ImageSet
 from stages.teacher import Teacher
 
 REACHED = "encoded.json"
-"""In the scratch folder: how far an attempt came."""
+"""The file in the scratch folder that records the progress of an attempt."""
 
 
 class Latents(Stage):
-    """Real images as the teacher sees them: each encoded once by its VAE, with its caption and classes. Those that
-    nothing is ever trained on are kept apart.
+    """Encodes the images of an image set with the teacher's VAE, and stores the latents with captions and classes.
+    Training and held-out images are stored separately.
 
-    A latent is the posterior's mean times the VAE's scaling factor; of a pixel-space teacher, the image in [-1, 1].
+    A latent is the posterior's mean times the VAE's scaling factor. For a pixel-space teacher, it is the image in
+    [-1, 1].
     """
 
     VERSION: ClassVar[int] = 1

@@ -1,12 +1,12 @@
-"""The random transformations of E-LatentLPIPS: drawn for each sample, applied alike to both inputs of a distance.
+"""The random transformations of E-LatentLPIPS. Each sample gets its own; both inputs of a distance get the same.
 
-Kang et al. 2024, 2405.05967, section 3.1, with the transformations of ADA (Karras et al. 2020, 2006.06676, appendix
-B), each at probability one, and of DiffAugment (Zhao et al. 2020, 2006.10738). Groups:
+Source: Kang et al. 2024, 2405.05967, section 3.1. The transformations are those of ADA (Karras et al. 2020, 2006.06676,
+appendix B), always applied, and of DiffAugment (Zhao et al. 2020, 2006.10738). Groups:
 
-- `b`, pixel blitting: mirroring, a turn by a multiple of 90 degrees, a shift by whole pixels of up to 1/8 of the side;
-- `g`, geometry: isotropic scaling, rotation, anisotropic scaling, rotation, a fractional shift;
-- `c`, colour: brightness, contrast and saturation;
-- `o`, cutout: a square of half the side, set to zero.
+- `b`, pixel blitting: mirroring, rotation by a multiple of 90 degrees, a shift by whole pixels of up to 1/8 of the side
+- `g`, geometry: isotropic scaling, rotation, anisotropic scaling, rotation, a fractional shift
+- `c`, colour: brightness, contrast and saturation
+- `o`, cutout: a square of half the side is set to zero
 """
 
 from __future__ import annotations
@@ -21,56 +21,60 @@ from torch.nn import functional
 GROUPS = "bgco"
 
 SHIFT = 0.125
-"""Of the side: the largest whole-pixel shift, and the fractional shift's standard deviation."""
+"""Largest whole-pixel shift, and standard deviation of the fractional shift, relative to the side."""
 LOG2_SCALE = 0.2
-"""Standard deviation of the base-2 logarithm of both scalings."""
+"""Standard deviation of the base-2 logarithm of the scale factors."""
 BRIGHTNESS, CONTRAST, SATURATION = 0.5, 0.5, 1.0
-"""Half-widths: an addend about 0, and factors about 1."""
+"""Half-widths of the uniform distributions of brightness (added, centred at 0), contrast and saturation (factors,
+centred at 1)."""
 HOLE = 0.5
-"""Side of the square that is cut out, of the image's."""
+"""Side of the square that is cut out, relative to the image's side."""
 
 UP = (-0.091271763114, -0.057543526229, 0.591271763114, 1.115087052457)
 DOWN = (0.026748757411, -0.016864118443, -0.078223266529, 0.266864118443, 0.602949018236)
-"""Halves of the low-pass filters of Cohen, Daubechies and Feauveau's 9/7 wavelet, which is symmetric: doubling the
-resolution and halving it again gives back the input, and what lies beyond a border mirrors what lies before it, as
-with the sym6 of ADA it would not without wide margins."""
+"""Halves of the symmetric low-pass filters of the CDF 9/7 wavelet (Cohen, Daubechies and Feauveau). Upsampling by 2 and
+downsampling again returns the input. The filters are symmetric, so reflected borders stay reflected; the sym6
+wavelet of ADA would need wide margins for that."""
 REACH = len(DOWN) - 1
-"""Of the halving filter, in pixels of the doubled image to each side."""
+"""Half-width of the downsampling filter, in pixels of the upsampled image."""
 
 
 class Draw(NamedTuple):
-    """One transformation a sample; None for a group that is left out."""
+    """The random transformation of each sample of a batch. A field is None if its group is not used."""
 
     grid: Tensor | None
-    """(B, h, w, 2): where each point of the output lies in the input, as `grid_sample` wants it."""
+    """(B, h, w, 2): the position in the input of each output point, in the coordinates of `grid_sample`."""
     colour: Tensor | None
-    """(B, 3): brightness, contrast, saturation."""
+    """(B, 3): brightness, contrast and saturation."""
     hole: Tensor | None
-    """(B, 2): the middle of the square (x, y), in [0, 1]."""
+    """(B, 2): the centre (x, y) of the square that is cut out, in [0, 1]."""
 
 
 class Augmentation(nn.Module):
-    """Transforms batches (B, C, H, W), H and W at least 3. Differentiable in them; borders are reflected.
+    """Transforms batches (B, C, H, W), with H and W at least 3. Differentiable in the input. Borders are reflected.
 
-    `b` alone moves whole pixels. With `g` the image is doubled by a wavelet, sampled bilinearly and halved again, so
-    that scaling and turning do not alias. Raises ValueError for groups that are not among `bgco`.
+    Without `g`, pixels are moved without interpolation. With `g`, the image is upsampled by 2 with a wavelet, sampled
+    bilinearly and downsampled again, so that scaling and rotation do not alias. Raises ValueError for groups that are
+    not some of `bgco`.
     """
 
     def __init__(self, groups: str) -> None:
         super().__init__()
         if not groups or set(groups) - set(GROUPS) or len(set(groups)) < len(groups):
-            raise ValueError(f"augmentation groups are some of {GROUPS}, not {groups!r}")
+            raise ValueError(f"augmentation groups must be some of {GROUPS}, each once, not {groups!r}")
         self.groups = groups
         up, down = torch.tensor([*UP, *UP[-2::-1]]), torch.tensor([*DOWN, *DOWN[-2::-1]])
         between, at = up[0::2], functional.pad(up[1::2], (0, 1))
         phases = torch.stack([torch.outer(y, x) for y in (at, between) for x in (at, between)])
         self._up: Tensor
         self._down: Tensor
-        self.register_buffer("_up", phases[:, None], persistent=False)  # one filter for each pixel a pixel becomes
+        self.register_buffer(
+            "_up", phases[:, None], persistent=False
+        )  # one filter for each of the 4 output pixels of a pixel
         self.register_buffer("_down", torch.outer(down, down)[None, None], persistent=False)
 
     def draw(self, x: Tensor) -> Draw:
-        """A fresh transformation for each sample of `x`, from torch's generator of its device."""
+        """Draw a transformation for each sample of `x`, from the torch generator of its device."""
         n, _, height, width = x.shape
         return Draw(
             grid=self._grid(self._matrix(n, height, width, x.device), height, width) if self._moves else None,
@@ -79,8 +83,10 @@ class Augmentation(nn.Module):
         )
 
     def forward(self, x: Tensor, draw: Draw) -> Tensor:
-        """`x` transformed, in its own dtype; in between all is float32, since bfloat16 cannot tell neighbouring
-        places apart."""
+        """Transform `x` (B, C, H, W); shape and dtype stay the same.
+
+        Computes in float32, because bfloat16 cannot distinguish neighbouring pixel positions.
+        """
         with torch.autocast(x.device.type, enabled=False):
             y = x.float()
             if draw.grid is not None:
@@ -96,7 +102,7 @@ class Augmentation(nn.Module):
         return "b" in self.groups or "g" in self.groups
 
     def _matrix(self, n: int, height: int, width: int, device: torch.device) -> Tensor:
-        """(B, 3, 3): from a point of the output to that of the input, in pixels from the middle."""
+        """Draw matrices (B, 3, 3) that map output points to input points, in pixels from the image centre."""
         matrix = torch.eye(3, device=device).expand(n, 3, 3)
         sides = torch.tensor([width, height], device=device)
         if "b" in self.groups:
@@ -114,15 +120,17 @@ class Augmentation(nn.Module):
         return matrix
 
     def _grid(self, matrix: Tensor, height: int, width: int) -> Tensor:
-        """In units in which the middles of the outermost pixels are at -1 and 1; where the image is resampled, at
-        twice the resolution and wider by the halving filter."""
+        """Return the sampling grid (B, h, w, 2). The centres of the outermost pixels are at -1 and 1.
+
+        With group `g`, the grid has twice the resolution, and is REACH points wider on each side.
+        """
         device, sides = matrix.device, (height, width)
         if "g" in self.groups:
             y, x = (torch.arange(-REACH, 2 * s - 1 + REACH, device=device) / 2 - (s - 1) / 2 for s in sides)
-        else:  # a quarter past the middles: of an odd side turned upon an even one, all round the same way
+        else:  # offset by a quarter pixel, so that all points between two pixels are rounded in the same direction
             y, x = (torch.arange(s, device=device) - (s - 1) / 2 + 0.25 for s in sides)
         half = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=device)
-        columns = (matrix[:, :2] / half[:, None])[:, None, None].unbind(-1)  # three of (B, 1, 1, 2)
+        columns = (matrix[:, :2] / half[:, None])[:, None, None].unbind(-1)  # three tensors (B, 1, 1, 2)
         return columns[0] * x[:, None] + (columns[1] * y[:, None, None] + columns[2])
 
     def _resample(self, x: Tensor, grid: Tensor) -> Tensor:
@@ -163,7 +171,7 @@ def _colour(n: int, device: torch.device) -> Tensor:
 
 
 def _recolour(x: Tensor, colour: Tensor) -> Tensor:
-    """Contrast about the sample's own mean, saturation about each pixel's mean over channels."""
+    """Change brightness, contrast (about the sample's mean) and saturation (about each pixel's mean over channels)."""
     brightness, contrast, saturation = colour[:, :, None, None, None].unbind(1)
     mean, grey = x.mean((1, 2, 3), keepdim=True), x.mean(1, keepdim=True)
     return mean + brightness + contrast * (grey - mean + saturation * (x - grey))

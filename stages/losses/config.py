@@ -1,4 +1,4 @@
-"""Reconstruction losses, as a manifest names them: the distance of a student's output to its target. No torch."""
+"""Settings of reconstruction losses: distances between a student's output and its target. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from stages.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.networks.network import NetworkTeacher
+    from stages.networks.adapter import Adapter
 
     Distance = Callable[[Tensor, Tensor], Tensor]
-    """Of each sample of an output to that of a target, both (B, C, H, W): (B,). Differentiable in both."""
+    """A function of output and target, both (B, C, H, W). Returns the distance of each sample, (B,). Differentiable in
+    both."""
 
 
 @dataclass(frozen=True)
 class LossMaterials:
-    """What a loss is given to work with."""
+    """The teacher, artifacts and files that a loss is created with."""
 
-    teacher: NetworkTeacher
+    teacher: Adapter
     inputs: Mapping[str, Artifact]
-    """What its fields name, by field."""
+    """Field of the loss -> the artifact that it names."""
     contents: Mapping[str, str]
-    """What its `Content` fields were found to hold, by field."""
+    """`Content` field of the loss -> the hash or commit of the files that it names."""
 
 
 class LossConfig(Config):
-    """The distance of a student's output to its target."""
+    """The distance between a student's output and its target."""
 
     name: str
 
     def create(self, materials: LossMaterials) -> Distance:
-        """The distance itself; this is where torch is imported. Raises StageError."""
-        raise TypeError(f"{type(self).__name__} does not say how it is made")
+        """Create the distance function. May import torch. Raises StageError."""
+        raise TypeError(f"{type(self).__name__} does not implement create()")
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield (field, problem) for each setting that contradicts the stages that its fields name."""
@@ -46,8 +47,8 @@ class LossConfig(Config):
 
 
 class Regression(LossConfig):
-    """Absolute, squared, or pseudo-Huber difference (between the two: large errors count linearly), averaged over
-    elements. Pseudo-Huber is that of Song and Dhariwal 2023, 2310.14189, section 3.3."""
+    """Absolute (l1), squared (mse) or pseudo-Huber difference, averaged over the elements of a sample. Pseudo-Huber
+    is quadratic for small and linear for large differences (Song and Dhariwal 2023, 2310.14189, section 3.3)."""
 
     name: Literal["l1", "mse", "pseudo_huber"] = Field(description="which of the three")
 
@@ -59,6 +60,8 @@ class Regression(LossConfig):
 
 
 class _InSpace(LossConfig):
+    """A loss whose `perceptual` network must compare inputs of the space SPACE, latents or pixels."""
+
     SPACE: ClassVar[str] = "latents"
     perceptual: Annotated[str, Input("perceptual")] = Field(
         description="perceptual network whose features are compared"
@@ -67,12 +70,12 @@ class _InSpace(LossConfig):
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         space = getattr(inputs["perceptual"].stage, "space", self.SPACE)
         if space != self.SPACE:
-            yield "perceptual", f"{self.perceptual} looks at {space}; {self.name} needs one of `space: {self.SPACE}`"
+            yield "perceptual", f"{self.perceptual} compares {space}; {self.name} needs one with `space: {self.SPACE}`"
 
 
 class LatentLPIPS(_InSpace):
-    """LPIPS in the teacher's latent space (Kang et al. 2024, 2405.05967, section 3.1), without an ensemble: the
-    paper's ablation, which leaves artefacts that the metric does not see."""
+    """LPIPS in the teacher's latent space (Kang et al. 2024, 2405.05967, section 3.1), without an ensemble of
+    transformations. In the paper this is an ablation: students learn artefacts that the metric does not see."""
 
     name: Literal["latent_lpips"] = "latent_lpips"
     l1_weight: float = Field(
@@ -95,8 +98,8 @@ class LatentLPIPS(_InSpace):
 
 
 class ELatentLPIPS(LatentLPIPS):
-    """LatentLPIPS over an ensemble of random transformations, the same for output and target, fresh at every step
-    (Kang et al. 2024, 2405.05967, section 3.2)."""
+    """LatentLPIPS after a random transformation (Kang et al. 2024, 2405.05967, section 3.2). It is the same for output
+    and target, and drawn anew for each sample at every step."""
 
     name: Literal["e_latent_lpips"] = "e_latent_lpips"  # type: ignore[assignment]
     augment: Annotated[str, StringConstraints(pattern="^b?g?c?o?$", min_length=1)] = Field(
@@ -110,6 +113,8 @@ class ELatentLPIPS(LatentLPIPS):
 
 
 class _Decoded(LossConfig):
+    """A loss between decoded images."""
+
     tiny_vae: Annotated[
         str | None, Content(revision_field="tiny_vae_revision", files=("config.json", "*.safetensors"))
     ] = Field(None, description="AutoencoderTiny to decode with, as a folder or a hub id; default: the teacher's VAE")
@@ -118,7 +123,7 @@ class _Decoded(LossConfig):
     @model_validator(mode="after")
     def _revision_of_something(self) -> Self:
         if self.tiny_vae_revision and not self.tiny_vae:
-            raise ValueError("tiny_vae_revision belongs to a tiny_vae")
+            raise ValueError("tiny_vae_revision needs a tiny_vae")
         return self
 
     def _decoder(self, materials: LossMaterials) -> Callable[[Tensor], Tensor]:
@@ -132,8 +137,8 @@ class _Decoded(LossConfig):
 
 
 class PublishedLPIPS(_Decoded):
-    """LPIPS of the lpips package (Zhang et al. 2018, 1801.03924) between decoded images: the trunk's weights are
-    downloaded by torchvision."""
+    """LPIPS of the lpips package (Zhang et al. 2018, 1801.03924) between decoded images. torchvision downloads the
+    weights of the trunk network."""
 
     name: Literal["lpips"] = "lpips"
     net: Literal["vgg", "alex", "squeeze"] = Field(
@@ -148,7 +153,7 @@ class PublishedLPIPS(_Decoded):
 
 
 class PixelLPIPS(_InSpace, _Decoded):
-    """LPIPS between decoded images, through a network that a `perceptual` stage trained on pixels."""
+    """LPIPS between decoded images, with a network that a `perceptual` stage trained on pixels."""
 
     SPACE: ClassVar[str] = "pixels"
     name: Literal["pixel_lpips"] = "pixel_lpips"

@@ -1,4 +1,4 @@
-"""Distances between decoded images, for latents: what a latent metric saves."""
+"""Distances between latents that are computed on decoded images. Latent metrics avoid this decoding."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from stages.base import StageError
 
 
 class Decoded(nn.Module):
-    """d(decode(x0), decode(x1)): gradients pass through the decoder to the output, none are kept for the target."""
+    """d(decode(x0), decode(x1)). Gradients pass through the decoder; the target has none unless it requires them."""
 
     def __init__(self, decode: Callable[[Tensor], Tensor], metric: nn.Module) -> None:
         super().__init__()
         self.decode, self.metric = decode, metric
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Two (B, C, h, w), scaled latents -> (B,)."""
+        """Return the distances (B,) of two batches of scaled latents (B, C, h, w)."""
         image = self.decode(output)
         with torch.set_grad_enabled(target.requires_grad):
             wanted = self.decode(target)
@@ -28,9 +28,9 @@ class Decoded(nn.Module):
 
 
 class PublishedLPIPS(nn.Module):
-    """The lpips package's LPIPS (Zhang et al. 2018, 1801.03924), its trunk downloaded by torchvision. Frozen.
+    """LPIPS of the lpips package (Zhang et al. 2018, 1801.03924), frozen. torchvision downloads its trunk's weights.
 
-    Raises StageError when the trunk's weights can neither be found nor downloaded.
+    Raises StageError if the weights are neither in the cache nor can be downloaded.
     """
 
     def __init__(self, net: str) -> None:
@@ -39,14 +39,14 @@ class PublishedLPIPS(nn.Module):
 
         try:
             self.metric: Any = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
-        except (OSError, RuntimeError) as error:  # not reached; not what it should be
+        except (OSError, RuntimeError) as error:  # no network; a file with a wrong hash
             raise StageError(
-                f"the {net} weights of the lpips package's trunk cannot be downloaded ({error}); put them into "
-                "torch.hub's folder where there is a network, or use `pixel_lpips` with a `perceptual` stage of "
-                "`space: pixels`"
+                f"the {net} weights of the lpips package's trunk cannot be downloaded ({error}); copy them to "
+                "torch.hub's folder from a machine with a network, or use `pixel_lpips` with a `perceptual` stage that "
+                "has `space: pixels`"
             ) from error
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
-        """Two (B, 3, H, W) in [-1, 1] -> (B,)."""
+        """Return the distances (B,) of two batches of images (B, 3, H, W) in [-1, 1]."""
         distance: Tensor = self.metric(x0, x1)
         return distance.flatten()

@@ -1,4 +1,4 @@
-"""Distances between two tensors of one shape that look at nothing but their difference."""
+"""Distances between two tensors of the same shape that depend only on their difference."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from torch import Tensor
 
 
 def l1(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of each sample: (B, ...) -> (B,)."""
+    """Return the mean absolute difference of each sample: (B, ...) -> (B,)."""
     return (output - target).abs().flatten(1).mean(1)
 
 
 def mse(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of each sample: (B, ...) -> (B,)."""
+    """Return the mean squared difference of each sample: (B, ...) -> (B,)."""
     return (output - target).square().flatten(1).mean(1)
 
 
 def pseudo_huber(output: Tensor, target: Tensor) -> Tensor:
-    """sqrt(|d|^2 + c^2) - c over each sample's whole difference d, with c = 0.00054 sqrt(dimensions) (Song and
-    Dhariwal 2023, 2310.14189, section 3.3), over sqrt(dimensions): (B, ...) -> (B,)."""
+    """Return (sqrt(|d|^2 + c^2) - c) / sqrt(D) of each sample: (B, ...) -> (B,).
+
+    d is the difference of a sample, D its number of elements, and c = 0.00054 sqrt(D). Without the division by sqrt(D),
+    it is the loss of Song and Dhariwal 2023, 2310.14189, section 3.3.
+    """
     difference = (output - target).flatten(1)
     dimensions = difference.shape[1]
     c = 0.00054 * dimensions**0.5

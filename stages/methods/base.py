@@ -16,20 +16,23 @@ from stages.training import Batch, Method, TrainingSettings
 
 if TYPE_CHECKING:
     from stages.losses.config import Distance
+    from stages.networks.adapter import Adapter
     from stages.networks.denoiser import Denoiser
-    from stages.networks.network import NetworkTeacher
     from stages.networks.student import Student
 
-OneStepPrediction = Literal["v_prediction", "epsilon"]
+Stream = Literal["pairs", "latents", "prompts"]
+"""What a method can be trained on. pairs: noise and latent (B, C, H, W), prompts (B strings). latents, of real images:
+latent and prompts. prompts: prompts."""
+OneStepPrediction = Literal["v_prediction", "epsilon", "flow_prediction"]
 
 
 @dataclass(frozen=True)
 class Materials:
     """The inputs of a method: the teacher, the training settings, and the artifacts that it reads."""
 
-    teacher: NetworkTeacher
-    """The frozen teacher. A method must not change it. A method that has copied `teacher.unet` may call
-    `teacher.retire()`, which moves the U-Net to the CPU."""
+    teacher: Adapter
+    """The frozen teacher. A method must not change it. A method that needs its network no more calls
+    `teacher.release()`, which moves the network to the CPU."""
     training: TrainingSettings
     start: Artifact | None = None
     """The student that gives the initial weights. None: the teacher gives them."""
@@ -40,7 +43,9 @@ class Materials:
     contents: Mapping[str, str] = field(default_factory=dict)
     """Dotted path of a `Content` field in the method's settings -> identity of its content."""
     examples: Callable[[], Batch] | None = None
-    """Returns a batch of a few hundred training pairs. None if the student is trained on latents."""
+    """Returns a batch of a few hundred training pairs. None if there are none."""
+    origin: Adapter | None = None
+    """The pipeline whose network gives the initial weights, if there is no `start`. None: the teacher."""
 
     def distance(self, loss: LossConfig, field: str = "loss") -> Distance:
         """Create the distance from its settings `loss`. `field` is the field of the method that holds them."""
@@ -57,16 +62,17 @@ class Materials:
         from stages.networks.head import begins_at_zero
 
         student = self.student(Form(prediction=prediction))
-        if self.examples and self.start is None and begins_at_zero(self.teacher.prediction, prediction):
+        own = (self.origin or self.teacher).prediction
+        if self.examples and self.start is None and begins_at_zero(own, prediction):
             pairs = self.examples()
             try:
-                student.fit_head(pairs["noise"], pairs["latent"], self.teacher.encode_prompts(pairs["prompts"]))
+                student.fit_head(pairs["noise"], pairs["latent"], student.encode(pairs["prompts"]))
             except ValueError as error:
                 raise StageError(str(error)) from None
         return student
 
     def student(self, form: Form, grid_steps: int | None = None) -> Student:
-        """Create a student of the given form, with the weights of `start`, or of the teacher.
+        """Create a student of the given form, with the weights of `start`, of `origin`, or of the teacher.
 
         The student is trained at `grid_steps` points of time, a multiple of its steps. None: as many as its steps.
         Raises StageError if the teacher's schedule has too few timesteps, if `start` has another prediction type, or if
@@ -74,12 +80,11 @@ class Materials:
         from stages.networks.student import Student
 
         try:
-            student = Student.from_teacher(self.teacher, form, grid_steps)
             if self.start is not None:
-                student.go_on_from(self.start.folder)
+                return Student.from_student(self.start.folder, self.teacher, form, grid_steps)
+            return Student.from_teacher(self.teacher, form, grid_steps, self.origin)
         except ValueError as error:
             raise StageError(str(error)) from None
-        return student
 
     def teacher_denoiser(self, form: Form) -> Denoiser:
         """Return the teacher as a denoiser on the time grid of `form`.
@@ -87,23 +92,23 @@ class Materials:
         The guidance scale is that of `form`, or else that of these materials. Raises StageError if the teacher's
         schedule has too few timesteps."""
         from stages.diffusion.grid import Grid
-        from stages.networks.denoiser import ManyStep
+        from stages.networks.denoiser import TeacherDenoiser
 
         try:
-            grid = Grid.of(form.schedule, self.teacher.schedule, form.steps)
+            grid = Grid.of(form, self.teacher.schedule)
         except ValueError as error:
             raise StageError(str(error)) from None
-        return ManyStep(self.teacher, grid, form.guidance_scale or self.guidance_scale)
+        return TeacherDenoiser(self.teacher, grid, form.guidance_scale or self.guidance_scale)
 
     def previous_student(self) -> Student | None:
         """Return the student of the previous round, frozen, or None if there is no `start`.
 
-        That student is the teacher of this round. The U-Net of the original teacher is moved to the CPU."""
+        That student is the teacher of this round. The network of the original teacher is moved to the CPU."""
         from stages.networks.student import Student
 
         if self.start is None:
             return None
-        self.teacher.retire()
+        self.teacher.release()
         return Student.load(self.start.folder, self.teacher)
 
 
@@ -122,8 +127,8 @@ class Round:
 class MethodConfig(Config):
     """Base class of the settings of distillation methods."""
 
-    DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("pairs",)
-    """The kinds of data that the method can be trained on."""
+    DATA: ClassVar[tuple[frozenset[Stream], ...]] = (frozenset({"pairs"}),)
+    """The combinations of data streams that the method can be trained on. A batch has all streams of one of them."""
     name: str
 
     @classmethod
@@ -143,6 +148,11 @@ class MethodConfig(Config):
     def uses_guidance(self) -> bool:
         """Whether training guides the teacher, and so calls it both with and without a prompt."""
         return self.form.w_range is not None or (self.form.guidance_scale or 1.0) > 1.0
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether training listens to the features of the teacher's network."""
+        return False
 
     def step_count_error(self, steps: int) -> str | None:
         """Say why the student cannot be sampled in `steps` steps, or return None if it can."""
@@ -164,14 +174,21 @@ class MethodConfig(Config):
         yield from ()
 
     def check_prediction(self, teacher: Prediction, from_teacher: bool) -> Iterator[tuple[str, str]]:
-        """Yield (field path, problem) for each setting that does not fit the teacher's prediction type.
+        """Yield (field path, problem) for each setting that does not fit the prediction type of the initial network.
 
-        `teacher` is that type. `from_teacher` says whether training starts from the teacher's weights."""
+        `teacher` is that type. `from_teacher` is False if training starts from the student in `start_from`. Then the
+        type is the teacher's."""
         yield from ()
 
     def create(self, materials: Materials) -> Method:
         """Create the method. Torch may be imported only here and below."""
         raise TypeError(f"{type(self).__name__} does not implement create()")
+
+
+def images_of(batch: Batch) -> Mapping[str, Any]:
+    """The latents and prompts to be noised, of a method that takes them from `latents` or from `pairs`."""
+    found: Mapping[str, Any] = batch["latents" if "latents" in batch else "pairs"]
+    return found
 
 
 def form_mismatches(start: Form, own: Form, ignore: Collection[str] = ()) -> Iterator[tuple[str, str]]:

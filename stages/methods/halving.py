@@ -13,7 +13,7 @@ from stages.base import Neutral
 from stages.diffusion.form import Form, Schedule
 from stages.diffusion.prediction import Prediction
 from stages.diffusion.weighting import Weighting
-from stages.methods.base import MethodConfig, Round, form_mismatches
+from stages.methods.base import MethodConfig, Round, Stream, form_mismatches
 
 MAX_STEPS = 2**19
 """The largest `start_steps`: a power of two with six digits, because the number in a link's name has at most six."""
@@ -26,7 +26,7 @@ class HalvingConfig(MethodConfig):
     teacher. The teacher of each later round is the student of the round before.
     """
 
-    DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
+    DATA: ClassVar[tuple[frozenset[Stream], ...]] = (frozenset({"latents"}), frozenset({"pairs"}))
     start_steps: int = Field(32, ge=1, le=MAX_STEPS, description="sampling steps of the teacher in the first round")
     match_first: Annotated[bool, Neutral()] = Field(
         False,
@@ -39,10 +39,10 @@ class HalvingConfig(MethodConfig):
         description="training steps of single rounds, by the student's number of steps, such as {2: 4000, 1: 4000}; "
         "other rounds use training.steps",
     )
-    prediction: Literal["v_prediction", "sample", "both"] = Field(
+    prediction: Literal["v_prediction", "sample", "flow_prediction", "both"] = Field(
         "v_prediction",
-        description="what the student predicts: v, x0 (sample), or both x0 and the noise, which plain diffusers cannot "
-        "sample",
+        description="what the student predicts: v, x0 (sample), noise - x0 (flow_prediction, for teachers of it), or "
+        "both x0 and the noise, which plain diffusers cannot sample",
     )
     schedule: Schedule = Field(
         "teacher",
@@ -145,11 +145,13 @@ class HalvingConfig(MethodConfig):
         yield from form_mismatches(start.form, self.form, ignore=("steps",))
 
     def check_prediction(self, teacher: Prediction, from_teacher: bool) -> Iterator[tuple[str, str]]:
-        if teacher == "epsilon" and from_teacher and self.halves:
+        if from_teacher and self.halves and teacher in ("epsilon", "flow_prediction") and teacher != self.prediction:
+            keep = "prediction: flow_prediction, or " if teacher == "flow_prediction" else ""
             yield (
                 "start_steps",
-                f"the teacher predicts epsilon, so its steps cannot be halved directly; set match_first: true, so that "
-                f"the first link learns to predict {self.prediction} in {self.start_steps} steps",
+                f"the network that training starts from predicts {teacher}, so its steps cannot be halved directly; "
+                f"set {keep}match_first: true, so that the first link learns to predict {self.prediction} in "
+                f"{self.start_steps} steps",
             )
 
     def check_timesteps(self, count: int) -> Iterator[tuple[str, str]]:

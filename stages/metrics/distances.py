@@ -1,6 +1,6 @@
-"""Distances between two sets of feature vectors, each (N, D); float64 throughout. NumPy only.
+"""Distances between two sets of feature vectors, each (N, D) float64. Uses only NumPy.
 
-Features from a network trained here are never called FID's: name the distance with the features' name.
+Reports name each distance with the features that it uses. Only distances of Inception features may be called FID.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ Features = NDArray[np.float64]
 
 
 def frechet_distance(a: Features, b: Features) -> float:
-    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, 1706.08500, eq. 6).
+    """Return |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, 1706.08500, eq. 6).
 
-    Biased upwards by about 1/N: compare only at equal numbers of samples.
+    It has a positive bias of order 1/N, so compare distances only at equal numbers of samples.
     """
     root = _symmetric_root(np.cov(a, rowvar=False))
     cov_b = np.cov(b, rowvar=False)
@@ -32,9 +32,9 @@ def _symmetric_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def kernel_distance(a: Features, b: Features) -> float:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, 1801.01401, section 3).
+    """Return the unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, 1801.01401, section 3).
 
-    0 in expectation for equal laws, so it may be negative.
+    Its expectation is 0 if both distributions are equal, so it may be negative.
     """
 
     def kernel(x: Features, y: Features) -> NDArray[np.float64]:
@@ -49,8 +49,10 @@ def kernel_distance(a: Features, b: Features) -> float:
 
 
 def precision_recall(real: Features, made: Features, k: int = 3) -> tuple[float, float]:
-    """Share of `made` inside the k-nearest-neighbour manifold of `real`, and the reverse
-    (Kynkaanniemi et al. 2019, 1904.06991, eq. 1 and 2)."""
+    """Return precision, the share of `made` in the k-nearest-neighbour manifold of `real`, and recall, the reverse.
+
+    Source: Kynkäänniemi et al. 2019, 1904.06991, eq. 1 and 2.
+    """
     across = _squared_distances(made, real)
     return (
         float((across <= _radii(real, k)[None, :]).any(1).mean()),
@@ -65,7 +67,7 @@ def _squared_distances(a: Features, b: Features) -> NDArray[np.float64]:
 
 
 def _radii(points: Features, k: int) -> NDArray[np.float64]:
-    """Squared distance from each point to its k-th nearest other."""
+    """Return the squared distance (N,) from each point to its k-th nearest neighbour."""
     distances = _squared_distances(points, points)
     np.fill_diagonal(distances, np.inf)
     radii: NDArray[np.float64] = np.partition(distances, k - 1, axis=1)[:, k - 1]
@@ -73,8 +75,10 @@ def _radii(points: Features, k: int) -> NDArray[np.float64]:
 
 
 def diversity(features: Features, groups: list[str]) -> float | None:
-    """Mean Euclidean distance between two samples of one group (one prompt, different noises); None if no group
-    has two."""
+    """Return the mean Euclidean distance between two samples of the same group; None if no group has two samples.
+
+    groups: N names, such as the prompts that the samples were made from.
+    """
     names = np.array(groups)
     total, pairs = 0.0, 0
     for name in dict.fromkeys(groups):
@@ -93,10 +97,11 @@ def standard_error(
     originals_of_a: NDArray[np.int64] | None = None,
     originals_of_b: NDArray[np.int64] | None = None,
 ) -> float:
-    """Delete-a-group jackknife over both sets at once (Kott 2001): the spread that fresh samples would show.
+    """Estimate the standard error of a statistic of two sets, by the delete-a-group jackknife (Kott 2001).
 
-    The groups are random, since samples often come in a cycle of prompts. Samples with one number in `originals` (N,)
-    were made from one original and are not independent: they share a group.
+    Each replicate omits one of the `groups` groups from both sets. Samples are assigned to groups at random, because
+    prompts often repeat in a cycle. Samples with equal numbers in `originals_of_a` or `originals_of_b` (N,) were made
+    from one original. They are not independent, so they are in the same group.
     """
     of_a, of_b = _groups(len(a), groups, originals_of_a), _groups(len(b), groups, originals_of_b)
     values = [statistic(a[of_a != g], b[of_b != g]) for g in range(groups)]

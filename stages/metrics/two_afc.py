@@ -1,6 +1,6 @@
-"""Two-alternative forced choice: how often a distance sides with people on which of two images is the closer one.
+"""Two-alternative forced choice (2AFC): how often a distance agrees with people on which of two images is closer.
 
-The score of Zhang et al. 2018 (1801.03924); NumPy only. Votes are the share of people who took the second image.
+Source: Zhang et al. 2018, 1801.03924. A vote is the share of people who chose the second image. Uses only NumPy.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ Numbers = NDArray[np.floating]
 
 
 def scores(first: Numbers, second: Numbers, votes: Numbers) -> NDArray[np.float64]:
-    """Of each triplet (N,), the share of people who agree with a distance that gives the two images `first` and
-    `second`; 1/2 where it cannot tell them apart. Raises ValueError for distances that are not numbers, and lengths
-    that differ."""
+    """Return the score (N,) of a distance on each triplet: the share of people who agree with it, 1/2 for a tie.
+
+    first, second: (N,), the distances of the first and second image to the reference. votes: (N,) in [0, 1]. Raises
+    ValueError if the shapes differ or a distance is NaN.
+    """
     if not first.shape == second.shape == votes.shape:
-        raise ValueError(f"first distances {first.shape}, second ones {second.shape} and votes {votes.shape}")
+        raise ValueError(f"shapes differ: first {first.shape}, second {second.shape}, votes {votes.shape}")
     if np.isnan(first).any() or np.isnan(second).any():
-        raise ValueError("a distance is not a number")
+        raise ValueError("a distance is NaN")
     p = votes.astype(np.float64)
     return np.where(second < first, p, np.where(first < second, 1.0 - p, 0.5))
 
 
 def human_ceiling(votes: Numbers) -> float:
-    """How often two people agree: the mean of p^2 + (1 - p)^2. A distance that always sides with the majority gets
-    more, the mean of max(p, 1 - p)."""
+    """Return how often two people agree: the mean of p^2 + (1 - p)^2 over votes p.
+
+    A distance that always agrees with the majority has a higher score, the mean of max(p, 1 - p).
+    """
     p = votes.astype(np.float64)
     return float((p**2 + (1.0 - p) ** 2).mean())
 
 
 def score_with_error(scores: Numbers) -> tuple[float, float]:
-    """The mean and its standard error, triplets being independent. Raises ValueError for fewer than two."""
+    """Return the mean score and its standard error for independent triplets. Raises ValueError for fewer than two."""
     if len(scores) < 2:
         raise ValueError(f"a standard error needs at least two triplets, not {len(scores)}")
     values = scores.astype(np.float64)
@@ -39,8 +43,11 @@ def score_with_error(scores: Numbers) -> tuple[float, float]:
 
 
 def difference_with_error(scores: Numbers, others: Numbers) -> tuple[float, float]:
-    """By how much one distance scores higher than another on the same triplets, and the standard error of that: what
-    makes a triplet hard for both cancels. Raises ValueError for fewer than two, and lengths that differ."""
+    """Return how much higher one distance scores than another on the same triplets, and the standard error.
+
+    The error is that of paired differences, so the shared difficulty of triplets cancels. Raises ValueError for fewer
+    than two triplets, or if the lengths differ.
+    """
     if len(scores) != len(others):
-        raise ValueError(f"{len(scores)} triplets against {len(others)}: they must be the same ones")
+        raise ValueError(f"scores of {len(scores)} and {len(others)} triplets: both must be of the same triplets")
     return score_with_error(scores.astype(np.float64) - others.astype(np.float64))

@@ -1,5 +1,6 @@
 """Networks and their adapters: teachers, students, the discriminator, the latent VGG, the probe.
 
-`network` is the contract of a teacher, `latent` and `pixel` are its two layouts, `teachers` loads one from a sealed
-folder. How networks are trained is in `stages.training` and in the stage kinds.
+`adapter` defines the contract of a model family. `stable_diffusion` and `pixel` are the built-in families. `adapters`
+chooses the adapter of a pipeline. `teachers` loads a teacher from a sealed folder. The training of networks is in
+`stages.training` and in the stage kinds.
 """

@@ -1,4 +1,4 @@
-"""New, small networks in the layout of Stable Diffusion 1.x, for teachers that are trained here."""
+"""Small networks with random weights in the layout of Stable Diffusion 1.x, for teachers that Retort trains."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from stages.diffusion.prediction import Prediction
 
 TEXT_WIDTH = 64
+"""The default width of the text encoder's states."""
 CLIP_LENGTH = 77
+"""The maximum number of tokens of CLIP's tokenizer."""
 
 
 def word_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the words of `captions`, as long as the longest of them, or as CLIP's if they
-    are longer than that; the empty text is <start> <end>."""
+    """Create a word-level tokenizer with the lower-case words and punctuation marks of `captions`.
+
+    Its maximum length is that of the longest caption, at most CLIP_LENGTH tokens. The empty text is <start> <end>."""
     normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()  # punctuation marks are words
     split = [
         [word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))] for caption in set(captions)
@@ -43,6 +46,7 @@ def word_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast, width: int = TEXT_WIDTH, layers: int = 2) -> CLIPTextModel:
+    """Create a CLIP text encoder for `tokenizer`, with states (B, L, `width`)."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -59,7 +63,9 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast, width: int = TEXT_WIDTH, la
 
 
 def autoencoder(size: int, channels: Sequence[int] = (32, 64), latent_channels: int = 4) -> AutoencoderKL:
-    """Halves the image's side once for each entry of `channels` after the first."""
+    """Create a VAE for images of `size` pixels.
+
+    It halves height and width once for each entry of `channels` after the first."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -74,6 +80,7 @@ def autoencoder(size: int, channels: Sequence[int] = (32, 64), latent_channels: 
 
 
 def unet(latent_size: int, cross_attention_dim: int, channels: Sequence[int] = (32, 64)) -> UNet2DConditionModel:
+    """Create a U-Net for latents of 4 channels, with cross-attention at the coarsest scale only."""
     down = ["DownBlock2D"] * (len(channels) - 1) + ["CrossAttnDownBlock2D"]
     up = ["CrossAttnUpBlock2D"] + ["UpBlock2D"] * (len(channels) - 1)
     return UNet2DConditionModel(
@@ -89,7 +96,9 @@ def unet(latent_size: int, cross_attention_dim: int, channels: Sequence[int] = (
 
 
 def ddim_scheduler(prediction: Prediction, **extra: Any) -> DDIMScheduler:
-    """Stable Diffusion's schedule, on the trailing grid that ends at clean data."""
+    """Create a DDIMScheduler with Stable Diffusion's schedule and trailing timesteps. The last step is to clean data.
+
+    `extra` is passed to its constructor."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -104,4 +113,5 @@ def ddim_scheduler(prediction: Prediction, **extra: Any) -> DDIMScheduler:
 
 
 def parameters_millions(module: torch.nn.Module) -> float:
+    """Return the number of parameters, in millions."""
     return sum(p.numel() for p in module.parameters()) / 1e6

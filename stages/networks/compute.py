@@ -1,4 +1,4 @@
-"""Where and how a worker computes. Every function that runs on a worker begins with `prepare`."""
+"""Device and numerical settings of a worker. Every function that runs on a worker must call `prepare` first."""
 
 from __future__ import annotations
 
@@ -22,31 +22,51 @@ ATTENTION_KERNELS = {
     SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled,
     SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled,
 }
-"""And whether this process may use it now, on a CPU as well."""
+"""Attention kernel -> a function that says whether it is enabled in this process. It works without a GPU too."""
 
 
 def prepare(threads: int) -> None:
-    """Set the threads of the calling thread, which a warm worker has from another stage, and switch TF32 off:
-    `float32` means float32, on every GPU and whatever ran on this worker before. bf16 is the way to be fast."""
+    """Set the number of CPU threads for torch, and disable TF32.
+
+    A reused worker keeps the settings of the stage before. Without TF32, float32 has full precision on every GPU. Use
+    bf16 for speed."""
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def show_no_progress_bars() -> None:
+    """Disable the progress bars of diffusers and transformers, which would clutter a worker's log."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def remade(network: Any, **changes: Any) -> Any:
+    """Return a network with `changes` in the config of `network`, with random weights, on the device of `network`."""
+    config = {**network.config, **changes}
+    config.pop("_use_default_values", None)  # for the keys in this list, from_config would take the class's defaults
+    return type(network).from_config(config).to(next(network.parameters()).device)
+
+
 def checkpoint_activations(module: nn.Module) -> None:
-    """Let each of diffusers' models in `module` compute its activations again in the backward pass."""
-    from diffusers import ModelMixin  # a second to import, for those who ask for it
+    """Enable gradient checkpointing in each diffusers model in `module`. Logs a warning if there is none."""
+    from diffusers import ModelMixin  # takes a second to import
 
     models = [model for model in module.modules() if isinstance(model, ModelMixin)]
     if not models:
-        log.warning("gradient_checkpointing: nothing here can compute its activations again; it makes no difference")
+        log.warning("gradient_checkpointing has no effect: no network here supports it")
     for model in models:
         model.enable_gradient_checkpointing(_checkpoint)
 
 
 def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
-    """PyTorch's, which remembers autocast and random numbers, but not the choice of attention kernels: of what was
-    computed with those that have a second derivative, other activations would come back than went."""
+    """Call PyTorch's `checkpoint`, and use the same attention kernels in the recomputation.
+
+    PyTorch restores autocast and the random state, but not the enabled attention kernels. A loss that restricts the
+    kernels, because it needs second derivatives, would otherwise get different activations in the backward pass."""
     kernels = [kernel for kernel, chosen in ATTENTION_KERNELS.items() if chosen()]
 
     def computed(*arguments: Any) -> Any:
@@ -57,11 +77,12 @@ def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def device_of(execution: Execution) -> str:
+    """Return the device that `execution` names. `auto` is `cuda` if a GPU is available, and `cpu` otherwise."""
     if execution.device != "auto":
         return execution.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name(device: str) -> str:
-    """As it stands in records: the GPU's model, since bits differ between models."""
+    """Return the device's name in records: the GPU model, because results differ in bits between models, or `cpu`."""
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"

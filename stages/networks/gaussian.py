@@ -1,7 +1,4 @@
-"""An analytic teacher: data is N(mean, std^2) in every dimension, so that everything about it is known.
-
-It needs no torch. Tests, soaks and simulations of a cluster lean on it.
-"""
+"""An analytic teacher for tests and simulations: its data is N(mean, std^2) in every dimension. It needs no torch."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ FILE = "gaussian.json"
 class GaussianTeacher:
     """The optimal epsilon-predicting denoiser of N(mean, std^2), on Stable Diffusion's schedule.
 
-    Its condition is empty: every prompt, and so every guidance scale, gives the same output.
-    `delay` seconds are slept at each call, standing for a network's work.
+    Samples have the shape `shape`, (C, H, W). The output does not depend on the prompt or the guidance scale. Each call
+    sleeps for `delay` seconds to simulate a network.
     """
 
     prediction: Prediction = "epsilon"
@@ -36,12 +33,17 @@ class GaussianTeacher:
 
     @classmethod
     def load(cls, folder: Path) -> GaussianTeacher:
+        """Load the teacher from gaussian.json in `folder`."""
         values = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return cls(values["mean"], values["std"], tuple(values["shape"]), values["delay"])
 
     def denoiser(
         self, prompts: Sequence[str], guidance_scale: float
     ) -> Callable[[NDArray[np.floating], int], NDArray[np.floating]]:
+        """Return `denoise(z, t)`, the conditional mean of the noise at z (B, C, H, W) and timestep t.
+
+        It is sigma / (alpha^2 std^2 + sigma^2) (z - alpha mean)."""
+
         def denoise(z: NDArray[np.floating], t: int) -> NDArray[np.floating]:
             if self.delay:
                 time.sleep(self.delay)
@@ -50,9 +52,6 @@ class GaussianTeacher:
             return (sigma / variance) * (z - alpha * self.mean)
 
         return denoise
-
-    def encode_prompts(self, prompts: Sequence[str]) -> None:
-        return None
 
     def to_device(self, array: NDArray[np.floating]) -> NDArray[np.floating]:
         return array.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The last layer of a student whose output means something else than its teacher's."""
+"""The initial last layer of a student whose prediction type differs from its teacher's."""
 
 from __future__ import annotations
 
@@ -12,89 +12,97 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 from stages.diffusion.prediction import Prediction, StudentPrediction
+from stages.networks.compute import remade
 
 log = logging.getLogger(__name__)
 
 FACTORS = {
     ("v_prediction", "sample"): (-1.0,),
-    ("v_prediction", "epsilon"): (0.0,),
     ("v_prediction", "both"): (-1.0, 1.0),
-    ("epsilon", "v_prediction"): (0.0,),
-    ("epsilon", "sample"): (0.0,),
     ("epsilon", "both"): (0.0, 1.0),
     ("sample", "v_prediction"): (-1.0,),
-    ("sample", "epsilon"): (0.0,),
     ("sample", "both"): (1.0, 0.0),
 }
-"""(teacher's prediction type, student's) -> what the teacher's last layer is multiplied by, for each output of the
-student. Equal types keep the layer. v is -x0 in pure noise. No multiple of the layer turns epsilon into v or x0, or v
-or x0 into epsilon, because z does not reach it: such an output begins at 0."""
+"""(teacher's prediction type, student's) -> the factor of the teacher's last layer for each output of the student.
+
+The student's last layer is initialised with the teacher's, multiplied by the factor. If the types are equal, the factor
+is 1. v is -x0 in pure noise, so v and x0 differ by the factor -1 there. Other conversions need z, which is not an input
+of the last layer: epsilon to v or x0, v or x0 to epsilon, and u to any other type. Their factor is 0."""
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Ridge penalties that are tried, relative to the mean squared feature."""
+"""The ridge penalties that `fit` tries, relative to the mean squared feature."""
 
 WITHIN = 1.1
-"""A larger penalty is taken if its error is at most so many times the least. Its weights are smaller, and training from
-them goes faster: see tests/benchmarks/first_layer.py. A choice of Retort's."""
+"""`fit` takes the largest penalty whose error is at most WITHIN times the smallest error. Larger penalties give smaller
+weights, from which training is faster. The value was chosen by tests/benchmarks/first_layer.py."""
 
 
 def begins_at_zero(teacher: Prediction, student: StudentPrediction) -> bool:
-    """Whether a student of this prediction type can use nothing of its teacher's last layer."""
-    return FACTORS.get((teacher, student)) == (0.0,)
+    """Whether all factors are 0, so that the student's last layer is initialised with zeros."""
+    return not any(_factors(teacher, student))
 
 
-def convert(unet: Any, teacher: Prediction, student: StudentPrediction) -> Any:
-    """`unet`, a copy of the teacher's, with the last layer of a student: see FACTORS."""
-    factors = FACTORS.get((teacher, student), (1.0,))
+def _factors(teacher: Prediction, student: StudentPrediction) -> tuple[float, ...]:
+    nothing = (0.0, 0.0) if student == "both" else (0.0,)
+    return (1.0,) if teacher == student else FACTORS.get((teacher, student), nothing)
+
+
+def convert(network: Any, head: str, teacher: Prediction, student: StudentPrediction) -> Any:
+    """Convert the last layer of `network`, a copy of the teacher's, to the student's prediction type by FACTORS.
+
+    `head` is the name of that layer. For `both`, return a new network with twice the output channels: x0, then noise.
+    Otherwise the network is changed in place."""
+    factors = _factors(teacher, student)
     if len(factors) == 1:
         with torch.no_grad():
-            for parameter in unet.conv_out.parameters():
+            for parameter in network.get_submodule(head).parameters():
                 parameter.mul_(factors[0])
-        return unet
-    config = {**unet.config, "out_channels": unet.config["out_channels"] * len(factors)}
-    config.pop("_use_default_values", None)  # from_config would take the class's defaults for what stands in this list
-    wide = type(unet).from_config(config).to(next(unet.parameters()).device)
-    weights = unet.state_dict()
-    for name in ("conv_out.weight", "conv_out.bias"):
+        return network
+    wide = remade(network, out_channels=network.config["out_channels"] * len(factors))
+    weights = network.state_dict()
+    for name in (f"{head}.weight", f"{head}.bias"):
         weights[name] = torch.cat([factor * weights[name] for factor in factors])
     wide.load_state_dict(weights)
     return wide
 
 
 class _Squares:
-    """What the squared error of any weights on some samples follows from, however many the samples are."""
+    """Sums over samples from which the squared error of any weights can be computed. Their size is constant."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        inputs = layer.weight[0].numel() + 1  # the last is the bias's
+        inputs = layer.weight[0].numel() + 1  # the last input is 1, for the bias
         empty = layer.weight.new_zeros(inputs, inputs + layer.out_channels, dtype=torch.float64)
         self.gram, self.moments = empty[:, :inputs], empty[:, inputs:]
         self.square, self.count = 0.0, 0
 
     def add(self, rows: Tensor, wanted: Tensor) -> None:
-        """rows (N, inputs), wanted (N, D)."""
+        """Add samples: rows (N, inputs) and targets `wanted` (N, D)."""
         self.gram += rows.mT @ rows
         self.moments += rows.mT @ wanted
         self.square += float(wanted.double().square().sum())
         self.count += wanted.numel()
 
     def ridge(self, penalty: float) -> Tensor:
-        """The weights (inputs, D) of least squared error plus `penalty` times the mean squared input."""
+        """Return the ridge regression weights (inputs, D). `penalty` is relative to the mean squared input."""
         scale = self.gram.diagonal().mean() * torch.eye(len(self.gram)).to(self.gram)
         return torch.linalg.solve(self.gram + penalty * scale, self.moments)
 
     def error(self, weights: Tensor) -> float:
-        """Mean squared error of weights (inputs, D)."""
+        """Return the mean squared error of weights (inputs, D) on the samples."""
         explained = (weights * (self.gram @ weights - 2 * self.moments)).sum()
         return (self.square + float(explained)) / self.count
 
 
 @torch.no_grad()
 def fit(layer: nn.Conv2d, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Give `layer` weights that map features (B, C, H, W) to targets (B, D, H, W) with little squared error.
+    """Fit the weights of `layer` by ridge regression to map features (B, C, H, W) to targets (B, D, H, W).
 
-    Ridge regression on every other sample; the rest choose among the penalties RIDGES and, as the largest, zeros: see
-    WITHIN. The layer is a 3x3 convolution with padding 1, as diffusers' U-Nets have it, and so linear in the patches of
-    its input. A single sample leaves the layer as it is. Raises ValueError if features or targets are not finite.
+    `batches` yields (features, targets). `layer` is a 3x3 convolution with padding 1 and a bias, as in diffusers'
+    U-Nets. It is linear in the 3x3 patches of its input.
+
+    Half of the samples, every other one, are fitted. The error on the other half selects one of the penalties RIDGES,
+    or zero weights, which count as the largest penalty: see WITHIN. If there is only one sample, the layer is not
+    changed. Raises ValueError if features or targets are not finite.
     """
     halves = _Squares(layer), _Squares(layer)
     for features, targets in batches:
@@ -116,4 +124,4 @@ def fit(layer: nn.Conv2d, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     assert layer.bias is not None
     layer.bias.copy_(weights[:, -1])
     tried = ", ".join(f"{name} {error:.4g}" for name, error in errors.items())
-    log.info("the student's last layer begins with %s; mean squared errors on other pairs: %s", best, tried)
+    log.info("the student's last layer is initialised by %s; mean squared errors on other pairs: %s", best, tried)

@@ -1,4 +1,4 @@
-"""The classifier of a probe, trained on real images: its heads measure prompt accuracy, its features distances."""
+"""The classifier of a probe. Its logits measure prompt accuracy, and its features measure distances of image sets."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ CHANNELS = (32, 64, 128)
 LEARNING_RATE = 2e-3
 WARM_UP = 0.05
 TRAINED_AT_ONCE, SEEN_AT_ONCE = 128, 64
-"""Images."""
+"""Images in a batch: in training, and in `look`."""
 LOG_EVERY = 20
-"""Steps."""
+"""Training steps between two reports of progress."""
 WEIGHTS, ABOUT = "classifier.safetensors", "classifier.json"
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> features (B, F) and, for each label, logits. Features are normalised: a few
-    images far from all others would otherwise decide every distance."""
+    """A small convolutional classifier of images (B, 3, H, W) in [-1, 1].
+
+    `classes` maps each label to its number of classes. Features (B, F) are normalised by a layer norm. Without it, a
+    few outliers would dominate the distances."""
 
     def __init__(self, classes: dict[str, int], features: int = FEATURES) -> None:
         super().__init__()
@@ -45,24 +47,26 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str) -> Classifier:
-        """The one that was saved to `folder`."""
+        """Load the classifier that was saved to `folder`, frozen, to `device`."""
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         classifier = cls(about["classes"], about["features"])
         classifier.load_state_dict(load_file(folder / WEIGHTS))
         return classifier.to(device).eval().requires_grad_(False)
 
     def save(self, folder: Path) -> None:
+        """Write classifier.safetensors and classifier.json to `folder`."""
         save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
         about = {"classes": self.classes, "features": self.features}
         (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return features (B, F), and label -> logits (B, number of classes)."""
         features = self.trunk(images)
         return features, {name: head(functional.relu(features)) for name, head in self.heads.items()}
 
     @torch.no_grad()
     def look(self, batches: Iterable[Tensor]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
-        """Features (N, F) in float64, and the predicted class (N,) of each label, over all batches."""
+        """Return features (N, F), float64, and label -> predicted class (N,), of all images in `batches`."""
         device = next(self.parameters()).device
         seen = [self(images.to(device)) for images in batches]
         features = torch.cat([f for f, _ in seen]).cpu().double().numpy()
@@ -70,25 +74,29 @@ class Classifier(nn.Module):
 
 
 def _convolution(inputs: int, channels: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    """Return a 3x3 convolution, a group norm and a ReLU."""
     return nn.Conv2d(inputs, channels, 3, stride, padding=1), nn.GroupNorm(8, channels), nn.ReLU()
 
 
 def batches(images: LabelledImages) -> Iterator[Tensor]:
-    """All images, in order, as `look` takes them."""
+    """Yield all images in order, in batches for `look`."""
     for start in range(0, len(images), SEEN_AT_ONCE):
         yield torch.from_numpy(images.pixels(slice(start, start + SEEN_AT_ONCE)))
 
 
 def accuracy(predicted: Mapping[str, NDArray[np.int64]], wanted: Mapping[str, NDArray[np.int64]]) -> float:
-    """Share of images in which every label of `wanted` is as wanted."""
+    """Return the share of images for which the predicted class of every label in `wanted` is right."""
     return float(np.logical_and.reduce([predicted[name] == wanted[name] for name in wanted]).mean())
 
 
 def train_probe(data: LabelledImages, *, steps: int, seed: int, device: str) -> Generator[Progress, None, Classifier]:
-    """Cross-entropy over all labels, images shifted by up to one pixel, the rate falling to zero."""
+    """Train a probe on `data` by the sum of the cross-entropies of all labels. Returns it frozen.
+
+    Each batch is shifted by at most one pixel in each direction. The learning rate rises linearly and then falls to
+    zero."""
     torch.manual_seed(seed)
     classifier = Classifier({name: int(values.max()) + 1 for name, values in data.labels.items()})
-    classifier(torch.from_numpy(data.pixels(slice(0, 2))))  # gives the lazy layer its shape
+    classifier(torch.from_numpy(data.pixels(slice(0, 2))))  # initialises the lazy layer
     classifier.to(device)
     labels = {name: torch.from_numpy(values) for name, values in data.labels.items()}
     optimizer = torch.optim.Adam(classifier.parameters(), lr=LEARNING_RATE)

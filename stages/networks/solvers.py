@@ -1,4 +1,9 @@
-"""Higher-order solvers, through diffusers' schedulers."""
+"""Higher-order solvers of the probability-flow ODE, by diffusers' schedulers.
+
+The schedulers assume a variance preserving schedule, alpha^2 + sigma^2 = 1. For other schedules,
+z = alpha x0 + sigma noise is divided by sqrt(alpha^2 + sigma^2). The solutions of the ODE are the same, up to this
+factor.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
 from stages.base import StageError
-from stages.diffusion.prediction import Prediction, to_noise, to_x0
+from stages.diffusion.prediction import Prediction, power, to_noise, to_x0
 from stages.diffusion.schedule import NoiseSchedule
 
 Denoise = Callable[[Tensor, int], Tensor]
@@ -19,32 +24,37 @@ Denoise = Callable[[Tensor, int], Tensor]
 def dpmpp_2m(
     denoise: Denoise, noise: Tensor, schedule: NoiseSchedule, prediction: Prediction, grid: list[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2), its last step, to clean data, of first order.
+    """Solve the ODE by DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2).
 
-    Yields as `stages.diffusion.samplers.ddim`; calls the network as often.
+    The last step, to clean data, is of first order. `denoise` returns the network's output, and is called N times for N
+    points of `grid`. Yields (t, z_t) and finally (-1, x0), as `stages.diffusion.samplers.ddim`. Raises StageError if
+    the schedule ends in pure noise.
     """
     scheduler = _scheduler(
         DPMSolverMultistepScheduler, schedule, grid, prediction_type="sample", final_sigmas_type="zero"
     )
     scheduler.set_timesteps(timesteps=grid, device=noise.device)
-    z = noise
+    preserved = noise / _scale(schedule, grid[0])
     for t, step in zip(grid, scheduler.timesteps, strict=True):
+        z = preserved * _scale(schedule, t)
         yield t, z
         x0 = to_x0(prediction, denoise(z, t), z, *schedule.at(t))
-        z = scheduler.step(x0, step, z).prev_sample
-    yield -1, z
+        preserved = scheduler.step(x0, step, preserved).prev_sample
+    yield -1, preserved
 
 
 def heun(
     denoise: Denoise, noise: Tensor, schedule: NoiseSchedule, prediction: Prediction, grid: list[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Heun's method in sigma/alpha (Karras et al. 2022, 2206.00364, algorithm 1), its last step an Euler step.
+    """Solve the ODE by Heun's method in the variable sigma/alpha (Karras et al. 2022, 2206.00364, algorithm 1).
 
-    Yields as `ddim`; calls the network 2 N - 1 times for N points of the grid.
+    The last step is an Euler step. `denoise` returns the network's output, and is called 2 N - 1 times for N points of
+    `grid`. Yields (t, z_t) and finally (-1, x0), as `stages.diffusion.samplers.ddim`. Raises StageError if the schedule
+    ends in pure noise.
     """
     scheduler = _scheduler(HeunDiscreteScheduler, schedule, grid, prediction_type="epsilon")
     scheduler.set_timesteps(timesteps=grid, device=noise.device)
-    x = noise / schedule.at(grid[0])[0]  # the scheduler's variable is z / alpha
+    x = noise / schedule.at(grid[0]).alpha  # the scheduler's variable is z / alpha
     for call, step in enumerate(scheduler.timesteps):
         t = int(step)
         alpha, sigma = schedule.at(t)
@@ -56,13 +66,20 @@ def heun(
 
 
 def _scheduler(kind: Any, schedule: NoiseSchedule, grid: list[int], **settings: Any) -> Any:
-    """A scheduler on exactly this schedule; its own betas would be rounded. Raises StageError for a schedule that
-    ends in pure noise, where sigma/alpha is infinite."""
-    if schedule.at(grid[0])[0] < 1e-6:
+    """Create a scheduler of class `kind` with exactly this noise schedule.
+
+    Its `alphas_cumprod` is set, because computing it from betas would round. Raises StageError if the schedule ends in
+    pure noise, where sigma/alpha is infinite."""
+    if schedule.at(grid[0]).alpha < 1e-6:
         raise StageError(
             f"the teacher's schedule ends in pure noise (alpha = 0), where {kind.__name__} cannot start; "
             "use sampler.name: ddim"
         )
     scheduler = kind(num_train_timesteps=len(schedule), timestep_spacing="trailing", **settings)
-    scheduler.alphas_cumprod = torch.from_numpy(schedule.alpha**2)
+    scheduler.alphas_cumprod = torch.from_numpy(schedule.alpha**2 / power(schedule.alpha, schedule.sigma))
     return scheduler
+
+
+def _scale(schedule: NoiseSchedule, t: int) -> float:
+    """Return sqrt(alpha^2 + sigma^2) at timestep t. It is 1 for a variance preserving schedule."""
+    return float(power(*schedule.at(t))) ** 0.5

@@ -1,44 +1,48 @@
-"""Students: a U-Net called once or a few times, and its export as a pipeline that plain diffusers runs."""
+"""Students: networks that sample in one or a few calls, and their export as diffusers pipelines."""
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stages.diffusion import few_step
 from stages.diffusion.consistency import boundary
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
-from stages.diffusion.guidance import embed
-from stages.diffusion.prediction import StudentPrediction, both_to_x0, target, to_x0
-from stages.networks.exporting import scheduler_of
+from stages.diffusion.prediction import StudentPrediction, both_to_x0, power, target, to_x0
+from stages.diffusion.schedule import Level
+from stages.networks.adapter import Adapter
+from stages.networks.condition import Condition
 from stages.networks.head import convert, fit
-from stages.networks.network import NetworkTeacher
 
 FILE = "student.json"
 FIT_BATCH = 16
 
 
 class Student(nn.Module):
-    """A U-Net called at the points of a grid, from noise to x0. w (B,) is the guidance that it takes as an input.
+    """A network that estimates x0 at the points of a time grid, and samples in `form.steps` calls.
 
-    The grid may be finer than the steps: it is trained at all points, and sampled at every so many-th.
+    The student is trained at all points of `grid`. The grid's number of steps is a multiple of `form.steps`. Sampling
+    uses every (grid.steps / form.steps)-th point.
+
+    In all methods, z and noise are (B, C, H, W), and i is a point of the grid, from 1 (nearly clean) to N (noise).
+    `condition` has B rows and was made by `encode`. w (B,) is guidance_scale - 1. Students with `form.w_range` require
+    it, and others ignore it.
     """
 
-    def __init__(self, unet: Any, grid: Grid, form: Form) -> None:
+    def __init__(self, adapter: Adapter, network: Any, grid: Grid, form: Form) -> None:
         super().__init__()
         assert form.prediction, "resolved by from_teacher, and stated in student.json"
-        self.unet: Any = unet
+        self.adapter, self.network = adapter, network
         self.grid, self.form = grid, form
         self.prediction: StudentPrediction = form.prediction
+        self.dtype: torch.dtype | None = None
+        """The dtype in which the network computes. Its inputs and outputs are cast. None: the dtype of z."""
         self.timesteps: Tensor
         self.alpha: Tensor
         self.sigma: Tensor
@@ -47,81 +51,109 @@ class Student(nn.Module):
             self.register_buffer(name, values.float() if name == "timesteps" else values, persistent=False)
 
     @classmethod
-    def from_teacher(cls, teacher: NetworkTeacher, form: Form, steps: int | None = None) -> Student:
-        """With the teacher's weights, and its prediction type if the form names none; at first the output does not
-        depend on w. `steps`: of the grid, a multiple of the form's. Where the two prediction types differ, the last
-        layer begins as `head.FACTORS` says.
+    def from_teacher(
+        cls, teacher: Adapter, form: Form, steps: int | None = None, origin: Adapter | None = None
+    ) -> Student:
+        """Create a student with the weights of `origin`, by default the teacher.
 
-        Raises ValueError for more steps than the schedule has, and for a student of epsilon on a schedule that ends in
-        pure noise."""
-        if form.prediction is None:
-            form = form.model_copy(update={"prediction": teacher.prediction})
-        grid = Grid.of(form.schedule, teacher.schedule, steps or form.steps)
-        if form.prediction == "epsilon" and grid.alpha[-1] == 0:
-            raise ValueError(
-                "the schedule ends in pure noise, where epsilon says nothing of x0: give another prediction"
-            )
+        If `form.prediction` is None, the student has the prediction type of `origin`. If its type differs, the last
+        layer is initialised as `head.FACTORS` says. If the student takes w, its output does not depend on w at first.
+        `steps` is the number of steps of the grid, a multiple of `form.steps`, and by default equal to it.
+
+        Raises ValueError if the teacher's schedule has too few timesteps, or if the student predicts epsilon and the
+        schedule ends in pure noise."""
+        origin = origin or teacher
+        form, grid = _resolved(form, origin.prediction, teacher, steps)
         assert form.prediction
-        unet = convert(copy.deepcopy(teacher.unet).requires_grad_(True), teacher.prediction, form.prediction)
+        network = convert(origin.student_network(), origin.HEAD, origin.prediction, form.prediction)
         if form.w_range:
-            unet = teacher.with_guidance_embedding(unet)
-        return cls(unet, grid, form)
+            network = teacher.with_guidance_embedding(network)
+        return cls(teacher, network, grid, form)
 
     @classmethod
-    def load(cls, folder: Path, teacher: NetworkTeacher, steps: int | None = None) -> Student:
-        """The student exported to `folder`, frozen, on its teacher's device; to be sampled in `steps` where they are
-        given, and not in its own."""
+    def from_student(cls, folder: Path, teacher: Adapter, form: Form, steps: int | None = None) -> Student:
+        """Create a student with the network of the student that was exported to `folder`, which may have any size.
+
+        `form` and `steps` are as in `from_teacher`. Raises ValueError in the same cases, and if the student in `folder`
+        has another prediction type."""
+        form, grid = _resolved(form, teacher.prediction, teacher, steps)
+        there = Form.model_validate(_about(folder)).prediction
+        if there != form.prediction:
+            raise ValueError(f"the student in start_from predicts {there}, this one predicts {form.prediction}")
+        return cls(teacher, teacher.load_network(folder).to(teacher.device), grid, form)
+
+    @classmethod
+    def load(cls, folder: Path, teacher: Adapter, steps: int | None = None) -> Student:
+        """Load the student that was exported to `folder`, frozen, to the device of its teacher.
+
+        `steps` replaces the number of sampling steps in its student.json."""
         about = _about(folder)
         form = Form.model_validate(about if steps is None else {**about, "steps": steps})
-        unet = teacher.UNET.from_pretrained(folder, subfolder="unet", use_safetensors=True)
-        student = cls(unet, Grid.of(form.schedule, teacher.schedule, form.steps), form)
+        student = cls(teacher, teacher.load_network(folder), Grid.of(form, teacher.schedule), form)
         return student.to(teacher.device).eval().requires_grad_(False)
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Cast the network to `dtype`. The dtype of z and x0 stays that of the noise."""
+        self.dtype = dtype
+        self.network.to(dtype)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Return the network's condition for `prompts`, one row for each prompt."""
+        return self.adapter.encode_prompts(prompts)
+
     @torch.no_grad()
-    def fit_head(self, noise: Tensor, x0: Tensor, condition: Tensor | None) -> None:
-        """Fit the last layer so that one call leads from noise (B, C, H, W) to x0 (B, C, H, W): see `head.fit`."""
+    def fit_head(self, noise: Tensor, x0: Tensor, condition: Condition) -> None:
+        """Fit the last layer so that one call maps noise (B, C, H, W) to x0 (B, C, H, W), by `head.fit`.
+
+        The student must not predict `both`. Raises ValueError if values are not finite."""
         assert self.prediction != "both"
         point = self.grid.steps
         alpha, sigma = self.level(point, noise)
         wanted = target(self.prediction, x0, (noise - alpha * x0) / sigma, alpha, sigma)
+        head = self.network.get_submodule(self.adapter.HEAD)
         features: list[Tensor] = []
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for start in range(0, len(noise), FIT_BATCH):
                 rows = slice(start, start + FIT_BATCH)
-                self._output(noise[rows], point, None if condition is None else condition[rows], None)
+                self._output(noise[rows], point, condition.select(rows), None)
                 yield features.pop(), wanted[rows]
 
-        with self.unet.conv_out.register_forward_pre_hook(lambda _layer, given: features.append(given[0])):
-            fit(self.unet.conv_out, batches())
-
-    def go_on_from(self, folder: Path) -> None:
-        """Take the weights of the student exported to `folder`, but for a guidance embedding that only its export
-        added. Raises ValueError if its prediction type is another."""
-        there = Form.model_validate(_about(folder)).prediction
-        if there != self.prediction:
-            raise ValueError(f"the student to go on from predicts {there}, this one {self.prediction}")
-        weights = load_file(folder / "unet" / SAFETENSORS_WEIGHTS_NAME)
-        self.unet.load_state_dict({name: weights[name] for name in self.unet.state_dict()})
+        with head.register_forward_pre_hook(lambda _layer, given: features.append(given[0])):
+            fit(head, batches())
 
     def forward(
         self,
         noise: Tensor,
-        condition: Tensor | None,
+        condition: Condition,
         w: Tensor | None = None,
         generator: few_step.Generators = None,
     ) -> Tensor:
-        """noise (B, C, H, W), condition as the teacher's `encode_prompts` gives it -> x0 (B, C, H, W), in `form.steps`
-        calls. `generator`: as `few_step.sample` takes it, for samplers that draw more noise."""
+        """Sample x0 (B, C, H, W) from noise (B, C, H, W) in `form.steps` network calls.
+
+        `generator` is used by samplers that draw more noise: see `few_step.states`."""
+        *_, (_, _, x0) = self.states(noise, condition, w, generator)
+        return x0
+
+    def states(
+        self,
+        noise: Tensor,
+        condition: Condition,
+        w: Tensor | None = None,
+        generator: few_step.Generators = None,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (k, z, x0) at each network call of sampling. The last x0 is the sample.
+
+        k counts down from `form.steps` to 1. It is a point of the sampling grid, which has `form.steps` steps."""
         stride = self.grid.steps // self.form.steps
 
         def denoise(z: Tensor, i: int) -> Tensor:
             return self.x0(z, i * stride, condition, w)
 
-        return few_step.sample(self.form.sampler, denoise, noise, self.grid.subsample(stride), generator)
+        return few_step.states(self.form.sampler, denoise, noise, self.grid.subsample(stride), generator)
 
-    def x0(self, z: Tensor, i: int | Tensor, condition: Tensor | None, w: Tensor | None = None) -> Tensor:
-        """x0 (B, C, H, W) as estimated from z (B, C, H, W) at point i, or at points i (B,)."""
+    def x0(self, z: Tensor, i: int | Tensor, condition: Condition, w: Tensor | None = None) -> Tensor:
+        """Estimate x0 (B, C, H, W) from z (B, C, H, W) at point i, or at points i (B,)."""
         output = self._output(z, i, condition, w)
         alpha, sigma = self.level(i, z)
         if self.prediction == "both":
@@ -129,63 +161,80 @@ class Student(nn.Module):
             x0: Tensor = both_to_x0(of_x0, of_noise, z, alpha, sigma)
         else:
             x0 = to_x0(self.prediction, output, z, alpha, sigma)
-        if self.form.sampler != "consistency":
+        if self.form.boundary == "none":
             return x0
         skip, out = (column(factor, z) for factor in boundary(self.timesteps[i]))
         return skip * z + out * x0
 
-    def error(self, z: Tensor, i: Tensor, x0: Tensor, condition: Tensor | None, w: Tensor | None = None) -> Tensor:
-        """Squared error (B,) of the estimate to `x0`, averaged over elements. That of v is compared with what v would
-        be, in float64: where there is hardly any noise, estimates of x0 differ by less than float32 resolves."""
-        if self.prediction != "v_prediction":
+    def error(self, z: Tensor, i: Tensor, x0: Tensor, condition: Condition, w: Tensor | None = None) -> Tensor:
+        """Return the squared error (B,) of the estimate from z at points i (B,) against `x0`, averaged over elements.
+
+        For v and flow prediction, the error of the network's output is computed and converted to an error of x0. The
+        target output is computed in float64. Near clean data, differences of x0 are below the precision of float32."""
+        if self.prediction not in ("v_prediction", "flow_prediction"):
             return (self.x0(z, i, condition, w) - x0.to(z.dtype)).square().mean((1, 2, 3))
-        alpha, sigma = self.level(i, x0.double())
-        wanted = target("v_prediction", x0, (z - alpha * x0) / sigma, alpha, sigma)
+        level = self.level(i, x0.double())
+        wanted = target(self.prediction, x0, (z - level.alpha * x0) / level.sigma, *level)
         error = self._output(z, i, condition, w) - wanted.to(z.dtype)
-        return self.sigma[i].to(z.dtype) ** 2 * error.square().mean((1, 2, 3))
+        scale = self.sigma[i] / (
+            power(self.alpha[i], self.sigma[i]) if self.prediction == "v_prediction" else self.alpha[i] + self.sigma[i]
+        )
+        return scale.to(z.dtype) ** 2 * error.square().mean((1, 2, 3))
 
     def noised(self, x0: Tensor, noise: Tensor, i: Tensor) -> Tensor:
-        """z (B, C, H, W) at points i (B,): noise alone at the last."""
+        """Return z = alpha x0 + sigma noise (B, C, H, W) at points i (B,). At point N, z is the noise alone."""
         alpha, sigma = self.level(i, x0)
         return torch.where(column(i, i) == self.grid.steps, noise, alpha * x0 + sigma * noise)
 
-    def level(self, i: int | Tensor, z: Tensor) -> tuple[Any, Any]:
-        """(alpha, sigma) at point i, or at each of points i (B,), in z's dtype."""
+    def level(self, i: int | Tensor, z: Tensor) -> Level:
+        """Return the level at point i, as numbers, or at points i (B,), as tensors (B, 1, 1, 1) of z's dtype.
+
+        The timestep at points i is (B,)."""
         if isinstance(i, int):
             return self.grid.level(i)
-        return column(self.alpha[i], z), column(self.sigma[i], z)
+        return Level(column(self.alpha[i], z), column(self.sigma[i], z), self.timesteps[i])
 
-    def _output(self, z: Tensor, i: int | Tensor, condition: Tensor | None, w: Tensor | None) -> Tensor:
-        if condition is not None and condition.is_floating_point():
-            condition = condition.to(z.dtype)
-        if self.form.w_range is None:
-            output: Tensor = self.unet(z, self.timesteps[i], condition).sample
-            return output
-        if w is None:
-            raise ValueError("this student takes the strength of guidance as an input: give w")
-        embedding = embed(w, self.unet.config["time_cond_proj_dim"]).to(z.dtype)
-        guided: Tensor = self.unet(z, self.timesteps[i], condition, timestep_cond=embedding).sample
-        return guided
+    def _output(self, z: Tensor, i: int | Tensor, condition: Condition, w: Tensor | None) -> Tensor:
+        if self.form.w_range is not None and w is None:
+            raise ValueError("this student takes the guidance strength as an input: give w")
+        level = self.level(i, z)
+        if isinstance(i, int):
+            level = Level(level.alpha, level.sigma, self.timesteps[i])
+        given = z if self.dtype is None else z.to(self.dtype)
+        output = self.adapter.predict(self.network, given, level, condition, w if self.form.w_range else None)
+        return output if self.dtype is None else output.to(z.dtype)
+
+
+def _resolved(form: Form, prediction: StudentPrediction, teacher: Adapter, steps: int | None) -> tuple[Form, Grid]:
+    """Return the form with a prediction type, by default `prediction`, and the student's grid. Raises ValueError."""
+    form = form.model_copy(update={"prediction": form.prediction or prediction})
+    grid = Grid.of(form, teacher.schedule, steps)
+    if form.prediction == "epsilon" and grid.alpha[-1] == 0:
+        raise ValueError(
+            "the schedule ends in pure noise, where x0 cannot be computed from epsilon: give another prediction"
+        )
+    return form, grid
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """The form of the student exported to `folder`, as its student.json states it."""
+    """Return the fields of the form in the student.json of `folder`."""
     about: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
     del about["timesteps"]
     return about
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B,), or one for all, so that they multiply (B, C, H, W) of `like`'s dtype."""
+    """Return values (B,) or () as (B, 1, 1, 1) or (1, 1, 1, 1), in the dtype of `like`."""
     return values.to(like.dtype).view(-1, 1, 1, 1)
 
 
-def export(student: Student, teacher: NetworkTeacher, folder: Path, card: str) -> None:
-    """Write a folder that plain `DiffusionPipeline.from_pretrained(folder)` runs in the student's steps, where
-    diffusers has what it takes: see `plain`."""
-    form = student.form
-    grid = Grid.of(form.schedule, teacher.schedule, form.steps)
-    teacher.save_pipeline(student.unet, scheduler_of(form, grid, teacher.folder), folder)
+def export(student: Student, folder: Path, card: str) -> None:
+    """Write the student to `folder` as a diffusers pipeline, with student.json and `card` as README.md.
+
+    `DiffusionPipeline.from_pretrained(folder)` samples it in its steps, unless `Adapter.plain_error` says why not."""
+    form, adapter = student.form, student.adapter
+    grid = Grid.of(form, adapter.schedule)
+    adapter.save_pipeline(student.network, adapter.student_scheduler(form, grid), folder)
     timesteps = [int(t) if t.is_integer() else float(t) for t in grid.timesteps[:0:-1]]
     about = {**form.model_dump(mode="json"), "timesteps": timesteps}
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

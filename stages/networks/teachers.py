@@ -1,4 +1,4 @@
-"""What the pair factory asks of a teacher, and which one a sealed folder holds."""
+"""Teachers as the pair factory uses them: loading from a sealed folder, and solving the ODE."""
 
 from __future__ import annotations
 
@@ -16,54 +16,60 @@ from stages.diffusion.prediction import Array, Prediction
 from stages.diffusion.samplers import ddim, timesteps
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks import gaussian
+from stages.networks.adapters import adapter_of
 
 if TYPE_CHECKING:
-    from stages.networks.network import NetworkTeacher
+    from stages.networks.adapter import Adapter
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class Teacher(Protocol):
-    """A denoiser with its schedule. Arrays are torch tensors or NumPy arrays, as the teacher likes them."""
+    """A denoiser with its noise schedule. `Array` is a torch tensor or a NumPy array, whichever the teacher uses."""
 
     latent_shape: tuple[int, int, int]
+    """(C, H, W)."""
     schedule: NoiseSchedule
     prediction: Prediction
     device_name: str
+    """The GPU model, or `cpu`."""
 
-    def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Array, int], Array]: ...
-    def encode_prompts(self, prompts: Sequence[str]) -> Array | None: ...
-    def to_device(self, array: NDArray[np.floating]) -> Array: ...
-    def to_numpy(self, array: Array) -> NDArray[np.floating]: ...
-    def inference(self) -> AbstractContextManager[Any]: ...
+    def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Array, int], Array]:
+        """Return `denoise(z, t)`, the guided output at z (B, C, H, W) and timestep t for B prompts."""
+
+    def to_device(self, array: NDArray[np.floating]) -> Array:
+        """Convert a NumPy array to the teacher's kind of array, in float32."""
+
+    def to_numpy(self, array: Array) -> NDArray[np.floating]:
+        """Convert the teacher's kind of array to a NumPy array."""
+
+    def inference(self) -> AbstractContextManager[Any]:
+        """Return a context in which no gradients are recorded."""
 
 
 def load(folder: Path, execution: Execution, *, dtype: Dtype = "float32", compile: bool = False) -> Teacher:
-    """The teacher sealed in `folder`. torch is imported only for one that is a network."""
+    """Load the teacher that is sealed in `folder`. Torch is imported only if the teacher is a network."""
     if (folder / gaussian.FILE).exists():
         return gaussian.GaussianTeacher.load(folder)
     return load_network(folder, execution, dtype=dtype, compile=compile)
 
 
-def load_network(
-    folder: Path, execution: Execution, *, dtype: Dtype = "float32", compile: bool = False
-) -> NetworkTeacher:
-    """The network sealed in `folder`: in latents if there is a VAE, else in pixels."""
+def load_network(folder: Path, execution: Execution, *, dtype: Dtype = "float32", compile: bool = False) -> Adapter:
+    """Load the pipeline in `folder` with the adapter of its family. Raises Unsupported and PluginError."""
     import torch
 
     from stages.networks.compute import device_of
-    from stages.networks.latent import LatentTeacher
-    from stages.networks.pixel import PixelTeacher
 
-    kind = LatentTeacher if (folder / "vae").exists() else PixelTeacher
-    return kind(folder, device=device_of(execution), dtype=getattr(torch, dtype), compile=compile)
+    return adapter_of(folder)(folder, device=device_of(execution), dtype=getattr(torch, dtype), compile=compile)
 
 
 def trajectory(
     teacher: Teacher, noise: NDArray[np.floating], prompts: list[str], sampler: Sampler
 ) -> Iterator[tuple[int, Array]]:
-    """The teacher's ODE from `noise` (B, C, H, W): (t, z_t) at each point of the sampler's grid, descending, and at
-    last (-1, x0), in the teacher's own arrays."""
+    """Solve the teacher's probability-flow ODE from `noise` (B, C, H, W).
+
+    Yields (t, z_t) at each timestep of the sampler's grid, descending, and finally (-1, x0). z_t and x0 are the
+    teacher's kind of array."""
     grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
     denoise = teacher.denoiser(prompts, sampler.guidance_scale)
     start = teacher.to_device(noise)
@@ -74,7 +80,7 @@ def trajectory(
     from stages.networks import solvers
 
     solver = {"dpmpp_2m": solvers.dpmpp_2m, "heun": solvers.heun}[sampler.name]
-    if isinstance(start, np.ndarray):  # the schedulers of diffusers take tensors only
+    if isinstance(start, np.ndarray):  # diffusers' schedulers take only tensors
 
         def on_tensors(z: Array, t: int) -> Array:
             return torch.from_numpy(denoise(z.numpy(), t))
@@ -85,6 +91,6 @@ def trajectory(
 
 
 def solve(teacher: Teacher, noise: NDArray[np.floating], prompts: list[str], sampler: Sampler) -> Array:
-    """The end of the trajectory: what the ODE makes of `noise`."""
+    """Return x0 (B, C, H, W), the end of the trajectory from `noise` (B, C, H, W)."""
     *_, (_, x0) = trajectory(teacher, noise, prompts, sampler)
     return x0

@@ -1,4 +1,4 @@
-"""A small decoder in a VAE's place."""
+"""AutoencoderTiny (TAESD), a small decoder that replaces the VAE's in losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from stages.base import StageError
 
 
 def tiny_decoder(source: str, revision: str | None, channels: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The decoder of an AutoencoderTiny (TAESD), frozen: a folder or a hub id. Scaled latents to images in [-1, 1]."""
+    """Load a frozen AutoencoderTiny from a folder or hub id, and return its decoder.
+
+    The decoder maps latents (B, `channels`, h, w), multiplied by the teacher's scaling factor, to images (B, 3, H, W)
+    in [-1, 1], not clamped. Raises StageError if it cannot be loaded or has another number of latent channels."""
     try:
         vae = AutoencoderTiny.from_pretrained(source, revision=revision, use_safetensors=True)
     except (OSError, ValueError) as error:

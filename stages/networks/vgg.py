@@ -1,4 +1,4 @@
-"""The trunk of LatentLPIPS: VGG-16 that looks at latents, and what it is trained as, a classifier."""
+"""VGG-16 for latents or images: the trunk of a perceptual network, and the classifier as which it is trained."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from stages.base import StageError
 Space = Literal["latents", "pixels"]
 
 REMOVED_POOLS = (6, 13, 23)
-"""Places of the first three max-pools in torchvision's vgg16_bn."""
+"""Indices of the first three max-pooling layers in torchvision's `vgg16_bn.features`."""
 TAP_ENDS: dict[Space, tuple[int, ...]] = {"latents": (7, 14, 24, 34, 44), "pixels": (6, 13, 23, 33, 43)}
-"""Where each tapped block ends: in latents after its pool, which for the first three is none; in pixels, as in
-LPIPS (Zhang et al. 2018, 1801.03924), before it."""
+"""The index after the last layer of each tapped block. In pixels a block ends before its pooling layer, as in LPIPS
+(Zhang et al. 2018, 1801.03924). In latents it ends after it. The first three blocks have no pooling layer there."""
 
 
 class VGG(nn.Module):
-    """torchvision's `vgg16_bn.features`, its keys and places kept, `width` channels in the first block instead of 64.
+    """torchvision's `vgg16_bn.features` with `width` channels in the first block instead of 64.
 
-    In `latents`, an eighth as wide as images, the first three max-pools are removed and the first convolution takes
-    the latent's channels (Kang et al. 2024, 2405.05967, section 3.1). In `pixels` the network is the stock one.
+    Layers have the same indices and keys as in torchvision. For `latents`, whose sides are an eighth of the image's,
+    the first three max-pooling layers are removed, and the first convolution takes the latent's channels (Kang et al.
+    2024, 2405.05967, section 3.1). For `pixels` the layers are those of torchvision.
     """
 
     def __init__(self, channels: int, width: int = 64, space: Space = "latents") -> None:
@@ -46,17 +47,19 @@ class VGG(nn.Module):
 
     @property
     def tap_channels(self) -> list[int]:
-        """Channels of the five taps."""
+        """Number of channels of the five tapped features."""
         return [factor * self.width for factor in (1, 2, 4, 8, 8)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> the last block's (B, 8 width, h, w)."""
+        """Return the features of the last block, (B, 8 width, h, w), for x (B, channels, H, W)."""
         features: Tensor = self.features(x)
         return features
 
     def taps(self) -> nn.ModuleList:
-        """The five blocks that are tapped, frozen, each taking what the one before puts out: batch norms folded into
-        their convolutions, weights in channels-last order. A copy: this network stays as it is."""
+        """Return a frozen copy of the five tapped blocks. Each takes the output of the block before.
+
+        Batch norms are folded into the convolutions, with their running statistics. Weights are in channels-last memory
+        format."""
         blocks, start = nn.ModuleList(), 0
         for end in TAP_ENDS[self.space]:
             blocks.append(_folded([copy.deepcopy(layer) for layer in self.features[start:end]]))
@@ -65,6 +68,7 @@ class VGG(nn.Module):
 
 
 def _folded(layers: list[nn.Module]) -> nn.Sequential:
+    """Return the layers with batch norms folded into the convolutions before them, and without identities."""
     kept: list[nn.Module] = []
     for layer in layers:
         if isinstance(layer, nn.BatchNorm2d):
@@ -77,8 +81,11 @@ def _folded(layers: list[nn.Module]) -> nn.Sequential:
 
 
 class Classifier(nn.Module):
-    """VGG's own head over the trunk: a 7 x 7 average, or the map itself where it is smaller, and three linear layers
-    with dropout, of 64 `width` units. Several labels share them, each with logits of its own."""
+    """A VGG classifier: the trunk, average pooling to at most 7 x 7, and three linear layers with dropout.
+
+    The hidden layers have 64 `width` units. `classes` maps each label to its number of classes. Each label has its own
+    logits, and all share the other layers. `size` is the (height, width) of the inputs. Raises StageError if they are
+    too small for the trunk's pooling layers."""
 
     def __init__(self, trunk: VGG, classes: dict[str, int], size: tuple[int, int], dropout: float = 0.5) -> None:
         super().__init__()
@@ -88,7 +95,8 @@ class Classifier(nn.Module):
         if not all(pooled):
             (height, width), least = size, 2**halvings
             raise StageError(
-                f"{trunk.space} of {height} x {width} are too small for the network's pools: {least} a side at least"
+                f"{trunk.space} of {height} x {width} are too small for the network's pooling layers: height and width "
+                f"must be at least {least}"
             )
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(tuple(pooled)),
@@ -99,6 +107,6 @@ class Classifier(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, channels, H, W) -> for each label, logits (B, its classes)."""
+        """Return label -> logits (B, number of classes), for x (B, channels, H, W)."""
         logits = self.head(self.trunk(x)).split(list(self.classes.values()), dim=1)
         return dict(zip(self.classes, logits, strict=True))

@@ -1,4 +1,4 @@
-"""The worker of the pair factory: makes and publishes one shard."""
+"""The worker that makes and publishes shards of pairs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from stages.data.shards import write_shard
 from stages.diffusion.config import PairsExecution, Sampler
 from stages.diffusion.samplers import timesteps
 from stages.networks import teachers
+from stages.networks.adapter import INDEX, Adapter
 from stages.networks.teachers import Dtype
 
 
 @dataclass
 class ShardWorker:
-    """Makes shards. The teacher is loaded once; while one thread writes a shard another may solve the next."""
+    """Makes shards. It loads the teacher once. One thread can write a shard while another solves the next one.
+
+    Raises StageError if `path_timesteps` are not on the sampler's grid.
+    """
 
     teacher_artifact: Artifact
     teacher_sha256: str
@@ -52,7 +56,7 @@ class ShardWorker:
         grid = timesteps(len(self.teacher.schedule), self.sampler.steps, self.sampler.timestep_spacing)
         off = next((t for t in self.path_timesteps if t not in grid), None)
         if off is not None:
-            raise StageError(f"path_timesteps: {off} is no timestep of the sampler, whose are {grid}")
+            raise StageError(f"path_timesteps: {off} is not a timestep of the sampler; its timesteps are {grid}")
 
     def __call__(self, plan: ShardPlan) -> str:
         self._prepare()
@@ -71,7 +75,7 @@ class ShardWorker:
         return write_shard(tar, pairs, facts, self._provenance(seconds))
 
     def _solve(self, indices: range) -> Iterator[Pair]:
-        """One batch: noise, the ODE, and out again. Raises StageError if the teacher's output is not finite."""
+        """Draw noises of a batch, solve the ODE, and yield the pairs. Raises StageError if one is not finite."""
         teacher = self.teacher
         noise = np.stack([noise_for(self.seed, i, teacher.latent_shape, self.storage) for i in indices])
         texts = self.prompts.of(indices)
@@ -91,20 +95,19 @@ class ShardWorker:
             raise StageError(
                 f"the teacher's output for sample {first} (prompt {texts[first - indices[0]]!r}) is not finite in "
                 f"{self.storage}; {int((~finite).sum())} of this batch of {len(indices)} are affected. "
-                f"Check the teacher with `retort sample`, or use dtype: float32"
+                f"Check the teacher with `retort sample`, or set dtype: float32"
             )
         for row, index in enumerate(indices):
             yield Pair(index, texts[row], {name: array[row] for name, array in arrays.items()})
 
     def _embedded(self, texts: list[str]) -> np.ndarray:
-        states = self.teacher.encode_prompts(texts)
-        if states is None or states.ndim != 3:
+        if not isinstance(self.teacher, Adapter):
             raise StageError("text_embeddings: the teacher has no text encoder")
-        return self.teacher.to_numpy(states).astype(self.storage)
+        return self.teacher.to_numpy(self.teacher.text_states(texts)).astype(self.storage)
 
     def _prepare(self) -> None:
-        """In every thread that computes: a thread pool's setting belongs to the calling thread."""
-        if (self.teacher_artifact.folder / "unet").exists():
+        """Set the number of threads. Called in every thread that computes, because the setting is per thread."""
+        if (self.teacher_artifact.folder / INDEX).exists():
             from stages.networks.compute import prepare
 
             prepare(self.threads)

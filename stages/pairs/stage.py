@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from stages.data.records import ShardFacts
 
 SHARD_SIZE = 128
-"""Samples a shard, by default."""
+"""Default number of samples in a shard."""
 
 
 class Pairs(Stage):
-    """The teacher's ODE, solved once: (noise, latent, prompt) for each sample, in shards that workers share out."""
+    """Solves the teacher's ODE from random noise, and stores (noise, latent, prompt) of each sample in shards. Workers
+    make shards in parallel."""
 
     VERSION: ClassVar[int] = 2
     PARALLEL: ClassVar[bool] = True
@@ -69,23 +70,23 @@ class Pairs(Stage):
     @model_validator(mode="after")
     def _path_descends(self) -> Self:
         if self.path_timesteps != sorted(set(self.path_timesteps), reverse=True):
-            raise ValueError("path_timesteps are to descend, each given once")
+            raise ValueError("path_timesteps must be in descending order, each given once")
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        if self.shard_size > self.count and self.shard_size != SHARD_SIZE:  # nobody chose the default
-            yield "shard_size", f"{self.shard_size} pairs a shard, but only {self.count} in all: no shard would be full"
+        if self.shard_size > self.count and self.shard_size != SHARD_SIZE:  # the default is no deliberate choice
+            yield "shard_size", f"it is {self.shard_size}, but count is only {self.count}: no shard would be full"
         if self.prompts is None and self.sampler.guidance_scale != 1:
-            yield "sampler.guidance_scale", "there are no prompts to guide by; give prompts, or guidance_scale: 1"
+            yield "sampler.guidance_scale", "guidance needs prompts; give prompts, or set guidance_scale: 1"
 
     def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
-        """Of the words in the first prompts of a file: image sets are slow to load."""
+        """Warn about unknown words in the first prompts of a file. Image sets are not checked: they load slowly."""
         teacher = inputs["teacher"]
         assert isinstance(teacher.stage, Teacher)
         folder = teacher.stage.known(teacher.folder)
         if not folder or not self.prompts or not self.prompts.path:
             return
-        with suppress(StageError):  # prompts that cannot be read are an error once the stage runs
+        with suppress(StageError):  # the stage itself reports prompts that cannot be read
             text = unknown_words(folder, [next(read_prompts(self.prompts))[: self.count]])
             yield from [text] if text else []
 
@@ -116,7 +117,7 @@ class Pairs(Stage):
 
         context.pool.mkdir(parents=True, exist_ok=True)
         for left in list(filter(is_temporary, context.pool.rglob(".*"))):
-            left.unlink(missing_ok=True)  # a worker that outlived its driver may publish it just now
+            left.unlink(missing_ok=True)  # missing if a worker that outlived its driver has just published it
         files = (context.contents.get(f"prompts.{field}") for field in ("path", "images.path"))
         prompts_identity = next(filter(None, files), f"name:{self.prompts or ''}")
         plans = plan_shards(self.count, self.shard_size)
@@ -154,8 +155,10 @@ class Pairs(Stage):
 
 
 def _facts(tar: Path, teacher: str) -> ShardFacts | None:
-    """The facts of a shard that is there whole and comes from the teacher of this sha256; else None. A teacher that
-    was made again may have other bytes, and pairs of two teachers are never mixed."""
+    """Return the description of a shard if it is valid and was made by the teacher with this sha256, else None.
+
+    A teacher that is made again may have other bytes. Pairs of two teachers must not be mixed.
+    """
     from stages.data.receipts import valid_facts
 
     facts = valid_facts(tar)
@@ -163,15 +166,20 @@ def _facts(tar: Path, teacher: str) -> ShardFacts | None:
 
 
 def guidance_scales(form: Form, sources: Sequence[Artifact]) -> list[float]:
-    """Those that a student has built in: its own, or all that the pairs it is trained on have; none if it takes one as
-    an input, or nothing says."""
+    """Return the guidance scales that a student has built in: its own, or those of the pairs that it is trained on.
+
+    Empty if the student takes the scale as an input, or if the scale is unknown.
+    """
     if form.guidance_scale is not None or form.w_range is not None:
         return [] if form.guidance_scale is None else [form.guidance_scale]
     return sorted({one.stage.sampler.guidance_scale for one in sources if isinstance(one.stage, Pairs)})
 
 
 def _seal(context: StageContext, plans: list[ShardPlan], teacher: str, reused: int) -> Mapping[str, Any]:
-    """List the shards, each checked once more, and summarise their receipts."""
+    """Check every shard once more, write the list of shards, and return statistics from the receipts.
+
+    Raises StageError if a shard was removed or changed.
+    """
     from stages.data.statistics import Moments
 
     listed: list[ListedShard] = []

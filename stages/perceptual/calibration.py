@@ -1,4 +1,4 @@
-"""Calibration of a perceptual distance on triplets of images and their votes."""
+"""Calibrates a perceptual distance on triplets of images with votes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from stages.training import Batch, Player, TrainingSettings, Turn
 
 HIDDEN = 32
 SMALL = 0.1
-"""Added to a distance that another is divided by."""
+"""Added to denominators, so that ratios of distances stay finite."""
 
 
 class Heads(nn.Module):
-    """Weights of the channels of each tap, all alike at first, and the ranker that turns two distances into a vote."""
+    """The trained parameters: a weight for each channel of each tap (uniform at first), and the ranker.
+
+    The ranker predicts a vote from two distances. It is only used in training.
+    """
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -29,15 +32,17 @@ class Heads(nn.Module):
         )
 
     def forward(self, d0: Tensor, d1: Tensor) -> Tensor:
-        """Distances (B,) of a first and of a second image -> logits (B,) of the second being the closer one."""
+        """Return logits (B,) that the second image is the closer one. d0, d1: (B,), the distances of both images."""
         seen = torch.stack([d0, d1, d0 - d1, d0 / (d1 + SMALL), d1 / (d0 + SMALL)], 1)
         logits: Tensor = self.ranker(seen)[:, 0]
         return logits
 
 
 class CalibrationTraining:
-    """Binary cross-entropy of a ranking of two distances against the votes, the trunk frozen, weights kept
-    non-negative (Zhang et al. 2018, 1801.03924, section 4: "lin")."""
+    """Trains the heads on a frozen trunk, with the binary cross-entropy between the ranker's output and the votes.
+
+    Weights are clamped to be non-negative. Source: Zhang et al. 2018, 1801.03924, section 4, variant "lin".
+    """
 
     def __init__(self, metric: LPIPS, heads: Heads, training: TrainingSettings, dropout: float) -> None:
         self.metric, self.heads, self.dropout = metric, heads, dropout
@@ -47,7 +52,7 @@ class CalibrationTraining:
         return [Turn("heads", self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch`: reference, first, second (B, C, H, W); votes (B,), the share of people for the second."""
+        """`batch`: reference, first, second, each (B, C, H, W); votes (B,), the share of people who chose second."""
         self.metric.check(batch["reference"], batch["first"])
         with torch.no_grad():
             reference = [unit(f) for f in self.metric.features(batch["reference"])]

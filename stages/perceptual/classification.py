@@ -1,4 +1,4 @@
-"""Training of the perceptual network as a classifier."""
+"""Trains the perceptual network as a classifier."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stages.networks.vgg import Classifier
 from stages.training import Batch, Player, TrainingSettings, Turn
 
 SHIFT = 16
-"""Images are moved by up to a SHIFT-th of their side."""
+"""Images are shifted by up to 1/SHIFT of their shorter side."""
 
 
 class ClassificationTraining:
-    """L = sum over labels of the cross-entropy, on images that are shifted and, if asked, mirrored at random."""
+    """L = sum over labels of the cross-entropy. Images are randomly shifted and, with `mirror`, mirrored."""
 
     def __init__(self, classifier: Classifier, training: TrainingSettings, mirror: bool) -> None:
         self.classifier, self.mirror = classifier, mirror
@@ -38,7 +38,7 @@ class ClassificationTraining:
 
 
 def _moved(x: Tensor, mirror: bool) -> Tensor:
-    """Each sample shifted by whole pixels, borders reflected, and mirrored by a fair coin if `mirror`."""
+    """Shift each sample by whole pixels, with reflected borders. With `mirror`, mirror it with probability 1/2."""
     n, _, height, width = x.shape
     by = min(height, width) // SHIFT
     padded = functional.pad(x, (by,) * 4, "reflect")
@@ -52,7 +52,7 @@ def _moved(x: Tensor, mirror: bool) -> Tensor:
 
 @torch.no_grad()
 def top_1(classifier: Classifier, batches: Iterator[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, float]:
-    """The share of images whose class is given rightly, for each label."""
+    """Return label -> accuracy of the most probable class, over all batches."""
     device = next(classifier.parameters()).device
     right: dict[str, list[Tensor]] = {}
     for x, labels in batches:

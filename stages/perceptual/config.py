@@ -1,4 +1,4 @@
-"""Settings of the training of a perceptual network. Imports no torch."""
+"""Settings for training a perceptual network. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stages.training import TrainingSettings
 
 
 class Classification(Config):
-    """The trunk's training: cross-entropy over the classes of the images, summed over labels where they have several.
+    """How the trunk is trained: by the cross-entropy of the images' classes, summed over labels if there are several.
 
-    The paper trains on ImageNet and does not say how (2405.05967); this recipe is our own: AdamW, images shifted by
-    up to 1/16 of their side, in whole pixels, with reflected borders (latents of fewer than 16 a side: not at all).
+    The paper (2405.05967) trains on ImageNet and does not describe the recipe. Ours uses AdamW, and random shifts of up
+    to 1/16 of the side in whole pixels, with reflected borders. Inputs of fewer than 16 pixels are not shifted.
     """
 
     training: TrainingSettings = Field(description="how the trunk and the classifier are trained")
@@ -33,9 +33,9 @@ class Classification(Config):
 
 
 class CalibrationTraining(TrainingSettings):
-    """How the heads are optimised: by default as LPIPS's own script does it (Zhang et al. 2018, 1801.03924), with Adam
-    at 1e-4, constant for half of the steps and then falling linearly; theirs are some 30,000 steps of 50 triplets.
-    Unlike there the gradient is clipped and weights are averaged, as everywhere here."""
+    """How the heads are trained. The defaults are those of the LPIPS script (Zhang et al. 2018, 1801.03924): Adam with
+    learning rate 1e-4, constant for half of the steps and then falling linearly. The script takes about 30,000 steps of
+    50 triplets. Unlike the script, Retort clips gradients and averages weights, as in all of its trainings."""
 
     batch_size: int = Field(50, ge=1, description="triplets in a batch; an optimizer step uses `accumulate` batches")
     learning_rate: float = Field(1e-4, gt=0, description="learning rate after the warm-up and before the decay")
@@ -51,8 +51,8 @@ class CalibrationTraining(TrainingSettings):
 
 
 class Calibration(Config):
-    """The heads' training: weights of channels with which distances agree with judgements of which of two distorted
-    images is the closer one."""
+    """How the heads, the weights of the channels, are trained. They are fitted so that distances agree with judgements
+    of which of two distorted images is closer to the reference."""
 
     training: CalibrationTraining = Field(description="how the heads are trained")
     dropout: float = Field(
@@ -62,7 +62,7 @@ class Calibration(Config):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a `perceptual` stage asks for; None for what a network taken from elsewhere needs none of."""
+    """The settings of a `perceptual` stage. A field is None if the stage does not use it."""
 
     space: Literal["latents", "pixels"]
     width: int

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Latents(NamedTuple):
-    """What a published network compares: (z - shift) * scale, for a latent z as the model's VAE gives it."""
+    """The inputs of a published network: (z - shift) * scale, for the output z of the model's VAE encoder."""
 
     model: str
     channels: int
@@ -44,24 +44,30 @@ FIRST = "net.slice1.0.weight"
 
 
 def download(name: str) -> Path:
-    """The published checkpoint of that name, a key of PUBLISHED, in the hub client's cache. Raises StageError."""
+    """Download a published checkpoint to the hub client's cache, and return its path. `name` is a key of PUBLISHED.
+
+    Raises StageError if it cannot be downloaded.
+    """
     from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it warns at every retry, of what is said below once
+    logging.set_verbosity_error()  # no warning at each retry; the error below is enough
     file = f"{FOLDER}/{name}{ENDING}"
     try:
         return Path(hf_hub_download(REPOSITORY, file))
-    except Exception as error:  # the hub's client raises many kinds, all meaning: not reached or not there
+    except Exception as error:  # the hub's client raises many kinds; all mean: not reached, or not found
         raise StageError(
-            f"the weights of {name} cannot be downloaded ({type(error).__name__}); where there is a network, fetch "
-            f"{hf_hub_url(REPOSITORY, file)}, and give the file's path instead of its name"
+            f"the weights of {name} cannot be downloaded ({type(error).__name__}); fetch "
+            f"{hf_hub_url(REPOSITORY, file)} on a machine with a network, and give the file's path instead of its name"
         ) from error
 
 
 def import_weights(source: Path, out: Path) -> None:
-    """Write the checkpoint `source`, a trunk with its calibrated heads in the published layout, as the folder `out`
-    that `networks.perceptual.read` reads: whole or not at all. Raises StageError for anything else."""
+    """Convert the published checkpoint `source` to the folder `out`, which `networks.perceptual.read` reads.
+
+    The checkpoint holds a trunk and calibrated heads. `out` is written completely or not at all. Raises StageError if
+    the checkpoint has another content.
+    """
     from stages.networks import perceptual
     from stages.networks.vgg import VGG
 
@@ -74,7 +80,7 @@ def import_weights(source: Path, out: Path) -> None:
     heads = [tensors.pop(f"heads.{k}") for k in range(len(trunk.tap_channels))]
     for k, head in enumerate(heads):
         if not bool(((head >= 0) & head.isfinite()).all()):
-            raise StageError(f"{source}: lins.{k} has weights that are not finite and at least 0, as a distance needs")
+            raise StageError(f"{source}: lins.{k} has weights that are negative or not finite")
     trunk.load_state_dict(tensors)
     origin = f"elatentlpips, {source.name}, sha256 {sha256_of(source)}"
     about = perceptual.About("latents", channels, width, origin, licence=LICENCE, images="imagenet")
@@ -96,38 +102,38 @@ def _load(source: Path) -> dict[str, Tensor]:
         loaded: Any = torch.load(source, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # the loader raises many kinds, UnpicklingError for what it refuses
+    except Exception as error:  # the loader raises many kinds, and UnpicklingError for code
         raise StageError(
-            f"{source} cannot be read ({type(error).__name__}): it is damaged, or no file of torch.save, or it holds "
-            "more than tensors, and loading that could run whatever code its maker put there, so that it is refused"
+            f"{source} cannot be read ({type(error).__name__}): it is damaged, it is no file of torch.save, or it "
+            "holds more than tensors. Such a file is refused, because loading it could run any code"
         ) from None
     if isinstance(loaded, dict) and "state_dict" in loaded:
         raise StageError(
-            f"{source} holds a `state_dict` beside other things, as the published classifiers do (NAME_latent_vgg16"
-            f".pth.tar): these have no calibrated heads; expected NAME{ENDING}, which has trunk and heads"
+            f"{source} holds a `state_dict`, like the published classifiers (NAME_latent_vgg16.pth.tar): these have no "
+            f"calibrated heads; expected NAME{ENDING}, which has trunk and heads"
         )
     if not isinstance(loaded, dict):
         raise StageError(f"{source} holds no mapping of names to tensors; expected one, as in NAME{ENDING}")
     others = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if others:  # torch's loader lets some through, and which ones depends on its version
         raise StageError(
-            f"{source} holds more than tensors: {_some(others)}; expected tensors alone, as in NAME{ENDING}"
+            f"{source} holds more than tensors: {_some(others)}; expected only tensors, as in NAME{ENDING}"
         )
     return loaded
 
 
 def _first_convolution(source: Path, loaded: dict[str, Tensor]) -> tuple[int, int]:
-    """Its channels in and out."""
+    """Return the input and output channels of the first convolution. Raises StageError."""
     if FIRST not in loaded:
         raise StageError(
-            f"{source} is no published E-LatentLPIPS checkpoint: expected {FIRST} and others of net.* and lins.*, "
+            f"{source} is no published E-LatentLPIPS checkpoint: expected {FIRST} and other tensors net.* and lins.*, "
             f"found {_some(loaded)}"
         )
     shape, allowed = tuple(loaded[FIRST].shape), sorted({latents.channels for latents in PUBLISHED.values()})
     if len(shape) != 4 or shape[1] not in allowed:
         raise StageError(
-            f"{source}: {FIRST} has shape {shape}; expected (64, C, 3, 3), with the channels of latents, "
-            f"{' or '.join(map(str, allowed))}, for C; a network for images has 3 there"
+            f"{source}: {FIRST} has shape {shape}; expected (64, C, 3, 3), where C is the number of latent channels, "
+            f"{' or '.join(map(str, allowed))}; a network for images has C = 3"
         )
     return shape[1], shape[0]
 
@@ -159,7 +165,7 @@ def _compare(source: Path, loaded: dict[str, Tensor], expected: dict[str, tuple[
         *([f"it lacks {_some(missing)}"] if missing else []),
         *([f"it has {_some(unexpected)}, which were not expected"] if unexpected else []),
         *([f"{name} has shape {found}, expected {expected[name]}" for name, found in list(shapes.items())[:1]]),
-        *([f"so have {len(shapes) - 1} more a wrong one"] if len(shapes) > 1 else []),
+        *([f"{len(shapes) - 1} more have a wrong shape"] if len(shapes) > 1 else []),
     ]
     if problems:
         raise StageError(f"{source} is no published E-LatentLPIPS checkpoint: {'; '.join(problems)}")
@@ -176,7 +182,7 @@ def _card(source: Path, about: About) -> str:
     inputs = f"latents of {about.channels} channels, scaled as their VAE's config says"
     if latents and latents.channels == about.channels:
         z = f"(z - {latents.shift})" if latents.shift else "z"
-        inputs = f"latents of {latents.model}: {z} * {latents.scale}, for z as its VAE gives it"
+        inputs = f"latents of {latents.model}: {z} * {latents.scale}, where z is the output of its VAE encoder"
     return f"""---
 license: {about.licence}
 ---
@@ -185,10 +191,10 @@ license: {about.licence}
 A perceptual distance for {inputs}.
 
 Weights by Minguk Kang, published at {SITE} under the licence CC BY-NC 4.0
-(https://creativecommons.org/licenses/by-nc/4.0/): not for commercial use, and with this notice. They belong to
-"Distilling Diffusion Models into Conditional GANs" (Kang et al. 2024, https://arxiv.org/abs/2405.05967), made again by
-their author for that repository.
+(https://creativecommons.org/licenses/by-nc/4.0/): keep this notice, and do not use them commercially. They belong to
+"Distilling Diffusion Models into Conditional GANs" (Kang et al. 2024, https://arxiv.org/abs/2405.05967). Its author
+trained them again for that repository.
 
-Changed by `retort import-weights`: tensors renamed, heads flattened and written once. The numbers are as published.
-From {about.trunk.removeprefix("elatentlpips, ")}.
+Changes by `retort import-weights`: tensors are renamed, and heads are flattened and written once. The numbers are as
+published. Source file: {about.trunk.removeprefix("elatentlpips, ")}.
 """

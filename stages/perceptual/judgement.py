@@ -15,14 +15,17 @@ from stages.perceptual.seen import SeenTriplets
 BATCH = 64
 
 Metrics = dict[str, Callable[[Tensor, Tensor], Tensor]]
-"""Name -> a distance of each of two batches' samples: (B,). The first is the one that is judged, beside the others."""
+"""Name -> a distance between the samples of two batches, (B,). The first metric is tested, the others are baselines."""
 
 
 @torch.no_grad()
 def judged(metrics: Metrics, triplets: SeenTriplets, device: torch.device) -> dict[str, Any]:
-    """For each category, and for all: how many triplets, whether the heads never saw its like, and where people
-    voted their ceiling; of each metric its score with the standard error, and how far below the first metric's it is on
-    the same triplets."""
+    """Return the 2AFC scores of metrics for each category, and for all triplets together.
+
+    Each entry has the number of triplets, whether the category is unseen (not in the calibration), and each metric's
+    score with its standard error. For metrics after the first, it has how much lower they score than the first on the
+    same triplets. If people voted, it also has the human ceiling.
+    """
     scores = {name: _scores(metric, triplets, device) for name, metric in metrics.items()}
     first = next(iter(scores))
     found: dict[str, Any] = {}
@@ -30,7 +33,7 @@ def judged(metrics: Metrics, triplets: SeenTriplets, device: torch.device) -> di
         index = slice(places.start, places.stop)
         votes = triplets.votes[index]
         found[category] = {"count": len(places), "unseen": category in triplets.unseen, "metrics": {}}
-        if ((votes > 0) & (votes < 1)).any():  # people disagree; a rule never does
+        if ((votes > 0) & (votes < 1)).any():  # only people disagree
             found[category]["human_ceiling"] = two_afc.human_ceiling(votes)
         for name, values in scores.items():
             score, error = two_afc.score_with_error(values[index])

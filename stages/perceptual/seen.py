@@ -1,4 +1,4 @@
-"""The inputs of a perceptual network: images and triplets as teacher latents, or as pixels."""
+"""The inputs of a perceptual network: images and triplets, as latents of the teacher or as pixels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stages.data.triplets.triplets import Triplets
 
 Index = slice | NDArray[np.int64]
 Encode = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) in [-1, 1] -> what the network sees of them (B, C, h, w)."""
+"""Images (B, 3, H, W) in [-1, 1] -> inputs of the network (B, C, h, w)."""
 
 BATCH = 64
 RECORD_EVERY = 16
@@ -32,23 +32,25 @@ REACHED = "encoded.json"
 
 @dataclass(frozen=True)
 class Seen:
-    """A labelled image set: `x` gives (B, C, H, W) of an index, float32."""
+    """A labelled image set. `x` returns the inputs at an index, (B, C, H, W) float32. labels: name -> (N,)."""
 
     x: Callable[[Index], Tensor]
     labels: dict[str, Tensor]
     count: int
 
     def batch(self, index: Index) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the inputs (B, C, H, W) and labels, name -> (B,), at `index`."""
         return self.x(index), {name: values[index] for name, values in self.labels.items()}
 
     def batches(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """All of it, in order."""
+        """Yield the whole set in order, in batches of inputs and labels."""
         return (self.batch(slice(start, start + BATCH)) for start in range(0, self.count, BATCH))
 
 
 @dataclass(frozen=True)
 class SeenTriplets:
-    """arrays: reference, first and second, each (N, C, H, W), memory-mapped; the rest as of Triplets."""
+    """Encoded triplets. arrays: reference, first and second, each (N, C, H, W), memory-mapped. Other fields are as in
+    Triplets."""
 
     arrays: dict[str, NDArray[np.floating]]
     votes: NDArray[np.float32]
@@ -56,12 +58,15 @@ class SeenTriplets:
     unseen: frozenset[str]
 
     def batch(self, index: Index) -> dict[str, Tensor]:
+        """Return reference, first and second at `index`, each (B, C, H, W) float32."""
         return {name: torch.from_numpy(values[index].astype(np.float32)) for name, values in self.arrays.items()}
 
 
 def encoded(triplets: Triplets, encode: Encode, folder: Path, dtype: np.dtype) -> Iterator[int]:
-    """Write what the network sees of all triplets to `folder`, from where an earlier attempt ended; yields how many
-    are done. Raises StageError for what `dtype` cannot hold."""
+    """Encode all triplets and write them to `folder`, continuing an earlier attempt. Yield how many are encoded.
+
+    Raises StageError if a value does not fit into `dtype`.
+    """
     count, record = len(triplets.votes), folder / REACHED
     folder.mkdir(parents=True, exist_ok=True)
     reached = json.loads(record.read_text(encoding="utf-8"))["done"] if record.exists() else 0
@@ -82,18 +87,18 @@ def encoded(triplets: Triplets, encode: Encode, folder: Path, dtype: np.dtype) -
 
 
 def _encoded(triplets: Triplets, encode: Encode, places: range, dtype: np.dtype) -> Sequence[NDArray[np.floating]]:
-    with np.errstate(over="ignore"):  # what comes of it is looked at
+    with np.errstate(over="ignore"):  # infinite values are found below
         found = [
             encode(torch.from_numpy(scaled(images))).cpu().numpy().astype(dtype)
             for images in triplets.batch(np.array(places))
         ]
     if not all(np.isfinite(values).all() for values in found):
         where = f"triplets {places.start} to {places.stop}"
-        raise StageError(f"{where} hold numbers too large for {dtype}: give the latents storage_dtype: float32")
+        raise StageError(f"{where} have values too large for {dtype}: set storage_dtype: float32 in the latents stage")
     return found
 
 
 def read(triplets: Triplets, folder: Path) -> SeenTriplets:
-    """What `encoded` wrote."""
+    """Read the triplets that `encoded` wrote."""
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in SIDES}
     return SeenTriplets(arrays, triplets.votes, triplets.categories, triplets.unseen)

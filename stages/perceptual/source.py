@@ -24,23 +24,23 @@ from stages.perceptual.seen import Encode, Seen, SeenTriplets
 from stages.training import TrainingExecution
 
 SOURCES = 20_000
-"""Images, at most, that synthetic triplets are made of."""
+"""Maximum number of images that synthetic triplets are made from."""
 
 
 class Source:
-    """What the network of a recipe sees: labelled images and triplets, as latents of the teacher or as they are."""
+    """The inputs of a perceptual network: labelled images and triplets, as latents of the teacher or as pixels."""
 
     def __init__(self, recipe: Recipe, execution: TrainingExecution, scratch: Path) -> None:
         assert recipe.latents and isinstance(recipe.latents.stage, Latents)
         self.recipe, self.latents, self.scratch = recipe, recipe.latents, scratch
         self.images: ImageSet = recipe.latents.stage.images
         self.dtype = np.dtype(recipe.latents.stage.storage_dtype)
-        self._verified = cache(lambda: images_of(self.latents))  # which reads all files
+        self._verified = cache(lambda: images_of(self.latents))  # cached, because it reads all files
         self._teacher = cache(lambda: load_network(self.latents.inputs["teacher"].folder, execution))
         self._encode: Encode = lambda images: images if recipe.space == "pixels" else self._teacher().encode(images)
 
     def seen(self, held_out: bool) -> Seen:
-        """The labelled images, as the network sees them."""
+        """Return the labelled images of a split as inputs of the network."""
         if self.recipe.space == "latents":
             encoded = read_latents(self.latents.folder, held_out)
             labels = {name: torch.from_numpy(values) for name, values in encoded.labels.items()}
@@ -50,7 +50,7 @@ class Source:
         return Seen(lambda index: torch.from_numpy(images.pixels(index)), labels, len(images))
 
     def triplets(self, held_out: bool) -> Triplets:
-        """Those to calibrate on, or to test on."""
+        """Return the triplets to calibrate on, or with `held_out` those to test on."""
         assert self.recipe.triplets
         return self.recipe.triplets.load(self._sources, held_out)
 
@@ -58,6 +58,7 @@ class Source:
         return load(self._verified(), held_out=held_out, limit=SOURCES, scratch=self.scratch / "sources")
 
     def encoded(self, triplets: Triplets, name: str) -> Generator[Progress, None, SeenTriplets]:
+        """Encode triplets to the scratch folder, continuing an earlier attempt, and return them. `name` names them."""
         folder = self.scratch / name.replace(" ", "_")
         for done in seen.encoded(triplets, self._encode, folder, self.dtype):
             yield Progress(done, len(triplets.votes), f"{name} encoded")

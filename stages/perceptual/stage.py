@@ -1,4 +1,4 @@
-"""`kind: perceptual`: the network of a perceptual loss, for a teacher's latents or for pixels."""
+"""`kind: perceptual`: trains the network of a perceptual loss, for a teacher's latents or for pixels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from stages.training import TrainingExecution
 from stages.training.players import training_progress
 
 SMALLEST = 32
-"""Pixels a side that VGG's five poolings leave anything of."""
+"""Smallest side of an image in pixels: VGG's five poolings reduce it to one."""
 
 
 class Perceptual(Stage):
-    """Train a VGG-16 to classify latents, weight its channels by judgements of likeness, and test it (LatentLPIPS, Kang
-    et al. 2024, 2405.05967, section 3.1). Or take one with `from`.
+    """Trains the network of LatentLPIPS (Kang et al. 2024, 2405.05967, section 3.1), and tests it. A VGG-16 learns to
+    classify latents. Then weights of its channels are fitted to judgements of similarity. With `from`, an existing
+    network is used instead.
 
-    `space: pixels` trains the same network on the images themselves, with all its pools: the reference where the
-    weights of the lpips package cannot be had.
+    `space: pixels` trains the network on images instead of latents, with all poolings of VGG-16. It replaces the lpips
+    package where its weights cannot be downloaded.
     """
 
     VERSION: ClassVar[int] = 1
@@ -57,13 +58,13 @@ class Perceptual(Stage):
         if self.from_ is None:
             missing = [name for name in ("latents", "triplets", "calibration") if getattr(self, name) is None]
             if missing:
-                raise ValueError(f"{' and '.join(missing)} missing: what is not taken `from` a folder is trained")
+                raise ValueError(f"{' and '.join(missing)} missing: give them to train a network, or give `from`")
         elif given := {"classification", "calibration", "width"} & self.model_fields_set:
-            raise ValueError(f"a network taken `from` a folder is what it is: leave {' and '.join(sorted(given))} out")
+            raise ValueError(f"a network `from` a folder is not trained: leave {' and '.join(sorted(given))} out")
         elif self.latents and not self.triplets:
-            raise ValueError("latents are for testing a network `from` a folder: give triplets, too, or leave them out")
+            raise ValueError("a network `from` a folder uses latents only for a test: give triplets, or no latents")
         elif self.triplets and not self.latents:
-            raise ValueError("to be tested on triplets it needs latents: they say with which VAE triplets are encoded")
+            raise ValueError("a test on triplets needs latents: their teacher's VAE encodes the triplets")
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
@@ -78,7 +79,8 @@ class Perceptual(Stage):
         ):
             yield (
                 "space",
-                f"pixels: five poolings leave nothing of images of {latents.images.size}; {SMALLEST} at least",
+                f"pixels: images of {latents.images.size} pixels are too small for five poolings; give at least "
+                f"{SMALLEST}",
             )
 
     def progress_in(self, work: Path, pool: Path) -> str | None:

@@ -33,18 +33,18 @@ from stages.training.loop import Trained, train
 log = logging.getLogger(__name__)
 
 FEW = 1024
-"""Samples that the standard deviation of what is trained on is measured on."""
+"""Number of samples from which the standard deviation of the inputs is estimated."""
 
 
 def train_perceptual(
     recipe: Recipe, execution: TrainingExecution, seed: int, output: Path, threads: int
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Fill `output` with a trained network and its test; return its figures. Raises StageError."""
+    """Train a network, test it, and write both to `output`. Return its figures. Raises StageError."""
     assert recipe.latents
     prepare(threads)
     scratch, device = output / SCRATCH, torch.device(device_of(execution))
     source = Source(recipe, execution, scratch)
-    judgements, tests = source.triplets(False), source.triplets(True)  # what is wrong with them is said at once
+    judgements, tests = source.triplets(False), source.triplets(True)  # early, to report their problems at once
     training = source.seen(False)
     channels, *size = training.x(slice(0, 1)).shape[1:]
     torch.manual_seed(seed)
@@ -60,8 +60,8 @@ def train_perceptual(
         figures = {"top_1": float(np.mean(list(found.values()))), "top_1_by_label": found}
         trunk = best.trunk.cpu()
     else:
-        log.warning("there is no `classification`: the trunk stays random")
-    some = np.linspace(0, training.count - 1, FEW).astype(np.int64)  # files often come class by class
+        log.warning("there is no `classification`, so the weights of the trunk stay random")
+    some = np.linspace(0, training.count - 1, FEW).astype(np.int64)  # files are often sorted by class
     about = About(
         space=recipe.space,
         channels=channels,
@@ -87,12 +87,13 @@ def train_perceptual(
 def adopt_perceptual(
     folder: Path, recipe: Recipe, execution: TrainingExecution, output: Path, threads: int
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Fill `output` with the network of `folder`, tested where there are triplets. Raises StageError."""
+    """Copy the network of `folder` to `output`, and test it if the recipe has triplets. Return its figures. Raises
+    StageError."""
     prepare(threads)
     device = torch.device(device_of(execution))
     trunk, heads, about = perceptual.read(folder)
     if about.space != recipe.space:
-        raise StageError(f"from: the network in {folder} looks at {about.space}, not at {recipe.space}")
+        raise StageError(f"from: the network in {folder} compares {about.space}, not {recipe.space}")
     perceptual.write(output, trunk, heads, about)
     figures: dict[str, Any] = {**asdict(about), "device": device_name(device.type)}
     if recipe.triplets:
@@ -134,7 +135,7 @@ def calibrate(
     seed: int,
     scratch: Path,
 ) -> Generator[Progress, None, tuple[list[torch.Tensor], Trained]]:
-    """The heads, each (C_k,), and how they came about."""
+    """Train the heads. Return the weights of each tap, (C_k,), and the record of the training."""
     assert recipe.calibration
     settings = recipe.calibration.training
     torch.manual_seed(seed)

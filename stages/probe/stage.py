@@ -1,4 +1,4 @@
-"""`kind: probe`: a classifier of real images, whose features and labels evaluations use."""
+"""`kind: probe`: trains a classifier of real images. Evaluations use its features and predictions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from stages.data.images.config import IMAGE_SETS, Digits, ImageSet
 
 
 class Probe(Stage):
-    """A classifier of real images: evaluations measure prompt accuracy by its heads, distances in its features.
+    """Trains a classifier of real images. Evaluations use its predictions for prompt accuracy, and its features for
+    distances.
 
-    Trained once and sealed, so that all evaluations that name it look through the same eyes.
+    A probe is trained once, so figures of all evaluations with the same probe can be compared.
     """
 
     VERSION: ClassVar[int] = 1
@@ -28,14 +29,14 @@ class Probe(Stage):
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         if not self.images.labelled:
-            yield "images", "needs its label: a probe is trained on classes"
+            yield "images", "a probe is trained on classes; set `label` of the images"
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
         return context.run(_train, self, context.seed, context.output, context.threads)
 
 
 def _train(stage: Probe, seed: int, output: Path, threads: int) -> Generator[Progress, None, dict[str, Any]]:
-    """Fill `output`; return how often the classifier is right on images that it never saw."""
+    """Train the classifier and write it to `output`. Return its accuracy on held-out images."""
     from stages.data.images import digits
     from stages.data.images.load import load
     from stages.networks.compute import device_name, device_of, prepare

@@ -24,13 +24,15 @@ STYLE = """
 
 
 class Point(NamedTuple):
+    """A figure at a number of steps, with its standard error."""
+
     steps: int
     value: float
     spread: float
 
 
 def family(row: Row) -> str:
-    """What a student is called whatever its steps: student[w=2] of student/4[w=2], or of student[w=2,steps=4]."""
+    """Return a row's name without its number of steps: student[w=2] for student/4[w=2] and student[w=2,steps=4]."""
     if row.kind == "teacher":
         return "teacher"
     head, _, inside = row.name.partition("[")
@@ -39,7 +41,7 @@ def family(row: Row) -> str:
 
 
 def chart(rows: Sequence[Row]) -> str:
-    """Of one section; empty if there is no student, or nothing of several steps."""
+    """Return the chart of a section as HTML. Empty if there is no student, or if all rows have the same steps."""
     meant = {row.name for row in rows if row.kind == "mean"}
     drawn = [row for row in rows if row.steps and seedless(row.name) not in meant]
     if len({row.steps for row in drawn}) < 2 or all(row.kind == "teacher" for row in drawn):
@@ -89,7 +91,7 @@ def _panel(figure: str, lines: dict[str, list[Row]], colours: dict[str, str]) ->
 def _line(
     name: str, points: Sequence[Point], colour: str, x: Callable[[int], float], y: Callable[[float], float]
 ) -> str:
-    """Points joined, each with its standard error."""
+    """Return an SVG line through points, with error bars of one standard error."""
     corners = " ".join(f"{x(p.steps):.1f},{y(p.value):.1f}" for p in points)
     marks = "".join(
         f'<line stroke="{colour}" x1="{x(p.steps):.1f}" x2="{x(p.steps):.1f}" '
@@ -103,7 +105,7 @@ def _line(
 
 
 def _points(rows: Sequence[Row], figure: str) -> list[Point]:
-    """By steps. A logarithm has no place for what is 0 by definition."""
+    """Return the points of a figure, sorted by steps. Without zeros if its axis is logarithmic."""
     found = []
     for row in rows:
         value = row.figures.get(figure)
@@ -124,7 +126,7 @@ def _decades(values: Sequence[float]) -> list[float]:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """About five, evenly, from one at most `low` to one at least `high`."""
+    """Return about five evenly spaced round numbers that cover the range from `low` to `high`."""
     rough = (high - low) / 5 or 1.0
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(n * unit for n in (1, 2, 5, 10) if n * unit >= rough)

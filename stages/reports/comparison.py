@@ -28,20 +28,20 @@ STYLE = """
 
 
 def page(sections: Sequence[Section], remarks: Sequence[str]) -> str:
-    """One self-contained HTML page; `remarks` stand at its top. Raises OSError if a strip cannot be read."""
+    """Return a self-contained HTML page, with `remarks` at the top. Raises OSError if a strip cannot be read."""
     notes = "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Retort: students compared</title><style>{pictures.STYLE}{STYLE}{CHART_STYLE}</style></head>
 <body><h1>Students compared</h1>
-<p>Every column is one noise and one prompt, the same in all rows of a section.</p>{notes}
+<p>Each column shows one noise and one prompt, the same in all rows of a section.</p>{notes}
 {"".join(map(_section, sections))}
 </body></html>
 """
 
 
 def figure(section: Section, columns: int) -> Image.Image:
-    """A section's images, `columns` of each row at most. Raises OSError if a strip cannot be read."""
+    """Draw a section's images, at most `columns` of each row. Raises OSError if a strip cannot be read."""
     return pictures.figure(_images(section, columns), section.shown["prompts"][:columns])
 
 
@@ -55,7 +55,8 @@ def _section(section: Section) -> str:
 
 
 def _images(section: Section, columns: int | None = None) -> list[pictures.Row]:
-    """Of the rows that have images: name, note and network calls, a line each, and the first images."""
+    """Return label and first `columns` images of each row that has images. The label has lines for name, note and
+    network calls."""
     from PIL import Image
 
     found = []

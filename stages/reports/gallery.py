@@ -1,4 +1,4 @@
-"""Draws samples of a dataset of pairs with their prompts, and writes the page of `retort stats --html`."""
+"""Shows samples of a dataset of pairs with their prompts, and writes the page of `retort stats --html`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ from stages.data.statistics import EDGES
 from stages.data.urls import redacted
 
 GRID = 32
-"""Samples that the page shows."""
+"""Number of samples on the page."""
 Picture = tuple[NDArray[np.uint8], str]
-"""An image (H, W, 3) and its prompt."""
+"""An image (H, W, 3) in 0 to 255, and its prompt."""
 
 
 def pictures(target: str, artifact: Artifact | None, count: int) -> Iterator[Picture]:
-    """`count` samples at most: of a sealed artifact spread over all of it and decoded by its teacher; of other
-    shards the first that hold an image, one in memory at a time. Raises StageError where nothing can be shown."""
+    """Yield at most `count` samples with their prompts. Raises StageError if there is nothing to show.
+
+    Samples of a sealed artifact are spread evenly over it, and decoded by its teacher. For other shards, they are the
+    first samples that contain an image, with one in memory at a time.
+    """
     found = islice(_decoded(artifact, count) if artifact else _images(target), count)
     first = next(found, None)
     if first is None:
-        text = f"{target} holds no images; latents need their teacher: give the sealed artifact itself"
+        text = f"{target} holds no images; to decode latents, give the sealed artifact, which names its teacher"
         raise StageError(redacted(text))
     return chain([first], found)
 
@@ -45,7 +48,7 @@ def pictures(target: str, artifact: Artifact | None, count: int) -> Iterator[Pic
 def _decoded(artifact: Artifact, count: int) -> Iterator[Picture]:
     folder = artifact.inputs["teacher"].folder
     if not (folder / "unet").exists():
-        raise StageError(f"{folder} is an analytic teacher: its latents are no images")
+        raise StageError(f"{folder} is an analytic teacher: it makes no images")
     import torch
 
     from stages.networks.teachers import load_network
@@ -61,7 +64,7 @@ def _decoded(artifact: Artifact, count: int) -> Iterator[Picture]:
 def _images(target: str) -> Iterator[Picture]:
     source = Source(target)
     for tar in source.tars():
-        with suppress(OSError, ValueError), source.open(tar.path) as file:  # the report says what is wrong with it
+        with suppress(OSError, ValueError), source.open(tar.path) as file:  # the report lists damaged tars
             yield from _of_tar(file)
 
 
@@ -81,10 +84,13 @@ def _of_tar(file: Any) -> Iterator[Picture]:
 
 
 def write_samples(folder: Path, shown: Iterable[Picture]) -> None:
-    """Write `00000.png`, ... and `metadata.jsonl`: a folder that Hugging Face's imagefolder reads. The names are
-    numbers: what a shard calls its samples is never a path here. Raises StageError for a folder with files in it."""
+    """Write `00000.png`, ... and `metadata.jsonl`: a folder that Hugging Face's imagefolder reads.
+
+    Files are numbered, because keys of samples in a shard cannot be trusted as paths. Raises StageError if the folder
+    is not empty.
+    """
     if folder.exists() and any(folder.iterdir()):
-        raise StageError(f"{folder} is not empty; name another place with --out")
+        raise StageError(f"{folder} is not empty; give another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
         for number, (image, prompt) in enumerate(shown):
@@ -102,7 +108,7 @@ figure img { width: 128px; image-rendering: pixelated } svg { background: #f6f6f
 
 
 def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Picture]) -> None:
-    """One self-contained HTML file: figures, histograms, samples."""
+    """Write a self-contained HTML page with the report's figures, histograms and samples."""
     figures = "".join(
         f'<figure><img alt="" src="{data_url(Image.fromarray(image))}">'
         f"<figcaption>{html.escape(prompt[:200])}</figcaption></figure>"
@@ -126,7 +132,7 @@ def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Picture]) 
     path.write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: shards</title><style>{STYLE}</style>
 <h1>{html.escape(str(report["target"]))}</h1>{damage}<table>{rows}</table>{plots}<h2>Samples</h2>
-{figures or "<p>None can be shown: latents need their teacher, and so the sealed artifact.</p>"}</html>
+{figures or "<p>There are no images. To see decoded latents, give the sealed artifact.</p>"}</html>
 """,
         encoding="utf-8",
     )
@@ -146,7 +152,7 @@ def _short(value: Any) -> str:
 
 
 def _plot(counts: Sequence[int], normal: bool) -> str:
-    """Bars of a histogram; for noise, the density of N(0, 1) over them."""
+    """Return a histogram as SVG. With `normal`, it also shows the density of N(0, 1)."""
     width, height, total = 576, 120, max(1, sum(counts))
     step = width / len(counts)
     density = np.exp(-0.5 * np.square((EDGES[1:] + EDGES[:-1]) / 2)) / (2 * np.pi) ** 0.5 * (EDGES[1] - EDGES[0])

@@ -10,6 +10,7 @@ import numpy as np
 from stages.base import Artifact, Execution, StageError
 from stages.data.prompts.vocabulary import unknown_words
 from stages.distill import Distill, teacher_of
+from stages.networks.adapter import INDEX
 
 TEACHER_STEPS = 50
 
@@ -24,10 +25,13 @@ def draw(
     out: Path,
     warn: Callable[[str], None],
 ) -> None:
-    """Write one image: a row a prompt, a column a noise, the same noises in every row. `steps` are a teacher's, 50 if
-    not given, or those of a student whose method leaves them open; `guidance_scale` is a teacher's, or that of a
-    student that takes it as an input. `warn` is told of words that the teacher does not know. Raises StageError, also
-    outside of what it was trained for."""
+    """Sample images and write them to one file: a row for each prompt, a column for each noise, the same in all rows.
+
+    steps: sampling steps of a teacher (default 50), or of a student whose method allows several numbers of steps.
+    guidance_scale: of a teacher, or of a student that takes it as an input. warn: called with a text if the teacher
+    does not know words of the prompts. Raises StageError if the artifact makes no images, or if a setting lies outside
+    of what the student was trained for.
+    """
     import torch
     from PIL import Image
 
@@ -39,10 +43,10 @@ def draw(
 
     kinds = {"teacher": lambda a: a, "distill": lambda a: teacher_of(a.inputs)}
     if artifact.kind not in kinds:
-        raise StageError(f"{artifact.folder} is of kind {artifact.kind}; images are drawn with a teacher or a student")
+        raise StageError(f"{artifact.folder} is of kind {artifact.kind}; only a teacher or a student makes images")
     folder = kinds[artifact.kind](artifact).folder
-    if not (folder / "unet").exists():
-        raise StageError(f"{folder} is an analytic teacher: it has no images to draw")
+    if not (folder / INDEX).exists():
+        raise StageError(f"{folder} is an analytic teacher: it makes no images")
     other = artifact.stage.method.step_count_error(steps) if isinstance(artifact.stage, Distill) and steps else None
     if other:
         raise StageError(other)
@@ -64,7 +68,7 @@ def draw(
             if student:
                 w = torch.full((count,), guidance_scale - 1, device=teacher.device)
                 further = torch.Generator().manual_seed(seed)
-                latents = student(teacher.to_device(noise), teacher.encode_prompts([prompt] * count), w, further)
+                latents = student(teacher.to_device(noise), student.encode([prompt] * count), w, further)
             else:
                 sampler = Sampler(steps=steps or TEACHER_STEPS, guidance_scale=guidance_scale)
                 latents = solve(teacher, noise, [prompt] * count, sampler)

@@ -13,15 +13,17 @@ from stages.evaluate import figures
 
 SEED = "seed="
 MEANS = (
-    "In a mean over seeds, ± is the standard error of the seeds' own figures, and in brackets is the 95 % interval by "
-    "Student's t. Call two means different only where their intervals do not overlap."
+    "For a mean over seeds, ± is the standard error over the seeds, and brackets hold the 95 % interval by Student's "
+    "t. Call two means different only if their intervals do not overlap."
 )
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A sealed evaluation: `metrics` and `shown` are its metrics.json and shown.json, `student` what its student is
-    called, `training` how that was trained (keys of FIGURES), `origin` whose noises and teacher these are, in words.
+    """A sealed evaluation.
+
+    student: name of its student. training: figures of the student's training (keys of FIGURES). origin: names of the
+    pairs and the teacher that its noises come from, as text. metrics, shown: its metrics.json and shown.json.
     """
 
     student: str
@@ -37,7 +39,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Row:
-    """`note` is what its name does not say, `picture` its strip of images, where it has one, `steps` its sampler's."""
+    """A row of a comparison. picture: its strip of images, if it has one. note: a remark. steps: its sampling steps."""
 
     name: str
     kind: Literal["teacher", "reference", "student", "mean"]
@@ -57,7 +59,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """The full teacher first, its few steps, references, then students, each mean over seeds after its students."""
+    """Evaluations that can be compared with each other.
+
+    rows: the teacher in full steps, the teacher in few steps, references, and students. The mean over seeds follows its
+    students.
+    """
 
     title: str
     shown: Mapping[str, Any]
@@ -69,7 +75,7 @@ class Section:
 
 
 def sections(evaluations: Iterable[Evaluated]) -> list[Section]:
-    """Evaluations that disagree on the figures of their teacher are of different sections, whatever they show."""
+    """Group evaluations into sections. Those with different figures for the teacher are in different sections."""
     groups: list[_Group] = []
     for one in evaluations:
         group = next((group for group in groups if group.takes(one)), None)
@@ -81,17 +87,18 @@ def sections(evaluations: Iterable[Evaluated]) -> list[Section]:
 
 
 class _Group:
-    """Evaluations that agree."""
+    """Evaluations of one section."""
 
     def __init__(self, first: Evaluated) -> None:
         self.first = first
         self.common: dict[str, Row] = {}
-        """Sides of the teacher, and references, by their names."""
+        """Name -> row of a teacher's side or a reference."""
         self.students: dict[tuple[str, int], list[Evaluated]] = {}
-        """By the student's fingerprint, and in how many steps it was sampled."""
+        """(fingerprint of a student, sampling steps) -> its evaluations."""
         self.add(first)
 
     def takes(self, one: Evaluated) -> bool:
+        """Whether an evaluation belongs to the group: same samples, settings, and figures of teacher and references."""
         same = ("samples", "features", "distance_samples", "dtype", "micro_batch")
         return (
             one.shown == self.first.shown
@@ -127,19 +134,19 @@ def _common(one: Evaluated) -> Iterator[tuple[str, Row]]:
 
 
 def _place(row: Row) -> tuple[bool, int]:
-    """The teacher by its steps, most first, then references."""
+    """Return the sort key of a row: the teacher in descending steps, then references."""
     return row.kind == "reference", -int(row.figures.get("network_calls", 0))
 
 
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the figures are of one measurement. Last digits depend on threads and devices, seconds on the moment."""
+    """Whether two sets of figures agree. Seconds are ignored, and the last digits may differ between devices."""
     return one.keys() == other.keys() and all(
         math.isclose(one[key], other[key], rel_tol=1e-3, abs_tol=1e-6) for key in one if key != "seconds_per_image"
     )
 
 
 def _student(evaluations: Sequence[Evaluated]) -> Row:
-    """The row of one student, which several evaluations, and several runs, may have measured alike."""
+    """Return the row of one student, which evaluations of several runs may have measured."""
     first, *others = evaluations
     also = ", ".join(dict.fromkeys(one.student for one in others if one.student != first.student))
     values = {**first.training, **first.metrics["sides"]["student"]}
@@ -151,7 +158,7 @@ def _student(evaluations: Sequence[Evaluated]) -> Row:
 
 
 def with_means(students: Iterable[Row]) -> Iterator[Row]:
-    """The rows, and after those whose names differ in nothing but `seed=` in the brackets, their mean."""
+    """Yield the rows. After rows whose names differ only in `seed=` in the brackets, yield their mean."""
     groups: dict[tuple[str | None, str], list[Row]] = {}
     for row in students:
         name = seedless(row.name)
@@ -164,7 +171,7 @@ def with_means(students: Iterable[Row]) -> Iterator[Row]:
 
 
 def seedless(name: str) -> str | None:
-    """`student[loss=l1,seed=2]` without its seed; None for a name that has none."""
+    """Remove the seed from a name such as `student[loss=l1,seed=2]`. None if the name has no seed."""
     head, _, inside = name.partition("[")
     values = inside.removesuffix("]").split(",")
     kept = [value for value in values if not value.startswith(SEED)]
@@ -174,12 +181,14 @@ def seedless(name: str) -> str | None:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each figure that all have: words and counts that are the same in all, else the mean, the standard error of the
-    seeds `KEY_se`, and from `KEY_low` to `KEY_high` the mean's 95 % interval by Student's t (n - 1 degrees of freedom
-    for n seeds)."""
-    from scipy.special import stdtrit  # not sooner: it brings NumPy, which nothing else here needs
+    """Return the means of figures over the rows of n seeds. Only figures that all rows have are included.
 
-    width = float(stdtrit(len(rows) - 1, 0.975))  # 95 % lie between this and its negative
+    A mean has its standard error `KEY_se` over the seeds, and its 95 % interval from `KEY_low` to `KEY_high` by
+    Student's t with n - 1 degrees of freedom. Text and counts are kept if they are equal in all rows.
+    """
+    from scipy.special import stdtrit  # here, because it imports NumPy, which nothing else here needs
+
+    width = float(stdtrit(len(rows) - 1, 0.975))  # half-width of the 95 % interval, in standard errors
     found: dict[str, Any] = {}
     for key in figures.FIGURES:
         values = [row[key] for row in rows if key in row]

@@ -1,4 +1,4 @@
-"""Training of the teacher's VAE."""
+"""Trains the teacher's VAE."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from stages.training import Batch, Player, TrainingSettings, Turn
 
 BATCH = 256
 KL_WEIGHT = 1e-6
-"""Of the KL divergence, a sum over a sample's latent, beside the squared error, a mean over the image's values.
+"""Weight of the KL divergence. The divergence is summed over a latent, the squared error averaged over an image.
 
-Latent diffusion (Rombach et al. 2022, 2112.10752) also uses 1e-6, but sums both terms over a sample. In its terms this
-weight is 1e-6 times the number of an image's values: 7.7e-4 for 3 x 16 x 16.
+Latent diffusion (Rombach et al. 2022, 2112.10752) also uses 1e-6, but sums both terms over a sample. In its convention,
+this weight would be 1e-6 times the number of values in an image: 7.7e-4 for 3 x 16 x 16.
 """
 
 
 class AutoencoderTraining:
     """L = mean (x - D(z))^2 + KL_WEIGHT * KL(q(z|x) | N(0, I)), z ~ q(z|x).
 
-    The mean is over the batch, channels and pixels; KL is a sum over a sample's latent, and a mean over the batch.
+    The mean is over batch, channels and pixels. KL is summed over a sample's latent and averaged over the batch.
     """
 
     def __init__(self, vae: Any, training: TrainingSettings) -> None:
@@ -45,13 +45,13 @@ class AutoencoderTraining:
 
 @torch.no_grad()
 def latents_of(vae: Any, images: LabelledImages) -> Tensor:
-    """The posterior means, unscaled."""
+    """Return the posterior means (N, C, h, w), not scaled."""
     return torch.cat([vae.encode(x).latent_dist.mode() for x in _batches(images)])
 
 
 @torch.no_grad()
 def reconstruction_mse(vae: Any, images: LabelledImages) -> float:
-    """Mean squared error over pixels in [-1, 1], through the posterior's mean."""
+    """Return the mean squared error of reconstructions from the posterior's mean, over pixels in [-1, 1]."""
     errors = [(vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().sum() for x in _batches(images)]
     return float(torch.stack(errors).sum() / images.images.size)
 

@@ -12,11 +12,11 @@ from stages.diffusion.prediction import Prediction
 from stages.training import TrainingSettings
 
 TIMESTEPS = 1000
-"""Of a teacher trained here, whose schedule is Stable Diffusion's."""
+"""Number of timesteps of a teacher that Retort trains. Its noise schedule is Stable Diffusion's."""
 
 
 class VaeSettings(Config):
-    """The autoencoder between images and the latents that the denoiser works in."""
+    """The autoencoder between images and latents. The denoiser works on its latents."""
 
     channels: list[int] = Field(
         [32, 64], min_length=2, description="channels of each level; each level after the first halves the side"
@@ -26,7 +26,7 @@ class VaeSettings(Config):
 
 
 class DenoiserSettings(Config):
-    """The U-Net, and with it the text encoder, on the autoencoder's latents."""
+    """The U-Net and the text encoder. They are trained together, on the autoencoder's latents."""
 
     channels: list[int] = Field(
         [48, 96], min_length=1, description="channels of each U-Net level; the last level has attention"
@@ -37,7 +37,7 @@ class DenoiserSettings(Config):
 
 
 class TrainedTeacher(Config):
-    """A small pipeline trained here: VAE, tokenizer, text encoder, conditional U-Net, DDIM scheduler."""
+    """A small pipeline that Retort trains: VAE, tokenizer, text encoder, conditional U-Net and DDIM scheduler."""
 
     dataset: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
         description="image set to train on, with its captions"
@@ -61,17 +61,18 @@ class TrainedTeacher(Config):
         step = 2 ** (len(self.vae.channels) + len(self.denoiser.channels) - 2)
         if self.dataset.size % step:
             raise ValueError(
-                f"images of {self.dataset.size} pixels cannot be halved as often: give a multiple of {step}"
+                f"images of {self.dataset.size} pixels cannot be halved at every level: give a multiple of {step}"
             )
         return self
 
     @property
     def latent_size(self) -> int:
+        """Side of a latent: the side of an image, halved at each level of the autoencoder after the first."""
         return self.dataset.size >> (len(self.vae.channels) - 1)
 
 
 class GaussianSettings(Config):
-    """The analytic teacher of N(mean, std^2); `delay` seconds a call stand for a network's work."""
+    """The analytic teacher of data from N(mean, std^2). `delay` seconds in each call stand for a network's work."""
 
     mean: float = Field(0.0, description="mean of every element")
     std: float = Field(1.0, gt=0, description="standard deviation of every element")

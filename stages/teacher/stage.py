@@ -1,32 +1,36 @@
-"""`kind: teacher`: the many-step model to distil, saved as a plain diffusers folder."""
+"""`kind: teacher`: the many-step diffusion model to distil, saved as a standard diffusers folder."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from stages.base import SCRATCH, Content, Stage, StageContext, StageError
 from stages.diffusion.prediction import Prediction
-from stages.teacher import layout
+from stages.networks.adapter import IGNORED, INDEX, Adapter
+from stages.networks.adapters import adapter_of, checked, checked_index, files_of
+from stages.registry import PluginError
 from stages.teacher.config import TIMESTEPS, GaussianSettings, TrainedTeacher
 from stages.training import TrainingExecution
 from stages.training.players import training_progress
 
+Answer = TypeVar("Answer")
+
 SHIPPED = Path(__file__).parent / "shipped"
-FROM = Content("revision", layout.FILES, shipped={"digit_scenes": SHIPPED / "digit_scenes"})
+FROM = Content("revision", files_of, shipped={"digit_scenes": SHIPPED / "digit_scenes"})
 
 
 class Teacher(Stage):
-    """The many-step model to distil. Exactly one of `train`, `from` and `gaussian` says where it comes from.
+    """The many-step diffusion model to distil. Give exactly one of `train`, `from` and `gaussian`.
 
-    `from` is a diffusers folder, a hub id, or the name of a teacher that ships with Retort: digit_scenes. A folder of
-    that name is ./digit_scenes.
+    `from` is a diffusers folder, a hub id, or digit_scenes, a teacher that is installed with Retort. For a folder with
+    that name, write ./digit_scenes.
     """
 
     VERSION: ClassVar[int] = 2
@@ -53,42 +57,47 @@ class Teacher(Stage):
         if len(given) != 1:
             raise ValueError(f"give exactly one of train, from and gaussian, not {len(given)} of them")
         if self.revision and not self.from_:
-            raise ValueError("revision belongs to a teacher with `from`")
+            raise ValueError("revision needs `from`")
         return self
 
-    def why_unguided(self, as_input: bool, sealed: Path) -> str | None:
-        """Why it has no output without a prompt, which guidance needs, or no student that takes guidance as an input,
-        as far as can be known; None if there is one, or if nobody knows. `sealed`: its folder, once it is made."""
+    def guidance_error(self, as_input: bool, sealed: Path) -> str | None:
+        """Return why the teacher does not support guidance, as text. None if it does, or if that is not known yet.
+
+        Guidance needs outputs without a prompt. With `as_input`, the student must also be able to take the guidance
+        scale as an input. sealed: the teacher's folder, which may not exist yet.
+        """
         if self.train and self.train.drop_text == 0:
-            return "the teacher was trained with drop_text: 0, never without a prompt"
-        folder = self.known(sealed)
-        return layout.why_unguided(folder, as_input) if folder else None
+            return "the teacher was trained with drop_text: 0, so never without a prompt"
+        return self._ask(sealed, lambda adapter, folder: adapter.guidance_error(folder, as_input))
 
     def timesteps(self, sealed: Path) -> int | None:
-        """How many its schedule has; None if nobody knows."""
-        if self.train:
-            return TIMESTEPS
-        folder = self.known(sealed)
-        return layout.timesteps(folder) if folder else None
+        """Return the number of timesteps of the teacher's schedule; None if it is not known yet."""
+        return TIMESTEPS if self.train else self._ask(sealed, lambda adapter, folder: adapter.timesteps_of(folder))
 
     def prediction(self, sealed: Path) -> Prediction | None:
-        """What its network predicts; None if nobody knows."""
+        """Return what the teacher's network predicts; None if that is not known yet."""
         if self.train:
             return self.train.prediction
-        folder = self.known(sealed)
-        return layout.prediction(folder) if folder else None
+        return self._ask(sealed, lambda adapter, folder: adapter.prediction_of(folder))
 
     def image_size(self, sealed: Path) -> tuple[int, int] | None:
-        """How many pixels high and wide what it makes is; None if nobody knows."""
+        """Return height and width of the teacher's images in pixels; None if they are not known yet."""
         if self.train:
             return self.train.dataset.size, self.train.dataset.size
-        folder = self.known(sealed)
-        return layout.image_size(folder) if folder else None
+        return self._ask(sealed, lambda adapter, folder: adapter.image_size_of(folder))
+
+    def has_features(self, sealed: Path) -> bool | None:
+        """Whether a discriminator can use features of the teacher's network; None if that is not known yet."""
+        return True if self.train else self._ask(sealed, lambda adapter, _folder: adapter.FEATURES)
+
+    def _ask(self, sealed: Path, question: Callable[[type[Adapter], Path], Answer | None]) -> Answer | None:
+        """Ask the teacher's adapter a question about its folder. None if there is no readable folder yet."""
+        return ask(self.known(sealed), question)
 
     def known(self, sealed: Path) -> Path | None:
-        """A diffusers folder of it that can be read already; None if there is none. `sealed`: its own."""
+        """Return an existing folder of the teacher: `sealed`, or the folder in `from`. None if there is none."""
         folders = [sealed, *([Path(FROM.source(self.from_))] if self.from_ else [])]
-        return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
+        return next((folder for folder in folders if (folder / INDEX).is_file()), None)
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         return training_progress(work / SCRATCH)
@@ -99,8 +108,16 @@ class Teacher(Stage):
             (context.output / "gaussian.json").write_text(text, encoding="utf-8")
             return {}
         if self.from_:
-            return _adopt(self.from_, context.contents["from_"], context.output)
+            return adopt(self.from_, context.contents["from_"], context.output)
         return context.run(_train, self.train, context.seed, self.execution, context.output, context.threads)
+
+
+def ask(folder: Path | None, question: Callable[[type[Adapter], Path], Answer | None]) -> Answer | None:
+    """Ask the adapter of the pipeline in `folder` a question. The answer is None if there is no readable pipeline."""
+    try:
+        return question(adapter_of(folder), folder) if folder else None
+    except (StageError, PluginError, KeyError):  # reported when the stage runs
+        return None
 
 
 def _train(*arguments: Any) -> Any:
@@ -109,20 +126,22 @@ def _train(*arguments: Any) -> Any:
     return train_teacher(*arguments)
 
 
-def _adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
+def adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
+    """Copy the pipeline `source` to `output`. Download a hub repository at the commit in `identity`.
+
+    Returns the source, its commit and its licence. Raises StageError if the pipeline is unsupported or cannot be
+    downloaded."""
     commit = identity.removeprefix("hub:") if identity.startswith("hub:") else None
     folder = _download(source, commit) if commit else Path(FROM.source(source))
-    found = layout.check(folder)
-    for pattern in found.files:
+    found = checked(folder)
+    for pattern in found.FILES:
         for file in folder.glob(pattern):
             copy = output / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    kept = {name: value for name, value in index.items() if name not in layout.IGNORED}
-    if found is layout.STABLE_DIFFUSION:
-        kept |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    (output / "model_index.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    kept = {name: value for name, value in index.items() if name not in IGNORED} | dict(found.DROPPED)
+    (output / INDEX).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     return {"source": source, "revision": commit, "licence": _licence(folder)}
 
 
@@ -130,21 +149,21 @@ def _download(source: str, commit: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        index = Path(snapshot_download(source, revision=commit, allow_patterns=["model_index.json"]))
-        files = layout.check_index(index).files
+        index = Path(snapshot_download(source, revision=commit, allow_patterns=[INDEX]))
+        files = checked_index(index).FILES
         return Path(snapshot_download(source, revision=commit, allow_patterns=[*files, "README.md"]))
     except StageError:
         raise
-    except Exception as error:  # the hub's client raises many kinds, all meaning: not reached or not there
+    except Exception as error:  # the hub's client raises many kinds; all mean: not reached, or not found
         first = (str(error).strip() or "no reason given").splitlines()[0]
         raise StageError(
             f"{source} cannot be downloaded ({type(error).__name__}: {first}); "
-            "download it where there is a network and name the folder"
+            "download it on a machine with a network, and give its folder"
         ) from error
 
 
 def _licence(folder: Path) -> str | None:
-    """The licence that a model card's header names."""
+    """Return the licence in the header of a model card, or None."""
     card = folder / "README.md"
     found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.M) if card.exists() else None
     return found[1] if found else None

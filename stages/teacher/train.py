@@ -1,4 +1,4 @@
-"""Trains a complete, small pipeline in Stable Diffusion's layout on an image set."""
+"""Trains a small Stable Diffusion pipeline on an image set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stages.data.images.load import load
 from stages.data.order import ShuffledOrder
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks import build
-from stages.networks.compute import prepare
+from stages.networks.compute import prepare, show_no_progress_bars
 from stages.teacher.autoencoder import AutoencoderTraining, latents_of, reconstruction_mse
 from stages.teacher.config import TrainedTeacher
 from stages.teacher.denoiser import DenoiserTraining
@@ -31,8 +31,12 @@ log = logging.getLogger(__name__)
 def train_teacher(
     config: TrainedTeacher, seed: int, execution: TrainingExecution, output: Path, threads: int
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Autoencoder first, checked on images that it never saw; then the denoiser on its latents."""
+    """Train the VAE, then the denoiser on its latents. Write the pipeline to `output`, and return figures.
+
+    Raises StageError if the VAE's error on held-out images is above `max_mse`.
+    """
     prepare(threads)
+    show_no_progress_bars()
     torch.manual_seed(seed)
     images, unseen = (load(config.dataset, held_out=held_out, scratch=output / SCRATCH) for held_out in (False, True))
     tokenizer = build.word_tokenizer(images.captions)

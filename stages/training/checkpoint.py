@@ -100,9 +100,19 @@ def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_module(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load the module's state from `module_tensors` with the same prefix."""
+    """Load the module's state from `module_tensors` with the same prefix.
+
+    Raises StageError if the tensors have other names or shapes than the module's."""
     start = len(prefix) + 1
-    module.load_state_dict({name[start:]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")})
+    try:
+        module.load_state_dict({name[start:]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")})
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise StageError(
+            "the checkpoint was made by another version of Retort or of a library: "
+            f"{prefix} does not fit ({first:.200}). Finish the run with that version, or remove the stage's "
+            "checkpoints to start from the first step"
+        ) from None
 
 
 def optimizer_tensors(prefix: str, optimizer: optim.Optimizer) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def train(
     CPU with the same number of threads. Raises StageError if a figure is not finite, or if a loss is above 1e6.
     """
     run = _Run(method, execution)
+    kept = max(player.training.accumulate for player in method.players.values())
+    batches = Prefetched(batches, kept, pinned=run.accelerator.device.type == "cuda")
     total = next(iter(method.players.values())).training.steps
     start = run.restore(checkpoints)
     started = time.monotonic()
@@ -85,6 +88,32 @@ def train(
     last = run.history[-1]
     losses = {name: last[key] for name in run.players if (key := f"{run.prefix(name)}loss") in last}
     return Trained(run.averages, losses, run.history, device_name(run.accelerator.device.type))
+
+
+class Prefetched:
+    """Calls a function from a batch's number to the batch. While a batch is trained on, a thread reads the next one.
+
+    The last `kept` batches are kept. So a step's batches are read once, also if the step has several turns. With
+    `pinned`, batches are put in pinned memory. From there they are copied to a GPU while it computes."""
+
+    def __init__(self, batches: Callable[[int], Batch], kept: int, pinned: bool) -> None:
+        self._batches = (lambda number: _pinned(batches(number))) if pinned else batches
+        self._thread = ThreadPoolExecutor(1, "batches")  # reads all batches, one at a time
+        self._kept, self._read = kept, dict[int, Future[Batch]]()
+
+    def __call__(self, number: int) -> Batch:
+        for ahead in (number, number + 1):
+            if ahead not in self._read:
+                self._read[ahead] = self._thread.submit(self._batches, ahead)
+        for old in [one for one in self._read if one <= number - self._kept]:
+            del self._read[old]
+        return self._read[number].result()
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _pinned(one) for name, one in value.items()}
+    return value.pin_memory() if isinstance(value, Tensor) else value
 
 
 class _Run:
@@ -209,9 +238,11 @@ class _Run:
         """Return the properties of the machine that must be equal for bit-identical results."""
         return {"threads": torch.get_num_threads(), "device": device_name(self.accelerator.device.type)}
 
-    def _on_device(self, batch: Batch) -> dict[str, Any]:
-        device = self.accelerator.device
-        return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+    def _on_device(self, value: Any) -> Any:
+        """The tensors of a batch on the device of training, in the mappings that they are in."""
+        if isinstance(value, Mapping):
+            return {name: self._on_device(one) for name, one in value.items()}
+        return value.to(self.accelerator.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def _optimizer(player: Player) -> optim.Optimizer:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
-"""A batch: name -> tensor (B, ...), such as `latent`, or list of B strings, such as `prompts`."""
+"""A batch: name -> tensor (B, ...), or list of B strings. The batches of a distillation method are such batches by data
+stream: `batch["pairs"]["noise"]`."""
 
 
 class TrainingSettings(Config):

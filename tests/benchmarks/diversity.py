@@ -59,7 +59,7 @@ def main() -> None:
         print(f"| teacher | {of_teacher.mean():.3f} | |", flush=True)
         for artifact in students:
             student = Student.load(artifact.folder, teacher)
-            own = per_prompt(student(teacher.to_device(noise), teacher.encode_prompts(prompts)))
+            own = per_prompt(student(teacher.to_device(noise), student.encode(prompts)))
             ratio = own.mean() / of_teacher.mean()
             spread = (own - ratio * of_teacher).std(ddof=1) / of_teacher.mean() / len(own) ** 0.5
             name = f"{artifact.stage.method.name}, distill/{artifact.fingerprint[:8]}"

@@ -35,8 +35,8 @@ class TimedWorker:
         self.worker = ShardWorker(**settings)
         self.inside = self.entered = self.writing = 0.0
         stages.pairs.factory.write_shard = self._write
-        self.worker.teacher.unet.register_forward_pre_hook(self._enter)
-        self.worker.teacher.unet.register_forward_hook(self._leave)
+        self.worker.teacher.network.register_forward_pre_hook(self._enter)
+        self.worker.teacher.network.register_forward_hook(self._leave)
 
     def __call__(self, plan):
         self.worker(plan)

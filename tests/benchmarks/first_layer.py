@@ -21,7 +21,7 @@ from stages.data.supply import PairSupply
 from stages.methods.base import Materials
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
 from stages.networks import head
-from stages.networks.latent import LatentTeacher
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 from stages.training import TrainingExecution, TrainingSettings
 from stages.training.loop import train
@@ -33,10 +33,10 @@ def tensors(stored: dict) -> dict:
     return {name: v if name == "prompts" else torch.from_numpy(v).float() for name, v in stored.items()}
 
 
-def error(student: Student, teacher: LatentTeacher, supply: PairSupply) -> float:
+def error(student: Student, supply: PairSupply) -> float:
     asked = supply.reader.batch(range(TRAINED, TRAINED + MEASURED))
     with torch.no_grad():
-        made = student(torch.from_numpy(asked.noise).float(), teacher.encode_prompts(asked.prompts))
+        made = student(torch.from_numpy(asked.noise).float(), student.encode(asked.prompts))
     return float((made - torch.from_numpy(asked.latent).float()).square().mean())
 
 
@@ -54,16 +54,16 @@ def main() -> None:
     print(f"{'last layer':>12}  {'before':>8}  {'after':>8}")
     for name, head.RIDGES in choices.items():
         torch.manual_seed(0)
-        teacher = LatentTeacher(artifact.inputs["teacher"].folder)
+        teacher = StableDiffusion(artifact.inputs["teacher"].folder)
         held = artifact.stage.count - TRAINED
         supply = PairSupply([given.pairs], [None], held, settings.batch_size, 0)
         materials = Materials(teacher, settings, examples=lambda supply=supply: tensors(supply.examples(given.fit)))
         method = KnowledgeDistillationConfig().create(materials)
-        before = error(method.student, teacher, supply)
+        before = error(method.student, supply)
         with tempfile.TemporaryDirectory() as folder:
             steps = train(
                 method,
-                lambda step, supply=supply: tensors(supply.batch(step)),
+                lambda step, supply=supply: {"pairs": tensors(supply.batch(step))},
                 seed=0,
                 checkpoints=Path(folder),
                 execution=TrainingExecution(checkpoint_every=10**6),
@@ -73,7 +73,7 @@ def main() -> None:
                     next(steps)
             except StopIteration as end:
                 trained = end.value
-        print(f"{name:>12}  {before:8.4f}  {error(trained.averages['student'], teacher, supply):8.4f}", flush=True)
+        print(f"{name:>12}  {before:8.4f}  {error(trained.averages['student'], supply):8.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import weakref
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,7 @@ from stages.losses.perceptual import PerceptualLoss
 from stages.methods.base import Materials
 from stages.methods.diffusion2gan.config import Diffusion2GANConfig
 from stages.networks.perceptual import LPIPS, About
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.vgg import VGG
 from stages.training import TrainingExecution, TrainingSettings
 from stages.training.loop import _Run
@@ -73,21 +75,19 @@ class Held(TorchDispatchMode):
         self.now -= size
 
 
-class Teacher:
-    """Of Stable Diffusion 1.5's layout, as far as a method asks for it."""
-
-    UNET = UNet2DConditionModel
+class Teacher(StableDiffusion):
+    """Of Stable Diffusion 1.5's layout, as far as a method asks for it, and without a folder."""
 
     def __init__(self) -> None:
-        self.unet = UNet2DConditionModel(sample_size=SIZE, cross_attention_dim=WIDTH, attention_head_dim=8)
+        self.network = UNet2DConditionModel(sample_size=SIZE, cross_attention_dim=WIDTH, attention_head_dim=8)
         self.schedule, self.device = NoiseSchedule.stable_diffusion(), torch.device("cpu")
-        self.prediction = "epsilon"
+        self.prediction, self._timesteps = "epsilon", {}
 
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+    def text_states(self, prompts: Sequence[str]) -> torch.Tensor:
         return torch.zeros(len(prompts), TOKENS, WIDTH)
 
-    def retire(self) -> None:
-        del self.unet  # its place on the device is given back
+    def release(self) -> None:
+        del self.network  # its place on the device is given back
 
 
 def copied(tensor: torch.Tensor, _memo: object) -> torch.Tensor:
@@ -121,11 +121,11 @@ def gigabytes(
         method.distance = PerceptualLoss(metric, Augmentation("bg"))
         run = _Run(method, execution)
         shape = (micro_batch, CHANNELS, SIZE, SIZE)
-        batch = {"noise": torch.randn(shape), "latent": torch.randn(shape), "prompts": [""] * micro_batch}
+        pairs = {"noise": torch.randn(shape), "latent": torch.randn(shape), "prompts": [""] * micro_batch}
         for step in range(2):
             held.most = held.now
             for turn in method.turns(step):
-                run.run_turn(turn, lambda _: batch, step, 0)
+                run.run_turn(turn, lambda _: {"pairs": pairs}, step, 0)
     return held.now / 1e9, held.most / 1e9
 
 

@@ -22,15 +22,16 @@ from stages.losses.perceptual import PerceptualLoss
 from stages.methods.base import Materials
 from stages.methods.diffusion2gan.config import Diffusion2GANConfig
 from stages.methods.diffusion2gan.method import Diffusion2GAN
-from stages.networks.latent import LatentTeacher
+from stages.networks.condition import Condition
 from stages.networks.perceptual import LPIPS, About
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.vgg import VGG
 from stages.training import TrainingSettings
 from tests.benchmarks.side_by_side import SHIPPED, STEPS, compare
 
 
 def bare(method: Diffusion2GAN, batch: dict, penalised: bool) -> None:
-    z, x, c = batch["noise"], batch["latent"], method.teacher.encode_prompts(batch["prompts"])
+    z, x, c = batch["noise"], batch["latent"], method.student.encode(batch["prompts"])
     student, d, f = method.student.requires_grad_(True), method.discriminator, method.distance.metric
     made = student(z, c)
     with torch.no_grad():
@@ -39,9 +40,9 @@ def bare(method: Diffusion2GAN, batch: dict, penalised: bool) -> None:
     d.requires_grad_(False)
     (seen + sum(m.sum() for m in d(made, z, c))).backward()
     d.requires_grad_(True)
-    judged = sum(m.sum() for m in d(torch.cat([x, made.detach()]), torch.cat([z, z]), torch.cat([c, c])))
+    judged = sum(m.sum() for m in d(torch.cat([x, made.detach()]), torch.cat([z, z]), Condition.cat([c, c])))
     if penalised:
-        judged = judged + r1_penalty(lambda real: d(real, z[:1], c[:1]), x[:1], 1.0)
+        judged = judged + r1_penalty(lambda real: d(real, z[:1], c.select(slice(1))), x[:1], 1.0)
     judged.backward()
     for module in (student, d):
         module.zero_grad()
@@ -55,7 +56,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    teacher = LatentTeacher(SHIPPED)
+    teacher = StableDiffusion(SHIPPED)
     settings = TrainingSettings(steps=STEPS * (given.rounds + 1), batch_size=given.batch)
     config = Diffusion2GANConfig(loss=Regression(name="mse"), discriminator={"r1_every": STEPS})
     method = config.create(Materials(teacher, settings))
@@ -72,7 +73,7 @@ def main() -> None:
         "latent": torch.randn(shape),
         "prompts": [prompts[i % 2] for i in range(given.batch)],
     }
-    compare(method, batch, lambda step: bare(method, batch, penalised=step == 0), given.rounds)
+    compare(method, {"pairs": batch}, lambda step: bare(method, batch, penalised=step == 0), given.rounds)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,20 @@ import torch
 from stages.methods.base import Materials
 from stages.methods.progressive.config import ProgressiveConfig
 from stages.methods.progressive.method import Progressive
-from stages.networks.latent import LatentTeacher
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.training import TrainingSettings
 from tests.benchmarks.side_by_side import SHIPPED, STEPS, compare
 
 
-def bare(method: Progressive, teacher: LatentTeacher, batch: dict, guided: bool) -> None:
-    z, c = batch["latent"], teacher.encode_prompts(batch["prompts"])
+def bare(method: Progressive, teacher: StableDiffusion, batch: dict, guided: bool) -> None:
+    z, c = batch["latent"], teacher.text_states(batch["prompts"])
     t = torch.full((len(z),), 999.0)
     with torch.no_grad():
         for _ in range(2):
-            teacher.unet(*(torch.cat([v, v]) if guided else v for v in (z, t, c)))
-    unet = method.student.unet.requires_grad_(True)
-    unet(z, t, c).sample.sum().backward()
-    unet.zero_grad()
+            teacher.network(*(torch.cat([v, v]) if guided else v for v in (z, t, c)))
+    network = method.student.network.requires_grad_(True)
+    network(z, t, c).sample.sum().backward()
+    network.zero_grad()
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    teacher = LatentTeacher(SHIPPED)
+    teacher = StableDiffusion(SHIPPED)
     settings = TrainingSettings(steps=STEPS * (given.rounds + 1), batch_size=given.batch, ema_decay=0.0)
     config = ProgressiveConfig(start_steps=8, end_steps=4, guidance_scale=given.guidance_scale)
     method = config.create(Materials(teacher, settings))
@@ -52,7 +52,7 @@ def main() -> None:
         "prompts": [f"a red {words[i % 10]} above a blue {words[i // 10 % 10]}" for i in range(given.batch)],
     }
     guided = given.guidance_scale > 1
-    compare(method, batch, lambda _: bare(method, teacher, batch, guided), given.rounds)
+    compare(method, {"latents": batch}, lambda _: bare(method, teacher, batch, guided), given.rounds)
 
 
 if __name__ == "__main__":

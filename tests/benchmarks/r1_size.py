@@ -17,6 +17,8 @@ from torch import nn
 
 from stages.losses.adversarial import mean_over_maps, r1_penalty
 from stages.networks.discriminator import DiffusionDiscriminator
+from stages.networks.stable_diffusion import StableDiffusion
+from tests.support.networks import adapter_around
 
 SIZES = (8, 16, 32)
 
@@ -30,7 +32,7 @@ def discriminator(size: int, seed: int) -> DiffusionDiscriminator:
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    made = DiffusionDiscriminator(unet)
+    made = DiffusionDiscriminator(adapter_around(unet), unet)
     assert made.noise is not None
     for parameter in [*made.resized.parameters(), *made.noise.parameters()]:
         nn.init.normal_(parameter, std=0.1)
@@ -40,7 +42,8 @@ def discriminator(size: int, seed: int) -> DiffusionDiscriminator:
 def penalties(size: int, seed: int) -> tuple[float, float]:
     """Of the sum over positions, and of the mean."""
     d = discriminator(size, seed)
-    x, z, c = torch.randn(2, 4, size, size), torch.randn(2, 4, size, size), torch.randn(2, 5, 32)
+    x, z = torch.randn(2, 4, size, size), torch.randn(2, 4, size, size)
+    c = StableDiffusion.conditioned_on(torch.randn(2, 5, 32))
     of_mean = r1_penalty(lambda real: [mean_over_maps(d(real, z, c)).view(-1, 1, 1)], x, 1.0)
     return float(r1_penalty(lambda real: d(real, z, c), x, 1.0).detach()), float(of_mean.detach())
 

@@ -6,6 +6,6 @@ import pytest
 @pytest.fixture(scope="module")
 def teacher(tiny):
     """The teacher of `tiny`, loaded once for each test file."""
-    from stages.networks.latent import LatentTeacher  # torch, which not all of these tests need
+    from stages.networks.stable_diffusion import StableDiffusion  # torch, which not all of these tests need
 
-    return LatentTeacher(tiny[1]["teacher"].artifact.folder)
+    return StableDiffusion(tiny[1]["teacher"].artifact.folder)

@@ -127,6 +127,23 @@ def test_a_broken_package_is_a_problem_of_the_manifest(installed, tmp_path, meth
         assert f"package retort-bad, entry point `{name} = retort_bad." in done.stderr
 
 
+def test_a_broken_adapter_and_a_method_without_pairs_end_in_a_sentence(installed, tmp_path):
+    path = path_with(installed["retort-bad"])
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/model_index.json").write_text('{"_class_name": "MissingPipeline"}')
+    manifest = tmp_path / "m.yaml"
+    teacher = f"teacher: {{kind: teacher, from: {tmp_path / 'teacher'}}}"
+    pairs = "pairs: {kind: pairs, teacher: teacher, prompts: digits, count: 64, sampler: {steps: 2}}"
+    text = DISTILL.replace("stages:\n", f"stages:\n  {teacher}\n  {pairs}\n")
+    manifest.write_text(text % ("pairs", "knowledge_distillation"))
+    planned = retort("plan", manifest, "--store", tmp_path / "store", PYTHONPATH=path)
+    assert planned.returncode == 0, planned.stderr
+    done = retort("init", tmp_path / "new.yaml", "--teacher", tmp_path / "teacher", PYTHONPATH=path)
+    assert done.returncode == 2 and "a_package_that_nobody_has" in done.stderr and "Traceback" not in done.stderr
+    done = retort("init", tmp_path / "new.yaml", "--method", "prompted", PYTHONPATH=path)
+    assert done.returncode == 2 and "manifests that train on pairs, but prompted needs prompts" in done.stderr
+
+
 def test_a_kind_cannot_take_a_folder_of_the_store(installed, tmp_path):
     manifest = tmp_path / "m.yaml"
     manifest.write_text("name: x\nstages:\n  a: {kind: runs}\n")

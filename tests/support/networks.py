@@ -11,6 +11,8 @@ from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline,
 from transformers import CLIPTokenizer
 
 from stages.networks import build
+from stages.networks.adapter import Adapter
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 
 SCHEDULER = {
@@ -47,6 +49,14 @@ def stable_diffusion_layout(folder: Path, unet: UNet2DConditionModel | None = No
     pipeline.save_pretrained(folder)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder
+
+
+def adapter_around(network: Any, family: type[Adapter] = StableDiffusion) -> Any:
+    """An adapter of `family` around a network of the test's own, on the CPU, without a folder and all that lies there:
+    it calls the network and listens to it."""
+    adapter = family.__new__(family)
+    adapter.network, adapter.device, adapter._timesteps = network, torch.device("cpu"), {}
+    return adapter
 
 
 def pixel_unet(classes: int | None = None) -> UNet2DModel:

@@ -1,4 +1,4 @@
-"""Two small packages that offer entry points to Retort, one sound and one broken; `install` really installs them."""
+"""Small packages that offer entry points to Retort, sound ones and a broken one; `install` really installs them."""
 
 import subprocess
 import sys
@@ -87,10 +87,16 @@ BAD = {
         class Other(MethodConfig):
             name: Literal["another"] = "another"
 
+        class Prompted(MethodConfig):
+            DATA = (frozenset({"prompts"}),)
+            name: Literal["prompted"] = "prompted"
+
         plain = {"name": "plain"}
         """,
 }
+FAMILY = {"two_layer.py": (Path(__file__).parent / "two_layer.py").read_text(encoding="utf-8")}
 PACKAGES = {
+    "retort-family": (FAMILY, {"retort.teachers": {"TwoLayerPipeline": "two_layer:TwoLayerFlow"}}),
     "retort-good": (
         GOOD,
         {
@@ -104,12 +110,14 @@ PACKAGES = {
         BAD,
         {
             "retort.kinds": {"runs": "other:Other"},
+            "retort.teachers": {"MissingPipeline": "missing:Missing"},
             "retort.methods": {
                 "squares": "other:Other",
                 "missing": "missing:Missing",
                 "absent": "other:Absent",
                 "plain": "other:plain",
                 "misnamed": "other:Other",
+                "prompted": "other:Prompted",
             },
         },
     ),

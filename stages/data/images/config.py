@@ -1,4 +1,4 @@
-"""Image sets, as a manifest names them. Imports no NumPy: planning needs none."""
+"""Settings of image sets. Imports no NumPy, because planning does not need it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class ImageSet(Config):
-    """Images with captions, and for some sets classes. All come out square, `size` pixels wide, in RGB.
+    """Images with captions, and in some sets with classes. All images are square, `size` pixels wide, in RGB.
 
-    A set of another package says what it holds by `captions` and `load`; or it is a FileSet with `examples`.
+    An image set of a plug-in implements `captions` and `load`, or derives from FileSet and implements `examples`.
     """
 
     name: str
@@ -26,20 +26,21 @@ class ImageSet(Config):
 
     @property
     def labelled(self) -> bool:
-        """Whether its images have classes."""
+        """Whether the images have class labels."""
         return False
 
     def captions(self) -> Iterator[str]:
-        """Every caption that the set can have."""
-        raise TypeError(f"{type(self).__name__} does not say what its captions are")
+        """Yield every caption that the set can have."""
+        raise TypeError(f"{type(self).__name__} does not implement captions()")
 
     def load(self, held_out: bool) -> LabelledImages:
-        """What is trained on, or the images that nothing is ever trained on: a function of the settings alone."""
-        raise TypeError(f"{type(self).__name__} does not say how it is loaded")
+        """Return the training images, or with `held_out` the held-out ones. They depend only on the settings."""
+        raise TypeError(f"{type(self).__name__} does not implement load()")
 
 
 class Digits(ImageSet):
-    """Real scanned handwriting in six colours, embedded: nothing is downloaded. "a red handwritten seven"."""
+    """Scans of handwritten digits in six colours, with captions such as "a red handwritten seven". The set is included
+    in Retort: nothing is downloaded."""
 
     name: Literal["digits"] = "digits"
     digits_per_image: Literal[1, 2] = Field(
@@ -66,7 +67,8 @@ class Digits(ImageSet):
 
 
 class DigitScenes(Digits):
-    """The preset on which losses and methods are compared: two digits, an arrangement, photographs behind them."""
+    """The set `digits` with other defaults: two digits in front of photographs, 32 pixels wide. Retort compares losses
+    and methods on it."""
 
     name: Literal["digit_scenes"] = "digit_scenes"  # type: ignore[assignment]
     digits_per_image: Literal[1, 2] = 2
@@ -75,9 +77,9 @@ class DigitScenes(Digits):
 
 
 class FileSet(ImageSet):
-    """Images of your own, scaled so that the shorter side has `size` pixels, and the middle square of that.
+    """Your own images. Each is scaled so that its shorter side has `size` pixels, then cropped to the middle square.
 
-    `caption` and `label` name where in the data they stand; null: there are none.
+    `caption` and `label` say where the data holds captions and classes; null means that there are none.
     """
 
     size: int = Field(ge=8, description="width and height in pixels; images are scaled, and the middle square is kept")
@@ -91,15 +93,20 @@ class FileSet(ImageSet):
         return self.label is not None
 
     def examples(self) -> Iterator[Example]:
-        """All images, still encoded, in order. Raises StageError for one that cannot be read, FileNotFoundError if the
-        path does not exist."""
-        raise TypeError(f"{type(self).__name__} does not say where its images are")
+        """Yield all images in order, still encoded.
+
+        Raises StageError for an image that cannot be read, and FileNotFoundError if the path does not exist.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement examples()")
 
 
 class ImageFolder(FileSet):
-    """A folder as Hugging Face's imagefolder: images, and `metadata.csv` or `metadata.jsonl` with a row an image
-    (`file_name` and further columns); without either, `caption` null or "txt", a text file beside each image, and
-    `label` null or "folder", as ImageNet lies on disks: CLASS/NAME.JPEG."""
+    """A folder of images in the layout of Hugging Face's imagefolder.
+
+    `metadata.csv` or `metadata.jsonl` has one row for each image, with `file_name` and further columns. Without such a
+    file, set `caption` to txt (a text file beside each image) or null, and `label` to folder (CLASS/NAME.JPEG, as in
+    ImageNet) or null.
+    """
 
     name: Literal["image_folder"] = "image_folder"
     path: Annotated[str, Content()] = Field(description="folder of the images")
@@ -120,7 +127,8 @@ class ImageFolder(FileSet):
 
 
 class WebDataset(FileSet):
-    """A .tar file, a folder of them or a glob: an image and further members a sample."""
+    """Images in webdataset format: a .tar file, a folder of .tar files, or a glob. Each sample has an image and further
+    members."""
 
     name: Literal["webdataset"] = "webdataset"
     path: Annotated[str, Content()] = Field(description="a .tar file, a folder of them or a glob")
@@ -138,7 +146,7 @@ class WebDataset(FileSet):
 
 
 class ParquetImages(FileSet):
-    """A .parquet file, a folder of them or a glob, as Hugging Face stores image data sets."""
+    """Images in Parquet, as Hugging Face stores image datasets: a .parquet file, a folder of them, or a glob."""
 
     name: Literal["parquet"] = "parquet"
     image: str = Field("image", description="column of encoded images: binary, or a struct with the field `bytes`")

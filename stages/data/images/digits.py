@@ -1,8 +1,8 @@
-"""The embedded image set `digits`: real scanned handwriting (scikit-learn's 1,797 8x8 digits), tinted.
+"""The embedded image set `digits`: coloured scans of handwritten digits (the 1,797 scans of 8x8 in scikit-learn).
 
-One digit on black: "a red handwritten seven". Two digits, on black or before crops of real photographs:
-"a red seven above a blue two", "a red seven left of a blue two". Every fifth scan is held out: what is trained
-(a teacher, a probe classifier) sees images of the others only.
+An image shows one digit ("a red handwritten seven") or two ("a red seven above a blue two", "a red seven left of a blue
+two"). The background is black or a crop of a photograph. Every fifth scan is held out: training images (for a teacher
+or a probe) never contain it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 ARRANGEMENTS = ("above", "left of")
 HOLD_OUT_EVERY = 5
 SCENES = 20_000
-"""Images of a set whose images are drawn at random; a fifth as many are held out."""
+"""Number of training images of a randomly composed set. A fifth as many are held out."""
 DIM = 0.5
-"""Brightness of photographs: digits in front of them stay legible."""
+"""Factor that darkens the photographs, so that the digits in front of them stay legible."""
 
 
 def captions(digits_per_image: int) -> list[str]:
-    """All captions that the set can have. Those of two digits, 7,200, come in a fixed random order, so that the
-    first of them are as varied as all."""
+    """Return all captions that the set can have.
+
+    The 7,200 captions of two digits are in a fixed random order, so that the first few are as varied as all of them.
+    """
     tinted = [(c, d) for c in COLOURS for d in DIGITS]
     if digits_per_image == 1:
         return [f"a {c} handwritten {d}" for c, d in tinted]
@@ -43,7 +45,8 @@ def captions(digits_per_image: int) -> list[str]:
 
 
 def prompt_labels(texts: list[str]) -> dict[str, NDArray[np.int64]]:
-    """The classes that captions of this set ask for. Raises ValueError for any other text."""
+    """Return the classes that captions ask for: label -> (N,). Raises ValueError for a text that is no caption of this
+    set."""
     parsed = [_parse(text) for text in texts]
     return {name: np.array([p[name] for p in parsed], dtype=np.int64) for name in parsed[0]}
 
@@ -68,8 +71,11 @@ _DIGIT = {name: i for i, name in enumerate(DIGITS)}
 
 @cache
 def load(digits_per_image: int, size: int, background: str, held_out: bool = False) -> LabelledImages:
-    """The training images, or with `held_out` those of the other scans. One digit on black: every scan in every
-    colour (8,622 and 2,160 images). Otherwise SCENES images, image i a function of i alone, and a fifth as many."""
+    """Return the training images, or with `held_out` the images made from held-out scans.
+
+    One digit on black: every scan in every colour (8,622 training and 2,160 held-out images). Otherwise SCENES training
+    images, and a fifth as many held-out ones; image i is a function of i alone.
+    """
     scans, digit = _scans(held_out)
     if digits_per_image == 1 and background == "plain":
         return _all_tints(scans, digit, size)
@@ -86,7 +92,7 @@ def load(digits_per_image: int, size: int, background: str, held_out: bool = Fal
 
 
 def _scans(held_out: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Ink (S, 8, 8) in [0, 1] and the digit of each scan (S,)."""
+    """Return the scans of a split: ink (S, 8, 8) in [0, 1], and the digit of each (S,)."""
     from sklearn.datasets import load_digits
 
     scans, digit = load_digits(return_X_y=True)
@@ -101,7 +107,7 @@ def _enlarge(scan: NDArray[np.float32], size: int) -> NDArray[np.float32]:
 
 
 def _all_tints(scans: NDArray[np.float32], digit: NDArray[np.int64], size: int) -> LabelledImages:
-    """Image i of S scans is scan i % S in colour i // S."""
+    """Return every scan in every colour. For S scans, image i is scan i % S in colour i // S."""
     ink = np.stack([_enlarge(scan, size) for scan in scans])
     tints = np.array(list(COLOURS.values()), dtype=np.float32)
     images = (ink[None, :, None] * tints[:, None, :, None, None]).reshape(-1, 3, size, size)
@@ -120,7 +126,7 @@ def _scene(
     scans: NDArray[np.float32],
     digit: NDArray[np.int64],
 ) -> tuple[NDArray[np.uint8], int, int]:
-    """An image, the place of its caption, the number of the photograph behind it."""
+    """Compose image `number`. Return its pixels (3, H, W), the index of its caption, and that of its photograph."""
     generator = np.random.default_rng([number, held_out])
     place = int(generator.integers(len(wanted["digit"])))
     behind = int(generator.integers(len(photographs.PHOTOGRAPHS)))
@@ -142,7 +148,7 @@ def _scene(
 
 
 def _cell(size: int, which: int, arrangement: int) -> tuple[int, int, int]:
-    """Side, top and left of the square of one of two digits: the first is above, or left of, the second."""
+    """Return side, top and left of the square of digit `which` (0 or 1). Digit 0 is above, or left of, digit 1."""
     side = size // 2 - 2
     near, far, middle = 1, size // 2 + 1, (size - side) // 2
     along = far if which else near

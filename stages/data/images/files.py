@@ -1,6 +1,6 @@
-"""Images of the user's own, read in streams: folders, webdataset shards, parquet.
+"""Streams the user's own images from folders, webdataset shards and Parquet files.
 
-What is wrong is a StageError that names the file, the row or key, and what was expected.
+Every problem raises a StageError that names the file, the row or key, and what was expected.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 METADATA = ("metadata.csv", "metadata.jsonl")
 BY_FOLDER = "folder"
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""What Pillow may take a file for: some of its other readers run programs."""
+"""Formats that Pillow may read. Some of its other readers start programs."""
 ROWS = 64
 
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded image with its caption and label, and in words where it stands."""
+    """An encoded image (bytes, or the path of a file), its caption and its label. `where` names its place in errors."""
 
     where: str
     encoded: bytes | Path
@@ -38,24 +38,27 @@ class Example:
     label: Any
 
     def pixels(self, size: int) -> NDArray[np.uint8]:
-        """(3, size, size) in RGB: scaled to `size` on the shorter side, the middle square of it."""
+        """Decode to (3, size, size) uint8 in RGB: scale the shorter side to `size`, then crop the middle square.
+
+        Raises StageError if it cannot be decoded.
+        """
         from PIL import Image, ImageOps
 
         try:
             source = self.encoded if isinstance(self.encoded, Path) else BytesIO(self.encoded)
             with Image.open(source, formats=FORMATS) as opened:
                 upright = ImageOps.exif_transpose(opened)
-                if upright.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off instead of scaling
+                if upright.mode.startswith("I"):  # 16-bit pixels: `convert` would clip them instead of scaling them
                     upright = Image.fromarray((np.asarray(upright) / 257.0).round().clip(0, 255).astype(np.uint8))
                 upright = upright.convert("RGB")
                 square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise StageError(f"{self.where}: not an image that can be read ({error})") from None
+            raise StageError(f"{self.where}: the image cannot be read ({error})") from None
         return np.asarray(square, dtype=np.uint8).transpose(2, 0, 1)
 
 
 def folder(path: str, caption: str | None, label: str | None) -> Iterator[Example]:
-    """Images below a folder, with their metadata or with text files beside them."""
+    """Yield the images below a folder, with captions and labels from a metadata file or from text files and folders."""
     root = Path(path)
     metadata = next((root / name for name in METADATA if (root / name).exists()), None)
     if metadata is not None:
@@ -67,21 +70,21 @@ def folder(path: str, caption: str | None, label: str | None) -> Iterator[Exampl
             except (OSError, ValueError):
                 inside = False
             if not inside:
-                raise StageError(f"{where}: file_name {row['file_name']!r:.80} is no file below {root}")
+                raise StageError(f"{where}: file_name {row['file_name']!r:.80} is not a file in {root}")
             yield Example(str(file), file, _caption(row, caption, where), _label(row, label, where))
         return
     if label not in (None, BY_FOLDER) or caption not in (None, "txt"):
         wanted = label if label not in (None, BY_FOLDER) else caption
         raise StageError(
-            f"image set {root}: column {wanted!r} needs {' or '.join(METADATA)}; for text files beside the images "
-            "give caption: txt, for no captions caption: null, for a folder a class label: folder"
+            f"image set {root}: column {wanted!r} needs {' or '.join(METADATA)}. Without one, set caption: txt for "
+            "text files beside the images, caption: null for no captions, label: folder for one folder per class"
         )
     for name, file in files_of(path, tuple(f"**/*.{kind}" for kind in IMAGES)).items():
         text = file.with_suffix(".txt")
         if label and file.parent == root:
-            raise StageError(f"{file}: expected it in a folder named by its class, as label: folder says")
+            raise StageError(f"{file}: label: folder needs each image in a folder that is named after its class")
         if caption and not text.is_file():
-            raise StageError(f"{file}: expected its caption in {text.name} beside it")
+            raise StageError(f"{file}: there is no caption file {text.name} beside it")
         words = _decoded(text.read_bytes(), str(text)).strip() if caption else ""
         yield Example(name, file, words, file.parent.name if label else None)
 
@@ -106,7 +109,7 @@ def _rows(metadata: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def webdataset(path: str, caption: str | None, label: str | None) -> Iterator[Example]:
-    """The samples of .tar files that have an image."""
+    """Yield the samples of .tar files that contain an image."""
     for tar in files_of(path, ("**/*.tar",)).values():
         try:
             with open(tar, "rb") as file:
@@ -123,7 +126,7 @@ def webdataset(path: str, caption: str | None, label: str | None) -> Iterator[Ex
 
 
 def _fields(file: Any, sample: tars.TarSample, where: str) -> dict[str, Any]:
-    """The texts of a sample by extension, and the keys of its .json member."""
+    """Return the text members of a sample by extension, and the keys of its .json member."""
     row: dict[str, Any] = {
         name: _decoded(tars.read(file, place), f"{where}, .{name}").strip()
         for name, place in sample.members.items()
@@ -132,12 +135,12 @@ def _fields(file: Any, sample: tars.TarSample, where: str) -> dict[str, Any]:
     try:
         inside = json.loads(row.pop("json", "{}"))
     except (ValueError, RecursionError) as error:
-        raise StageError(f"{where}: its .json is not JSON ({error})") from None
+        raise StageError(f"{where}: its .json member is not valid JSON ({error})") from None
     return {**(inside if isinstance(inside, dict) else {}), **row}
 
 
 def parquet(path: str, image: str, caption: str | None, label: str | None) -> Iterator[Example]:
-    """The rows of .parquet files."""
+    """Yield the rows of .parquet files."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -169,19 +172,19 @@ def _caption(row: Mapping[str, Any], name: str | None, where: str) -> str:
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        found = f"{value!r:.40}" if name in row else f"it has: {', '.join(map(str, row))}"
+        found = f"found {value!r:.40}" if name in row else f"it has: {', '.join(map(str, row))}"
         raise StageError(f"{where}: expected text in {name!r}; {found}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise StageError(f"{where}: {name!r} is not text that UTF-8 can hold") from None
+        raise StageError(f"{where}: {name!r} cannot be encoded as UTF-8") from None
     return value
 
 
 def _label(row: Mapping[str, Any], name: str | None, where: str) -> Any:
     value = None if name is None else row.get(name)
     if name is not None and not isinstance(value, str | int):
-        raise StageError(f"{where}: expected a class in {name!r}, a whole number or text, not {value!r:.40}")
+        raise StageError(f"{where}: expected a class in {name!r}, an integer or text, not {value!r:.40}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""An image set's images and captions, whichever set it is."""
+"""Loads the images and captions of any image set."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stages.data.images.files import Example
 from stages.data.images.labelled import LabelledImages
 
 IN_MEMORY = 2 * 1024**3
-"""Bytes of decoded images that are held in memory; more of them go to a file."""
+"""Largest size in bytes of decoded images that are held in memory. Larger sets are written to a file."""
 
 
 def examples(config: FileSet) -> Iterator[Example]:
-    """All images of a set, still encoded, in order. Raises StageError, also if there is none."""
+    """Yield all images of a set in order, still encoded. Raises StageError for an unreadable image or an empty set."""
     some = False
     try:
         for example in config.examples():
@@ -29,11 +29,11 @@ def examples(config: FileSet) -> Iterator[Example]:
     except FileNotFoundError as error:
         raise StageError(f"image set {error.filename or error}") from None
     if not some:
-        raise StageError(f"image set {config.path}: there is no image")
+        raise StageError(f"image set {config.path}: no images found")
 
 
 def captions(config: ImageSet) -> Iterator[str]:
-    """Every caption that a set can have; of a file set, each image's, held out or not."""
+    """Yield every caption that a set can have. For a FileSet: the caption of each image, including held-out ones."""
     if not isinstance(config, FileSet):
         yield from config.captions()
         return
@@ -46,10 +46,10 @@ def captions(config: ImageSet) -> Iterator[str]:
 def load(
     config: ImageSet, *, held_out: bool = False, limit: int | None = None, scratch: Path | None = None
 ) -> LabelledImages:
-    """What is trained on, or with `held_out` the images that nothing is ever trained on; `limit` of them at most.
+    """Return the training images, or with `held_out` the held-out ones; a random subset of `limit` if there are more.
 
-    Each image is decoded once. Where they are many, they lie in a memory-mapped file in `scratch`; without it
-    StageError is raised. Also raised for images that cannot be read.
+    Images of a FileSet are decoded once. If they are larger than IN_MEMORY, they are written to a memory-mapped file in
+    the folder `scratch`. Raises StageError if there is no such folder, or if an image cannot be read.
     """
     if not isinstance(config, FileSet):
         images = config.load(held_out)
@@ -66,8 +66,10 @@ def load(
 
 
 def rows(config: ImageSet, *, held_out: bool = False) -> Iterator[dict[str, Any]]:
-    """Of each image of `load`, in its order: `caption`, `origin`, and its classes by name. Of a file set none is
-    decoded, and none is kept."""
+    """Yield `caption`, `origin` and the classes of each image of `load`, in the same order.
+
+    Images of a FileSet are neither decoded nor kept in memory.
+    """
     if not isinstance(config, FileSet):
         images = config.load(held_out)
         for i, caption in enumerate(images.captions):
@@ -80,8 +82,10 @@ def rows(config: ImageSet, *, held_out: bool = False) -> Iterator[dict[str, Any]
 
 
 def batches(config: ImageSet, size: int, *, held_out: bool = False, start: int = 0) -> Iterator[NDArray[np.uint8]]:
-    """The images of `load` in its order, from number `start` on: (B, 3, H, W), `size` at a time. Of a file set one
-    batch is in memory, and those before `start` are not decoded."""
+    """Yield the images of `load` in batches (B, 3, H, W) of `size`, beginning with image `start`.
+
+    Of a FileSet, one batch at a time is in memory, and images before `start` are not decoded.
+    """
     if not isinstance(config, FileSet):
         images = config.load(held_out).images
         yield from (images[i : i + size] for i in range(start, len(images), size))
@@ -98,18 +102,20 @@ def _split(config: FileSet, held_out: bool) -> Iterator[Example]:
             found = True
             yield example
     if not found:
-        raise StageError(f"image set {config.path}: too few images to hold every {every}th out")
+        raise StageError(f"image set {config.path}: too few images for hold_out_every: {every}")
 
 
 def _some(length: int, limit: int | None) -> np.ndarray:
-    """At most `limit` places, in order, spread at random: files often come class by class."""
+    """Return at most `limit` random indices in ascending order. Random, because files are often sorted by class."""
     places = np.random.default_rng(0).permutation(length)[: length if limit is None else limit]
     return np.sort(places)
 
 
 def _class_numbers(config: FileSet) -> Mapping[str, int]:
-    """The number of each class, the same for what is trained on and what is held out: by order of all names. None
-    for a set without classes."""
+    """Return class name -> number; empty for a set without classes.
+
+    Classes are numbered by the sorted names of both splits, so that the numbers agree between them.
+    """
     names = {str(example.label) for example in examples(config)} if config.label is not None else set()
     return {name: place for place, name in enumerate(sorted(names, key=lambda name: (len(name), name)))}
 
@@ -121,7 +127,9 @@ def _decoded(
     if int(np.prod(shape)) <= IN_MEMORY:
         pixels = np.empty(shape, dtype=np.uint8)
     elif scratch is None:
-        raise StageError(f"image set {config.path}: {shape[0]} images of {config.size} pixels are too many here")
+        raise StageError(
+            f"image set {config.path}: {shape[0]} images of {config.size} pixels are too large to hold in memory"
+        )
     else:
         scratch.mkdir(parents=True, exist_ok=True)
         pixels = np.lib.format.open_memmap(

@@ -1,4 +1,4 @@
-"""Crops of the colour photographs that ship inside scikit-learn and scikit-image."""
+"""Crops of the colour photographs that are included in scikit-learn and scikit-image."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PHOTOGRAPHS = (
     "skimage/data/rocket.jpg",
 )
 HEIGHT = 192
-"""Rows that every photograph is scaled to: a crop of 32 pixels then shows a sixth of its height."""
+"""Height in pixels that every photograph is scaled to. A crop of 32 pixels then shows a sixth of the height."""
 
 
 @cache
 def photograph(number: int) -> NDArray[np.float32]:
-    """(3, HEIGHT, W) in [0, 1]."""
+    """Return photograph `number` as (3, HEIGHT, W) in [0, 1]."""
     from PIL import Image
 
     package, _, inside = PHOTOGRAPHS[number].partition("/")
@@ -38,7 +38,7 @@ def photograph(number: int) -> NDArray[np.float32]:
 
 
 def crop(number: int, size: int, generator: np.random.Generator) -> NDArray[np.float32]:
-    """A random square of photograph `number`, mirrored half of the time: (3, size, size) in [0, 1]."""
+    """Return a random square of photograph `number` as (3, size, size) in [0, 1], mirrored with probability 1/2."""
     whole = photograph(number)
     top = generator.integers(whole.shape[1] - size + 1)
     left = generator.integers(whole.shape[2] - size + 1)

@@ -1,4 +1,4 @@
-"""The image set that a sealed artifact was made of, for whoever looks at those images again."""
+"""Finds the image set that a sealed artifact was made from, and checks that its files have not changed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from stages.data.images.config import FileSet, ImageSet
 
 
 def images_of(artifact: Artifact) -> ImageSet:
-    """The setting `images` of an artifact's stage. Raises StageError if its files are no longer what they were."""
+    """Return the setting `images` of an artifact's stage. Raises StageError if the files changed since it was made."""
     images: ImageSet = artifact.stage.images  # type: ignore[attr-defined]
     if isinstance(images, FileSet):
         marker = next(m for m in type(images).model_fields["path"].metadata if isinstance(m, Content))
         try:
-            found = f"sha256:{sha256_of_all(images.path, marker.files)}"
+            found = f"sha256:{sha256_of_all(images.path, marker.patterns(images.path))}"
         except OSError as error:
             raise StageError(f"the images of {artifact.folder}: {error}") from None
         if found != artifact.record["identity"]["contents"]["images.path"]:
             raise StageError(
-                f"{images.path} changed since {artifact.folder} was made of it; name a stage of `kind: "
-                f"{artifact.kind}` in its place, which is made again"
+                f"{images.path} changed since {artifact.folder} was made from it; name a stage of `kind: "
+                f"{artifact.kind}` instead of this folder, so that it is made again"
             )
     return images

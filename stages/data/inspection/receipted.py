@@ -1,4 +1,4 @@
-"""Shards with receipts: everything is known from those; the tars are read only to be hashed."""
+"""Inspects shards that have receipts. All statistics come from the receipts; tars are read only to hash them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ COLUMNS = {"index": pa.int64(), "noise_hash": pa.uint64(), "prompt_hash": pa.uin
 
 @dataclass(frozen=True)
 class Receipt:
-    """What one receipt says. noise, prompt: (N,) 64-bit hashes."""
+    """The content of a receipt. noise, prompt: (N,), a 64-bit hash for each sample."""
 
     facts: ShardFacts
     noise: NDArray[np.uint64]
     prompt: NDArray[np.uint64]
     first: int
-    """The smallest index of a sample."""
+    """The smallest sample index."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A shard, and what is wrong with it: None if nothing is."""
+    """A shard and its damage: `kind` is one of inspection.KINDS, and `problem` a text. None if it is intact."""
 
     tar: Listed
     receipt: Receipt | None
@@ -43,23 +43,23 @@ class Checked:
 
 
 def check_shards(source: Source, tars: Iterable[Listed], deep: bool) -> Iterator[Checked]:
-    """Every shard in turn. `deep` also hashes every tar, which is what its receipt and its list are checked with."""
+    """Check every shard, in order, against its receipt and the sealed list. `deep` also hashes every tar."""
     return _in_parallel(lambda tar: _check(source, tar, deep), tars)
 
 
 def _check(source: Source, tar: Listed, deep: bool) -> Checked:
     size = source.sizes.get(tar.path)
     if size is None:
-        return Checked(tar, None, "missing", "the tar is not there")
+        return Checked(tar, None, "missing", "the tar does not exist")
     if tar.receipt not in source.sizes:
-        return Checked(tar, None, "unreceipted", "it has no receipt, so it does not exist")
+        return Checked(tar, None, "unreceipted", "it has no receipt; a shard without a receipt is ignored")
     try:
         receipt = _read(source, tar, size)
         facts = receipt.facts
         if size != facts.bytes or tar.bytes not in (None, size):
             raise ValueError(f"{size} bytes instead of {facts.bytes if tar.bytes is None else tar.bytes}")
         if tar.sha256 not in (None, facts.sha256) or tar.count not in (None, facts.count):
-            raise ValueError("another shard than the one that was sealed")
+            raise ValueError("it is not the shard that was sealed")
         if deep and sha256(source, tar.path) != facts.sha256:
             raise ValueError("its content is not what the receipt says")
     except (OSError, ValueError, KeyError, OverflowError) as error:
@@ -71,7 +71,7 @@ def _read(source: Source, tar: Listed, size: int) -> Receipt:
     facts, rows = read_receipt(source.read(tar.receipt), list(COLUMNS), size)
     for name, kind in COLUMNS.items():
         if rows.schema.field(name).type != kind or rows[name].null_count:
-            raise ValueError(f"its receipt's column {name} is no {kind}")
+            raise ValueError(f"its receipt's column {name} is not {kind}, or has nulls")
     index, noise, prompt = (rows[name].to_numpy() for name in COLUMNS)
     return Receipt(facts, noise, prompt, int(index.min()) if len(index) else 0)
 
@@ -84,6 +84,6 @@ def sha256(source: Source, path: str) -> str:
 
 
 def _in_parallel(function: Callable[[Listed], T], items: Iterable[Listed]) -> Iterator[T]:
-    """Hashing, reading and parsing let go of Python's lock: a thread a core."""
+    """Map a function over items in order, with one thread for each core. Hashing and parsing release the GIL."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
         yield from threads.map(function, items)

@@ -1,4 +1,4 @@
-"""Where shards to inspect lie: a folder here, or any URL that fsspec knows (s3://, gs://, https://...). Read only."""
+"""Reads the files of a local folder, or of any URL that fsspec supports (s3://, gs://, https://...). Never writes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from stages.data.receipts import SEAL
 from stages.data.urls import redacted
 
 SAMPLED = 100
-"""Parquet files that are looked into for a receipt's seal, at most."""
+"""Maximum number of Parquet files that are searched for a receipt's seal."""
 LARGEST_RECEIPT = 256 * 1024**2
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A tar, and of a sealed artifact what it was when it was sealed."""
+    """A tar. If it belongs to a sealed artifact: also its samples, bytes and hash when it was sealed."""
 
     path: str
     count: int | None = None
@@ -36,7 +36,10 @@ class Listed:
 
 
 class Source:
-    """The files below a folder or URL. Of a sealed `pairs` artifact, those of its pool."""
+    """The files below a folder or URL. For a sealed `pairs` artifact: the files of its pool.
+
+    Raises StageError if the target cannot be read.
+    """
 
     def __init__(self, target: str) -> None:
         try:
@@ -55,7 +58,7 @@ class Source:
         return parse_list(self._fs.cat_file(path), path) if self._fs.exists(path) else None
 
     def _sizes(self) -> dict[str, int]:
-        """Path below the root -> bytes. Hidden files are what a killed worker left."""
+        """Return path relative to the root -> bytes. Hidden files are skipped: killed workers leave them."""
         if self.root.endswith(".tar"):
             receipt = Listed(self.root).receipt
             found = {path: self._fs.info(path) for path in (self.root, receipt) if self._fs.exists(path)}
@@ -72,22 +75,26 @@ class Source:
         }
 
     def _size(self, path: str, about: dict[str, Any]) -> int:
-        """A listing over HTTP has no sizes: each file is asked for its own."""
+        """Return a file's bytes. Listings over HTTP have no sizes, so the file itself is asked."""
         size = about.get("size")
         return int((self._fs.info(path).get("size") or 0) if size is None else size)
 
     @cached_property
     def receipted(self) -> bool:
-        """Whether these are shards of Retort's: a list, a table of prompts or a receipt says so. Others put parquet
-        files beside tars, too (img2dataset does)."""
+        """Whether Retort made the shards: there is a list, a prompt table, or a receipt with a seal.
+
+        A Parquet file beside a tar proves nothing: img2dataset writes them, too.
+        """
         if self.sealed or PROMPTS in self.sizes:
             return True
         tables = [path for path in self.sizes if path.endswith(".parquet")]
         return any(SEAL in self.read(path) for path in tables[:SAMPLED] if self.sizes[path] <= LARGEST_RECEIPT)
 
     def tars(self) -> list[Listed]:
-        """Of a sealed artifact the listed ones, whether they are there or not; else all that are there, and those
-        that a receipt says should be."""
+        """Return the tars: for a sealed artifact those in its list, even if missing.
+
+        For other targets, the existing tars; for Retort's shards, also a missing tar whose receipt exists.
+        """
         if self.sealed:
             return [Listed(s["tar"], s["count"], s["bytes"], s["sha256"]) for s in self.sealed["shards"]]
         kinds = (".tar", ".parquet") if self.receipted else (".tar",)

@@ -1,4 +1,4 @@
-"""Where prompts come from, as a manifest says it."""
+"""Settings of prompts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ DEFAULT_COLUMN = "prompt"
 
 
 class Prompts(Config):
-    """`path`: a file, a folder or a glob of .txt (a prompt a line), .csv (with a header), .jsonl or .parquet files,
-    the last three with their `column` of text; or `images`, an image set, for its captions.
+    """Prompts from files (`path`), or the captions of an image set (`images`).
 
-    In a manifest a bare word means an embedded image set's captions, any other text a path.
+    `path` is a file, a folder or a glob of .txt, .csv, .jsonl or .parquet files. A .txt file has one prompt on each
+    line. A .csv file has a header. In files other than .txt, `column` names the column or key of the prompts.
+
+    In a manifest, a plain text instead of settings is a path; digits and digit_scenes stand for the captions of these
+    image sets.
     """
 
     path: Annotated[str | None, Content(files=PATTERNS)] = Field(

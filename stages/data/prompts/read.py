@@ -1,7 +1,7 @@
-"""Prompts from files, in streams: one line, or one batch of rows, is in memory at a time.
+"""Streams prompts from files: one line, or one batch of rows, is in memory at a time.
 
-Whatever is wrong is a StageError that names the file, the row (from 1, not counting a header) or the line, and what
-was expected there.
+Every problem raises a StageError that names the file, the row or line, and what was expected there. Rows are counted
+from 1, without the header.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BATCH = 4096
 
 
 def read_prompts(source: Prompts) -> Iterator[list[str]]:
-    """Batches of prompts, in order: files by name, then rows. Raises StageError, also if there is none at all."""
+    """Yield batches of prompts, in order of file names and rows. Raises StageError if none exist or can be read."""
     if source.images is not None:
         from stages.data.images.load import captions
 
@@ -39,7 +39,7 @@ def read_prompts(source: Prompts) -> Iterator[list[str]]:
         except OSError as error:
             raise StageError(f"prompts {path} cannot be read: {error.strerror or error}") from None
     if not some:
-        raise StageError(f"prompts {source.path}: there is no prompt")
+        raise StageError(f"prompts {source.path}: no prompts found")
 
 
 def _files(source: str) -> list[Path]:
@@ -81,7 +81,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _checked(path: Path, rows: Iterator[tuple[int, object]], unit: str = "row") -> Iterator[str]:
-    """The prompts of numbered rows, each a text that is not blank."""
+    """Yield the prompts of numbered rows. Raises StageError for one that is not text, blank, or not valid UTF-8."""
     for number, value in rows:
         if not isinstance(value, str):
             found = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
@@ -91,7 +91,7 @@ def _checked(path: Path, rows: Iterator[tuple[int, object]], unit: str = "row") 
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise StageError(f"prompts {path}, {unit} {number}: not text that UTF-8 can hold") from None
+            raise StageError(f"prompts {path}, {unit} {number}: cannot be encoded as UTF-8") from None
         yield value
 
 
@@ -103,7 +103,7 @@ def _csv(path: Path, column: str) -> Iterator[tuple[int, str | None]]:
             return
         place = _place(path, column, header)
         for number, row in enumerate(rows, 1):
-            if row:  # a blank line is no row
+            if row:  # blank lines are skipped
                 yield number, row[place] if place < len(row) else None
     except csv.Error as error:
         raise StageError(f"prompts {path}, line {rows.line_num}: not CSV ({error})") from None

@@ -1,6 +1,6 @@
-"""All prompts of a pool in one file: checked once, before anything is solved, then read by memory map.
+"""The prompt table: all prompts of a pool in one Arrow file. They are checked once, before the first ODE is solved.
 
-Whatever the source was, sample i of the pool uses row i mod P, and no process ever holds all P texts.
+Workers map the file into memory, so no process holds all P prompts. Sample i of the pool uses prompt i mod P.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SCHEMA = pa.schema([("prompt", pa.string())])
 
 
 def write_table(source: Prompts | None, contents: Mapping[str, str], path: Path) -> None:
-    """Write the table that `PromptTable` reads, also over one that may be damaged. Without a source it holds one
-    empty prompt.
+    """Write the table that `PromptTable` reads. Replaces an existing table. Without a source, the table has one empty
+    prompt.
 
-    `contents` is what the plan found files to hold, by dotted path. Raises StageError for prompts that cannot
-    be read, and when the file has changed since.
+    contents: dotted path of a setting -> hash of its files when the run was planned. Raises StageError if prompts
+    cannot be read, or if the files changed since then.
     """
     temporary = temporary_of(path)
     try:
@@ -38,17 +38,17 @@ def write_table(source: Prompts | None, contents: Mapping[str, str], path: Path)
 
 
 def _unchanged(source: Prompts | None, contents: Mapping[str, str]) -> None:
-    """What was read must be what was planned: shards made from anything else would poison the pool."""
+    """Raise StageError if the files changed since the plan. Shards with other prompts would corrupt the pool."""
     for name, path, patterns in (
         ("prompts.path", source and source.path, PATTERNS),
         ("prompts.images.path", source and getattr(source.images, "path", None), EVERYTHING),
     ):
         if path and f"sha256:{sha256_of_all(path, patterns)}" != contents[name]:
-            raise StageError(f"prompts {path} changed since the run was planned; resume to plan again with it as it is")
+            raise StageError(f"prompts {path} changed since the run was planned; resume the run to plan it again")
 
 
 class PromptTable:
-    """The prompts of a pool. Safe to share between threads; costs no memory but what is looked at."""
+    """The prompts of a pool, memory-mapped. Threads can share it. Raises StageError if the file cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -60,10 +60,10 @@ class PromptTable:
         return len(self._prompts)
 
     def of(self, samples: Iterable[int]) -> list[str]:
-        """Sample i uses prompt i mod P."""
+        """Return the prompts of samples. Sample i uses prompt i mod P."""
         return [self._prompts[i % len(self)].as_py() for i in samples]
 
     def batches(self, count: int) -> Iterator[list[str]]:
-        """All that the first `count` samples use, each once."""
+        """Yield, in batches, the prompts that the first `count` samples use, each once."""
         for chunk in self._prompts.slice(0, count).chunks:
             yield chunk.to_pylist()

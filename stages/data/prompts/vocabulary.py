@@ -1,4 +1,4 @@
-"""Words of prompts that a teacher's tokenizer does not know. Planning asks too, so it needs no torch."""
+"""Finds words in prompts that a teacher's tokenizer does not know. Needs no torch, because planning uses it, too."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ MOST = 100_000
 
 
 def unknown_words(teacher: Path, prompts: Iterable[Sequence[str]]) -> str | None:
-    """A warning with the share of unknown tokens in batches of prompts, and examples; None if there are none.
+    """Return a warning with the share of unknown tokens in the prompts, and examples. None if there are none.
 
-    `teacher` is a diffusers folder. Without a `tokenizer.json` that can be read nothing is known and None is returned.
-    A tokenizer that falls back to bytes, such as CLIP's, knows every word. Of more than MOST prompts the first
-    are looked at: a million would take minutes.
+    teacher: a diffusers folder. prompts: batches of prompts; only about the first MOST are checked, since a million
+    would take minutes. Also returns None without a readable `tokenizer.json`. A tokenizer that falls back to bytes,
+    such as CLIP's, knows every word.
     """
     from tokenizers import Tokenizer
 
     file = teacher / "tokenizer" / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception:  # the library raises nothing narrower; a file that is broken is an error once it is needed
+    except Exception:  # the library raises nothing narrower; loading the teacher reports a broken file
         return None
     unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
     if unknown is None:
@@ -44,6 +44,6 @@ def unknown_words(teacher: Path, prompts: Iterable[Sequence[str]]) -> str | None
     words = ", ".join(map(repr, list(examples)[:EXAMPLES]))
     return (
         f"the teacher's tokenizer does not know {missed:,} of the {total:,} tokens of {looked_at:,} prompts "
-        f"({100 * missed / total:.2g} %), such as {words}; it reads them all as one and the same word. "
+        f"({100 * missed / total:.2g} %), such as {words}; it replaces each of them by the same unknown token. "
         f"The words that it knows are listed in {file}"
     )

@@ -1,6 +1,6 @@
-"""BAPPS as it lies on disk. Votes are read at once, images when a batch asks for them.
+"""Reads BAPPS from disk: all votes at once, and images when a batch needs them.
 
-What is wrong is a StageError that names the path and what was expected there.
+Every problem raises a StageError that names the path and what was expected there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ LAYOUT = "expected PATH/train/CATEGORY and PATH/val/CATEGORY, each with ref/, p0
 PARTS = ("ref", "p0", "p1")
 SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")
-"""What Pillow may take a file for: some of its other readers run programs."""
+"""Formats that Pillow may read. Some of its other readers start programs."""
 
 
 class BappsTriplets:
-    """The training categories, or with `held_out` those of the validation set. `votes`, `categories` and `unseen` are
-    those of the interface Triplets."""
+    """The BAPPS categories `train`, or with `held_out` the categories `test` of its validation set.
+
+    Implements the interface Triplets.
+    """
 
     def __init__(self, path: str, train: Sequence[str], test: Sequence[str], held_out: bool) -> None:
         split, names = ("val", test) if held_out else ("train", train)
@@ -40,7 +42,7 @@ class BappsTriplets:
         self._shape = _pixels(self._first).shape
 
     def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
-        """The references, first and second images, each (B, 3, H, W)."""
+        """Return the references, first images and second images, each (B, 3, H, W)."""
         triplets = [self._triplets[i] for i in index]
         reference, first, second = (self._stacked(folder / part / file for folder, file in triplets) for part in PARTS)
         return reference, first, second
@@ -53,28 +55,28 @@ class BappsTriplets:
         if pixels.shape != self._shape:
             (_, high, wide), (_, height, width) = pixels.shape, self._shape
             raise StageError(
-                f"BAPPS {path}: {wide}x{high} pixels; expected {width}x{height} as of {self._first}: "
-                "all images must be of one size"
+                f"BAPPS {path}: {wide}x{high} pixels; expected {width}x{height}, as in {self._first}: "
+                "all images must have the same size"
             )
         return pixels
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of a category's references, in order, each with its two others and its judgement beside it."""
+    """Return the names of a category's reference images, sorted. Raises StageError if part of a triplet is missing."""
     if not folder.is_dir():
-        raise StageError(f"BAPPS {folder} is no folder; {LAYOUT}")
+        raise StageError(f"BAPPS {folder} is not a folder; {LAYOUT}")
     found = {part: set(_listed(folder / part, SUFFIXES)) for part in PARTS}
     judged = {Path(file).stem for file in _listed(folder / "judge", (".npy",))}
     every = sorted(set().union(*found.values()))
     for part, files in found.items():
         for file in every:
             if file not in files:
-                raise StageError(f"BAPPS {folder / part / file} is missing, its others are there; {LAYOUT}")
+                raise StageError(f"BAPPS {folder / part / file} is missing from its triplet; {LAYOUT}")
     for stem in sorted(judged.symmetric_difference(Path(file).stem for file in every)):
         missing = folder / (f"ref/{stem}.png" if stem in judged else f"judge/{stem}.npy")
-        raise StageError(f"BAPPS {missing} is missing, its others are there; {LAYOUT}")
-    if len(every) < 2:  # of one, no score has an error
-        raise StageError(f"BAPPS {folder} holds {len(every)} triplets; expected two at least; {LAYOUT}")
+        raise StageError(f"BAPPS {missing} is missing from its triplet; {LAYOUT}")
+    if len(every) < 2:  # the standard error of a score needs two
+        raise StageError(f"BAPPS {folder} holds {len(every)} triplets; expected at least two; {LAYOUT}")
     return every
 
 
@@ -82,7 +84,7 @@ def _listed(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     try:
         return [name for name in os.listdir(folder) if name.lower().endswith(suffixes) and not name.startswith(".")]
     except OSError as error:
-        raise StageError(f"BAPPS {folder} is no folder that can be read ({error.strerror}); {LAYOUT}") from None
+        raise StageError(f"BAPPS {folder} cannot be read as a folder ({error.strerror}); {LAYOUT}") from None
 
 
 def _judge(folder: Path, file: str) -> Path:
@@ -90,23 +92,23 @@ def _judge(folder: Path, file: str) -> Path:
 
 
 def _vote(path: Path) -> float:
-    expected = "expected an array of one number between 0 and 1, the share of people who took p1 for the closer one"
+    expected = "expected an array of one number from 0 to 1, the share of people who chose p1 as the closer image"
     try:
         with open(path, "rb") as file:
             vote = float(np.lib.format.read_array(file, allow_pickle=False).item())
     except (OSError, ValueError, TypeError) as error:
         raise StageError(f"BAPPS {path}: {error}; {expected}") from None
     if not 0.0 <= vote <= 1.0:
-        raise StageError(f"BAPPS {path}: it says {vote:g}; {expected}")
+        raise StageError(f"BAPPS {path}: the vote is {vote:g}; {expected}")
     return vote
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
-    """(3, H, W) in RGB."""
+    """Decode an image to (3, H, W) uint8 in RGB. Raises StageError."""
     from PIL import Image
 
     try:
         with Image.open(path, formats=FORMATS) as opened:
             return np.asarray(opened.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise StageError(f"BAPPS {path}: no PNG or JPEG that can be read ({error})") from None
+        raise StageError(f"BAPPS {path}: cannot be read as PNG or JPEG ({error})") from None

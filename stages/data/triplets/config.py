@@ -1,4 +1,4 @@
-"""Sets of triplets for two-alternative forced choice, as a manifest names them. Imports no NumPy."""
+"""Settings of sets of triplets for two-alternative forced choice. Imports no NumPy."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ Category = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class TripletSet(Config):
-    """A reference and two distorted images, many times over, with the share of people who find the second closer."""
+    """Triplets of a reference and two distorted images, each with the share of people who chose the second image as the
+    closer one."""
 
     name: str
 
     def load(self, images: Callable[[bool], LabelledImages], held_out: bool) -> Triplets:
-        """What is calibrated on, or with `held_out` what is measured on. `images(held_out)` are those that a synthetic
-        set is made of; any other never asks for them. Raises StageError for what cannot be read."""
-        raise TypeError(f"{type(self).__name__} does not say how it is loaded")
+        """Return the triplets to calibrate on, or with `held_out` the triplets to test on.
+
+        `images(held_out)` loads the images that synthetic triplets are made from; other sets do not call it. Raises
+        StageError for files that cannot be read.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement load()")
 
 
 class Bapps(TripletSet):
-    """BAPPS, people's judgements (Zhang et al. 2018, 1801.03924), as its own script unpacks it:
-    PATH/train/CATEGORY and PATH/val/CATEGORY, each with ref, p0, p1 (NAME.png) and judge (NAME.npy)."""
+    """BAPPS, a dataset of human judgements of image similarity (Zhang et al. 2018, 1801.03924). The folder has the
+    layout that its download script makes: PATH/train/CATEGORY and PATH/val/CATEGORY, each with ref, p0, p1 (NAME.png)
+    and judge (NAME.npy)."""
 
     name: Literal["bapps"] = "bapps"
     path: Annotated[str, Content()] = Field(description="folder that holds train and val, such as dataset/2afc")
@@ -58,14 +63,16 @@ class Bapps(TripletSet):
 
 
 class Synthetic(TripletSet):
-    """No judgements of people: distortions of known strength, made of real images. Both images of a triplet are of one
-    family, in independent draws, and the weaker distortion is the closer one. Reports call it synthetic, never BAPPS.
+    """Triplets without human judgements: real images with distortions of known strength. Both distorted images of a
+    triplet are independent draws of one family. By definition, the image with the weaker distortion is closer. Reports
+    call these triplets synthetic, never BAPPS.
 
-    One family is for testing only, so that what is learned is tried on a distortion it never saw. By default that is
-    warp: of digit scenes, squared error of pixels sides with the wrong image in 22%, and a classifier's features that
-    were calibrated on the other families in 19% (difference 0.031 +- 0.006). It would tell less of noise, where squared
-    error is seldom wrong, and of colour, where it is partly a matter of definition which change is the larger. Without
-    misalignment squared error is wrong in 10%, and calibration teaches nothing that helps (-0.005 +- 0.005).
+    One family is used for testing only, so that a test shows a distortion that calibration never saw. The default is
+    warp. On digit scenes, the mean squared error of pixels chooses the wrong image in 22% of the warped triplets.
+    Features of a classifier, calibrated on the other families, choose it in 19% (difference 0.031 +- 0.006). Other
+    families would be a weaker test. For noise, squared error is seldom wrong. For colour, it is partly a matter of
+    definition which change is larger. Without misalignment, squared error is wrong in 10%, and calibration does not
+    help (-0.005 +- 0.005).
     """
 
     name: Literal["synthetic"] = "synthetic"

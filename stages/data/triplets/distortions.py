@@ -1,7 +1,8 @@
-"""Six families of distortions whose strength is known: what synthetic triplets are made with.
+"""The six families of distortions of synthetic triplets.
 
-Each takes an image (3, H, W) uint8, a strength in (0, 1] and a generator, and gives an image of the same shape. A
-strength is one physical quantity in every draw, in proportion; lengths are relative to the width. Draws differ.
+Each function takes an image (3, H, W) uint8, a strength in (0, 1] and a random generator. It returns an image of the
+same shape. The strength is proportional to one physical quantity of the family, which is equal in all draws of that
+strength. Lengths are relative to the width of the image.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ Image = NDArray[np.uint8]
 Distortion = Callable[[Image, float, np.random.Generator], Image]
 
 BLUR = 1 / 16
-"""Standard deviation of the strongest blur over the width."""
+"""Standard deviation of the strongest blur, relative to the width."""
 NOISE = 64.0
-"""Standard deviation of the strongest noise, in levels of 255."""
+"""Standard deviation of the strongest noise, in pixel levels (0 to 255)."""
 WARP = 1 / 16
-"""Root mean square displacement of the strongest warp over the width."""
+"""Root mean square displacement of the strongest warp, relative to the width."""
 WARP_SCALE = 1 / 8
-"""Standard deviation of the Gaussian that smooths a warp's displacements, over the width."""
+"""Standard deviation of the Gaussian that smooths a warp's displacements, relative to the width."""
 SHIFT = 1 / 8
-"""Distance of the longest shift over the width."""
+"""Distance of the longest shift, relative to the width."""
 HUE, TINT, CONTRAST = math.pi / 2, 64.0, 1.0
-"""The strongest change of colour, were it of one kind: radians, levels of 255, powers of two."""
+"""The strongest change of each kind alone: hue in radians, tint in pixel levels (0 to 255), contrast in powers of 2."""
 QUANTISER = 8.0
-"""Steps of the coarsest JPEG over those of quality 50; the library's quality is then 6."""
+"""Quantisation steps of the strongest JPEG compression, relative to those of quality 50. It is about quality 6."""
 BLOCK = 16
-"""Pixels after which JPEG's grid repeats, its colours having half the resolution."""
+"""Period of JPEG's block grid in pixels: twice 8, because colour is stored at half the resolution."""
 
 
 def blur(image: Image, strength: float, generator: np.random.Generator) -> Image:
-    """Gaussian blur. Strength: the root mean square of its two axes' standard deviations, which a draw shares out."""
+    """Gaussian blur. Strength: the root mean square of the standard deviations of both axes; their ratio is random."""
     angle = generator.uniform(math.pi / 12, math.pi * 5 / 12)
     sigma = strength * BLUR * image.shape[2] * math.sqrt(2.0)
     pixels = ndimage.correlate1d(image.astype(np.float64), _bell(sigma * math.sin(angle)), axis=1, mode="reflect")
@@ -47,12 +48,12 @@ def blur(image: Image, strength: float, generator: np.random.Generator) -> Image
 
 
 def noise(image: Image, strength: float, generator: np.random.Generator) -> Image:
-    """White Gaussian noise. Strength: its standard deviation."""
+    """White Gaussian noise. Strength: the standard deviation."""
     return _levels(image + strength * NOISE * generator.standard_normal(image.shape))
 
 
 def warp(image: Image, strength: float, generator: np.random.Generator) -> Image:
-    """Pixels displaced by a smooth random field of mean zero. Strength: the root mean square displacement."""
+    """Displace pixels by a smooth random field of mean zero. Strength: the root mean square displacement."""
     shape, width = image.shape[1:], image.shape[2]
     smooth = [
         ndimage.gaussian_filter(generator.standard_normal(shape), WARP_SCALE * width, mode="wrap") for _ in range(2)
@@ -63,13 +64,16 @@ def warp(image: Image, strength: float, generator: np.random.Generator) -> Image
 
 
 def shift(image: Image, strength: float, generator: np.random.Generator) -> Image:
-    """The whole moved. Strength: the distance."""
+    """Shift the whole image in a random direction. Strength: the distance."""
     return moved(image, strength * SHIFT, generator)
 
 
 def colour(image: Image, strength: float, generator: np.random.Generator) -> Image:
-    """Hue rotated about the grey axis, a tint added, contrast changed. Strength: the length of the three changes
-    together, each in units of its own strongest; a draw is a direction."""
+    """Rotate the hue about the grey axis, add a tint, and change the contrast.
+
+    Strength: the length of the vector of the three changes, each divided by its strongest value. Its direction is
+    random.
+    """
     turn, tint, contrast = strength * _direction(generator)
     tints = tint * TINT * math.sqrt(3.0) * _direction(generator)
     pixels = np.einsum("ij,jhw->ihw", _rotation(turn * HUE), image.astype(np.float64))
@@ -78,8 +82,10 @@ def colour(image: Image, strength: float, generator: np.random.Generator) -> Ima
 
 
 def compression(image: Image, strength: float, generator: np.random.Generator) -> Image:
-    """JPEG. Strength: the scale of its quantisers (1 / QUANTISER is quality 50), not rounded to a whole quality. A draw
-    is where its grid lies."""
+    """JPEG compression. Strength: the scale of the quantisation tables; 1 / QUANTISER corresponds to quality 50.
+
+    The offset of the block grid is random.
+    """
     from PIL import Image as Pillow
 
     top, left = generator.integers(BLOCK, size=2)
@@ -102,15 +108,17 @@ DISTORTIONS: dict[Family, Distortion] = {
 
 
 def moved(image: Image, distance: float, generator: np.random.Generator) -> Image:
-    """The whole moved by `distance` times the width in a random direction, borders reflected."""
+    """Shift an image by `distance` times its width in a random direction. Borders are reflected."""
     angle = generator.uniform(0.0, 2.0 * math.pi)
     direction = np.array([math.sin(angle), math.cos(angle)])
     return _displaced(image, distance * image.shape[2] * direction[:, None, None])
 
 
 def _displaced(image: Image, displacement: NDArray[np.float64]) -> Image:
-    """Each pixel taken from where `displacement` (2, H or 1, W or 1) points. By cubic splines: linear interpolation
-    would also blur, by an amount that depends on the fraction of a pixel and not on the strength."""
+    """Read each pixel at its position plus `displacement` (2, H or 1, W or 1), in pixels, with cubic splines.
+
+    Linear interpolation would add a blur that depends on the fraction of a pixel instead of the strength.
+    """
     rows, columns = np.mgrid[: image.shape[1], : image.shape[2]]
     places = np.stack([rows, columns]) + displacement
     channels = image.astype(np.float64)
@@ -118,21 +126,23 @@ def _displaced(image: Image, displacement: NDArray[np.float64]) -> Image:
 
 
 def _bell(sigma: float) -> NDArray[np.float64]:
-    """The discrete Gaussian kernel exp(-s^2) I_n(s^2) (Lindeberg 1990). Its variance is s^2 also below a pixel, where
-    samples of the continuous one would all but vanish."""
+    """Return the discrete Gaussian kernel exp(-s^2) I_n(s^2), for s = `sigma` in pixels (Lindeberg 1990).
+
+    Its variance is s^2 for any s. A sampled continuous Gaussian has almost no variance for s well below 1.
+    """
     reach = math.ceil(4.0 * sigma) + 1
     weights: NDArray[np.float64] = special.ive(np.arange(-reach, reach + 1), sigma**2)
     return weights / weights.sum()
 
 
 def _direction(generator: np.random.Generator) -> NDArray[np.float64]:
-    """A unit vector (3,), uniform on the sphere."""
+    """Return a random unit vector (3,), uniform on the sphere."""
     vector = generator.standard_normal(3)
     return vector / np.linalg.norm(vector)
 
 
 def _rotation(angle: float) -> NDArray[np.float64]:
-    """Of RGB about the grey axis (Rodrigues' formula): grey stays as it is."""
+    """Return the rotation (3, 3) of RGB about the grey axis (Rodrigues' formula). `angle` is in radians."""
     axis = np.ones(3) / math.sqrt(3.0)
     across = np.cross(np.eye(3), axis)
     return math.cos(angle) * np.eye(3) - math.sin(angle) * across + (1.0 - math.cos(angle)) * np.outer(axis, axis)
@@ -140,7 +150,7 @@ def _rotation(angle: float) -> NDArray[np.float64]:
 
 @cache
 def _quantisers() -> list[NDArray[np.int64]]:
-    """Quality 50's tables, of brightness and of colour: the examples of the JPEG standard, annex K."""
+    """Return the quantisation tables of quality 50, for brightness and colour (JPEG standard, annex K)."""
     from PIL import Image as Pillow
     from PIL.JpegImagePlugin import JpegImageFile
 

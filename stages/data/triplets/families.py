@@ -1,4 +1,4 @@
-"""The families of distortions of synthetic triplets, by name. Imports no NumPy."""
+"""Names of the families of distortions of synthetic triplets. Imports no NumPy."""
 
 from typing import Literal, get_args
 

@@ -1,6 +1,6 @@
-"""Triplets made of real images by distortions of known strength: no person judged them, the weaker is the closer.
+"""Synthetic triplets: real images with distortions of known strength. By definition, the weaker distortion is closer.
 
-A triplet is a function of the settings, the images, the split, its family and its number in it.
+A triplet depends only on the settings, the images, the split, the family of distortions, and its number in the family.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from stages.data.triplets.distortions import DISTORTIONS, moved
 from stages.data.triplets.families import FAMILIES, Family
 
 LEAST = 0.25
-"""The stronger distortion's strength is uniform from this to 1."""
+"""The strength of the stronger distortion is drawn uniformly from LEAST to 1."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a triplet is made of: the place of its reference, and the two strengths of one family."""
+    """How to make a triplet: the index of its reference image, the family, and the strengths of both distortions."""
 
     key: tuple[int, int, int]
-    """Split, family, number in it: what its random draws are a function of."""
+    """(split, family, number in the family): the seed of its random draws."""
     source: int
     family: Family
     strengths: tuple[float, float]
 
 
 class SyntheticTriplets:
-    """Of all families but the held-out one, in equal shares; or with `held_out` of every family. `votes`, `categories`
-    and `unseen` are those of the interface Triplets."""
+    """Training triplets of all families except the held-out one, in equal shares; with `held_out`, test triplets of
+    every family.
+
+    Implements the interface Triplets.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class SyntheticTriplets:
         ratio: tuple[float, float],
         misalignment: float,
     ) -> None:
-        """`count` is of all triplets, or with `held_out` of each family's."""
+        """count: the number of triplets of all families together; with `held_out`, of each family."""
         self._images, self._misalignment = images.images, misalignment
         families = [family for family in FAMILIES if held_out or family != held_out_family]
         self.categories: dict[str, range] = {}
@@ -57,7 +60,7 @@ class SyntheticTriplets:
         self.votes = np.array([recipe.strengths[1] < recipe.strengths[0] for recipe in self.recipes], dtype=np.float32)
 
     def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
-        """The references, first and second images, each (B, 3, H, W)."""
+        """Return the references, first images and second images, each (B, 3, H, W)."""
         recipes = [self.recipes[i] for i in index]
         references = np.stack([self._reference(recipe) for recipe in recipes])
         first, second = (np.stack([self._distorted(recipe, which) for recipe in recipes]) for which in (0, 1))

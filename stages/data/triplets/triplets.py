@@ -1,4 +1,4 @@
-"""The interface in which triplets travel, whichever set they are of."""
+"""The interface of all sets of triplets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ Images = NDArray[np.uint8]
 
 
 class Triplets(Protocol):
-    """N triplets of a reference and two distorted images of one size."""
+    """N triplets: a reference image and two distorted images of it, all of one size."""
 
     votes: NDArray[np.float32]
-    """(N,) in [0, 1]: the share of people who took the second for the closer one."""
+    """(N,) in [0, 1]: the share of people who chose the second image as the closer one."""
     categories: dict[str, range]
-    """Name -> the places of its triplets. In order, without gaps."""
+    """Category -> the indices of its triplets. The ranges are in order and without gaps."""
     unseen: frozenset[str]
-    """Categories that no training triplet is of."""
+    """Categories that have no training triplets."""
 
     def batch(self, index: NDArray[np.int64]) -> tuple[Images, Images, Images]:
-        """The references, first and second images at places `index`, each (B, 3, H, W). Raises StageError."""
+        """Return the references, first images and second images at `index`, each (B, 3, H, W) uint8.
+
+        Raises StageError if an image cannot be read.
+        """

@@ -9,7 +9,7 @@ from stages.base import Artifact, Choice, values_under
 from stages.diffusion.form import Form, WRange
 from stages.diffusion.prediction import Prediction
 from stages.losses.config import LOSSES, LossConfig, Regression
-from stages.methods.base import Materials, MethodConfig, form_mismatches
+from stages.methods.base import Materials, MethodConfig, Stream, form_mismatches
 from stages.training import Method
 
 
@@ -22,7 +22,7 @@ class ConsistencyConfig(MethodConfig):
     student takes the guidance strength w as an input, as in LCM. Otherwise it learns one scale, `guidance_scale`.
     """
 
-    DATA: ClassVar[tuple[Literal["pairs", "latents"], ...]] = ("latents", "pairs")
+    DATA: ClassVar[tuple[frozenset[Stream], ...]] = (frozenset({"latents"}), frozenset({"pairs"}))
     VERSION: ClassVar[int] = 2
     name: Literal["consistency"] = "consistency"
     steps: int = Field(
@@ -96,8 +96,8 @@ class ConsistencyConfig(MethodConfig):
         if from_teacher and self.prediction == "epsilon" != teacher:
             yield (
                 "prediction",
-                f"the teacher predicts {teacher}, and its last layer cannot be converted to epsilon; leave prediction "
-                f"out, so that the student predicts {teacher} too",
+                f"the network that training starts from predicts {teacher}, and its last layer cannot be converted to "
+                f"epsilon; leave prediction out, so that the student predicts {teacher} too",
             )
 
     def create(self, materials: Materials) -> Method:

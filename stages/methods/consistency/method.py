@@ -1,3 +1,5 @@
+"""Consistency distillation with the guided solver of latent consistency models (LCM)."""
+
 from __future__ import annotations
 
 import copy
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from stages.diffusion.few_step import ddim_step
 from stages.diffusion.guidance import draw_w
-from stages.methods.base import Materials
+from stages.methods.base import Materials, images_of
 from stages.networks.student import column
 from stages.training import Batch, Player, Turn
 
@@ -27,7 +29,7 @@ class Consistency:
     target is the teacher's own estimate of x0."""
 
     def __init__(self, config: ConsistencyConfig, materials: Materials) -> None:
-        self.config, self.encode = config, materials.teacher.encode_prompts
+        self.config = config
         self.student = materials.student(config.form, config.solver_steps)
         self.teacher = materials.teacher_denoiser(config.form.model_copy(update={"steps": config.solver_steps}))
         self.distance = materials.distance(config.loss)
@@ -42,15 +44,16 @@ class Consistency:
         return [Turn("student", self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a scalar. `batch`: latent (B, C, H, W), prompts (B strings).
+        """Return the loss, a scalar. `batch`: latents or pairs.
 
         The points i are drawn uniformly from 1 to `solver_steps`, and w from U[w_min, w_max] if the student takes w."""
-        x, condition = batch["latent"], self.encode(batch["prompts"])
+        images = images_of(batch)
+        x, condition = images["latent"], self.student.encode(images["prompts"])
         i = torch.randint(1, self.student.grid.steps + 1, (len(x),)).to(x.device)
         w = draw_w(self.config.w_range, len(x)).to(x.device) if self.config.w_range else None
         z = self.student.noised(x, torch.randn_like(x), i)
         with torch.no_grad():
-            end = self.teacher.x0(z, i, condition, w)
+            end = self.teacher.x0(z, i, self.teacher.encode(images["prompts"]), w)
             nearer = ddim_step(z, end, self.student.level(i, z), self.student.level(i - 1, z))
             target = torch.where(column(i, i) == 1, end, self.target.x0(nearer, (i - 1).clip(1), condition, w))
         return self.distance(self.student.x0(z, i, condition, w), target).mean(), {}

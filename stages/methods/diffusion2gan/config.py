@@ -72,6 +72,10 @@ class Diffusion2GANConfig(OneStepConfig):
             raise ValueError("gan_weight: 0 trains no discriminator; leave its settings out")
         return self
 
+    @property
+    def has_discriminator(self) -> bool:
+        return self.gan_weight > 0
+
     def create(self, materials: Materials) -> Method:
         from stages.methods.diffusion2gan.method import Diffusion2GAN
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stages.networks.condition import Condition
+
 TARGET, TEXT, NOISE = range(3)
 
 
 def mix_and_match(
-    generated: Tensor, real: Tensor, noise: Tensor, condition: Tensor | None, share: float, sees_noise: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    generated: Tensor, real: Tensor, noise: Tensor, condition: Condition, share: float, sees_noise: bool
+) -> tuple[Tensor, Tensor, Condition]:
     """Return the (latents, noise, condition) of the fake half of the discriminator's batch (2405.05967, section 3.3).
 
     Each row is replaced with probability `share` by a real latent that does not match its noise and text. Three kinds
@@ -21,23 +23,22 @@ def mix_and_match(
     A matching sample is never fake. If the other row has the same text, or if there are no texts, the third kind takes
     the place of the second. Without `sees_noise`, such a row keeps the generated latent, as does a batch of one.
 
-    Latents and noise are (B, C, H, W). `condition` is (B, ...) or None. The inputs are not changed.
+    Latents and noise are (B, C, H, W). `condition` has B rows. The inputs are not changed.
     """
     rows, device = len(real), real.device
     if rows == 1:
         return generated, noise, condition
-    other = (torch.arange(rows, device=device) + torch.randint(1, rows, (rows,), device=device)) % rows  # another row
+    own = torch.arange(rows, device=device)
+    other = (own + torch.randint(1, rows, (rows,), device=device)) % rows  # another row
     kind = torch.randint(3 if sees_noise else 2, (rows,), device=device)
-    same_text = torch.ones(rows, dtype=torch.bool, device=device)
-    if condition is not None:
-        same_text = (condition == condition[other]).view(rows, -1).all(1)
+    same_text = condition.same_rows(condition.select(other)).to(device)
     if sees_noise:
         kind = torch.where((kind == TEXT) & same_text, NOISE, kind)
     mixed = (torch.rand(rows, device=device) < share) & (~same_text | sees_noise)
 
-    def swapped(which: int, values: Tensor) -> Tensor:
-        rows_of_kind = (mixed & (kind == which)).view(-1, *[1] * (values.ndim - 1))
-        return torch.where(rows_of_kind, values[other], values)
+    def source(which: int) -> Tensor:
+        """The row from which each row takes its latent, text or noise: another if that is what does not match."""
+        return torch.where(mixed & (kind == which), other, own)
 
-    x = torch.where(mixed.view(-1, 1, 1, 1), swapped(TARGET, real), generated)
-    return x, swapped(NOISE, noise), None if condition is None else swapped(TEXT, condition)
+    x = torch.where(mixed.view(-1, 1, 1, 1), real[source(TARGET)], generated)
+    return x, noise[source(NOISE)], condition.select(source(TEXT))

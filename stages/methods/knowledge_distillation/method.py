@@ -1,3 +1,5 @@
+"""Knowledge distillation: a one-step student trained by regression on stored pairs."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,18 +18,19 @@ class KnowledgeDistillation:
     """Minimises E[d(G(z, c), x)] over stored pairs of noise z and latent x = T(z, c) (2101.02388, section 3)."""
 
     def __init__(self, distance: Distance, prediction: OneStepPrediction, materials: Materials) -> None:
-        self.distance, self.teacher = distance, materials.teacher
+        self.distance = distance
         self.student = materials.one_step_student(prediction)
-        self.teacher.retire()
+        materials.teacher.release()
         self.players = {"student": Player(self.student, materials.training)}
 
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("student", self.loss)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a scalar. `batch`: noise and latent (B, C, H, W), prompts (B strings)."""
-        x0 = self.student(batch["noise"], self.teacher.encode_prompts(batch["prompts"]))
-        return self.distance(x0, batch["latent"]).mean(), {}
+        """Return the loss, a scalar. `batch`: pairs."""
+        pairs = batch["pairs"]
+        x0 = self.student(pairs["noise"], self.student.encode(pairs["prompts"]))
+        return self.distance(x0, pairs["latent"]).mean(), {}
 
     def after_step(self, step: int) -> None:
         pass

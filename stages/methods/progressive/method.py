@@ -1,3 +1,5 @@
+"""Progressive and guided distillation: the loss of one round."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -9,8 +11,9 @@ from stages.base import StageError
 from stages.diffusion.guidance import draw_w
 from stages.diffusion.halving import two_step_target
 from stages.diffusion.weighting import weights
-from stages.methods.base import Materials
+from stages.methods.base import Materials, images_of
 from stages.methods.halving import HalvingConfig
+from stages.networks.condition import Condition
 from stages.training import Batch, Player, Turn
 
 
@@ -19,11 +22,12 @@ class Progressive:
 
     x^ is the student's estimate of x0. In a round that halves the steps, one DDIM step with the target x~ leads to the
     same point as two DDIM steps of the teacher (Salimans and Ho 2022, 2202.00512, algorithm 2). In a round that keeps
-    the number of steps, x~ is the teacher's estimate at z_t. For a student that takes w it is the guided estimate
-    x~ = (1 + w) x_c(z_t) - w x_u(z_t), with and without the prompt (Meng et al. 2023, 2210.03142, section 3.1)."""
+    the number of steps, x~ is the teacher's estimate at z_t. If the student takes w, this estimate is guided:
+    x~ = (1 + w) x_c(z_t) - w x_u(z_t), where x_c is the conditional and x_u the unconditional estimate (Meng et al.
+    2023, 2210.03142, section 3.1)."""
 
     def __init__(self, config: HalvingConfig, materials: Materials) -> None:
-        self.config, self.encode = config, materials.teacher.encode_prompts
+        self.config = config
         self.student = materials.student(config.form)
         if config.weighting == "snr" and self.student.alpha[-1] == 0:
             raise StageError("weighting: snr is 0 in pure noise, where the teacher's schedule ends")
@@ -37,20 +41,21 @@ class Progressive:
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss, and the unweighted error of x0 as a figure.
 
-        `batch`: latent (B, C, H, W), prompts (B strings). The points i are drawn uniformly from 1 to N, and w from
+        `batch`: latents or pairs. The points i are drawn uniformly from 1 to N, and w from
         U[w_min, w_max] if the student takes w."""
-        x, condition, w_range = batch["latent"], self.encode(batch["prompts"]), self.student.form.w_range
+        images, w_range = images_of(batch), self.student.form.w_range
+        x, prompts = images["latent"], images["prompts"]
         i = torch.randint(1, self.student.form.steps + 1, (len(x),)).to(x.device)
         w = draw_w(w_range, len(x)).to(x.device) if w_range else None
         z = self.student.noised(x, torch.randn_like(x), i)
         # The target is a difference of nearly equal numbers, so it needs full precision even in bf16 training.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            target = self.target(z, i, condition, w)
-        error = self.student.error(z, i, target, condition, w)
+            target = self.target(z, i, self.teacher.encode(prompts), w)
+        error = self.student.error(z, i, target, self.student.encode(prompts), w)
         weight = weights(self.config.weighting, self.student.alpha[i], self.student.sigma[i])
         return (weight.to(error.dtype) * error).mean(), {"x0_error": error.mean()}
 
-    def target(self, z: Tensor, i: Tensor, condition: Tensor | None, w: Tensor | None) -> Tensor:
+    def target(self, z: Tensor, i: Tensor, condition: Condition, w: Tensor | None) -> Tensor:
         """Return the target x~ (B, C, H, W), float64, for z (B, C, H, W) at points i (B,) of the student's grid."""
         if not self.config.halves:
             return self.teacher.x0(z, i, condition, w).double()

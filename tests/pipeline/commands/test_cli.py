@@ -155,4 +155,4 @@ def test_samples_of_a_teacher_and_of_a_student(tiny, tmp_path):
     done = retort("sample", tiny[1]["student"].artifact.folder, "-p", "x", "--steps", 4)
     assert done.returncode == 2 and "the student's steps are 1, not 4" in done.stderr
     done = retort("sample", tiny[1]["pairs"].artifact.folder, "-p", "x")
-    assert done.returncode == 2 and "is of kind pairs; images are drawn with a teacher or a student" in done.stderr
+    assert done.returncode == 2 and "is of kind pairs; only a teacher or a student makes images" in done.stderr

@@ -179,7 +179,7 @@ def test_a_store_that_only_this_machine_sees_is_refused(manifest, tmp_path):
 
 def test_options_of_a_cluster_need_one(manifest, tmp_path):
     done = submit(manifest, tmp_path / "s", "--no-wait")
-    assert done.returncode == 2 and "--no-wait and --store-is-shared go with --address" in done.stderr
+    assert done.returncode == 2 and "--no-wait and --store-is-shared need --address" in done.stderr
 
 
 def test_a_driver_on_this_machine_is_stopped(tmp_path):
@@ -201,4 +201,4 @@ def test_a_driver_on_another_machine_is_named(manifest, tmp_path):
         lock.write_text(json.dumps({"run": "gaussian", "pid": 7, "host": "far.example", "since": "yesterday"}))
         done = retort("stop", "gaussian", "--store", store)
     assert done.returncode == 2
-    assert "run gaussian is driven on far.example, by process 7: stop it there" in done.stderr
+    assert "run gaussian is driven by process 7 on far.example: stop it there" in done.stderr

@@ -107,7 +107,7 @@ def test_a_run_goes_to_the_cluster_and_its_log_comes_back(cluster, run, manifest
     assert done.returncode == 0, done.stderr
     assert "pairs: done in" in done.stdout and str(next(store.glob("pairs/*/artifact.json")).parent) in done.stdout
     assert "is set and ignored" not in done.stdout and "Traceback" not in done.stdout + done.stderr
-    assert f"RAY_ADDRESS is set and ignored: --address {cluster.address} is what counts" in done.stderr
+    assert f"RAY_ADDRESS is set and ignored: --address {cluster.address} is used" in done.stderr
     assert "RAY_API_SERVER_ADDRESS is set and ignored" in done.stderr
     assert made(store) == inline
     job = json.loads((store / "runs/gaussian/job.json").read_text())

@@ -146,6 +146,15 @@ def test_damage_is_noticed(tmp_path):
     assert plan.state == "run" and "gaussian.json is missing or changed" in plan.why
 
 
+def test_a_list_of_shards_that_is_damaged_at_equal_size_is_made_again(tmp_path):
+    receipts = execute(GAUSSIAN, tmp_path)["pairs"].artifact.folder / "receipts.json"
+    receipts.write_text(receipts.read_text().replace('"sha256": "', '"sha256": "?', 1)[:-1])
+    plan = plan_of(GAUSSIAN, tmp_path)["pairs"]
+    assert plan.state in ("run", "resume") and "receipts.json" in plan.why
+    execute(GAUSSIAN, tmp_path)
+    assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "reuse"
+
+
 def test_a_lost_receipt_is_made_again(tmp_path):
     pairs = execute(GAUSSIAN, tmp_path)["pairs"]
     (pairs.pool / "00001.parquet").unlink()
@@ -168,12 +177,12 @@ def test_an_artifact_may_be_named_by_its_path(tmp_path):
 def test_contradictions_between_stages_are_errors_of_the_plan(tmp_path):
     for override, words in {
         "stages.student.held_out=96": "96 pairs held out of 96 leave none to train on",
-        "stages.pairs.shard_size=97": "97 pairs a shard, but only 96 in all",
+        "stages.pairs.shard_size=97": "it is 97, but count is only 96",
         "stages.pairs.sampler.timestep_spacing=leading": "needs pairs solved with timestep_spacing: trailing",
     }.items():
         with pytest.raises(ManifestError, match=words):
             plan_of(TINY, tmp_path, [override])
-    with pytest.raises(ManifestError, match="no network that a student could start from"):
+    with pytest.raises(ManifestError, match="no network for a student to start from"):
         student = (
             "{kind: distill, pairs: pairs, held_out: 8, method: {name: knowledge_distillation}, training: {steps: 1}}"
         )

@@ -30,7 +30,10 @@ STAGES = ROOT / "stages"
 RECORDED = Path(__file__).parent / "recorded.json"
 REGENERATE = "run `python -m tests.pipeline.planning.test_recorded` and commit recorded.json"
 
-TEACHER = ["networks/{compute,latent,network,pixel,teachers}.py", "diffusion/{guidance,prediction,schedule}.py"]
+TEACHER = [
+    "networks/{adapter,adapters,compute,condition,pixel,stable_diffusion,teachers}.py",
+    "diffusion/{guidance,prediction,schedule}.py",
+]
 """A teacher's network, asked for its output."""
 SOLVER = ["networks/{gaussian,solvers}.py", "diffusion/samplers.py"]
 """A teacher's ODE, solved in many steps."""
@@ -44,13 +47,13 @@ IMAGES = ["data/images/{digits,files,labelled,load,photographs}.py", "data/tars.
 RESULTS = {
     "teacher": [
         "teacher/{autoencoder,denoiser,train}.py",
-        "networks/{build,compute,latent}.py",
+        "networks/{build,compute,condition,stable_diffusion}.py",
         "diffusion/{prediction,schedule}.py",
         *(*TRAINING, *IMAGES),
     ],
     "latents": [
         "latents/encoding.py",
-        "networks/{compute,latent,network,pixel,teachers}.py",
+        "networks/{adapter,adapters,compute,pixel,stable_diffusion,teachers}.py",
         "data/{latents,statistics}.py",
         *IMAGES,
     ],
@@ -63,7 +66,7 @@ RESULTS = {
     ],
     "perceptual": [
         "perceptual/{calibration,classification,judgement,seen,source,train}.py",
-        "networks/{compute,latent,network,perceptual,pixel,teachers,vgg}.py",
+        "networks/{adapter,adapters,compute,perceptual,pixel,stable_diffusion,teachers,vgg}.py",
         "losses/regression.py",
         "metrics/two_afc.py",
         "data/latents.py",
@@ -76,9 +79,11 @@ RESULTS = {
         "methods/*/method.py",
         "methods/diffusion2gan/{config,mix_and_match}.py",  # config: how its discriminator is optimised
         "losses/*.py",
-        "networks/{denoiser,discriminator,exporting,head,perceptual,tiny,vgg}.py",
+        "networks/{denoiser,discriminator,exporting,head,perceptual,tiny,unet_features,vgg}.py",
         "diffusion/{halving,weighting}.py",
         "data/{latents,reader,supply}.py",
+        "data/prompts/{read,table}.py",
+        "data/images/{digits,files,load}.py",  # captions
         *(*TEACHER, *STUDENT, *TRAINING),
     ],
     "probe": [

@@ -91,7 +91,7 @@ def test_every_name_that_is_listed_or_referred_to_is_explained():
 
 def test_the_command_explains(tmp_path):
     shown = retort("explain", "pairs", COLUMNS="100").stdout
-    assert shown.startswith("pairs: a stage kind (kind: pairs)\n\nThe teacher's ODE, solved once")
+    assert shown.startswith("pairs: a stage kind (kind: pairs)\n\nSolves the teacher's ODE from random noise")
     assert "\n  count            integer >= 1; required\n" in shown
     assert "\n      steps             integer, 1 to 1000; default 50\n" in shown
     assert "see: retort explain pairs.execution" in shown
@@ -126,7 +126,7 @@ def test_unknown_names_get_a_suggestion():
     done = retort("explain", "trainig")
     assert done.returncode == 2
     assert done.stderr == (
-        "retort: nothing is called 'trainig'; did you mean 'training'? `retort explain` lists what there is\n"
+        "retort: nothing is called 'trainig'; did you mean 'training'? `retort explain` lists all names\n"
     )
     for name in ("pairs.nothing", "pairs.count.more", ".", ""):
         with pytest.raises(UsageError, match="nothing is called"):

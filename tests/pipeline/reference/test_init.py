@@ -55,7 +55,7 @@ def test_teachers_that_need_no_download(teacher, tmp_path):
     settings = load(tmp_path / "m.yaml").manifest.stages["student"].method
     assert type(settings).model_validate(values["stages"]["student"]["method"]) == settings
     done = retort("init", "n.yaml", "--teacher", teacher, "--prompts", "x.txt", cwd=tmp_path)
-    assert done.returncode == 2 and "its own image set's captions only" in done.stderr
+    assert done.returncode == 2 and "knows only the captions of its own image set" in done.stderr
 
 
 @pytest.mark.parametrize(("teacher", "method", "words"), [
@@ -87,7 +87,7 @@ def test_a_table_of_prompts_has_a_column(tiny, tmp_path):
 
 def test_without_prompts_the_plan_says_what_is_missing(tiny, tmp_path):
     done = retort("init", "m.yaml", "--teacher", tiny[1]["teacher"].artifact.folder, cwd=tmp_path)
-    assert "give it prompts: it asks for prompts.txt, which stands for a file of yours" in done.stdout
+    assert "replace prompts.txt in it by your own file of prompts" in done.stdout
     (tmp_path / "m.yaml").unlink()
     _, stages = planned(tmp_path, "--teacher", tiny[1]["teacher"].artifact.folder)
     assert stages["teacher"][0] == "run"
@@ -99,7 +99,7 @@ def test_a_hub_id(tmp_path):
     values, stages = planned(tmp_path, "--teacher", "someone/some.model", "--prompts", "prompts.txt")
     assert (values["name"], values["stages"]["teacher"]["from"]) == ("some_model", "someone/some.model")
     assert stages["teacher"][0] == "blocked" and "give `revision:` a full commit" in stages["teacher"][1]
-    text = (tmp_path / "m.yaml").read_text().replace("# revision: a full commit,", f"revision: {'a' * 40} #")
+    text = (tmp_path / "m.yaml").read_text().replace("# revision: a full commit hash;", f"revision: {'a' * 40} #")
     (tmp_path / "m.yaml").write_text(text)
     plan = json.loads(retort("plan", "m.yaml", "--json", cwd=tmp_path).stdout)
     assert {stage["state"] for stage in plan.values()} == {"run"}
@@ -111,7 +111,7 @@ def test_pixel_space_teachers(pixels, tmp_path):
     assert values["stages"]["pairs"]["sampler"]["guidance_scale"] == 1.0
     assert {state for state, _ in stages.values()} == {"run"}
     done = retort("init", "n.yaml", "--teacher", pixels["unconditional"], "--prompts", "x.txt", cwd=tmp_path)
-    assert done.returncode == 2 and "is unconditional and takes none" in done.stderr
+    assert done.returncode == 2 and "is unconditional and takes no prompts" in done.stderr
     (tmp_path / "m.yaml").unlink()
     values, stages = planned(tmp_path, "--teacher", pixels["by class"])
     assert values["stages"]["pairs"]["prompts"] == "prompts.txt" and values["name"] == "by_class"
@@ -123,10 +123,10 @@ def test_what_init_refuses(tiny, tmp_path):
     (tmp_path / "there.yaml").write_text("mine")
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        (("there.yaml",), "there.yaml is there already; name another file"),
+        (("there.yaml",), "there.yaml already exists; give another file"),
         (("none/m.yaml",), "none/m.yaml cannot be written: No such file or directory"),
         (("--teacher", "digit"), "--teacher digit: give digits, digit_scenes, a diffusers folder, or a hub id"),
-        (("--teacher", "empty"), "empty has no model_index.json: it is no diffusers pipeline"),
+        (("--teacher", "empty"), "empty has no model_index.json: it is not a diffusers pipeline"),
         (("--method", "knowledge"), "--method knowledge: there is no such method (allowed: knowledge_distillation, "),
         (("--teacher", folder, "--prompts", "none.txt"), "--prompts: none.txt does not exist"),
         (("--teacher", folder, "--prompts", "a.pdf"), "--prompts a.pdf: prompts are digits, digit_scenes, or .txt"),

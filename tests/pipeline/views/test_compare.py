@@ -281,7 +281,7 @@ def test_students_that_differ_only_in_their_seed_have_a_mean(tmp_path):
     assert columns.words(mean.figures, "latent_mse") == ("0.2667", "± 0.0882 [-0.1128, 0.6461]")
     assert mean.figures["method"] == "knowledge_distillation" and mean.figures["network_calls"] == 1
     assert mean.picture is None and "95 % interval by Student's t" in section.legend[-1]
-    assert "different only where their intervals do not overlap" in section.legend[-1]
+    assert "different only if their intervals do not overlap" in section.legend[-1]
 
 
 def test_a_seed_in_brackets_is_no_part_of_the_name():

@@ -224,7 +224,7 @@ def test_contradictions_are_found_when_the_manifest_is_read(prompts, words):
 def test_text_that_utf8_cannot_hold_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "x\\ud83d"}\n')
-    with pytest.raises(StageError, match=r"p.jsonl, row 2: not text that UTF-8 can hold"):
+    with pytest.raises(StageError, match=r"p.jsonl, row 2: cannot be encoded as UTF-8"):
         read(path)
 
 

@@ -263,5 +263,5 @@ def test_pairs_of_several_shapes_are_not_mixed(tmp_path):
     large = write(tmp_path, 1, [pair(i, "x", np.zeros((2, 8, 8), "f2"), np.zeros((2, 8, 8), "f2")) for i in range(4)])
     reader = PairReader([small, large])
     assert len(reader.batch([0, 1]).prompts) == 2
-    with pytest.raises(StageError, match="several shapes and cannot be mixed"):
+    with pytest.raises(StageError, match="different shapes cannot be mixed"):
         reader.batch([0, 5])

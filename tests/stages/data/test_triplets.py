@@ -265,19 +265,22 @@ def test_grey_and_jpeg_images_come_out_in_rgb(bapps, tmp_path):
     [
         (
             lambda c: c.rename(c.with_name("other")),
-            r"train/traditional is no folder; expected PATH/train/",
+            r"train/traditional is not a folder; expected PATH/train/",
         ),
-        (lambda c: [f.unlink() for f in (c / "p1").iterdir()] and (c / "p1").rmdir(), r"traditional/p1 is no folder"),
-        (lambda c: (c / "p0" / "000001.png").unlink(), r"traditional/p0/000001.png is missing, its others are there"),
+        (
+            lambda c: [f.unlink() for f in (c / "p1").iterdir()] and (c / "p1").rmdir(),
+            r"traditional/p1 cannot be read as a folder",
+        ),
+        (lambda c: (c / "p0" / "000001.png").unlink(), r"traditional/p0/000001.png is missing from its triplet"),
         (lambda c: (c / "ref" / "000001.png").unlink(), r"traditional/ref/000001.png is missing"),
         (lambda c: (c / "judge" / "000002.npy").unlink(), r"traditional/judge/000002.npy is missing"),
         (lambda c: np.save(c / "judge" / "7.npy", np.zeros(1)), r"traditional/ref/7.png is missing"),
         (lambda c: [f.unlink() for f in c.glob("*/*")], r"train/traditional holds 0 triplets; expected"),
         (
             lambda c: np.save(c / "judge" / "000001.npy", np.ones(1) * 2),
-            r"000001.npy: it says 2; expected an array",
+            r"000001.npy: the vote is 2; expected an array",
         ),
-        (lambda c: np.save(c / "judge" / "000001.npy", np.array([np.nan])), r"000001.npy: it says nan; expected"),
+        (lambda c: np.save(c / "judge" / "000001.npy", np.array([np.nan])), r"000001.npy: the vote is nan; expected"),
         (
             lambda c: np.save(c / "judge" / "000001.npy", np.zeros(2)),
             r"000001.npy: can only convert an array",
@@ -285,10 +288,10 @@ def test_grey_and_jpeg_images_come_out_in_rgb(bapps, tmp_path):
         (lambda c: np.save(c / "judge" / "000001.npy", np.array([{}])), r"000001.npy: Object arrays cannot be loaded"),
         (lambda c: (c / "judge" / "000001.npy").write_bytes(b"PK\3\4"), r"000001.npy: .*; expected an array of one"),
         (lambda c: (c / "judge" / "000001.npy").write_bytes(b""), r"000001.npy: .*; expected an array of one number"),
-        (lambda c: (c / "p1" / "000001.png").write_bytes(b"%!PS"), r"p1/000001.png: no PNG or JPEG that can be read"),
+        (lambda c: (c / "p1" / "000001.png").write_bytes(b"%!PS"), r"p1/000001.png: cannot be read as PNG or JPEG"),
         (
             lambda c: Image.new("RGB", (9, 6)).save(c / "p0" / "000002.png"),
-            r"p0/000002.png: 9x6 pixels; expected 8x6 as of .*ref/000000.png: all images must be of one size",
+            r"p0/000002.png: 9x6 pixels; expected 8x6, as in .*ref/000000.png: all images must have the same size",
         ),
     ],
 )

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from stages.diffusion.consistency import boundary
-from stages.diffusion.few_step import noising, sample
+from stages.diffusion.few_step import noising
 from stages.diffusion.grid import Grid
+from tests.support.samplers import sample
 
 MEAN, STD = 1.5, 0.6
 
@@ -14,7 +15,7 @@ def test_noising_keeps_the_variance():
     grid = Grid.cosine(16)
     for from_, to in ((0, 1), (3, 4), (13, 15)):
         scale, std = noising(grid.level(from_), grid.level(to))
-        here, there = (level[0] ** 2 * STD**2 + level[1] ** 2 for level in (grid.level(from_), grid.level(to)))
+        here, there = (level.alpha**2 * STD**2 + level.sigma**2 for level in (grid.level(from_), grid.level(to)))
         assert scale**2 * here + std**2 == pytest.approx(there, abs=1e-12)
 
 

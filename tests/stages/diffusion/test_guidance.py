@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from stages.diffusion.few_step import sample
 from stages.diffusion.grid import Grid
 from stages.diffusion.guidance import embed, guide_by_w
+from tests.support.samplers import sample
 
 MEAN, OTHER_MEAN, STD = 1.5, -0.5, 0.6
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from stages.diffusion.few_step import ddim_step, implied_x0, sample
+from stages.diffusion.few_step import ddim_step, implied_x0
 from stages.diffusion.grid import Grid
 from stages.diffusion.halving import two_step_target
+from tests.support.samplers import sample
 
 TABLE = {
     1.0: {1: 0.0, 2: 0.5, 4: 0.72855, 8: 0.85623, 16: 0.92568, 64: 0.98091, 1024: 0.99880, 8192: 0.99985},

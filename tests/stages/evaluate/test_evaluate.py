@@ -19,8 +19,8 @@ from stages.evaluate.measure import two_real_sets
 from stages.evaluate.noises import VALIDATION, Noises, held_out
 from stages.evaluate.sides import sample_sides
 from stages.metrics.distances import frechet_distance
-from stages.networks.latent import LatentTeacher
 from stages.networks.probe import Classifier, batches
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 from tests.support.cli import ROOT
 from tests.support.pipelines import TINY, execute, plan_of
@@ -82,7 +82,7 @@ def test_the_page_is_self_contained(quality):
 
 
 def test_contradictions_are_found_when_planning(tmp_path):
-    with pytest.raises(ManifestError, match="5 is not fewer than the 5 steps of the pairs themselves"):
+    with pytest.raises(ManifestError, match="5 is not fewer than the 5 steps of the pairs"):
         plan_of(QUALITY, tmp_path, ["stages.quality.teacher_steps=[5]"])
     with pytest.raises(ManifestError, match="a number of steps is given twice"):
         plan_of(QUALITY, tmp_path, ["stages.quality.teacher_steps=[2, 2]"])
@@ -127,7 +127,7 @@ def test_a_student_or_pairs_or_both(tiny):
     others = f"  others: {{kind: pairs, teacher: teacher, prompts: digits, count: 20, seed: 9, {sampler}}}\n"
     metrics = execute(text + others, tiny[0], name="others")["quality"].artifact.record["metrics"]
     assert list(metrics["sides"]) == ["teacher_2", "student"]  # all of them are held out: it never saw any
-    with pytest.raises(ManifestError, match="they are of another teacher than student's"):
+    with pytest.raises(ManifestError, match="they were made by another teacher than student's"):
         scenes = "  scenes: {kind: teacher, from: digit_scenes}\n"
         plan_of(text + scenes + others.replace("teacher: teacher", "teacher: scenes"), tiny[0])
 
@@ -275,7 +275,7 @@ def test_both_sides_compute_in_the_dtype_of_the_pairs_in_batches_as_asked(tiny):
         hook.remove()
     assert {(weight, given) for weight, given, _ in seen} == {(torch.bfloat16, torch.bfloat16)}
     assert {count for *_, count in seen} == {16, 8, 4}  # 16: with guidance; 4: what is left of 20
-    exact = LatentTeacher(pairs.inputs["teacher"].folder)
+    exact = StableDiffusion(pairs.inputs["teacher"].folder)
     with torch.no_grad():
         wanted = Student.load(student.folder, exact)(
             exact.to_device(setting.noise), exact.encode_prompts(setting.prompts)

@@ -109,7 +109,7 @@ def test_a_draw_has_no_gradient_and_only_what_its_groups_need():
 
 @pytest.mark.parametrize("groups", ["", "x", "bgx", "bb", "B"])
 def test_groups_that_there_are_not_are_refused(groups):
-    with pytest.raises(ValueError, match=f"some of bgco, not '{groups}'"):
+    with pytest.raises(ValueError, match=f"some of bgco, each once, not '{groups}'"):
         Augmentation(groups)
 
 

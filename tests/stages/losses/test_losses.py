@@ -16,8 +16,8 @@ from stages.losses.decoded import Decoded
 from stages.losses.perceptual import PerceptualLoss, warn_of_another_space
 from stages.losses.regression import l1, mse, pseudo_huber
 from stages.networks import perceptual
-from stages.networks.latent import LatentTeacher
 from stages.networks.perceptual import LPIPS, About
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.vgg import VGG
 
 
@@ -116,7 +116,7 @@ def test_images_are_compared_that_the_named_decoder_makes(tiny, tmp_path):
     teacher = tiny[1]["teacher"].artifact
     settings = {"name": "pixel_lpips", "perceptual": "net", "tiny_vae": str(tmp_path / "tiny")}
     inputs = {"perceptual": replace(teacher, folder=tmp_path)}
-    materials = LossMaterials(LatentTeacher(teacher.folder), inputs, {"tiny_vae": "sha256:0"})
+    materials = LossMaterials(StableDiffusion(teacher.folder), inputs, {"tiny_vae": "sha256:0"})
     distance = LOSSES["pixel_lpips"].model_validate(settings).create(materials)
     x, y = X[..., :8, :8], Y[..., :8, :8]
     expected = LPIPS(trunk, heads, about)(decoder.decode(x).sample, decoder.decode(y).sample)
@@ -134,7 +134,7 @@ def test_only_another_vae_is_warned_about(teachers, caplog):
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"name": "pixel_lpips", "perceptual": "p", "tiny_vae_revision": "main"}, "belongs to a tiny_vae"),
+    ({"name": "pixel_lpips", "perceptual": "p", "tiny_vae_revision": "main"}, "needs a tiny_vae"),
     ({"name": "e_latent_lpips", "perceptual": "p", "augment": "gb"}, "augment"),
 ])  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(settings, words):
@@ -152,7 +152,7 @@ def test_a_loss_looks_through_the_network_that_it_names_and_transforms_only_wher
 ):
     perceptual.write(tmp_path, *network)
     teacher = tiny[1]["teacher"].artifact
-    materials = LossMaterials(LatentTeacher(teacher.folder), {"perceptual": replace(teacher, folder=tmp_path)}, {})
+    materials = LossMaterials(StableDiffusion(teacher.folder), {"perceptual": replace(teacher, folder=tmp_path)}, {})
     plain, ensemble = (
         LOSSES[name].model_validate({"name": name, "perceptual": "net"}).create(materials)
         for name in ("latent_lpips", "e_latent_lpips")

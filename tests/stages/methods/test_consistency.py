@@ -39,10 +39,8 @@ def plan(tiny):
 
 def batch(teacher, count=6):
     generator = torch.Generator().manual_seed(0)
-    return {
-        "latent": torch.randn(count, *teacher.latent_shape, generator=generator),
-        "prompts": ["a red handwritten seven"] * count,
-    }
+    latent = torch.randn(count, *teacher.latent_shape, generator=generator)
+    return {"latents": {"latent": latent, "prompts": ["a red handwritten seven"] * count}}
 
 
 def method_of(teacher, **settings):
@@ -54,7 +52,7 @@ def test_a_student_is_trained_on_more_points_than_it_is_sampled_at(teacher):
     student = method_of(teacher).student
     assert student.grid.steps == 10 and student.form.steps == 2
     called = []
-    student.unet.register_forward_pre_hook(lambda _, arguments: called.append(float(arguments[1])))
+    student.network.register_forward_pre_hook(lambda _, arguments: called.append(float(arguments[1])))
     with torch.no_grad():
         student(torch.randn(1, *teacher.latent_shape), teacher.encode_prompts([""]))
     assert called == [999.0, 499.0]
@@ -70,22 +68,22 @@ def test_the_target_is_the_averaged_weights_where_the_teacher_leads(teacher, gui
     torch.manual_seed(5)
     loss, _ = method.loss(given)
     torch.manual_seed(5)
-    x, grid = given["latent"], method.student.grid
-    i, condition = torch.randint(1, 11, (6,)), teacher.encode_prompts(given["prompts"])
+    x, prompts, grid = given["latents"]["latent"], given["latents"]["prompts"], method.student.grid
+    i, condition = torch.randint(1, 11, (6,)), teacher.encode_prompts(prompts)
     assert 1 in i
     strengths = 4 * torch.rand(6) if "w_range" in guidance else None
     noise = torch.randn_like(x)
     distances = []
     for k in range(6):
-        here, there = grid.level(int(i[k])), grid.level(int(i[k]) - 1)
+        here, there = tuple(grid.level(int(i[k]))), tuple(grid.level(int(i[k]) - 1))
         z = noise[k : k + 1] if i[k] == 10 else here[0] * x[k : k + 1] + here[1] * noise[k : k + 1]
         t, w = int(grid.timesteps[i[k]]), None if strengths is None else strengths[k : k + 1]
         with torch.no_grad():
-            output = teacher.denoiser(given["prompts"][:1], 2.0 if w is None else 1 + float(w))(z, t)
+            output = teacher.denoiser(prompts[:1], 2.0 if w is None else 1 + float(w))(z, t)
             x0 = here[0] * z - here[1] * output
             nearer = there[0] * x0 + there[1] * (here[0] * output + here[1] * z)
-            target = x0 if i[k] == 1 else method.target.x0(nearer, i[k : k + 1] - 1, condition[:1], w)
-            distances.append(method.distance(method.student.x0(z, i[k : k + 1], condition[:1], w), target))
+            target = x0 if i[k] == 1 else method.target.x0(nearer, i[k : k + 1] - 1, condition.select(slice(1)), w)
+            distances.append(method.distance(method.student.x0(z, i[k : k + 1], condition.select(slice(1)), w), target))
     torch.testing.assert_close(loss, torch.cat(distances).mean(), atol=1e-5, rtol=1e-4)
 
 
@@ -108,7 +106,7 @@ def test_the_target_follows_the_student_and_is_kept_in_checkpoints(teacher, tmp_
     def run():
         torch.manual_seed(0)
         method = method_of(teacher, target_decay=0.5)
-        start = method.student.unet.conv_out.weight.clone()
+        start = method.student.network.conv_out.weight.clone()
         execution = TrainingExecution(device="cpu", checkpoint_every=1)
         progress = train(method, lambda step: batch(teacher), seed=0, checkpoints=tmp_path / "c", execution=execution)
         try:
@@ -119,12 +117,12 @@ def test_the_target_follows_the_student_and_is_kept_in_checkpoints(teacher, tmp_
         return method, start
 
     method, start = run()
-    student, target = (m.unet.conv_out.weight for m in (method.student, method.target))
+    student, target = (m.network.conv_out.weight for m in (method.student, method.target))
     assert not torch.equal(target, start) and not torch.equal(target, student)
     tensors, state = checkpoint.latest(tmp_path / "c")
-    assert state["step"] == 3 and torch.equal(tensors["target/module/unet.conv_out.weight"], target)
+    assert state["step"] == 3 and torch.equal(tensors["target/module/network.conv_out.weight"], target)
     again, _ = run()  # from the last checkpoint: nothing is left to do
-    assert torch.equal(again.target.unet.conv_out.weight, target)
+    assert torch.equal(again.target.network.conv_out.weight, target)
 
 
 def test_it_runs_and_is_measured(plan):
@@ -154,7 +152,7 @@ def test_its_steps_are_no_part_of_its_training(plan, tiny, tmp_path):
 
 @pytest.mark.parametrize(("old", "new", "words"), [
     ("steps: 2, samples", "steps: 3, samples", "fewer.steps: the student was trained at 20 points, which is not a m"),
-    ("student: student, steps: 2", "pairs: pairs, steps: 2", "steps are those of a student"),
+    ("student: student, steps: 2", "pairs: pairs, steps: 2", "steps applies to a student"),
     ("solver_steps: 20", "solver_steps: 18", "solver_steps: 18 is not a multiple of steps: 4"),
     ("w_range: [0.0, 4.0]", "w_range: [0.0, 4.0], guidance_scale: 2.0", "give either guidance_scale or w_range"),
     ("w_range: [0.0, 4.0]", "w_range: [2.0, 4.0]", "w = 1; the student was trained for w from 2 to 4"),

@@ -26,11 +26,14 @@ from stages.methods.diffusion2gan.mix_and_match import mix_and_match
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
 from stages.networks import build
 from stages.networks.compute import checkpoint_activations
+from stages.networks.condition import Condition
 from stages.networks.discriminator import DiffusionDiscriminator
+from stages.networks.pixel import PixelDiffusion
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.training import TrainingExecution, TrainingSettings
 from stages.training.loop import train
 from tests.support.cli import ROOT
-from tests.support.networks import stable_diffusion_layout
+from tests.support.networks import adapter_around, stable_diffusion_layout
 from tests.support.pipelines import TINY, execute, plan_of
 
 MSE = Regression(name="mse")
@@ -62,24 +65,26 @@ def by_class(classes=10):
 
 
 LAYOUTS = {
-    "digits": (lambda: build.unet(8, 12, (8, 16)), torch.randn(2, 5, 12), [4, 8]),
-    "sd15": (sd15, torch.randn(2, 5, 12), [2, 4, 8, 16]),
-    "one scale": (lambda: build.unet(4, 12, (8,)), torch.randn(2, 5, 12), [4]),
-    "classes": (by_class, torch.tensor([3, 7]), [4, 8]),
-    "unconditional": (lambda: by_class(None), None, [4, 8]),
+    "digits": (lambda: build.unet(8, 12, (8, 16)), {"text": torch.randn(2, 5, 12)}, [4, 8]),
+    "sd15": (sd15, {"text": torch.randn(2, 5, 12)}, [2, 4, 8, 16]),
+    "one scale": (lambda: build.unet(4, 12, (8,)), {"text": torch.randn(2, 5, 12)}, [4]),
+    "classes": (by_class, {"class": torch.tensor([3, 7])}, [4, 8]),
+    "unconditional": (lambda: by_class(None), {}, [4, 8]),
 }
 
 
 def discriminator(layout="sd15", seed=0, **switches):
     torch.manual_seed(seed)
     unet = LAYOUTS[layout][0]()
-    return DiffusionDiscriminator(unet, **switches)
+    family = PixelDiffusion if isinstance(unet, UNet2DModel) else StableDiffusion
+    return DiffusionDiscriminator(adapter_around(unet, family), unet, **switches)
 
 
 def inputs(d, layout="sd15", seed=1):
     torch.manual_seed(seed)
-    shape = (2, d.unet.config["in_channels"], d.unet.config["sample_size"], d.unet.config["sample_size"])
-    return torch.randn(shape), torch.randn(shape), LAYOUTS[layout][1]
+    config = d.network.config
+    shape = (2, config["in_channels"], config["sample_size"], config["sample_size"])
+    return torch.randn(shape), torch.randn(shape), Condition(2, LAYOUTS[layout][1])
 
 
 def awake(d):
@@ -103,7 +108,7 @@ def test_what_is_judged_is_what_flows_through_the_unet():
     """Seen by hooks of the test's own: the middle's output, the encoder's skips, what the output layer reads."""
     d = awake(discriminator())
     seen = {}
-    unet = d.unet
+    unet = d.network
     unet.mid_block.register_forward_hook(lambda m, a, out: seen.update({"below 0": out}))
     skips = []
     for block in unet.down_blocks:
@@ -151,7 +156,7 @@ def test_a_new_discriminator_is_the_teachers_unet_and_blind_to_the_noise():
     torch.manual_seed(0)
     plain = sd15()
     plain.conv_norm_out.register_forward_pre_hook(lambda m, a: features.append(a[0]))
-    plain(x, 0, c)
+    plain(x, 0, c.tensors["text"])
     d(x, z, c)
     assert torch.equal(*features)
     generator_loss(d(x, z, c)).backward()
@@ -220,7 +225,8 @@ def test_r1_of_single_samples_is_on_average_that_of_the_batch():
     x, z, c = inputs(d, "digits")
     whole = r1_penalty(lambda real: d(real, z, c), x, 1.0)
     singles = [
-        r1_penalty(lambda real, at=slice(i, i + 1): d(real, z[at], c[at]), x[i : i + 1], 1.0) for i in range(len(x))
+        r1_penalty(lambda real, at=slice(i, i + 1): d(real, z[at], c.select(at)), x[i : i + 1], 1.0)
+        for i in range(len(x))
     ]
     assert float(torch.stack(singles).mean()) == pytest.approx(float(whole), rel=1e-4)
 
@@ -232,7 +238,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_second_order_too(layout
         if checkpointed:
             checkpoint_activations(d)
             calls = []
-            d.unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda m, a: calls.append(a))
+            d.network.down_blocks[0].resnets[0].register_forward_pre_hook(lambda m, a: calls.append(a))
         x, z, c = inputs(d, layout)
         with torch.enable_grad():
             loss = discriminator_loss(d(x, z, c), d(z, x, c)) + r1_penalty(lambda real: d(real, z, c), x, 1.0)
@@ -250,8 +256,9 @@ def false(rows=64, share=0.5, sees_noise=True, texts=True, seed=0):
     own = torch.arange(1.0, rows + 1)
     real, noise, made = (t.view(-1, 1, 1, 1).expand(-1, 2, 2, 2) for t in (own, 100 * own, -own))
     c = None if texts is None else own if texts is True else torch.tensor(texts)
-    x, z, false_c = mix_and_match(made, real, noise, c, share, sees_noise)
-    return own, x[:, 0, 0, 0], z[:, 0, 0, 0] / 100, c, false_c
+    condition = Condition(rows, {} if c is None else {"text": c})
+    x, z, false_c = mix_and_match(made, real, noise, condition, share, sees_noise)
+    return own, x[:, 0, 0, 0], z[:, 0, 0, 0] / 100, c, false_c.tensors.get("text")
 
 
 @given(st.integers(0, 2**32), st.integers(1, 40), st.floats(0, 1), st.booleans(), st.booleans())
@@ -305,7 +312,7 @@ def batch(tiny):
     def rows(numbers):
         drawn = reader.batch(list(numbers))
         noise, latent = (torch.from_numpy(array).float() for array in (drawn.noise, drawn.latent))
-        return {"noise": noise, "latent": latent, "prompts": drawn.prompts}
+        return {"pairs": {"noise": noise, "latent": latent, "prompts": drawn.prompts}}
 
     return rows
 
@@ -353,10 +360,10 @@ class Recorder(nn.Module):
 
     def __init__(self, discriminator):
         super().__init__()
-        self.discriminator, self.asked, self.said = discriminator, [], []
+        self.discriminator, self.encode, self.asked, self.said = discriminator, discriminator.encode, [], []
 
     def forward(self, x, z, c):
-        self.asked.append((x.detach(), z, c))
+        self.asked.append((x.detach(), z, c.tensors["text"]))
         self.said.append(self.discriminator(x, z, c))
         return self.said[-1]
 
@@ -370,7 +377,8 @@ def test_what_the_discriminator_is_shown_as_real_and_as_false_and_where_it_is_pe
     shown_to_student = recorder.asked.pop()
     critic.loss(rows)
     (x, z, c), (one_x, one_z, one_c) = recorder.asked
-    truth = rows["latent"], rows["noise"], teacher.encode_prompts(rows["prompts"])
+    pairs = rows["pairs"]
+    truth = pairs["latent"], pairs["noise"], teacher.encode_prompts(pairs["prompts"]).tensors["text"]
     assert all(torch.equal(half[:8], true) for half, true in zip((x, z, c), truth, strict=True))
     assert torch.equal(shown_to_student[1], truth[1]) and torch.equal(shown_to_student[2], truth[2])
     for i in range(8, 16):  # all mixed: real latents, of which one thing is another's
@@ -397,7 +405,7 @@ def test_both_losses_by_hand(teacher, batch, gan_weight):
     method.discriminator = recorder
     student, critic = method.turns(1)  # no penalty falls due
     loss, figures = student.loss(rows)
-    distance = float((recorder.asked[0][0] - rows["latent"]).square().mean())
+    distance = float((recorder.asked[0][0] - rows["pairs"]["latent"]).square().mean())
     gan = minus_log([logits.detach().sigmoid() for logits in recorder.said[0]])
     assert float(loss.detach()) == pytest.approx(distance + gan_weight * gan, rel=1e-5)
     assert {name: float(value.detach()) for name, value in figures.items()} == pytest.approx(
@@ -503,9 +511,9 @@ def test_only_whose_turn_it_is_learns_and_the_student_learns_from_both_terms(tea
     assert all(p.grad is None for p in critic_module.parameters())
     total = torch.cat([p.grad.flatten() for p in method.student.parameters() if p.grad is not None])
     method.student.zero_grad()
+    pairs = batch(range(8))["pairs"]
     method.distance(
-        method.student(batch(range(8))["noise"], teacher.encode_prompts(batch(range(8))["prompts"])),
-        batch(range(8))["latent"],
+        method.student(pairs["noise"], teacher.encode_prompts(pairs["prompts"])), pairs["latent"]
     ).mean().backward()
     alone = torch.cat([p.grad.flatten() for p in method.student.parameters() if p.grad is not None])
     assert not torch.allclose(total, alone)
@@ -597,4 +605,4 @@ def test_blocks_that_pass_images_are_refused_by_name():
         up_block_types=("SkipUpBlock2D", "SkipUpBlock2D"),
     )
     with pytest.raises(StageError, match="its SkipDownBlock2D passes an image"):
-        DiffusionDiscriminator(unet)
+        DiffusionDiscriminator(adapter_around(unet, PixelDiffusion), unet)

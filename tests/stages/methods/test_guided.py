@@ -14,7 +14,7 @@ from pipeline.store import load_artifact
 from stages.base import StageError
 from stages.diffusion.form import Form
 from stages.methods.guided.config import GuidedConfig
-from stages.networks.denoiser import ManyStep
+from stages.networks.denoiser import TeacherDenoiser
 from stages.networks.student import Student
 from stages.reports.sampling import draw
 from tests.support.pipelines import TINY, execute, plan_of
@@ -99,7 +99,7 @@ def test_the_first_link_learns_the_guided_teacher(tiny, teacher):
     torch.manual_seed(0)
     z, condition = torch.randn(64, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 64)
     i, w = torch.full((64,), 4), torch.full((64,), 25.0)
-    target = ManyStep(teacher, student.grid).x0(z, i, condition, w)
+    target = TeacherDenoiser(teacher, student.grid).x0(z, i, condition, w)
     with torch.no_grad():
         before, after = (float((s.x0(z, i, condition, w) - target).square().mean()) for s in (untrained, student))
     assert after < 0.5 * before
@@ -110,7 +110,7 @@ def test_a_stochastic_chain_runs_and_says_that_its_sampler_is_retorts_own(tiny):
     student = execute(text.replace("steps: 8,", "steps: 2,"), tiny[0], name="stochastic")["guided/2"].artifact
     assert json.loads((student.folder / "student.json").read_text())["sampler"] == "stochastic"
     card = (student.folder / "README.md").read_text()
-    assert "Not for plain diffusers: the N-step stochastic sampler is Retort's own" in card and "```python" not in card
+    assert "Not for plain diffusers: diffusers has no N-step stochastic sampler" in card and "```python" not in card
 
 
 def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
@@ -166,7 +166,7 @@ def test_a_teacher_that_cannot_be_guided_is_refused_when_planning(tmp_path):
     text = TINY.replace("      dataset: digits\n", "      dataset: digits\n      drop_text: 0.0\n") + CHAIN
     with pytest.raises(ManifestError, match="needs guidance, but the teacher was trained with drop_text: 0"):
         plan_of(text, tmp_path)
-    for classes, words in ((None, "the teacher is unconditional"), (3, "no class that stands for none")):
+    for classes, words in ((None, "the teacher is unconditional"), (3, "no null class")):
         folder = tmp_path / f"pixels-{classes}"
         pixel_teacher(folder, classes)
         text = f"name: pixels\nstages:\n  teacher: {{kind: teacher, from: {folder}}}\n"

@@ -9,7 +9,7 @@ from stages.diffusion.grid import Grid
 from stages.methods.base import Materials
 from stages.methods.guided.config import GuidedConfig
 from stages.methods.progressive.config import ProgressiveConfig
-from stages.networks.latent import LatentTeacher
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 from stages.training import TrainingSettings
 from tests.support.networks import shaken, stable_diffusion_layout
@@ -33,13 +33,15 @@ CASES = [
 @pytest.fixture(scope="module")
 def teachers(tiny, tmp_path_factory):
     of_noise = stable_diffusion_layout(tmp_path_factory.mktemp("sd") / "sd")
-    return {"v_prediction": LatentTeacher(tiny[1]["teacher"].artifact.folder), "epsilon": LatentTeacher(of_noise)}
+    return {"v_prediction": StableDiffusion(tiny[1]["teacher"].artifact.folder), "epsilon": StableDiffusion(of_noise)}
 
 
 def batch_of(teacher):
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(COUNT, *teacher.latent_shape, generator=generator)
-    return {"latent": latent, "prompts": ["a red handwritten seven", "a blue handwritten two", "", "a", "b"]}
+    return {
+        "latents": {"latent": latent, "prompts": ["a red handwritten seven", "a blue handwritten two", "", "a", "b"]}
+    }
 
 
 def x0_of(prediction, output, z, alpha, sigma):
@@ -53,14 +55,14 @@ def x0_of(prediction, output, z, alpha, sigma):
 
 def asked(unet, z, t, condition, **further):
     with torch.no_grad():
-        return unet(torch.from_numpy(z).float(), t, condition, **further).sample.double().numpy()
+        return unet(torch.from_numpy(z).float(), t, condition.tensors["text"], **further).sample.double().numpy()
 
 
 def of_teacher(teacher, grid, z, j, condition, w):
     """x0 (1, C, H, W) that the teacher makes of z at point j of the grid, guided by w."""
-    output = asked(teacher.unet, z, grid.timesteps[j], condition)
+    output = asked(teacher.network, z, grid.timesteps[j], condition)
     if w:
-        output = (1 + w) * output - w * asked(teacher.unet, z, grid.timesteps[j], teacher.encode_prompts([""]))
+        output = (1 + w) * output - w * asked(teacher.network, z, grid.timesteps[j], teacher.encode_prompts([""]))
     return x0_of(teacher.prediction, output, z, *grid.level(j))
 
 
@@ -82,7 +84,7 @@ def noised(x, noise, grid, i):
 
 def wrong_by(student, z, i, target, condition, **further):
     """Mean squared error of the student's x0 to the target."""
-    output = asked(student.unet, z, student.grid.timesteps[i], condition, **further)
+    output = asked(student.network, z, student.grid.timesteps[i], condition, **further)
     x0 = x0_of(student.form.prediction, output, z, *student.grid.level(i))
     return float(np.mean((x0 - target) ** 2))
 
@@ -97,6 +99,7 @@ def test_progressive(teachers, of, to, weighting):
     torch.manual_seed(2)
     loss, figures = method.loss(batch)
     torch.manual_seed(2)
+    batch = batch["latents"]
     points, noise = torch.randint(1, 5, (COUNT,)).tolist(), torch.randn_like(batch["latent"]).double().numpy()
     assert set(points) == {1, 2, 3, 4}
     coarse, fine = Grid.trailing(teacher.schedule, 4), Grid.trailing(teacher.schedule, 8)
@@ -127,7 +130,7 @@ def test_guided(teachers, of, to, weighting):
         return {"timestep_cond": StableDiffusionPipeline.get_guidance_scale_embedding(None, w, embedding_dim=256)}
 
     def of_student(z, j, condition, w):
-        output = asked(before.unet, z, before.grid.timesteps[j], condition, **embedded(w))
+        output = asked(before.network, z, before.grid.timesteps[j], condition, **embedded(w))
         return x0_of(to, output, z, *before.grid.level(j))
 
     for link in ("first", "next"):
@@ -138,12 +141,12 @@ def test_guided(teachers, of, to, weighting):
         loss, figures = method.loss(batch)
         torch.manual_seed(2)
         points, strengths = torch.randint(1, 5, (COUNT,)).tolist(), 0.5 + 2.5 * torch.rand(COUNT)
-        noise = torch.randn_like(batch["latent"]).double().numpy()
+        noise = torch.randn_like(batch["latents"]["latent"]).double().numpy()
         assert len(set(strengths.tolist())) == COUNT and set(points) == {1, 2, 3, 4}
         errors, losses = [], []
         for k, i in enumerate(points):
-            condition, w = teacher.encode_prompts(batch["prompts"][k : k + 1]), strengths[k : k + 1]
-            z = noised(batch["latent"][k : k + 1].double().numpy(), noise[k : k + 1], grid, i)
+            condition, w = teacher.encode_prompts(batch["latents"]["prompts"][k : k + 1]), strengths[k : k + 1]
+            z = noised(batch["latents"]["latent"][k : k + 1].double().numpy(), noise[k : k + 1], grid, i)
             if link == "first":
                 target = of_teacher(teacher, grid, z, i, condition, float(w))
             else:
@@ -163,7 +166,7 @@ def test_error_is_that_of_x0_whatever_is_put_out(teachers, prediction):
     found = student.error(z, torch.tensor(points), x0.double(), condition)
     for k, i in enumerate(points):
         one = slice(k, k + 1)
-        wanted = wrong_by(student, z[one].double().numpy(), i, x0[one].double().numpy(), condition[one])
+        wanted = wrong_by(student, z[one].double().numpy(), i, x0[one].double().numpy(), condition.select(one))
         assert float(found[k]) == pytest.approx(wanted, rel=1e-4)
 
 

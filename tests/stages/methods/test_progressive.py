@@ -14,17 +14,17 @@ from pipeline.errors import ManifestError
 from stages.base import StageError
 from stages.data.files import sha256_of
 from stages.data.latents import read_latents
-from stages.diffusion.few_step import sample
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
 from stages.methods.base import Materials
 from stages.methods.progressive.config import ProgressiveConfig
-from stages.networks.denoiser import ManyStep
-from stages.networks.latent import LatentTeacher
+from stages.networks.denoiser import TeacherDenoiser
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 from stages.training import TrainingSettings
 from tests.support.cli import ROOT, command
 from tests.support.pipelines import PROGRESSIVE, TINY, execute, plan_of
+from tests.support.samplers import sample
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_it_learns_what_its_teacher_does_in_twice_the_steps(tiny, teacher):
     noise = torch.randn(32, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     condition = teacher.encode_prompts(prompts)
     eight = Grid.trailing(teacher.schedule, 8)
-    many = ManyStep(teacher, eight, 2.0)
+    many = TeacherDenoiser(teacher, eight, 2.0)
     with torch.no_grad():
         wanted = sample("ddim", lambda z, j: many.x0(z, torch.full((len(z),), j), condition), noise, eight)
         errors = [float((s(noise, condition) - wanted).square().mean()) for s in (untrained, student)]
@@ -107,10 +107,11 @@ def test_a_killed_chain_goes_on_to_the_same_bytes(chain, tiny, tmp_path):
     ("start_steps: 8", "start_steps: 2097152", "start_steps: should be less than or equal to 524288"),
     ("{1: 6}", "{3: 6}", "training_steps.3: should be the number of steps of a round, not '3'"),
     ("training_steps: {1: 6}", "schedule: cosine, weighting: snr", "snr is 0 in pure noise"),
-    ("    latents: latents\n", "    latents: latents\n    pairs: pairs\n", "give either pairs or latents"),
+    ("    latents: latents\n", "    latents: latents\n    pairs: pairs\n",
+     "progressive is trained on latents or pairs, not on pairs and latents"),
     ("{name: progressive, ", "{name: knowledge_distillation, ", "unknown key"),
-    (" guidance_scale: 2.0,", "", "latents say nothing of guidance_scale: give it, 1 for none"),
-    ("student: fewer\n    pairs: pairs", "student: fewer", "it was trained on latents; give `pairs`"),
+    (" guidance_scale: 2.0,", "", "latents have no guidance_scale: set it in the method"),
+    ("student: fewer\n    pairs: pairs", "student: fewer", "it was not trained on pairs; give `pairs`"),
     ("guidance_scale: 2.0", "guidance_scale: 3.0", "has guidance_scale: 3 built in; the pairs have 2"),
     ("student: fewer", "student: fewer/16", "there is no stage 'fewer/16'; did you mean 'fewer/1'"),
 ])  # fmt: skip
@@ -128,7 +129,7 @@ def test_only_a_scale_above_one_asks_the_teacher_without_a_prompt(scale, guided)
 
 
 def test_the_ratio_of_data_to_noise_is_no_weight_where_the_teachers_schedule_ends_in_pure_noise(tiny):
-    teacher = LatentTeacher(tiny[1]["teacher"].artifact.folder)
+    teacher = StableDiffusion(tiny[1]["teacher"].artifact.folder)
     config, training = ProgressiveConfig(start_steps=4, end_steps=2, weighting="snr"), TrainingSettings(steps=1)
     assert config.create(Materials(teacher, training)).student.alpha[-1] > 0
     teacher.schedule.alpha[-1], teacher.schedule.sigma[-1] = 0.0, 1.0
@@ -170,14 +171,14 @@ def test_guidance_that_is_that_of_the_pairs_is_checked_as_any_other(tmp_path):
 
     second = "  second:" + student.replace("pairs: pairs", "pairs: other\n    start_from: student/2")
     second = second.replace("start_steps: 4, end_steps: 2", "start_steps: 2, end_steps: 1")
-    refused(text + second, "the student to go on from has guidance_scale: 2, this one 5")
+    refused(text + second, "the student in start_from has guidance_scale: 2, this one has 5")
     assert plan_of(text + second.replace("pairs: other", "pairs: pairs"), tmp_path)["second/1"]
     refused(
         text + "  quality: {kind: evaluate, student: student, pairs: other, samples: 20, teacher_steps: []}",
         "the student has guidance_scale: 2 built in; the pairs have 5",
     )
     mixed = text.replace("pairs: pairs\n", "pairs: [pairs, other]\n")
-    refused(mixed, "the pairs have guidance_scale: 2 and 5; give the student's")
+    refused(mixed, "the pairs have guidance_scale: 2 and 5; set one in the method")
     assert plan_of(mixed.replace("end_steps: 2", "end_steps: 2, guidance_scale: 2.0"), tmp_path)["student/2"]
     one_step = re.sub("{name: progressive.*}", "knowledge_distillation", mixed)
-    refused(one_step, "the pairs have guidance_scale: 2 and 5; a student of them has one")
+    refused(one_step, "the pairs have guidance_scale: 2 and 5; use pairs with the same")

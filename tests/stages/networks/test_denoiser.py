@@ -4,30 +4,30 @@ import numpy as np
 import torch
 
 from stages.diffusion.grid import Grid
-from stages.networks.denoiser import ManyStep
-from stages.networks.latent import LatentTeacher
+from stages.networks.denoiser import TeacherDenoiser
+from stages.networks.stable_diffusion import StableDiffusion
 from tests.support.networks import stable_diffusion_layout
 
 
 def test_a_teacher_is_asked_where_its_ratio_of_data_to_noise_is_the_grids(teacher):
-    asked = ManyStep(teacher, Grid.cosine(64))
+    asked = TeacherDenoiser(teacher, Grid.cosine(64))
     log_snr = 2 * (asked.alpha / asked.sigma).log()
     grid, known = Grid.cosine(64), teacher.schedule.log_snr
     wanted = (2 * np.log(grid.alpha[1:-1] / grid.sigma[1:-1])).clip(known[-1])
     torch.testing.assert_close(log_snr[1:-1], torch.from_numpy(wanted), atol=1e-9, rtol=0)
-    own = ManyStep(teacher, Grid.trailing(teacher.schedule, 50))
+    own = TeacherDenoiser(teacher, Grid.trailing(teacher.schedule, 50))
     assert own.timesteps[1:].tolist() == Grid.trailing(teacher.schedule, 50).timesteps[1:].tolist()
 
 
 def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
     """An epsilon teacher is asked for x0."""
-    of_noise = LatentTeacher(stable_diffusion_layout(tmp_path / "sd"))
+    of_noise = StableDiffusion(stable_diffusion_layout(tmp_path / "sd"))
     z, i = torch.randn(3, *of_noise.latent_shape), torch.tensor([2, 3, 4])
     condition, grid = of_noise.encode_prompts(["a", "b", ""]), Grid.trailing(of_noise.schedule, 4)
-    x0 = ManyStep(of_noise, grid).x0(z, i, condition)
+    x0, text = TeacherDenoiser(of_noise, grid).x0(z, i, condition), condition.tensors["text"]
     for k in range(3):
         alpha, sigma = grid.level(int(i[k]))
-        output = of_noise.unet(z[k : k + 1], int(grid.timesteps[i[k]]), condition[k : k + 1]).sample
+        output = of_noise.network(z[k : k + 1], int(grid.timesteps[i[k]]), text[k : k + 1]).sample
         torch.testing.assert_close(x0[k : k + 1], (z[k : k + 1] - sigma * output) / alpha, atol=1e-4, rtol=1e-4)
 
 
@@ -36,17 +36,17 @@ def test_beyond_its_cleanest_level_a_teacher_is_read_at_the_grids(teacher, monke
     grid = Grid.cosine(8192)
     z, condition = torch.randn(1, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"])
     alpha, sigma = grid.level(1)
-    assert sigma < 0.1 * teacher.schedule.at(0)[1]
+    assert sigma < 0.1 * teacher.schedule.at(0).sigma
     with torch.no_grad():
-        output = teacher.unet(z, torch.zeros(1), condition).sample
+        output = teacher.network(z, torch.zeros(1), condition.tensors["text"]).sample
     for prediction, wanted in (("epsilon", (z - sigma * output) / alpha), ("v_prediction", alpha * z - sigma * output)):
         monkeypatch.setattr(teacher, "prediction", prediction)
-        torch.testing.assert_close(ManyStep(teacher, grid).x0(z, torch.tensor([1]), condition), wanted)
+        torch.testing.assert_close(TeacherDenoiser(teacher, grid).x0(z, torch.tensor([1]), condition), wanted)
 
 
 def test_a_teacher_computes_in_its_own_precision_whatever_the_student_trains_in(teacher):
     z, condition = torch.randn(2, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 2)
-    many, i = ManyStep(teacher, Grid.trailing(teacher.schedule, 4), 5.0), torch.tensor([4, 2])
+    many, i = TeacherDenoiser(teacher, Grid.trailing(teacher.schedule, 4), 5.0), torch.tensor([4, 2])
     wanted = many.x0(z, i, condition)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(many.x0(z, i, condition), wanted)
@@ -55,13 +55,13 @@ def test_a_teacher_computes_in_its_own_precision_whatever_the_student_trains_in(
 def test_without_guidance_the_target_is_the_conditional_output_bit_for_bit(teacher):
     grid, z = Grid.trailing(teacher.schedule, 4), torch.randn(3, *teacher.latent_shape)
     condition, i = teacher.encode_prompts(["a red handwritten seven"] * 3), torch.tensor([4, 2, 1])
-    many = ManyStep(teacher, grid)
-    batch = torch.cat([teacher.encode_prompts([""] * 3), condition])
+    many = TeacherDenoiser(teacher, grid)
+    batch = torch.cat([one.tensors["text"] for one in (teacher.encode_prompts([""] * 3), condition)])
     t = many.timesteps[i].float()
     with torch.no_grad():
-        output = teacher.unet(torch.cat([z, z]), torch.cat([t, t]), batch).sample.chunk(2)[1]
+        output = teacher.network(torch.cat([z, z]), torch.cat([t, t]), batch).sample.chunk(2)[1]
     alpha, sigma = (torch.from_numpy(x)[i].float().view(-1, 1, 1, 1) for x in (grid.alpha, grid.sigma))
     assert torch.equal(many.x0(z, i, condition, torch.zeros(3)), alpha * z - sigma * output)
     guided = many.x0(z, i, condition, torch.full((3,), 2.0))
-    torch.testing.assert_close(guided, ManyStep(teacher, grid, 3.0).x0(z, i, condition))
+    torch.testing.assert_close(guided, TeacherDenoiser(teacher, grid, 3.0).x0(z, i, condition))
     assert not torch.equal(guided, many.x0(z, i, condition))

@@ -7,8 +7,7 @@ import torch
 
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
-from stages.networks.exporting import scheduler_of, why_not_plain
-from stages.networks.latent import LatentTeacher
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student, export
 from tests.support.networks import SCHEDULER, drawn, shaken, stable_diffusion_layout
 
@@ -20,7 +19,7 @@ from tests.support.networks import SCHEDULER, drawn, shaken, stable_diffusion_la
 def test_plain_diffusers_steps_as_retort_does(teacher, tmp_path, steps, schedule, prediction):
     """Also where the steps do not divide the teacher's 1,000 timesteps, and where the schedule ends in pure noise."""
     student = shaken(Student.from_teacher(teacher, Form(steps=steps, schedule=schedule, prediction=prediction)))
-    export(student, teacher, tmp_path, "a card")
+    export(student, tmp_path, "a card")
     prompts = ["a red handwritten seven", "a blue handwritten two"]
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -38,7 +37,7 @@ def test_plain_diffusers_samples_as_retort_does(teacher, tmp_path, steps, predic
 
     form = Form(steps=steps, sampler="consistency", prediction=prediction, w_range=None if w is None else (0.0, 4.0))
     student = shaken(Student.from_teacher(teacher, form))
-    export(student, teacher, tmp_path, "a card")
+    export(student, tmp_path, "a card")
     scheduler = LCMScheduler.from_pretrained(tmp_path / "scheduler")
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == student.grid.timesteps[:0:-1].tolist()
@@ -59,7 +58,7 @@ def test_plain_diffusers_samples_as_retort_does(teacher, tmp_path, steps, predic
 def test_plain_diffusers_feeds_guidance_scale_less_one(teacher, tmp_path, w):
     form = Form(steps=4, schedule="cosine", w_range=(0.0, 4.0))
     student = shaken(Student.from_teacher(teacher, form))
-    export(student, teacher, tmp_path, "a card")
+    export(student, tmp_path, "a card")
     assert json.loads((tmp_path / "student.json").read_text())["w_range"] == [0.0, 4.0]
     prompts = ["a red handwritten seven", "a blue handwritten two"]
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -77,10 +76,10 @@ def test_plain_diffusers_feeds_guidance_scale_less_one(teacher, tmp_path, w):
 def test_what_a_published_scheduler_leaves_out_is_not_its_students_default(tmp_path, scheduler, form):
     folder = stable_diffusion_layout(tmp_path / "sd")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    teacher = LatentTeacher(folder)
+    teacher = StableDiffusion(folder)
     assert teacher.prediction == "epsilon"
     student = shaken(Student.from_teacher(teacher, form))
-    export(student, teacher, tmp_path / "student", "a card")
+    export(student, tmp_path / "student", "a card")
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     w = torch.full((2,), 7.0)
     with torch.no_grad():
@@ -94,31 +93,31 @@ def test_what_a_published_scheduler_leaves_out_is_not_its_students_default(tmp_p
 def test_a_student_of_both_is_read_as_both(teacher, tmp_path):
     """And says that plain diffusers cannot."""
     student = shaken(Student.from_teacher(teacher, Form(steps=2, prediction="both")))
-    export(student, teacher, tmp_path, "a card")
+    export(student, tmp_path, "a card")
     loaded = Student.load(tmp_path, teacher)
     noise, condition = torch.randn(2, *teacher.latent_shape), teacher.encode_prompts(["", "a red handwritten seven"])
     with torch.no_grad():
         torch.testing.assert_close(loaded(noise, condition), student(noise, condition))
-        output = loaded.unet(noise, 999.0, condition).sample
+        output = loaded.network(noise, 999.0, condition.tensors["text"]).sample
         alpha, sigma = loaded.grid.level(2)
         x0 = sigma**2 * output[:, :4] + alpha * (noise - sigma * output[:, 4:])
         torch.testing.assert_close(loaded.x0(noise, 2, condition), x0)
-    assert "knows nothing" in reason(teacher, student.form)
+    assert "which diffusers does not support" in reason(teacher, student.form)
 
 
 def reason(teacher, form):
-    grid = Grid.of(form.schedule, teacher.schedule, form.steps)
-    return why_not_plain(form, grid, scheduler_of(form, grid, teacher.folder))
+    grid = Grid.of(form, teacher.schedule)
+    return teacher.plain_error(form, grid, teacher.student_scheduler(form, grid))
 
 
 @pytest.mark.parametrize(("form", "words"), [
-    (Form(steps=4096, schedule="cosine"), "no whole numbers"),
+    (Form(steps=4096, schedule="cosine"), "not all whole numbers"),
     (Form(steps=512, schedule="cosine"), None),
-    (Form(steps=48), "rounds the timesteps of 48 steps otherwise"),
-    (Form(steps=61), "rounds the timesteps of 61 steps otherwise"),
+    (Form(steps=48), "rounds the timesteps of 48 steps differently"),
+    (Form(steps=61), "rounds the timesteps of 61 steps differently"),
     (Form(steps=3), None),
     (Form(steps=16), None),
-    (Form(steps=2, sampler="stochastic"), "Retort's own"),
+    (Form(steps=2, sampler="stochastic"), "no N-step stochastic sampler"),
     (Form(steps=1, sampler="stochastic"), None),  # a last step adds no noise
     (Form(steps=4, sampler="consistency"), None),
 ])  # fmt: skip
@@ -131,5 +130,5 @@ def test_steps_that_miss_the_teachers_timesteps_are_not_for_plain_diffusers(teac
     form = Form(steps=3, sampler="consistency")
     student, grid = Student.from_teacher(teacher, form, 30), Grid.trailing(teacher.schedule, 3)
     assert student.grid.subsample(10).timesteps.tolist() == grid.timesteps.tolist()
-    why = why_not_plain(form, grid, scheduler_of(form, grid, teacher.folder))
-    assert "rounds the timesteps of 3 steps otherwise" in why
+    why = teacher.plain_error(form, grid, teacher.student_scheduler(form, grid))
+    assert "rounds the timesteps of 3 steps differently" in why

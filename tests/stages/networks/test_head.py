@@ -15,10 +15,13 @@ from stages.diffusion.schedule import NoiseSchedule
 from stages.methods.base import Materials
 from stages.methods.progressive.config import ProgressiveConfig
 from stages.networks import build
+from stages.networks.condition import Condition
 from stages.networks.head import convert, fit
-from stages.networks.latent import LatentTeacher
+from stages.networks.pixel import PixelDiffusion
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 from stages.training import TrainingSettings
+from tests.support.networks import adapter_around
 from tests.support.pipelines import TINY, execute, plan_of
 
 NOISY = NoiseSchedule.stable_diffusion()
@@ -58,7 +61,9 @@ class PerfectUNet(nn.Module):
 
 
 def perfect_teacher(prediction, schedule=NOISY):
-    return SimpleNamespace(unet=PerfectUNet(prediction), prediction=prediction, schedule=schedule)
+    teacher = adapter_around(PerfectUNet(prediction), PixelDiffusion)
+    teacher.prediction, teacher.schedule = prediction, schedule
+    return teacher
 
 
 def noises(count=64):
@@ -68,7 +73,7 @@ def noises(count=64):
 def error(student, noise):
     """To the end of the ODE of N(0, 1), which is the noise itself."""
     with torch.no_grad():
-        return float((student(noise, None) - noise).square().mean())
+        return float((student(noise, Condition(len(noise))) - noise).square().mean())
 
 
 @pytest.mark.parametrize("teacher", ["epsilon", "v_prediction", "sample"])
@@ -80,7 +85,7 @@ def test_an_untrained_student_is_no_worse_than_one_step_of_its_teacher(teacher, 
     alpha, _ = NOISY.at(999)
     known = {"epsilon": 0.0, "v_prediction": 0.0, "sample": alpha}[teacher] if student == "sample" else alpha
     if (teacher, student) == ("sample", "v_prediction"):
-        known = alpha + alpha * NOISY.at(999)[1]  # v = -x0 is right in pure noise alone
+        known = alpha + alpha * NOISY.at(999).sigma  # v = -x0 is right in pure noise alone
     assert error(untrained, noises()) == pytest.approx((1 - known) ** 2, rel=0.05)
     assert error(untrained, noises()) < 1.01
 
@@ -90,14 +95,14 @@ def test_a_student_of_the_teachers_own_type_begins_as_the_teacher():
         student = Student.from_teacher(perfect_teacher(prediction), Form(prediction=None))
         assert student.form.prediction == prediction
         alpha, _ = NOISY.at(999)
-        torch.testing.assert_close(student(noises(), None), alpha * noises(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(student(noises(), Condition(64)), alpha * noises(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("teacher", "student"), [("epsilon", "v_prediction"), ("v_prediction", "epsilon")])
 def test_a_fitted_student_makes_what_its_features_can(teacher, student):
     """Here the features are z, and the end of the ODE is linear in them: fitting finds it, on other noises too."""
     fitted = Student.from_teacher(perfect_teacher(teacher), Form(prediction=student))
-    fitted.fit_head(noises(), noises(), None)
+    fitted.fit_head(noises(), noises(), Condition(64))
     others = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     assert error(fitted, others) < 1e-3
 
@@ -146,7 +151,7 @@ def test_students_of_a_teacher_of_epsilon(of_epsilon):
         "student": "v_prediction", "near": "epsilon", "fewer/2": "v_prediction", "fewer/1": "v_prediction"
     }  # fmt: skip
     log = (store / "runs/tiny/logs/student.log").read_text()
-    assert "the student's last layer begins with" in log and "zeros" in log
+    assert "the student's last layer is initialised by" in log and "zeros" in log
     assert not plan["fewer/2"].artifact.stage.method.halves and plan["fewer/1"].artifact.stage.method.halves
     scheduler = json.loads((plan["near"].artifact.folder / "scheduler/scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "epsilon"
@@ -155,16 +160,17 @@ def test_students_of_a_teacher_of_epsilon(of_epsilon):
 def test_the_first_link_learns_the_teachers_own_output(of_epsilon):
     """Its target is x0 as the guided teacher has it at the same point, here by hand."""
     _, plan = of_epsilon
-    teacher = LatentTeacher(plan["teacher"].artifact.folder)
+    teacher = StableDiffusion(plan["teacher"].artifact.folder)
     config = ProgressiveConfig(start_steps=2, end_steps=2, match_first=True, guidance_scale=3.0)
     method = config.create(Materials(teacher, TrainingSettings(steps=1)))
     z, i = torch.randn(2, *teacher.latent_shape), torch.tensor([1, 2])
     condition, empty = (teacher.encode_prompts([text] * 2) for text in ("a red handwritten seven", ""))
+    texts = [one.tensors["text"] for one in (condition, empty)]
     wanted = []
     for row, point in enumerate(i.tolist()):
         t, (alpha, sigma) = method.student.grid.timesteps[point], method.student.grid.level(point)
         with torch.no_grad():
-            with_, without = (teacher.unet(z[row : row + 1], t, c[:1]).sample for c in (condition, empty))
+            with_, without = (teacher.network(z[row : row + 1], t, text[:1]).sample for text in texts)
         wanted.append((z[row : row + 1] - sigma * (without + 3 * (with_ - without))) / alpha)
     torch.testing.assert_close(method.target(z, i, condition, None).float(), torch.cat(wanted), atol=1e-4, rtol=1e-4)
 
@@ -189,7 +195,7 @@ def test_the_last_layer_is_that_of_the_teacher_times_what_is_known(teacher, stud
     """In pure noise v = -x0. Of the noise a teacher of x0 says nothing, nor one of the noise of x0 or v."""
     unet = build.unet(4, 12, (8,))
     layer = copy.deepcopy(unet.conv_out)
-    turned = convert(unet, teacher, student).conv_out
+    turned = convert(unet, "conv_out", teacher, student).conv_out
     assert torch.equal(turned.weight, torch.cat([factor * layer.weight for factor in factors]))
     assert torch.equal(turned.bias, torch.cat([factor * layer.bias for factor in factors]))
 
@@ -222,7 +228,10 @@ def test_a_chain_that_halves_an_epsilon_teacher_at_once_is_refused(of_epsilon):
         .replace("match_first: true, ", "")
         .replace("training_steps: {2: 3}", "training_steps: {1: 3}")
     )
-    with pytest.raises(ManifestError, match=r"start_steps: the teacher predicts epsilon.*set match_first: true"):
+    with pytest.raises(
+        ManifestError,
+        match=r"start_steps: the network .* predicts epsilon.*set match_first: true",
+    ):
         plan_of(text, of_epsilon[0])
 
 
@@ -243,16 +252,16 @@ def test_match_first_is_checked_as_a_setting(tiny, settings, words):
 
 def test_a_consistency_student_of_epsilon_needs_a_teacher_of_epsilon(tiny):
     text = TINY + STUDENTS.replace("name: consistency", "name: consistency, prediction: epsilon")
-    with pytest.raises(ManifestError, match=r"prediction: the teacher predicts v_prediction.*leave prediction out"):
+    with pytest.raises(
+        ManifestError,
+        match=r"prediction: the network .* predicts v_prediction.*leave prediction out",
+    ):
         plan_of(text, tiny[0])
 
 
 def test_going_on_from_a_student_of_another_type_is_refused(of_epsilon):
     """Where a manifest leaves the type to the teacher, the worker compares."""
     _, plan = of_epsilon
-    teacher = LatentTeacher(plan["teacher"].artifact.folder)
-    student = Student.from_teacher(teacher, Form(prediction="epsilon"))
-    before = copy.deepcopy(student.state_dict())
-    with pytest.raises(ValueError, match="to go on from predicts v_prediction, this one epsilon"):
-        student.go_on_from(plan["student"].artifact.folder)
-    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+    teacher = StableDiffusion(plan["teacher"].artifact.folder)
+    with pytest.raises(ValueError, match="in start_from predicts v_prediction, this one predicts epsilon"):
+        Student.from_student(plan["student"].artifact.folder, teacher, Form(prediction="epsilon"))

@@ -163,7 +163,7 @@ def test_the_classifier(size, pooled):
 def test_what_the_pools_leave_nothing_of_is_refused(space, smallest):
     vgg, side = VGG(4, 4, space), smallest - 1
     assert Classifier(vgg, {"class": 2}, (smallest,) * 2)(torch.zeros(2, 4, smallest, smallest))["class"].ndim == 2
-    with pytest.raises(StageError, match=f"{space} of {side} x 64 are too small .*: {smallest} a side at least"):
+    with pytest.raises(StageError, match=f"{space} of {side} x 64 are too small .* must be at least {smallest}"):
         Classifier(vgg, {"class": 2}, (side, 64))
 
 
@@ -403,10 +403,10 @@ BREAKAGES = {
     "no deviation": (lambda f: rewritten(f, std=0), "std above 0, not 'latents' and 0"),
     "another width": (lambda f: rewritten(f, width=8), "size mismatch"),
     "other channels": (lambda f: rewritten(f, channels=16), "size mismatch"),
-    "negative heads": (lambda f: with_heads(f, lambda h: [h[0] - 1, *h[1:]]), "head 0 has to be 4 weights, none"),
-    "heads of nan": (lambda f: with_heads(f, lambda h: [*h[:4], h[4] * math.nan]), "head 4 has to be 32 weights"),
-    "infinite heads": (lambda f: with_heads(f, lambda h: [h[0] / 0, *h[1:]]), "head 0 has to be 4 weights"),
-    "short heads": (lambda f: with_heads(f, lambda h: [*h[:3], h[3][:5], h[4]]), "head 3 has to be 32 weights"),
+    "negative heads": (lambda f: with_heads(f, lambda h: [h[0] - 1, *h[1:]]), "head 0 must have 4 weights, all finite"),
+    "heads of nan": (lambda f: with_heads(f, lambda h: [*h[:4], h[4] * math.nan]), "head 4 must have 32 weights"),
+    "infinite heads": (lambda f: with_heads(f, lambda h: [h[0] / 0, *h[1:]]), "head 0 must have 4 weights"),
+    "short heads": (lambda f: with_heads(f, lambda h: [*h[:3], h[3][:5], h[4]]), "head 3 must have 32 weights"),
     "four heads": (lambda f: with_heads(f, lambda h: h[:4]), "has no 'heads.4'"),
 }  # fmt: skip
 

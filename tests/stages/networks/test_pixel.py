@@ -1,11 +1,20 @@
 """Pixel-space teachers: stock pipelines without text, unconditional and by class."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from PIL import Image
 
 from pipeline.errors import ManifestError, StageFailed
@@ -13,7 +22,9 @@ from stages.base import StageError
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.diffusion.form import Form
-from stages.networks.pixel import PixelTeacher
+from stages.networks.adapters import checked, files_of
+from stages.networks.condition import Condition
+from stages.networks.pixel import PixelDiffusion
 from stages.networks.student import Student, export
 from stages.teacher import Teacher
 from tests.support.networks import pixel_unet
@@ -52,7 +63,7 @@ def unconditional(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_class(tmp_path_factory):
-    """Two classes and one that stands for none."""
+    """Two classes and the null class."""
     folder = tmp_path_factory.mktemp("by_class")
     DDIMPipeline(unet=pixel_unet(3), scheduler=DDIMScheduler()).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -70,13 +81,13 @@ def test_an_unconditional_teacher_goes_all_the_way(unconditional, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(folder)
     assert type(pipeline) is DDIMPipeline
     pipeline.set_progress_bar_config(disable=True)
-    teacher = PixelTeacher(plan["teacher"].artifact.folder)
+    teacher = PixelDiffusion(plan["teacher"].artifact.folder)
     student = Student.load(folder, teacher)
     generator = torch.Generator().manual_seed(3)
     image = pipeline(num_inference_steps=1, generator=generator, output_type="np").images[0]
     noise = torch.randn((1, 3, 8, 8), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        x0 = student(noise, None).clamp(-1, 1)
+        x0 = student(noise, Condition(1)).clamp(-1, 1)
     np.testing.assert_allclose(image, (x0[0] / 2 + 0.5).permute(1, 2, 0), atol=1e-5)
     assert "pipeline(num_inference_steps=1)" in (folder / "README.md").read_text()
 
@@ -92,26 +103,26 @@ def test_a_teacher_by_class_goes_all_the_way_and_keeps_its_names(by_class, tmp_p
     example = card.partition("```python\n")[2].partition("```")[0].replace("THIS FOLDER", str(folder))
     namespace: dict = {}
     exec(example, namespace)  # the card's own lines
-    teacher = PixelTeacher(plan["teacher"].artifact.folder)
+    teacher = PixelDiffusion(plan["teacher"].artifact.folder)
     with torch.no_grad():
         x0 = Student.load(folder, teacher)(namespace["noise"], teacher.encode_prompts(["cat"]))
     torch.testing.assert_close(namespace["image"], x0, atol=1e-5, rtol=1e-6)  # hundreds, of random weights
 
 
 def test_guidance_goes_from_no_class_to_the_class(by_class):
-    teacher = PixelTeacher(by_class)
+    teacher = PixelDiffusion(by_class)
     z = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        none, cat = (teacher.unet(z, 500, torch.tensor([c, c])).sample for c in (2, 0))
+        none, cat = (teacher.network(z, 500, torch.tensor([c, c])).sample for c in (2, 0))
         guided = teacher.denoiser(["cat", "0"], 3.0)(z, 500)
     torch.testing.assert_close(guided, none + 3.0 * (cat - none), rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_that_a_teacher_does_not_know_are_refused(unconditional, by_class, tmp_path):
     with pytest.raises(StageError, match="the teacher is unconditional"):
-        PixelTeacher(unconditional).encode_prompts(["cat"])
-    with pytest.raises(StageError, match="'cow' is no class of the teacher; it has cat, dog, 0, 1, 2"):
-        PixelTeacher(by_class).encode_prompts(["cow"])
+        PixelDiffusion(unconditional).encode_prompts(["cat"])
+    with pytest.raises(StageError, match="'cow' is not a class of the teacher, which has cat, dog, 0, 1, 2"):
+        PixelDiffusion(by_class).encode_prompts(["cow"])
     with pytest.raises(StageFailed, match="leave prompts out"):
         execute(PIPELINE.format(folder=unconditional, prompts="prompts: digits", scale=1.0), tmp_path)
 
@@ -129,17 +140,15 @@ def test_without_a_class_for_none_there_is_no_guidance(tmp_path):
 def test_what_a_sealed_teacher_says_counts_when_planning(unconditional, by_class, tmp_path, monkeypatch):
     """Of a hub's, nothing else can be known; and never of what lies in the current folder."""
     stage = Teacher.model_validate({"kind": "teacher", "from": "owner/name"})
-    assert "unconditional" in stage.why_unguided(False, unconditional)
-    assert stage.why_unguided(False, by_class) is None and stage.timesteps(by_class) == 1000
+    assert "unconditional" in stage.guidance_error(False, unconditional)
+    assert stage.guidance_error(False, by_class) is None and stage.timesteps(by_class) == 1000
     monkeypatch.chdir(unconditional)
     trained = Teacher.model_validate({"kind": "teacher", "gaussian": {"mean": 0.0, "std": 1.0, "shape": [1, 2, 2]}})
     for one in (stage, trained):
-        assert one.why_unguided(False, tmp_path) is None and one.timesteps(tmp_path) is None
+        assert one.guidance_error(False, tmp_path) is None and one.timesteps(tmp_path) is None
 
 
 def test_networks_that_want_more_are_refused(unconditional, tmp_path):
-    import shutil
-
     shutil.copytree(unconditional, tmp_path / "source")
     config = json.loads((tmp_path / "source" / "unet" / "config.json").read_text())
     (tmp_path / "source" / "unet" / "config.json").write_text(json.dumps({**config, "out_channels": 6}))
@@ -150,7 +159,7 @@ def test_networks_that_want_more_are_refused(unconditional, tmp_path):
 
 
 def test_an_unconditional_teacher_cannot_be_guided(unconditional, tmp_path):
-    with pytest.raises(ManifestError, match=r"sampler.guidance_scale: there are no prompts to guide by"):
+    with pytest.raises(ManifestError, match=r"sampler.guidance_scale: guidance needs prompts"):
         execute(PIPELINE.format(folder=unconditional, prompts="", scale=2.0), tmp_path)
     with pytest.raises(StageFailed, match="the teacher is unconditional, but was given"):
         execute(PIPELINE.format(folder=unconditional, prompts="prompts: digits", scale=2.0), tmp_path)
@@ -165,23 +174,21 @@ def test_grey_images_are_shown_in_colour(tmp_path):
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
     )  # fmt: skip
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path)
-    teacher = PixelTeacher(tmp_path)
+    teacher = PixelDiffusion(tmp_path)
     images = teacher.decode(torch.randn(2, *teacher.latent_shape))
     assert images.shape == (2, 3, 8, 8) and strip(images.numpy()).shape == (8, 16, 3)
     torch.testing.assert_close(teacher.encode(images)[:, 0], images[:, 0])
 
 
 def test_classes_of_one_name_are_asked_for_by_number(by_class, tmp_path):
-    import shutil
-
     shutil.copytree(by_class, tmp_path / "source")
     index = json.loads((by_class / "model_index.json").read_text())
     (tmp_path / "source" / "model_index.json").write_text(
         json.dumps({**index, "id2label": {"0": "crane", "1": "crane"}})
     )
-    teacher = PixelTeacher(tmp_path / "source")
-    assert teacher.encode_prompts(["0", "1", ""]).tolist() == [0, 1, 2]
-    with pytest.raises(StageError, match="'crane' is no class"):
+    teacher = PixelDiffusion(tmp_path / "source")
+    assert teacher.encode_prompts(["0", "1", ""]).tensors["class"].tolist() == [0, 1, 2]
+    with pytest.raises(StageError, match="'crane' is not a class"):
         teacher.encode_prompts(["crane"])
 
 
@@ -190,9 +197,9 @@ def test_classes_of_one_name_are_asked_for_by_number(by_class, tmp_path):
 ])  # fmt: skip
 def test_students_of_several_steps_in_plain_diffusers(unconditional, tmp_path, steps, schedule, pipeline_class):
     """A pipeline that steps on the student's own grid, for an epsilon teacher whose student puts out v."""
-    teacher = PixelTeacher(unconditional)
+    teacher = PixelDiffusion(unconditional)
     student = Student.from_teacher(teacher, Form(steps=steps, schedule=schedule))
-    export(student, teacher, tmp_path, "a card")
+    export(student, tmp_path, "a card")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipeline) is pipeline_class
     pipeline.set_progress_bar_config(disable=True)
@@ -200,7 +207,7 @@ def test_students_of_several_steps_in_plain_diffusers(unconditional, tmp_path, s
     image = pipeline(generator=torch.Generator().manual_seed(3), **settings).images[0]
     noise = torch.randn((1, 3, 8, 8), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        x0 = student(noise, None).clamp(-1, 1)
+        x0 = student(noise, Condition(1)).clamp(-1, 1)
     np.testing.assert_allclose(image, (x0[0] / 2 + 0.5).permute(1, 2, 0), atol=1e-4)
 
 
@@ -208,9 +215,9 @@ def test_students_of_several_steps_in_plain_diffusers(unconditional, tmp_path, s
     (Form(steps=4, sampler="consistency"), "LCMScheduler"), (Form(steps=16), "DPMSolverMultistepScheduler")
 ])  # fmt: skip
 def test_the_card_of_a_student_by_class_names_the_scheduler_that_it_has(by_class, tmp_path, form, scheduler):
-    teacher = PixelTeacher(by_class)
+    teacher = PixelDiffusion(by_class)
     student = Student.from_teacher(teacher, form).eval()
-    export(student, teacher, tmp_path, "a card")
+    export(student, tmp_path, "a card")
     lines = teacher.usage(form, scheduler).replace("THIS FOLDER", str(tmp_path))
     namespace: dict = {}
     torch.manual_seed(3)
@@ -221,6 +228,37 @@ def test_the_card_of_a_student_by_class_names_the_scheduler_that_it_has(by_class
     with torch.no_grad():
         x0 = student(noise, teacher.encode_prompts(["cat"]), None, generator)
     torch.testing.assert_close(namespace["image"], x0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("classes", ["unconditional", "by_class"])
+def test_the_card_calls_a_student_at_its_own_timesteps(classes, tmp_path, request):
+    teacher = PixelDiffusion(request.getfixturevalue(classes))
+    form = Form(steps=2, levels=(799, 399))
+    student = Student.from_teacher(teacher, form).eval()
+    export(student, tmp_path, "a card")
+    scheduler = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())["_class_name"]
+    namespace: dict = {}
+    exec(teacher.usage(form, scheduler).replace("THIS FOLDER", str(tmp_path)), namespace)
+    assert namespace["scheduler"].timesteps.tolist() == [799, 399]
+    with torch.no_grad():
+        x0 = student(namespace["noise"], teacher.encode_prompts(["cat" if classes == "by_class" else ""]))
+    torch.testing.assert_close(namespace["image"], x0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["[1]", "5", '{"_class_name": ["a"]}', '{"_class_name": "DDPMPipeline", "unet": 5}'])
+def test_a_damaged_index_is_refused(text, tmp_path):
+    (tmp_path / "model_index.json").write_text(text)
+    assert files_of(str(tmp_path)), "planning goes on with the files of the built-in families"
+    with pytest.raises(StageError, match=r"model_index.json|is a"):
+        checked(tmp_path)
+
+
+def test_a_flow_scheduler_is_refused(unconditional, tmp_path):
+    """These networks are called at the number of a timestep, and flow-matching ones at the noise level."""
+    folder = shutil.copytree(unconditional, tmp_path / "source")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    with pytest.raises(StageError, match="FlowMatchEulerDiscreteScheduler, which is for flow matching"):
+        checked(folder)
 
 
 def test_a_teacher_by_class_is_halved_on_the_classes_of_an_image_set(by_class, tmp_path):
@@ -248,7 +286,7 @@ stages:
     example = card.partition("```python\n")[2].partition("```")[0]
     namespace: dict = {}
     exec(example.replace("THIS FOLDER", str(plan["student/2"].artifact.folder)), namespace)  # the card's own lines
-    teacher = PixelTeacher(plan["teacher"].artifact.folder)
+    teacher = PixelDiffusion(plan["teacher"].artifact.folder)
     with torch.no_grad():
         x0 = Student.load(plan["student/2"].artifact.folder, teacher)(
             namespace["noise"], teacher.encode_prompts(["cat"])

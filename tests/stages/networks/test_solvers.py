@@ -106,21 +106,21 @@ def test_pairs_store_the_states_that_were_asked_for(tmp_path, name):
 
 def test_states_that_are_not_on_the_grid_are_refused(tmp_path):
     text = GAUSSIAN.replace("{steps: 10}", "{steps: 10}\n    path_timesteps: [998]")
-    with pytest.raises(StageFailed, match=r"path_timesteps: 998 is no timestep of the sampler, whose are \[999, 899"):
+    with pytest.raises(StageFailed, match=r"998 is not a timestep of the sampler; its timesteps are \[999, 899"):
         execute(text, tmp_path)
-    with pytest.raises(ManifestError, match="are to descend"):
+    with pytest.raises(ManifestError, match="must be in descending order"):
         loads(text.replace("[998]", "[499, 999]"), "m.yaml")
 
 
 def test_text_embeddings_are_the_encoders_states(tiny):
-    from stages.networks.latent import LatentTeacher
+    from stages.networks.stable_diffusion import StableDiffusion
 
     plan = execute(TINY, tiny[0], ["stages.pairs.text_embeddings=true", "stages.pairs.count=64"], only=["pairs"])
     pairs = plan["pairs"].artifact
     batch = PairReader(read_list(pairs.folder), ["text_embedding"]).batch([0, 63])
-    states = LatentTeacher(pairs.inputs["teacher"].folder).encode_prompts(batch.prompts)
+    states = StableDiffusion(pairs.inputs["teacher"].folder).encode_prompts(batch.prompts).tensors["text"]
     np.testing.assert_array_equal(batch.arrays["text_embedding"], states.numpy().astype(np.float16))
-    with pytest.raises(StageError, match="has no path; it has noise, latent, text_embedding"):
+    with pytest.raises(StageError, match="has no array path; it has: noise, latent, text_embedding"):
         PairReader(read_list(pairs.folder), ["path"]).batch([0])
 
 

@@ -54,7 +54,7 @@ def test_pairs_follow_the_linear_map_of_ddim(tmp_path):
     vectors = [np.array([alpha * std, sigma]) for alpha, sigma in points]
     product = np.prod([s @ t / (t @ t) for t, s in itertools.pairwise(vectors)])
     assert slope == pytest.approx(product, rel=1e-4)
-    assert intercept == pytest.approx(mean - product * points[0][0] * mean, rel=1e-4)
+    assert intercept == pytest.approx(mean - product * points[0].alpha * mean, rel=1e-4)
     np.testing.assert_allclose(batch.latent, slope * batch.noise + intercept, atol=1e-4)
 
 
@@ -249,7 +249,7 @@ def test_in_half_precision_the_solvers_state_is_still_float32(tiny, dtype):
     folder = pairs.inputs["teacher"].folder
     held = PairReader(read_list(pairs.folder)).batch(range(8))
     exact, half = (teachers.load(folder, Execution(device="cpu"), dtype=d) for d in ("float32", dtype))
-    assert half.unet.dtype == getattr(torch, dtype)
+    assert half.network.dtype == getattr(torch, dtype)
     np.testing.assert_array_equal(half.to_numpy(half.to_device(held.noise)), held.noise.astype(np.float32))
     with half.inference():
         a, b = (teachers.solve(t, held.noise, held.prompts, pairs.stage.sampler) for t in (exact, half))

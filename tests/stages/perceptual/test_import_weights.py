@@ -100,7 +100,7 @@ def test_the_command_writes_a_folder_that_says_what_it_is(checkpoint, tmp_path):
         assert torch.equal(written.pop(f"heads.{k}"), tensors[f"lins.{k}.{HEAD}"].flatten())
     assert not written
     again = retort("import-weights", path, out)
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert again.returncode == 2 and "already exists" in again.stderr
 
 
 def test_without_a_network_a_name_says_what_to_fetch(tmp_path):
@@ -127,21 +127,21 @@ REFUSALS = {
     "unexpected": (lambda t: t | {"augment.p": torch.ones(1)}, "it has augment.p, which were not expected"),
     "other layout": (
         lambda t: {k.replace("net.slice1.", "features."): v for k, v in t.items()},
-        "expected net.slice1.0.weight and others of net.* and lins.*, found features.0.bias",
+        "expected net.slice1.0.weight and other tensors net.* and lins.*, found features.0.bias",
     ),
     "stock vgg16_bn": (
         reshaped("net.slice1.0.weight", WIDTH, 3, 3, 3),
-        "net.slice1.0.weight has shape (4, 3, 3, 3); expected (64, C, 3, 3), with the channels of latents, 4 or 16",
+        "has shape (4, 3, 3, 3); expected (64, C, 3, 3), where C is the number of latent channels, 4 or 16",
     ),
     "wrong shape": (
         lambda t: t | {"net.slice2.7.weight": torch.zeros(8, 4, 1, 1), "net.slice2.7.bias": torch.zeros(9)},
-        "net.slice2.7.bias has shape (9,), expected (8,); so have 1 more a wrong one",
+        "net.slice2.7.bias has shape (9,), expected (8,); 1 more have a wrong shape",
     ),
     "negative": (reshaped("lins.2.model.1.weight", 1, 16, 1, 1), None),
     "classifier": (lambda t: {"state_dict": t, "best_acc1": 69.9}, "these have no calibrated heads; expected NAME"),
     "a list": (lambda t: list(t.values()), "holds no mapping of names to tensors"),
     "an object": (lambda t: t | {"made": Exception("x")}, "holds more than tensors"),
-    "a number": (lambda t: t | {"made": 3}, "holds more than tensors: made; expected tensors alone"),
+    "a number": (lambda t: t | {"made": 3}, "holds more than tensors: made; expected only tensors"),
 }
 
 
@@ -150,7 +150,7 @@ def test_other_checkpoints_are_refused_and_leave_nothing(case, checkpoint, tmp_p
     change, words = REFUSALS[case]
     tensors = change(checkpoint[1])
     if case == "negative":
-        tensors["lins.2.model.1.weight"][0, 3], words = -0.1, "lins.2 has weights that are not finite and at least 0"
+        tensors["lins.2.model.1.weight"][0, 3], words = -0.1, "lins.2 has weights that are negative or not finite"
     torch.save(tensors, tmp_path / "other.pth")
     with pytest.raises(StageError, match=re.escape(words)) as refused:
         import_weights(tmp_path / "other.pth", tmp_path / "out")

@@ -14,8 +14,8 @@ from stages.data.latents import read_latents
 from stages.losses.config import LOSSES, LossMaterials
 from stages.losses.regression import mse
 from stages.networks import perceptual
-from stages.networks.latent import LatentTeacher
 from stages.networks.perceptual import LPIPS
+from stages.networks.stable_diffusion import StableDiffusion
 from stages.perceptual.config import Recipe
 from stages.perceptual.train import train_perceptual
 from stages.teacher.stage import SHIPPED
@@ -143,9 +143,9 @@ def test_without_classification_the_trunk_is_random_and_said_to_be(made, teacher
     )
     artifact = execute(text, made[0], name="random", only=["perceptual"])["perceptual"].artifact
     assert LPIPS.load(artifact.folder).about.trunk == "random"
-    assert "the trunk stays random" in caplog.text and "top_1" not in artifact.record["metrics"]
+    assert "the trunk stay random" in caplog.text and "top_1" not in artifact.record["metrics"]
     loss("latent_lpips", teacher, artifact)
-    assert "is random: nothing in it was learnt" in caplog.text
+    assert "has random weights: only its heads were trained" in caplog.text
 
 
 def test_a_network_from_a_folder_is_sealed_and_tested(made, tmp_path):
@@ -162,7 +162,7 @@ def test_a_network_from_a_folder_is_sealed_and_tested(made, tmp_path):
         ).read_bytes()
     assert plan["tried"].artifact.record["metrics"]["two_afc"] == own.record["metrics"]["two_afc"]
     assert "two_afc" not in plan["taken"].artifact.record["metrics"]
-    with pytest.raises(StageFailed, match="looks at latents, not at pixels"):
+    with pytest.raises(StageFailed, match="compares latents, not pixels"):
         execute(
             text.replace("taken: {kind: perceptual,", "taken: {kind: perceptual, space: pixels,"),
             made[0],
@@ -173,12 +173,12 @@ def test_a_network_from_a_folder_is_sealed_and_tested(made, tmp_path):
 REFUSED = [
     ("{kind: perceptual, latents: latents}", "triplets and calibration missing"),
     ("{kind: perceptual, from: ., calibration: {training: {steps: 1}}, width: 8}", "leave calibration and width out"),
-    ("{kind: perceptual, from: ., triplets: synthetic}", "to be tested on triplets it needs latents"),
-    ("{kind: perceptual, from: ., latents: latents}", "give triplets, too, or leave them out"),
+    ("{kind: perceptual, from: ., triplets: synthetic}", "a test on triplets needs latents"),
+    ("{kind: perceptual, from: ., latents: latents}", "give triplets, or no latents"),
     (
         "{kind: perceptual, latents: latents, space: pixels, classification: {training: {steps: 1}}, "
         "triplets: synthetic, calibration: {training: {steps: 1}}}",
-        "five poolings leave nothing of images of 16; 32 at least",
+        "images of 16 pixels are too small for five poolings; give at least 32",
     ),
 ]
 
@@ -235,7 +235,7 @@ def test_the_l1_term_is_off_unless_asked_for(made, teacher, target):
 
 
 def test_decoded_losses_look_at_images_and_pass_gradients_through_the_decoder(in_pixels, target, tmp_path):
-    shipped = LatentTeacher(SHIPPED / "digit_scenes")
+    shipped = StableDiffusion(SHIPPED / "digit_scenes")
     blocks = {f"{side}_block_out_channels": (8, 8, 8) for side in ("encoder", "decoder")}
     blocks |= {f"num_{side}_blocks": (1, 1, 1) for side in ("encoder", "decoder")}
     tiny = AutoencoderTiny(**blocks)
@@ -261,7 +261,7 @@ def test_decoded_losses_look_at_images_and_pass_gradients_through_the_decoder(in
 
 def test_the_published_lpips_needs_its_weights(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing is there, and no machine of the tests can download
-    with pytest.raises(StageError, match="use `pixel_lpips` with a `perceptual` stage of `space: pixels`"):
+    with pytest.raises(StageError, match="use `pixel_lpips` with a `perceptual` stage that has `space: pixels`"):
         loss("lpips", teacher)
 
 
@@ -306,7 +306,7 @@ def test_a_loss_in_the_wrong_space_is_refused_at_its_line(tmp_path):
 """
     )
     with pytest.raises(
-        ManifestError, match=r"method\.loss\.perceptual: perceptual looks at latents; pixel_lpips needs"
+        ManifestError, match=r"method\.loss\.perceptual: perceptual compares latents; pixel_lpips needs"
     ):
         plan_of(text, tmp_path)
     for bad, problem in (("{name: e_latent_lpips}", "perceptual: missing"), ("{name: l3}", "'l3'")):
@@ -319,7 +319,7 @@ def test_another_vae_is_warned_about(made, caplog):
         "name: shipped\nstages:\n  teacher: {kind: teacher, from: digit_scenes}\n", made[0], name="shipped"
     )["teacher"].artifact
     artifact = made[1]["perceptual"].artifact
-    loss("latent_lpips", LatentTeacher(made[1]["teacher"].artifact.folder), artifact)
-    assert "another latent space" not in caplog.text
-    loss("latent_lpips", LatentTeacher(shipped.folder), artifact)
-    assert "is not the one in whose latents" in caplog.text
+    loss("latent_lpips", StableDiffusion(made[1]["teacher"].artifact.folder), artifact)
+    assert "another VAE" not in caplog.text
+    loss("latent_lpips", StableDiffusion(shipped.folder), artifact)
+    assert "was trained on latents of another VAE" in caplog.text

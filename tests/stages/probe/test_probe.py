@@ -85,7 +85,7 @@ def test_interrupted_and_resumed_it_comes_to_the_same_bytes_and_another_seed_to_
 
 def test_a_set_without_classes_is_refused_at_its_line(tmp_path):
     text = "name: x\nstages:\n  probe:\n    kind: probe\n    images: {name: image_folder, path: x, size: 16}\n"
-    with pytest.raises(ManifestError, match=r"^test.yaml:5:13: stages\.probe\.images: needs its label"):
+    with pytest.raises(ManifestError, match=r"^test.yaml:5:13: stages\.probe\.images: a probe is trained on classes"):
         plan_of(text, tmp_path)
 
 
@@ -105,6 +105,6 @@ def test_images_of_ones_own_are_compared_with_as_long_as_they_are_those_that_it_
     real, teacher = metrics["references"]["real"], metrics["sides"]["teacher_5"]
     assert real["frechet_distance"] < teacher["frechet_distance"]
     Image.new("RGB", (16, 16)).save(walls / "000.png")
-    changed = f"{walls} changed since {made.folder} was made of it"
+    changed = f"{walls} changed since {made.folder} was made from it"
     with pytest.raises(StageFailed, match=re.escape(changed)):
         execute(text, tiny[0], ["stages.quality.samples=111"], name="walls")

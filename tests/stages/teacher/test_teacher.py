@@ -9,7 +9,8 @@ import torch
 from pipeline.errors import StageFailed
 from pipeline.manifest import loads
 from stages.base import StageError
-from stages.teacher import layout
+from stages.networks.adapters import checked
+from stages.teacher import Teacher
 from tests.support.cli import ROOT, retort
 from tests.support.pipelines import TINY, execute, plan_of
 
@@ -34,9 +35,9 @@ def test_a_trained_teacher_is_a_stock_diffusers_folder(tiny):
 def test_latents_are_scaled_to_unit_variance_and_decode_back(tiny):
     from stages.data.images.config import Digits
     from stages.data.images.load import load
-    from stages.networks.latent import LatentTeacher
+    from stages.networks.stable_diffusion import StableDiffusion
 
-    teacher = LatentTeacher(tiny[1]["teacher"].artifact.folder)
+    teacher = StableDiffusion(tiny[1]["teacher"].artifact.folder)
     images = torch.from_numpy(load(Digits()).pixels(slice(0, None, 37)))
     latents = teacher.encode(images)
     assert latents.std() == pytest.approx(1.0, abs=0.1)
@@ -45,9 +46,9 @@ def test_latents_are_scaled_to_unit_variance_and_decode_back(tiny):
 
 
 def test_guidance_in_one_call_equals_two(tiny):
-    from stages.networks.latent import LatentTeacher
+    from stages.networks.stable_diffusion import StableDiffusion
 
-    teacher = LatentTeacher(tiny[1]["teacher"].artifact.folder)
+    teacher = StableDiffusion(tiny[1]["teacher"].artifact.folder)
     z = torch.randn(4, *teacher.latent_shape)
     prompts = ["a red handwritten seven"] * 4
     with torch.no_grad():
@@ -58,12 +59,12 @@ def test_guidance_in_one_call_equals_two(tiny):
 
 
 def test_a_prompts_encoding_does_not_depend_on_its_batch(tiny):
-    from stages.networks.latent import LatentTeacher
+    from stages.networks.stable_diffusion import StableDiffusion
 
     folder = tiny[1]["teacher"].artifact.folder
-    alone = LatentTeacher(folder).encode_prompts(["a red handwritten seven"])
-    together = LatentTeacher(folder).encode_prompts(["a blue handwritten two", "a red handwritten seven", ""])
-    assert torch.equal(alone[0], together[1])
+    alone = StableDiffusion(folder).encode_prompts(["a red handwritten seven"])
+    together = StableDiffusion(folder).encode_prompts(["a blue handwritten two", "a red handwritten seven", ""])
+    assert torch.equal(alone.tensors["text"][0], together.tensors["text"][1])
 
 
 def test_a_bad_autoencoder_stops_before_the_unet(tmp_path):
@@ -94,15 +95,15 @@ def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):
         ("model_index.json", {"text_encoder": [None, None]}, "whose text_encoder is missing"),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline"),
         ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "has a text_encoder_2"),
-        ("unet/config.json", {"sample_size": None}, "sample_size: None, and does not say what it makes"),
-        ("unet/config.json", {"in_channels": 9}, "9 channels in and 4 out: it wants more than noise and a prompt"),
+        ("unet/config.json", {"sample_size": None}, "sample_size: None, not an integer or two integers"),
+        ("unet/config.json", {"in_channels": 9}, "9 channels in and 4 out: it takes inputs other than"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "unet has addition_embed_type: text_time"),
-        ("model_index.json", None, "it is no diffusers pipeline"),
+        ("model_index.json", None, "it is not a diffusers pipeline"),
         ("unet/diffusion_pytorch_model.safetensors", None, "has no unet/diffusion_pytorch_model.safetensors"),
         (
             "scheduler/scheduler_config.json",
             {"beta_schedule": ..., "_class_name": "FlowMatch"},
-            "FlowMatch, has no betas",
+            "FlowMatch, has neither a supported beta_schedule",
         ),
     ],
 )
@@ -124,9 +125,10 @@ def test_json_that_python_does_not_read_is_refused(tmp_path):
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("9" * 60_000)
-    assert layout.timesteps(tmp_path) is None  # planning asks
+    stage = Teacher.model_validate({"kind": "teacher", "from": str(tmp_path)})
+    assert stage.timesteps(tmp_path / "sealed") is None  # planning asks
     with pytest.raises(StageError, match=r"model_index.json is not JSON"):
-        layout.check(tmp_path)
+        checked(tmp_path)
 
 
 def test_the_shipped_teacher_is_small_stock_and_says_where_it_comes_from(tmp_path):
@@ -134,7 +136,7 @@ def test_the_shipped_teacher_is_small_stock_and_says_where_it_comes_from(tmp_pat
 
     from stages.data.images.config import DigitScenes
     from stages.data.images.load import load
-    from stages.networks.latent import LatentTeacher
+    from stages.networks.stable_diffusion import StableDiffusion
     from stages.teacher.stage import SHIPPED
 
     folder = SHIPPED / "digit_scenes"
@@ -150,7 +152,7 @@ def test_the_shipped_teacher_is_small_stock_and_says_where_it_comes_from(tmp_pat
     ].artifact
     record = adopted.record
     assert record["settings"]["from"] == record["metrics"]["source"] == "digit_scenes"
-    teacher = LatentTeacher(adopted.folder)
+    teacher = StableDiffusion(adopted.folder)
     pixels = torch.from_numpy(load(DigitScenes(), held_out=True, limit=64).pixels())
     assert (teacher.decode(teacher.encode(pixels)) - pixels).square().mean() < 0.01
 

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,33 @@ def test_accumulating_two_halves_is_one_whole_batch(tmp_path):
     b = finish(run(two, tmp_path / "two", size=4))
     for name, tensor in weights(a).items():
         torch.testing.assert_close(weights(b)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_each_batch_of_a_step_is_read_once_by_one_thread(tmp_path):
+    class Twice(Linear):
+        def turns(self, step):
+            return [Turn("student", self.loss)] * 2
+
+    read = []
+
+    def batch(number):
+        read.append((number, threading.current_thread().name))
+        return {"z": Z[:4], "x": MEAN + STD * Z[:4]}
+
+    method = Twice(steps=3, batch_size=4, accumulate=2)
+    finish(train(method, batch, seed=0, checkpoints=tmp_path, execution=TrainingExecution(device="cpu")))
+    numbers, threads = zip(*read, strict=True)
+    assert numbers == (*range(6), 6), "one more is read ahead"
+    assert len(set(threads)) == 1 and threading.current_thread().name not in threads
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    list(itertools.islice(run(Linear(), tmp_path), 2))
+    other = Linear()
+    player = other.players["student"]
+    other.players = {"student": Player(nn.Sequential(nn.Identity(), *player.module), player.training)}
+    with pytest.raises(StageError, match="another version of Retort or of a library: student/module does not fit"):
+        finish(run(other, tmp_path))
 
 
 def test_another_number_of_threads_is_warned_about(tmp_path, caplog):

@@ -1,0 +1,232 @@
+"""The adapter of Stable Diffusion 1.x and 2.x: a U-Net, a VAE and a CLIP text encoder of stock diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stages.diffusion.form import Form
+from stages.networks.adapter import Adapter, read_json
+from stages.networks.scaling import to_network, to_vae
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from stages.diffusion.schedule import Level
+    from stages.networks.condition import Condition
+    from stages.networks.unet_features import Features
+
+CACHED_PROMPTS = 4096
+"""The maximum number of prompts whose text states are cached."""
+VAE_PIXELS = 4 * 512 * 512
+"""Pixels that the VAE processes at once: four images of 512 x 512. The largest float32 activation then has 1.1 GB."""
+GUIDANCE_EMBEDDING = 256
+"""The width of the guidance embedding, the same as in diffusers' distilled models."""
+TEXT = "text"
+"""The name of the condition's tensor: text states (B, L, D)."""
+
+
+class StableDiffusion(Adapter):
+    """Stable Diffusion. Latents are those of the VAE, multiplied by its `scaling_factor`. Prompts are texts."""
+
+    COMPONENTS: ClassVar[Mapping[str, str | None]] = {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": None,
+        "scheduler": None,
+    }
+    FILES = (
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/*.*",
+        "scheduler/scheduler_config.json",
+    )
+    SUPPORTS = (
+        "Stable Diffusion 1.x or 2.x layout (StableDiffusionPipeline: UNet2DConditionModel, AutoencoderKL, "
+        "CLIPTextModel, a scheduler with betas; safetensors weights)"
+    )
+    FURTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+    DROPPED: ClassVar[Mapping[str, Any]] = {
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    FEATURES = True
+
+    @classmethod
+    def image_size_of(cls, folder: Path) -> tuple[int, int] | None:
+        size = super().image_size_of(folder)
+        halvings = len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1
+        return size and (size[0] * 2**halvings, size[1] * 2**halvings)
+
+    @classmethod
+    def guidance_error(cls, folder: Path, as_input: bool) -> str | None:
+        return None
+
+    @classmethod
+    def network_class(cls) -> Any:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel
+
+    def __init__(
+        self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False
+    ) -> None:
+        from transformers import AutoTokenizer, CLIPTextModel
+
+        super().__init__(folder, device=device, dtype=dtype, compile=compile)
+        encoder = CLIPTextModel.from_pretrained(
+            folder, subfolder="text_encoder", use_safetensors=True, dtype=self.dtype
+        )
+        self.text_encoder = self._frozen(encoder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self._states: dict[str, Tensor] = {}
+
+    @cached_property
+    def vae(self) -> Any:
+        """The VAE, in float32 because Stable Diffusion's overflows in float16.
+
+        It is loaded at the first use, because making pairs does not need it."""
+        import torch
+        from diffusers import AutoencoderKL
+
+        return self._frozen(
+            AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
+        )
+
+    def text_states(self, prompts: Sequence[str]) -> Tensor:
+        """Return the text encoder's states (B, L, D), in the teacher's dtype. States are cached by prompt."""
+        import torch
+
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]
+        if len(self._states) + len(new) > CACHED_PROMPTS:
+            self._states.clear()
+            new = list(dict.fromkeys(prompts))
+        # Prompts are encoded one at a time and without autocast, so that cached states do not depend on the caller.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for prompt in new:
+                self._states[prompt] = encode(self.tokenizer, self.text_encoder, [prompt])[0]
+        return torch.stack([self._states[prompt] for prompt in prompts])
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        return self.conditioned_on(self.text_states(prompts))
+
+    @staticmethod
+    def conditioned_on(states: Tensor) -> Condition:
+        """Return the condition for states (B, L, D) of the text encoder."""
+        from stages.networks.condition import Condition
+
+        return Condition(len(states), {TEXT: states})
+
+    @classmethod
+    def predict(cls, network: Any, z: Tensor, level: Level, condition: Condition, w: Tensor | None = None) -> Tensor:
+        from stages.diffusion.guidance import embed
+
+        further = {}
+        if w is not None:
+            further["timestep_cond"] = embed(w, network.config["time_cond_proj_dim"]).to(z.dtype)
+        text = condition.to(z).tensors[TEXT]
+        output: Tensor = network(z, level.timestep, text, **further).sample
+        return output
+
+    @property
+    def down_sampling(self) -> int:
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        import torch
+
+        parts = to_vae(latents.to(self.device, torch.float32), self.vae.config).split(
+            _at_once(latents, self.down_sampling**2)
+        )
+        with torch.no_grad():
+            return torch.cat([self.vae.decode(z).sample.cpu() for z in parts]).clamp(-1, 1)
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        import torch
+
+        with torch.autocast(self.device.type, enabled=False):
+            images: Tensor = self.vae.decode(to_vae(latents.float(), self.vae.config)).sample
+            return images
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images as the mean of the VAE's posterior, multiplied by its scaling factor."""
+        import torch
+
+        parts = images.to(self.device, torch.float32).split(_at_once(images, 1))
+        with torch.no_grad():
+            return torch.cat([to_network(self.vae.encode(x).latent_dist.mode(), self.vae.config) for x in parts])
+
+    def save_pipeline(self, network: Any, scheduler: Any, folder: Path) -> None:
+        """Write a StableDiffusionPipeline. A U-Net without a guidance embedding gets one with zero weights.
+
+        diffusers applies no classifier-free guidance to a U-Net with a guidance embedding. Guidance is built into the
+        student and must not be applied again."""
+        from diffusers import StableDiffusionPipeline
+
+        embedded = network.config["time_cond_proj_dim"] is not None
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=network if embedded else self.with_guidance_embedding(network),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def with_guidance_embedding(self, network: Any) -> Any:
+        import torch
+
+        from stages.networks.compute import remade
+
+        embedded = remade(network, time_cond_proj_dim=GUIDANCE_EMBEDDING)
+        missing, unexpected = embedded.load_state_dict(network.state_dict(), strict=False)
+        assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+        torch.nn.init.zeros_(embedded.time_embedding.cond_proj.weight)
+        return embedded
+
+    def features(self, network: Any, multi_scale: bool) -> Features:
+        from stages.networks.unet_features import Features
+
+        return Features(network, multi_scale)
+
+    def usage(self, form: Form, scheduler: str) -> str:
+        scale = f"guidance_scale={1 + sum(form.w_range) / 2:g}, " if form.w_range else ""
+        remark = "" if form.w_range else "  # any guidance_scale gives the same"
+        steps = f"timesteps={list(form.levels)}" if form.levels else f"num_inference_steps={form.steps}"
+        return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
+image = pipeline("a prompt", {scale}{steps}).images[0]{remark}"""
+
+
+def _at_once(batch: Tensor, pixels_per_element: int) -> int:
+    """Return the number of samples that the VAE processes at once. It needs much more memory than the U-Net.
+
+    `batch` is (B, C, H, W). `pixels_per_element` is the number of image pixels for each of its positions."""
+    pixels = batch.shape[-1] * batch.shape[-2] * pixels_per_element
+    return min(64, max(1, VAE_PIXELS // pixels))
+
+
+def encode(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> Tensor:
+    """Encode texts as states (B, L, D), padded or cut to the tokenizer's length, as in StableDiffusionPipeline."""
+    tokens = tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return text_encoder(tokens.input_ids.to(next(text_encoder.parameters()).device))[0]

@@ -24,6 +24,8 @@ EMBEDDED = ("digits", "digit_scenes")
 """Teachers that need no download. Each has a template of the same name."""
 HUB_ID = r"[\w.-]+/[\w.-]+"
 PLACEHOLDER = "prompts.txt"
+WORDS = ("null", "true", "false")
+"""Words that YAML does not read as text."""
 LONGEST = 60
 """Largest length of a comment with a setting's type. Longer types are left out."""
 
@@ -124,12 +126,8 @@ def _setting(setting: Setting) -> str:
 
 def _scalar(text: str) -> str:
     """Return a text as YAML. It is quoted unless it is a plain word or path."""
-    plain = re.fullmatch(r"[A-Za-z/][\w./-]*", text) and text.lower() not in ("null", "true", "false")
+    plain = re.fullmatch(r"[A-Za-z/][\w./-]*", text) and text.lower() not in WORDS
     return text if plain else json.dumps(text, ensure_ascii=False)
-
-
-WORDS = ("null", "true", "false")
-"""Words that YAML does not read as text."""
 
 
 def _run_name(teacher: str) -> str:

@@ -25,7 +25,9 @@ class Supply(Protocol):
     """Number of training samples."""
 
     def batch(self, step: int) -> Mapping[str, Any]:
-        """Return the batch of a step, counted from 0. It depends only on the step and the seed."""
+        """Return the batch of a step, counted from 0. It depends only on the step and the seed.
+
+        During training, one thread calls this method. It is not the thread that trains."""
 
 
 class PairSupply:

@@ -12,6 +12,7 @@ from stages.distill.recipe import Recipe
 from stages.losses.config import LossConfig
 from stages.methods.base import MethodConfig, Stream
 from stages.networks.adapter import Adapter
+from stages.networks.lora import LoraSettings
 from stages.networks.perceptual import about_of
 from stages.pairs import Pairs
 
@@ -52,7 +53,7 @@ Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(recipe.metho
 ({origin}{at}; teacher/{taught_by.fingerprint}; licence: {source.get("licence") or "not stated"}){_solved(data)}.
 {begun} {_guidance(form)}
 
-{_looked_through(recipe.inputs)}{_quality(recipe.held_out, figures)}{_call(form, teacher)}
+{_looked_through(recipe.inputs)}{_quality(recipe.held_out, figures)}{_call(form, teacher, training.lora)}
 """
 
 
@@ -64,14 +65,21 @@ def _quality(held_out: int, figures: Mapping[str, Any]) -> str:
     return f"Mean squared error to the teacher's latents on {held_out} held-out pairs: {error:.4f}.\n\n"
 
 
-def _call(form: Form, teacher: Adapter) -> str:
+def _call(form: Form, teacher: Adapter, lora: LoraSettings | None) -> str:
     """Return the code that samples the student with plain diffusers, or a sentence that says why that is impossible."""
     grid = Grid.of(form, teacher.schedule)
     scheduler = teacher.student_scheduler(form, grid)
     alone = teacher.plain_error(form, grid, scheduler)
     if alone:
         return f"Not for plain diffusers: {alone}. `retort sample` draws with it."
-    return f"```python\n{teacher.usage(form, type(scheduler).__name__)}\n```"
+    as_lora = lora is not None and not lora.merged
+    without = teacher.lora_error(form) if as_lora else None
+    if without:
+        return (
+            f"Not for plain diffusers: {without}. `retort sample` draws with it. With `training.lora.merged: true`, it "
+            "is written as a whole pipeline."
+        )
+    return f"```python\n{teacher.usage(form, type(scheduler).__name__, as_lora)}\n```"
 
 
 def _solved(data: Sequence[Artifact]) -> str:

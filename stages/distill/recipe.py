@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.base import Artifact
-from stages.methods.base import MethodConfig, Stream
-from stages.training import TrainingSettings
+from stages.methods.base import MethodConfig, Stream, StudentTraining
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Recipe:
     """All that determines a student, except the seed."""
 
     method: MethodConfig
-    training: TrainingSettings
+    training: StudentTraining
     streams: Sequence[Stream]
     """The data streams of training. Their order determines the seed of each."""
     teacher: Artifact

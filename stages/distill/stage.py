@@ -17,11 +17,11 @@ from stages.diffusion.prediction import Prediction
 from stages.distill.recipe import Origin, Recipe
 from stages.latents import Latents
 from stages.methods import METHODS
-from stages.methods.base import MethodConfig, Stream
+from stages.methods.base import MethodConfig, Stream, StudentTraining
 from stages.pairs import Pairs, guidance_scales
 from stages.teacher import Teacher
 from stages.teacher.stage import FROM, adopt, ask
-from stages.training import TrainingExecution, TrainingSettings
+from stages.training import TrainingExecution
 from stages.training.players import training_progress
 
 
@@ -121,7 +121,7 @@ class Distill(Stage):
     start: Annotated[Start | None, Neutral()] = Field(
         None, description="another pipeline whose network the student starts from; excludes start_from"
     )
-    training: TrainingSettings = Field(description="how the student is trained")
+    training: StudentTraining = Field(description="how the student is trained")
     held_out: int = Field(
         256,
         ge=1,
@@ -203,6 +203,9 @@ class Distill(Stage):
         prediction = self.start.prediction if self.start else known.prediction(teacher.folder)
         if prediction is not None:
             yield from _of_method(self.method.check_prediction(prediction, self.start_from is None))
+            lora = self.training.lora_error(self.method.form, prediction)
+            if lora:
+                yield "training.lora", lora
 
     def _check_start(self, given: str, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         start = inputs.get("start_from")
@@ -212,6 +215,9 @@ class Distill(Stage):
             yield "start_from", f"{self.start_from} is the student of another teacher than that of `{given}`"
         if start and self.pairs:
             yield from self._check_held_out(sources(inputs)[0], start)
+        if self.training.lora and before and before.training.lora != self.training.lora:
+            theirs = "other LoRA settings" if before.training.lora else "no LoRA weights"
+            yield "training.lora", f"the student in start_from has {theirs}; both need the same"
         yield from _of_method(self.method.check_start(before.method if before else None))
 
     def _check_held_out(self, pairs: Artifact, start: Artifact) -> Iterator[tuple[str, str]]:
@@ -286,6 +292,8 @@ class Distill(Stage):
             raise ValueError("the data names the teacher: leave `teacher` out")
         if self.start and self.start_from:
             raise ValueError("give either start or start_from")
+        if self.start and self.training.lora:
+            raise ValueError("training.lora adds to the teacher's weights: leave start out")
         return self
 
     @model_validator(mode="after")

@@ -51,6 +51,9 @@ def distill(
     origin = _origin(recipe.origin.folder, teacher, execution) if recipe.origin else teacher
     for path, problem in recipe.method.check_prediction(origin.prediction, recipe.start is None):
         raise StageError(f"method.{path}: {problem}")
+    lora = recipe.training.lora_error(recipe.method.form, origin.prediction)
+    if lora:
+        raise StageError(f"training.lora: {lora}")
     scales = guidance_scales(recipe.method.form, recipe.pairs)
     supplies = {
         stream: _supply(stream, recipe, teacher, step_seed(seed, place) if place else seed)

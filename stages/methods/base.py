@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.base import Artifact, Choice, Config, StageError, values_under
+from stages.base import Artifact, Choice, Config, Neutral, StageError, values_under
 from stages.diffusion.form import Form
 from stages.diffusion.prediction import Prediction
 from stages.losses.config import LOSSES, LossConfig, LossMaterials
+from stages.networks.lora import LoraSettings
 from stages.training import Batch, Method, TrainingSettings
 
 if TYPE_CHECKING:
@@ -26,6 +27,23 @@ latent and prompts. prompts: prompts."""
 OneStepPrediction = Literal["v_prediction", "epsilon", "flow_prediction"]
 
 
+class StudentTraining(TrainingSettings):
+    """How a student is trained: as other networks, or only LoRA weights of it."""
+
+    lora: Annotated[LoraSettings | None, Neutral()] = Field(
+        None,
+        description="train LoRA weights and freeze those of the teacher; {} for the default settings; default: train "
+        "all weights",
+    )
+
+    def lora_error(self, form: Form, teacher: Prediction) -> str | None:
+        """Say why a student of `form` cannot have LoRA weights if its teacher predicts `teacher`. None if it can."""
+        if self.lora is None or form.prediction in (None, teacher):
+            return None
+        found = f"prediction: {form.prediction}"
+        return f"a LoRA student keeps its teacher's prediction type, {teacher}, but the method has {found}"
+
+
 @dataclass(frozen=True)
 class Materials:
     """The inputs of a method: the teacher, the training settings, and the artifacts that it reads."""
@@ -33,7 +51,7 @@ class Materials:
     teacher: Adapter
     """The frozen teacher. A method must not change it. A method that needs its network no more calls
     `teacher.release()`, which moves the network to the CPU."""
-    training: TrainingSettings
+    training: StudentTraining
     start: Artifact | None = None
     """The student that gives the initial weights. None: the teacher gives them."""
     guidance_scale: float = 1.0
@@ -81,8 +99,8 @@ class Materials:
 
         try:
             if self.start is not None:
-                return Student.from_student(self.start.folder, self.teacher, form, grid_steps)
-            return Student.from_teacher(self.teacher, form, grid_steps, self.origin)
+                return Student.from_student(self.start.folder, self.teacher, form, grid_steps, self.training.lora)
+            return Student.from_teacher(self.teacher, form, grid_steps, self.origin, self.training.lora)
         except ValueError as error:
             raise StageError(str(error)) from None
 

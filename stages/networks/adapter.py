@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stages.base import StageError
 from stages.diffusion.form import Form
 from stages.diffusion.prediction import Prediction
+from stages.networks.lora import UNET_TARGETS, LoraSettings, adapted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,6 +89,10 @@ class Adapter(ABC):
     """Whether the networks of this family are flow-matching ones. `check` requires a scheduler of that kind."""
     DROPPED: ClassVar[Mapping[str, Any]] = {}
     """Entries that are written to `model_index.json` to mark optional components as absent."""
+    MICRO_CONDITIONING: ClassVar[bool] = False
+    """Whether the networks are conditioned on the sizes in `micro_conditioning.json`, as those of SDXL are."""
+    LORA_TARGETS: ClassVar[tuple[str, ...]] = UNET_TARGETS
+    """The layers that get LoRA weights by default: ends of their names. Names of no layer have no effect."""
     FEATURES: ClassVar[bool] = False
     """Whether the adapter implements `features`, which a discriminator needs."""
 
@@ -229,7 +234,7 @@ class Adapter(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Return the condition of the network for `prompts`, one row for each prompt.
 
-        The empty prompt gives the unconditional row. Raises StageError for a prompt that the network does not know."""
+        Raises StageError for a prompt that the network does not know."""
 
     def encode_dropped(self) -> Condition:
         """Return the unconditional condition of classifier-free guidance, one row.
@@ -300,6 +305,23 @@ class Adapter(ABC):
         """Return a trainable copy of the network, from which a student starts."""
         return copy.deepcopy(self.network).requires_grad_(True)
 
+    def lora_network(self, lora: LoraSettings, takes_w: bool = False) -> Any:
+        """Return a copy of the network in which only LoRA weights are trainable. It shares all others with the teacher.
+
+        With `takes_w`, the copy also has the guidance strength as an input, with trainable weights. Raises StageError
+        if the family has no such networks, or if a target of `lora` is the name of no layer."""
+        from stages.networks.compute import tie
+
+        network = self.network
+        if takes_w:
+            network = self.with_guidance_embedding(network)
+            tie(network, self.network)
+        return adapted(network, lora, self.LORA_TARGETS)
+
+    def lora_error(self, form: Form) -> str | None:
+        """Say why plain diffusers cannot load the LoRA weights of a student of `form`, or return None if it can."""
+        return "the pipelines of its teacher's family load no LoRA weights"
+
     def random_network(self) -> Any:
         """Return a network with the config of the teacher's and random initial weights, on the CPU."""
         return self.network_class().from_config(self.network.config)
@@ -341,11 +363,12 @@ class Adapter(ABC):
         It has only components that stock diffusers can load. `load_network` loads its network."""
 
     @abstractmethod
-    def usage(self, form: Form, scheduler: str) -> str:
+    def usage(self, form: Form, scheduler: str, lora: bool = False) -> str:
         """Return Python code for the model card that generates an image with an exported student of `form`.
 
         The code uses diffusers and torch only. It loads the folder as "THIS FOLDER". `scheduler` is the class name of
-        the student's scheduler."""
+        the student's scheduler. With `lora`, the folder holds LoRA weights for the pipeline "THE TEACHER". They are
+        loaded only if `lora_error` gives None."""
 
     # --- Images and texts ---
 

@@ -8,13 +8,19 @@ from stages.base import StageError
 from stages.networks.adapter import INDEX, Adapter, Unsupported, read_json
 from stages.networks.pixel import PixelDiffusion
 from stages.networks.stable_diffusion import StableDiffusion
+from stages.networks.stable_diffusion_xl import StableDiffusionXL
 from stages.registry import PluginError, Registry
 
 ADAPTERS: Registry[Adapter] = Registry(
     "retort.teachers",
     Adapter,  # type: ignore[type-abstract]
     None,
-    {"StableDiffusionPipeline": StableDiffusion, "DDPMPipeline": PixelDiffusion, "DDIMPipeline": PixelDiffusion},
+    {
+        "StableDiffusionPipeline": StableDiffusion,
+        "StableDiffusionXLPipeline": StableDiffusionXL,
+        "DDPMPipeline": PixelDiffusion,
+        "DDIMPipeline": PixelDiffusion,
+    },
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,19 @@ def remade(network: Any, **changes: Any) -> Any:
     config = {**network.config, **changes}
     config.pop("_use_default_values", None)  # for the keys in this list, from_config would take the class's defaults
     return type(network).from_config(config).to(next(network.parameters()).device)
+
+
+def shared_copy(module: Any) -> Any:
+    """Return a deep copy of `module` that shares its frozen parameters."""
+    frozen = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(module, frozen)
+
+
+def tie(network: nn.Module, original: nn.Module) -> None:
+    """Let `network` use the parameters of `original`, in place of its own of the same names."""
+    for name, parameter in original.named_parameters():
+        module, _, last = name.rpartition(".")
+        setattr(network.get_submodule(module), last, parameter)
 
 
 def checkpoint_activations(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from stages.diffusion.schedule import Level
 from stages.networks.adapter import Adapter
 from stages.networks.condition import Condition
+from stages.networks.lora import LoraSettings
 
 CLEAN = Level(1.0, 0.0, 0)
 """The level at which the network is called. Its inputs are clean latents. The timestep is 0."""
@@ -46,11 +47,22 @@ class DiffusionDiscriminator(nn.Module):
 
     @classmethod
     def from_teacher(
-        cls, teacher: Adapter, weights: Literal["teacher", "random"], noise: bool, multi_scale: bool
+        cls,
+        teacher: Adapter,
+        weights: Literal["teacher", "random"],
+        noise: bool,
+        multi_scale: bool,
+        lora: LoraSettings | None = None,
     ) -> DiffusionDiscriminator:
-        """Create a discriminator with a copy of the teacher's network, or with random weights."""
-        network = teacher.student_network() if weights == "teacher" else teacher.random_network()
-        return cls(teacher, network.requires_grad_(True), noise, multi_scale)
+        """Create a discriminator with a copy of the teacher's network, or with random weights.
+
+        With `lora`, the copy shares the teacher's weights and trains LoRA weights. A random network is trained in full.
+        """
+        if weights == "random":
+            network = teacher.random_network()
+        else:
+            network = teacher.lora_network(lora) if lora else teacher.student_network()
+        return cls(teacher, network, noise, multi_scale)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Return the network's condition for `prompts`, one row for each prompt."""

@@ -149,7 +149,7 @@ class PixelDiffusion(Adapter):
 
         return Features(network, multi_scale)
 
-    def usage(self, form: Form, scheduler: str) -> str:
+    def usage(self, form: Form, scheduler: str, lora: bool = False) -> str:
         steps = f"timesteps={list(form.levels)}" if form.levels else str(form.steps)
         if self._classes is None and not form.levels:
             return f"""from diffusers import DiffusionPipeline

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stages.diffusion.form import Form
-from stages.networks.adapter import Adapter, read_json
+from stages.networks.adapter import Adapter, Unsupported, read_json
 from stages.networks.scaling import to_network, to_vae
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ VAE_PIXELS = 4 * 512 * 512
 """Pixels that the VAE processes at once: four images of 512 x 512. The largest float32 activation then has 1.1 GB."""
 GUIDANCE_EMBEDDING = 256
 """The width of the guidance embedding, the same as in diffusers' distilled models."""
+CLIP_WIDTH = 512
+"""The width of a CLIP text encoder whose config does not give it."""
+ONE_FILE = "1TB"
+"""The size above which the weights of a network are split into several files. FILES names one file."""
 TEXT = "text"
 """The name of the condition's tensor: text states (B, L, D)."""
 
@@ -39,7 +43,7 @@ class StableDiffusion(Adapter):
         "tokenizer": None,
         "scheduler": None,
     }
-    FILES = (
+    FILES: ClassVar[tuple[str, ...]] = (
         "model_index.json",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
@@ -54,13 +58,35 @@ class StableDiffusion(Adapter):
         "Stable Diffusion 1.x or 2.x layout (StableDiffusionPipeline: UNet2DConditionModel, AutoencoderKL, "
         "CLIPTextModel, a scheduler with betas; safetensors weights)"
     )
-    FURTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+    FURTHER_INPUTS: ClassVar[tuple[str, ...]] = (
+        "addition_embed_type",
+        "class_embed_type",
+        "encoder_hid_dim_type",
+        "time_cond_proj_dim",
+    )
     DROPPED: ClassVar[Mapping[str, Any]] = {
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
     }
     FEATURES = True
+
+    @classmethod
+    def check(cls, folder: Path) -> None:
+        super().check(folder)
+        unet, vae = (read_json(folder / name / "config.json") for name in (cls.NETWORK, "vae"))
+        if vae.get("latent_channels") != unet["in_channels"]:
+            found = f"latents of {vae.get('latent_channels')} channels, its {cls.NETWORK} takes {unet['in_channels']}"
+            raise Unsupported(f"{folder}'s vae makes {found}")
+        states = cls.text_width(folder)
+        if unet.get("cross_attention_dim") != states:
+            taken = unet.get("cross_attention_dim")
+            raise Unsupported(f"{folder}'s text has states of {states} features, its {cls.NETWORK} takes {taken}")
+
+    @classmethod
+    def text_width(cls, folder: Path) -> int:
+        """Return the number of features of the text states."""
+        return int(read_json(folder / "text_encoder" / "config.json").get("hidden_size", CLIP_WIDTH))
 
     @classmethod
     def image_size_of(cls, folder: Path) -> tuple[int, int] | None:
@@ -89,7 +115,7 @@ class StableDiffusion(Adapter):
         )
         self.text_encoder = self._frozen(encoder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        self._states: dict[str, Tensor] = {}
+        self._encoded: dict[str, dict[str, Tensor]] = {}
 
     @cached_property
     def vae(self) -> Any:
@@ -104,21 +130,29 @@ class StableDiffusion(Adapter):
         )
 
     def text_states(self, prompts: Sequence[str]) -> Tensor:
-        """Return the text encoder's states (B, L, D), in the teacher's dtype. States are cached by prompt."""
+        """Return the text states (B, L, D), in the teacher's dtype."""
+        return self.encode_prompts(prompts).tensors[TEXT]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Return the condition for `prompts`, in the teacher's dtype. What the encoders return is cached by prompt."""
         import torch
 
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]
-        if len(self._states) + len(new) > CACHED_PROMPTS:
-            self._states.clear()
+        from stages.networks.condition import Condition
+
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if len(self._encoded) + len(new) > CACHED_PROMPTS:
+            self._encoded.clear()
             new = list(dict.fromkeys(prompts))
         # Prompts are encoded one at a time and without autocast, so that cached states do not depend on the caller.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             for prompt in new:
-                self._states[prompt] = encode(self.tokenizer, self.text_encoder, [prompt])[0]
-        return torch.stack([self._states[prompt] for prompt in prompts])
+                self._encoded[prompt] = self._encode(prompt)
+        rows = [self._encoded[prompt] for prompt in prompts]
+        return Condition(len(rows), {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        return self.conditioned_on(self.text_states(prompts))
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        """Return the tensors of the condition for one prompt, without the dimension of rows."""
+        return {TEXT: encode(self.tokenizer, self.text_encoder, [prompt])[0][0]}
 
     @staticmethod
     def conditioned_on(states: Tensor) -> Condition:
@@ -134,8 +168,9 @@ class StableDiffusion(Adapter):
         further = {}
         if w is not None:
             further["timestep_cond"] = embed(w, network.config["time_cond_proj_dim"]).to(z.dtype)
-        text = condition.to(z).tensors[TEXT]
-        output: Tensor = network(z, level.timestep, text, **further).sample
+        added = dict(condition.to(z).tensors)
+        text = added.pop(TEXT)
+        output: Tensor = network(z, level.timestep, text, added_cond_kwargs=added, **further).sample
         return output
 
     @property
@@ -167,24 +202,28 @@ class StableDiffusion(Adapter):
             return torch.cat([to_network(self.vae.encode(x).latent_dist.mode(), self.vae.config) for x in parts])
 
     def save_pipeline(self, network: Any, scheduler: Any, folder: Path) -> None:
-        """Write a StableDiffusionPipeline. A U-Net without a guidance embedding gets one with zero weights.
+        """Write a pipeline. A U-Net without a guidance embedding gets one with zero weights.
 
         diffusers applies no classifier-free guidance to a U-Net with a guidance embedding. Guidance is built into the
         student and must not be applied again."""
+        embedded = network.config["time_cond_proj_dim"] is not None
+        unet = network if embedded else self.with_guidance_embedding(network)
+        pipeline = self.pipeline(unet=unet, scheduler=scheduler)
+        pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=ONE_FILE)
+
+    def pipeline(self, **components: Any) -> Any:
+        """Return a diffusers pipeline of `components`, the U-Net and the scheduler, and this teacher's others."""
         from diffusers import StableDiffusionPipeline
 
-        embedded = network.config["time_cond_proj_dim"] is not None
-        pipeline = StableDiffusionPipeline(
+        return StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
-            unet=network if embedded else self.with_guidance_embedding(network),
-            scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+            **components,
         )
-        pipeline.save_pretrained(folder, safe_serialization=True)
 
     def with_guidance_embedding(self, network: Any) -> Any:
         import torch
@@ -202,10 +241,20 @@ class StableDiffusion(Adapter):
 
         return Features(network, multi_scale)
 
-    def usage(self, form: Form, scheduler: str) -> str:
+    def lora_error(self, form: Form) -> str | None:
+        return "LoRA weights cannot hold its guidance embedding" if form.w_range else None
+
+    def usage(self, form: Form, scheduler: str, lora: bool = False) -> str:
         scale = f"guidance_scale={1 + sum(form.w_range) / 2:g}, " if form.w_range else ""
         remark = "" if form.w_range else "  # any guidance_scale gives the same"
         steps = f"timesteps={list(form.levels)}" if form.levels else f"num_inference_steps={form.steps}"
+        if lora:
+            return f"""from diffusers import DiffusionPipeline, {scheduler}
+
+pipeline = DiffusionPipeline.from_pretrained("THE TEACHER")
+pipeline.load_lora_weights("THIS FOLDER")
+pipeline.scheduler = {scheduler}.from_pretrained("THIS FOLDER", subfolder="scheduler")
+image = pipeline("a prompt", guidance_scale=1.0, {steps}).images[0]  # guidance is built in"""
         return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
@@ -220,8 +269,10 @@ def _at_once(batch: Tensor, pixels_per_element: int) -> int:
     return min(64, max(1, VAE_PIXELS // pixels))
 
 
-def encode(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> Tensor:
-    """Encode texts as states (B, L, D), padded or cut to the tokenizer's length, as in StableDiffusionPipeline."""
+def encode(tokenizer: Any, text_encoder: Any, texts: Sequence[str], **options: Any) -> Any:
+    """Return the encoder's output for texts, padded or cut to the tokenizer's length, as in diffusers' pipelines.
+
+    `options` are passed to the encoder. Item 0 of the output of a CLIPTextModel is the last states (B, L, D)."""
     tokens = tokenizer(
         list(texts),
         padding="max_length",
@@ -229,4 +280,4 @@ def encode(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> Tensor:
         truncation=True,
         return_tensors="pt",
     )
-    return text_encoder(tokens.input_ids.to(next(text_encoder.parameters()).device))[0]
+    return text_encoder(tokens.input_ids.to(next(text_encoder.parameters()).device), **options)

@@ -19,6 +19,7 @@ from stages.diffusion.schedule import Level
 from stages.networks.adapter import Adapter
 from stages.networks.condition import Condition
 from stages.networks.head import convert, fit
+from stages.networks.lora import LoraSettings, load_lora, merge_lora, save_lora
 
 FILE = "student.json"
 FIT_BATCH = 16
@@ -35,11 +36,14 @@ class Student(nn.Module):
     it, and others ignore it.
     """
 
-    def __init__(self, adapter: Adapter, network: Any, grid: Grid, form: Form) -> None:
+    def __init__(
+        self, adapter: Adapter, network: Any, grid: Grid, form: Form, lora: LoraSettings | None = None
+    ) -> None:
+        """`lora`: the settings of the network's LoRA weights, if it has them."""
         super().__init__()
         assert form.prediction, "resolved by from_teacher, and stated in student.json"
         self.adapter, self.network = adapter, network
-        self.grid, self.form = grid, form
+        self.grid, self.form, self.lora = grid, form, lora
         self.prediction: StudentPrediction = form.prediction
         self.dtype: torch.dtype | None = None
         """The dtype in which the network computes. Its inputs and outputs are cast. None: the dtype of z."""
@@ -52,9 +56,14 @@ class Student(nn.Module):
 
     @classmethod
     def from_teacher(
-        cls, teacher: Adapter, form: Form, steps: int | None = None, origin: Adapter | None = None
+        cls,
+        teacher: Adapter,
+        form: Form,
+        steps: int | None = None,
+        origin: Adapter | None = None,
+        lora: LoraSettings | None = None,
     ) -> Student:
-        """Create a student with the weights of `origin`, by default the teacher.
+        """Create a student with the weights of `origin`, by default the teacher. With `lora`, the teacher's are frozen.
 
         If `form.prediction` is None, the student has the prediction type of `origin`. If its type differs, the last
         layer is initialised as `head.FACTORS` says. If the student takes w, its output does not depend on w at first.
@@ -65,31 +74,41 @@ class Student(nn.Module):
         origin = origin or teacher
         form, grid = _resolved(form, origin.prediction, teacher, steps)
         assert form.prediction
+        if lora:
+            assert origin is teacher and form.prediction == teacher.prediction, "as Distill.check demands"
+            return cls(teacher, teacher.lora_network(lora, form.w_range is not None), grid, form, lora)
         network = convert(origin.student_network(), origin.HEAD, origin.prediction, form.prediction)
         if form.w_range:
             network = teacher.with_guidance_embedding(network)
         return cls(teacher, network, grid, form)
 
     @classmethod
-    def from_student(cls, folder: Path, teacher: Adapter, form: Form, steps: int | None = None) -> Student:
+    def from_student(
+        cls, folder: Path, teacher: Adapter, form: Form, steps: int | None = None, lora: LoraSettings | None = None
+    ) -> Student:
         """Create a student with the network of the student that was exported to `folder`, which may have any size.
+
+        With `lora`, that student has LoRA weights of the same settings, and they are trained further. Otherwise all of
+        its weights are trained.
 
         `form` and `steps` are as in `from_teacher`. Raises ValueError in the same cases, and if the student in `folder`
         has another prediction type."""
         form, grid = _resolved(form, teacher.prediction, teacher, steps)
-        there = Form.model_validate(_about(folder)).prediction
+        there = stored(folder)[0].prediction
         if there != form.prediction:
             raise ValueError(f"the student in start_from predicts {there}, this one predicts {form.prediction}")
-        return cls(teacher, teacher.load_network(folder).to(teacher.device), grid, form)
+        network = _with_lora(folder, teacher, form, lora) if lora else whole_network(folder, teacher)
+        return cls(teacher, network.to(teacher.device), grid, form, lora)
 
     @classmethod
     def load(cls, folder: Path, teacher: Adapter, steps: int | None = None) -> Student:
         """Load the student that was exported to `folder`, frozen, to the device of its teacher.
 
         `steps` replaces the number of sampling steps in its student.json."""
-        about = _about(folder)
-        form = Form.model_validate(about if steps is None else {**about, "steps": steps})
-        student = cls(teacher, teacher.load_network(folder), Grid.of(form, teacher.schedule), form)
+        form, lora = stored(folder)
+        form = form if steps is None else Form.model_validate({**form.model_dump(), "steps": steps})
+        network = _with_lora(folder, teacher, form, lora) if lora else teacher.load_network(folder)
+        student = cls(teacher, network, Grid.of(form, teacher.schedule), form, lora)
         return student.to(teacher.device).eval().requires_grad_(False)
 
     def compute_in(self, dtype: torch.dtype) -> None:
@@ -216,11 +235,31 @@ def _resolved(form: Form, prediction: StudentPrediction, teacher: Adapter, steps
     return form, grid
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    """Return the fields of the form in the student.json of `folder`."""
+def stored(folder: Path) -> tuple[Form, LoraSettings | None]:
+    """Return the form in the student.json of `folder`, and the settings of its LoRA weights if it has them."""
     about: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    lora = about.pop("lora", None)
     del about["timesteps"]
-    return about
+    return Form.model_validate(about), lora and LoraSettings.model_validate(lora)
+
+
+def _with_lora(folder: Path, teacher: Adapter, form: Form, settings: LoraSettings) -> Any:
+    """Return the teacher's network with the LoRA weights of the student in `folder`. They are trainable."""
+    network = teacher.lora_network(settings, form.w_range is not None)
+    load_lora(network, settings, teacher.NETWORK, folder)
+    return network
+
+
+def whole_network(folder: Path, teacher: Adapter) -> Any:
+    """Return the network of the student in `folder`, trainable. LoRA weights are added to a copy of the teacher's."""
+    form, settings = stored(folder)
+    if settings is None:
+        return teacher.load_network(folder)
+    network = teacher.student_network()
+    if form.w_range:
+        network = teacher.with_guidance_embedding(network)
+    merge_lora(network, teacher.NETWORK, folder)
+    return network
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
@@ -231,11 +270,21 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 def export(student: Student, folder: Path, card: str) -> None:
     """Write the student to `folder` as a diffusers pipeline, with student.json and `card` as README.md.
 
-    `DiffusionPipeline.from_pretrained(folder)` samples it in its steps, unless `Adapter.plain_error` says why not."""
-    form, adapter = student.form, student.adapter
+    `DiffusionPipeline.from_pretrained(folder)` samples it in its steps, unless `Adapter.plain_error` says why not.
+
+    A student with LoRA weights is written as these and its scheduler. `load_lora_weights(folder)` adds the weights to
+    the teacher's pipeline, unless `Adapter.lora_error` says why not. With `merged`, the pipeline is written, too."""
+    form, adapter, settings = student.form, student.adapter, student.lora
     grid = Grid.of(form, adapter.schedule)
-    adapter.save_pipeline(student.network, adapter.student_scheduler(form, grid), folder)
+    scheduler = adapter.student_scheduler(form, grid)
     timesteps = [int(t) if t.is_integer() else float(t) for t in grid.timesteps[:0:-1]]
     about = {**form.model_dump(mode="json"), "timesteps": timesteps}
+    if settings:
+        about["lora"] = settings.model_dump(mode="json")
+        save_lora(student.network, settings, adapter.network, adapter.NETWORK, folder)
+        scheduler.save_pretrained(folder / "scheduler")
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    if settings is None or settings.merged:
+        network = whole_network(folder, adapter) if settings else student.network
+        adapter.save_pipeline(network, scheduler, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -45,7 +45,7 @@ class DenoiserTraining:
         t = torch.randint(len(self.alpha), (len(x0),))
         alpha, sigma = (table[t].view(-1, 1, 1, 1).to(x0.device) for table in (self.alpha, self.sigma))
         noise = torch.randn_like(x0)
-        condition = StableDiffusion.conditioned_on(encode(self.tokenizer, self.denoiser["text_encoder"], texts))
+        condition = StableDiffusion.conditioned_on(encode(self.tokenizer, self.denoiser["text_encoder"], texts)[0])
         level = Level(alpha, sigma, t.to(x0.device))
         output = StableDiffusion.predict(self.denoiser["unet"], alpha * x0 + sigma * noise, level, condition)
         return (output - target(self.prediction, x0, noise, alpha, sigma)).square().mean(), {}

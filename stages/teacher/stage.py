@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from stages.base import SCRATCH, Content, Stage, StageContext, StageError
+from stages.base import SCRATCH, Artifact, Content, Neutral, Stage, StageContext, StageError
 from stages.diffusion.prediction import Prediction
 from stages.networks.adapter import IGNORED, INDEX, Adapter
 from stages.networks.adapters import adapter_of, checked, checked_index, files_of
+from stages.networks.stable_diffusion_xl import MICRO_CONDITIONING, MicroConditioning
 from stages.registry import PluginError
 from stages.teacher.config import TIMESTEPS, GaussianSettings, TrainedTeacher
 from stages.training import TrainingExecution
@@ -22,6 +23,7 @@ from stages.training.players import training_progress
 
 Answer = TypeVar("Answer")
 
+NOT_CONDITIONED = "only Stable Diffusion XL is conditioned on sizes; leave it out"
 SHIPPED = Path(__file__).parent / "shipped"
 FROM = Content("revision", files_of, shipped={"digit_scenes": SHIPPED / "digit_scenes"})
 
@@ -44,6 +46,11 @@ class Teacher(Stage):
     revision: str | None = Field(
         None, description="branch, tag or commit of a hub id; with a full commit, planning needs no network"
     )
+    micro_conditioning: Annotated[MicroConditioning | None, Neutral()] = Field(
+        None,
+        description="sizes on which a Stable Diffusion XL teacher is conditioned, in pixels; default: its images are "
+        "neither resized nor cropped",
+    )
     gaussian: GaussianSettings | None = Field(
         None, description="an exact teacher of normal data without a network, for tests"
     )
@@ -56,9 +63,16 @@ class Teacher(Stage):
         given = [name for name in ("train", "from_", "gaussian") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of train, from and gaussian, not {len(given)} of them")
-        if self.revision and not self.from_:
-            raise ValueError("revision needs `from`")
+        for name in ("revision", "micro_conditioning"):
+            if getattr(self, name) and not self.from_:
+                raise ValueError(f"{name} needs `from`")
         return self
+
+    def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        source = Path(FROM.source(self.from_)) if self.from_ else None
+        conditioned = ask(source, lambda adapter, _folder: adapter.MICRO_CONDITIONING)
+        if self.micro_conditioning and conditioned is False:
+            yield "micro_conditioning", NOT_CONDITIONED
 
     def guidance_error(self, as_input: bool, sealed: Path) -> str | None:
         """Return why the teacher does not support guidance, as text. None if it does, or if that is not known yet.
@@ -108,7 +122,13 @@ class Teacher(Stage):
             (context.output / "gaussian.json").write_text(text, encoding="utf-8")
             return {}
         if self.from_:
-            return adopt(self.from_, context.contents["from_"], context.output)
+            metrics = adopt(self.from_, context.contents["from_"], context.output)
+            if self.micro_conditioning:
+                if not adapter_of(context.output).MICRO_CONDITIONING:
+                    raise StageError(f"micro_conditioning: {NOT_CONDITIONED}")
+                text = self.micro_conditioning.model_dump_json(exclude_defaults=True)
+                (context.output / MICRO_CONDITIONING).write_text(text + "\n", encoding="utf-8")
+            return metrics
         return context.run(_train, self.train, context.seed, self.execution, context.output, context.threads)
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +94,20 @@ def _damage(checkpoint: Path) -> str | None:
     return None if intact else f"its files do not match {HASHES}"
 
 
-def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """Return the module's state as `prefix/NAME` -> tensor on the CPU."""
-    return {f"{prefix}/{name}": tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+def module_tensors(prefix: str, module: nn.Module, without: Collection[str]) -> dict[str, Tensor]:
+    """Return the module's state, without the parameters of these names, as `prefix/NAME` -> tensor on the CPU."""
+    state = {name: tensor for name, tensor in module.state_dict().items() if name not in without}
+    return {f"{prefix}/{name}": tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def load_module(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load the module's state from `module_tensors` with the same prefix.
+def load_module(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor], without: Collection[str]) -> None:
+    """Load the module's state from `module_tensors` with the same prefix and `without`.
 
     Raises StageError if the tensors have other names or shapes than the module's."""
     start = len(prefix) + 1
+    state = {name[start:]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
     try:
-        module.load_state_dict({name[start:]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")})
+        module.load_state_dict({**state, **{name: module.get_parameter(name) for name in without}})
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise StageError(

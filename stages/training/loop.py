@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn, optim
 
 from stages.base import Progress, StageError
-from stages.networks.compute import checkpoint_activations, device_name, device_of
+from stages.networks.compute import checkpoint_activations, device_name, device_of, shared_copy
 from stages.training import checkpoint
 from stages.training.figures import Figures
-from stages.training.players import Batch, Method, Player, TrainingExecution, Turn
+from stages.training.players import Batch, Method, TrainingExecution, TrainingSettings, Turn
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +123,20 @@ class _Run:
         settings = next(iter(self.players.values())).training
         AcceleratorState._reset_state(reset_partial_state=True)  # a reused worker may have trained with other settings
         self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=device_of(execution) == "cpu")
-        self.optimizers = {name: _optimizer(player) for name, player in self.players.items()}
+        self.trainable = {
+            name: {of: value for of, value in player.module.named_parameters() if value.requires_grad}
+            for name, player in self.players.items()
+        }
+        """Player -> its parameters that are trained. All others are frozen, and may be shared with other networks."""
+        self.optimizers = {
+            name: _optimizer(self.trainable[name].values(), player.training) for name, player in self.players.items()
+        }
         for player in self.players.values():
             player.module.to(self.accelerator.device)
             if execution.gradient_checkpointing:
                 checkpoint_activations(player.module)
         self.averages = {
-            name: copy.deepcopy(player.module).eval().requires_grad_(False)
+            name: shared_copy(player.module).eval().requires_grad_(False)
             for name, player in self.players.items()
             if player.averaged
         }
@@ -160,7 +166,9 @@ class _Run:
         The loss and the other figures are means over the `accumulate` batches."""
         player, optimizer = self.players[turn.player], self.optimizers[turn.player]
         for name, other in self.players.items():
-            other.module.requires_grad_(name == turn.player).train(name == turn.player)
+            other.module.train(name == turn.player)
+            for parameter in self.trainable[name].values():
+                parameter.requires_grad_(name == turn.player)
         accumulate = player.training.accumulate
         sums: dict[str, Tensor] = {}
         for part in range(accumulate):
@@ -170,7 +178,7 @@ class _Run:
             self.accelerator.backward(loss / accumulate)
             for name, value in {"loss": loss, **figures}.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / accumulate
-        norm = self.accelerator.clip_grad_norm_(player.module.parameters(), player.training.clip_norm)
+        norm = self.accelerator.clip_grad_norm_(self.trainable[turn.player].values(), player.training.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = player.training.learning_rate_at(step)
         optimizer.step()
@@ -193,8 +201,9 @@ class _Run:
         self.average_updates[name] += 1
         n, player, average = self.average_updates[name], self.players[name], self.averages[name]
         decay = min(player.training.ema_decay, (1 + n) / (10 + n))
-        for mean, value in zip(average.parameters(), player.module.parameters(), strict=True):
-            mean.lerp_(value, 1 - decay)
+        means = dict(average.named_parameters())
+        for of, value in self.trainable[name].items():
+            means[of].lerp_(value, 1 - decay)
         for kept, now in zip(average.buffers(), player.module.buffers(), strict=True):
             if kept.is_floating_point():  # batch-norm statistics are averaged like the weights
                 kept.lerp_(now, 1 - decay)
@@ -205,12 +214,16 @@ class _Run:
         """Save a checkpoint after `step` steps."""
         tensors: dict[str, Tensor] = {}
         for name, player in self.players.items():
-            tensors |= checkpoint.module_tensors(f"{name}/module", player.module)
+            tensors |= checkpoint.module_tensors(f"{name}/module", player.module, self.frozen(name))
             tensors |= checkpoint.optimizer_tensors(f"{name}/optimizer", self.optimizers[name])
         for name, average in self.averages.items():
-            tensors |= checkpoint.module_tensors(f"{name}/average", average)
+            tensors |= checkpoint.module_tensors(f"{name}/average", average, self.frozen(name))
         state = {"figures": figures, "history": self.history, "averaged": self.average_updates, **self._machine()}
         checkpoint.save(folder, step, tensors, state)
+
+    def frozen(self, player: str) -> set[str]:
+        """Return the names of the player's parameters that are not trained."""
+        return {of for of, _ in self.players[player].module.named_parameters()} - set(self.trainable[player])
 
     def restore(self, folder: Path) -> int:
         """Load the newest checkpoint and return the number of the next step. Return 0 if there is no checkpoint."""
@@ -226,10 +239,10 @@ class _Run:
                     *(name, state[name], now),
                 )
         for name, player in self.players.items():
-            checkpoint.load_module(f"{name}/module", player.module, tensors)
+            checkpoint.load_module(f"{name}/module", player.module, tensors, self.frozen(name))
             checkpoint.load_optimizer(f"{name}/optimizer", self.optimizers[name], tensors)
         for name, average in self.averages.items():
-            checkpoint.load_module(f"{name}/average", average, tensors)
+            checkpoint.load_module(f"{name}/average", average, tensors, self.frozen(name))
         self.figures.restore(state["figures"])
         self.history, self.average_updates = state["history"], state["averaged"]
         return int(state["step"])
@@ -245,10 +258,9 @@ class _Run:
         return value.to(self.accelerator.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-def _optimizer(player: Player) -> optim.Optimizer:
-    settings = player.training
+def _optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> optim.Optimizer:
     return optim.AdamW(
-        player.module.parameters(),
+        parameters,
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,

@@ -87,7 +87,9 @@ def training_progress(checkpoints: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Player:
-    """A network and its training settings."""
+    """A network and its training settings.
+
+    Only the parameters with `requires_grad` are trained, averaged and checkpointed. Networks may share all others."""
 
     module: nn.Module
     training: TrainingSettings

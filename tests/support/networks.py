@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
-from transformers import CLIPTokenizer
+from diffusers import (
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stages.networks import build
 from stages.networks.adapter import Adapter
@@ -34,8 +42,7 @@ SCHEDULER = {
 def stable_diffusion_layout(folder: Path, unet: UNet2DConditionModel | None = None) -> Path:
     """Write a text-to-image pipeline with random weights, laid out as Stable Diffusion 1.5 is published. Latents have
     the shape (4, 8, 8), encoded prompts (77, 32)."""
-    letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(letters)}, merges=[], model_max_length=77)
+    tokenizer = _letters("<|endoftext|>")
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline(
         vae=build.autoencoder(16, (8, 16)),
@@ -49,6 +56,73 @@ def stable_diffusion_layout(folder: Path, unet: UNet2DConditionModel | None = No
     pipeline.save_pretrained(folder)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder
+
+
+XL_TEXT = {
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 77,
+    "vocab_size": 6,
+    "bos_token_id": 4,
+    "eos_token_id": 5,
+    "pad_token_id": 5,
+}
+
+
+def stable_diffusion_xl_layout(folder: Path, prediction: str = "epsilon", zeros: bool = True, **unet: Any) -> Path:
+    """Write an SDXL pipeline with random weights. Its configs are those of stable-diffusion-xl-base-1.0, narrowed.
+
+    Latents have the shape (4, 8, 8), images (3, 16, 16). The text states have 32 + 48 features, the pooled text 24.
+    """
+    torch.manual_seed(0)
+    first = CLIPTextConfig(hidden_size=32, intermediate_size=64, projection_dim=32, hidden_act="quick_gelu", **XL_TEXT)
+    second = CLIPTextConfig(hidden_size=48, intermediate_size=96, projection_dim=24, hidden_act="gelu", **XL_TEXT)
+    network = UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 2,
+            "transformer_layers_per_block": (1, 2),
+            "attention_head_dim": (2, 4),
+            "cross_attention_dim": 80,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 24 + 6 * 8,
+            "norm_num_groups": 8,
+            **unet,
+        }
+    )
+    vae = build.autoencoder(16, (8, 16))
+    vae.register_to_config(scaling_factor=0.13025, force_upcast=True)
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(first),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=_letters("<|endoftext|>"),
+        tokenizer_2=_letters("a"),
+        unet=network,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+            prediction_type=prediction,
+        ),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _letters(padding: str) -> CLIPTokenizer:
+    letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(letters)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, pad_token=padding)
 
 
 def adapter_around(network: Any, family: type[Adapter] = StableDiffusion) -> Any:

@@ -91,7 +91,7 @@ class TwoLayerFlow(Adapter):
     def plain_error(self, form: Any, grid: Any, scheduler: Any) -> str:
         return "diffusers has no pipeline of two layers"
 
-    def usage(self, form: Any, scheduler: str) -> str:
+    def usage(self, form: Any, scheduler: str, lora: bool = False) -> str:
         raise AssertionError("plain_error says that there is none")
 
 

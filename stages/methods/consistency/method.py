@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from stages.diffusion.few_step import ddim_step
 from stages.diffusion.guidance import draw_w
 from stages.methods.base import Materials, images_of
+from stages.networks.compute import shared_copy
 from stages.networks.student import column
 from stages.training import Batch, Player, Turn
 
@@ -33,7 +33,7 @@ class Consistency:
         self.student = materials.student(config.form, config.solver_steps)
         self.teacher = materials.teacher_denoiser(config.form.model_copy(update={"steps": config.solver_steps}))
         self.distance = materials.distance(config.loss)
-        self.target = copy.deepcopy(self.student).requires_grad_(False)
+        self.target = shared_copy(self.student)
         training = materials.training
         self.players = {
             "student": Player(self.student, training),
@@ -62,4 +62,5 @@ class Consistency:
         """Update the target weights: theta- = decay theta- + (1 - decay) theta."""
         with torch.no_grad():
             for mean, value in zip(self.target.parameters(), self.student.parameters(), strict=True):
-                mean.lerp_(value, 1 - self.config.target_decay)
+                if mean is not value:  # the frozen weights of a LoRA student are shared
+                    mean.lerp_(value, 1 - self.config.target_decay)

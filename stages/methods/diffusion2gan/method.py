@@ -40,7 +40,7 @@ class Diffusion2GAN:
         if self.gan_weight:
             settings = self.settings
             self.discriminator = DiffusionDiscriminator.from_teacher(
-                teacher, settings.weights, settings.noise, settings.multi_scale
+                teacher, settings.weights, settings.noise, settings.multi_scale, materials.training.lora
             )
             training = settings.training(materials.training)
             self.players["discriminator"] = Player(self.discriminator, training, averaged=False)

@@ -287,4 +287,13 @@ def export(student: Student, folder: Path, card: str) -> None:
     if settings is None or settings.merged:
         network = whole_network(folder, adapter) if settings else student.network
         adapter.save_pipeline(network, scheduler, folder)
+        _forget_paths(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _forget_paths(pipeline: Path) -> None:
+    """Remove the paths of this machine from the configs in the folder of a pipeline."""
+    for file in pipeline.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -40,6 +40,8 @@ def card(
         commit = f" at {about['revision']}" if about.get("revision") else ""
         licence = about.get("licence") or "not stated"
         begun = f"It began with the network of {about['source']}{commit} (licence: {licence})."
+    if training.lora:
+        begun += f" LoRA weights of rank {training.lora.rank} were trained; all others are the teacher's."
     samples = " and ".join(f"{count} {stream}" for stream, count in counts.items())
     steps = {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(form.steps, str(form.steps))
     return f"""---

@@ -215,9 +215,10 @@ class Distill(Stage):
             yield "start_from", f"{self.start_from} is the student of another teacher than that of `{given}`"
         if start and self.pairs:
             yield from self._check_held_out(sources(inputs)[0], start)
-        if self.training.lora and before and before.training.lora != self.training.lora:
-            theirs = "other LoRA settings" if before.training.lora else "no LoRA weights"
-            yield "training.lora", f"the student in start_from has {theirs}; both need the same"
+        ours, theirs = self.training.lora, before.training.lora if before else None
+        if before and ours and not (theirs and ours.continues(theirs)):
+            found = "other LoRA settings" if theirs else "no LoRA weights"
+            yield "training.lora", f"the student in start_from has {found}; both need the same"
         yield from _of_method(self.method.check_start(before.method if before else None))
 
     def _check_held_out(self, pairs: Artifact, start: Artifact) -> Iterator[tuple[str, str]]:

@@ -47,6 +47,10 @@ class LoraSettings(Config):
         description="whether the student is also written as a whole pipeline, with the change added to its weights",
     )
 
+    def continues(self, other: LoraSettings) -> bool:
+        """Whether weights that were trained with `other` can be trained further with these settings."""
+        return self.model_copy(update={"merged": other.merged}) == other
+
     @property
     def scale(self) -> float:
         """alpha / rank."""

@@ -21,7 +21,7 @@ from stages.data.files import is_temporary
 from stages.data.pool import PROMPTS, ListedShard, ShardPlan, plan_shards, write_list
 from stages.data.prompts.config import Prompts
 from stages.data.prompts.read import read_prompts
-from stages.data.prompts.vocabulary import unknown_words
+from stages.data.prompts.vocabulary import prompt_warnings
 from stages.diffusion.config import PairsExecution, Sampler
 from stages.diffusion.form import Form
 from stages.teacher import Teacher
@@ -80,15 +80,14 @@ class Pairs(Stage):
             yield "sampler.guidance_scale", "guidance needs prompts; give prompts, or set guidance_scale: 1"
 
     def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
-        """Warn about unknown words in the first prompts of a file. Image sets are not checked: they load slowly."""
+        """Warn about the first prompts of a file. Captions of image sets are not checked: they load slowly."""
         teacher = inputs["teacher"]
         assert isinstance(teacher.stage, Teacher)
         folder = teacher.stage.known(teacher.folder)
         if not folder or not self.prompts or not self.prompts.path:
             return
         with suppress(StageError):  # the stage itself reports prompts that cannot be read
-            text = unknown_words(folder, [next(read_prompts(self.prompts))[: self.count]])
-            yield from [text] if text else []
+            yield from prompt_warnings(folder, [next(read_prompts(self.prompts))[: self.count]])
 
     def damage(self, folder: Path) -> str | None:
         return pool.damage(folder)
@@ -126,9 +125,10 @@ class Pairs(Stage):
         if missing or not (context.pool / PROMPTS).exists():
             write_table(self.prompts, context.contents, context.pool / PROMPTS)
         if missing:
-            unknown = unknown_words(context.inputs["teacher"].folder, PromptTable(context.pool).batches(self.count))
-            if unknown:
-                context.warn(unknown)
+            for text in prompt_warnings(
+                context.inputs["teacher"].folder, PromptTable(context.pool).batches(self.count)
+            ):
+                context.warn(text)
         done = self.count - sum(plan.stop - plan.start for plan in missing)
         reused, started = done, time.monotonic()
         context.progress(Progress(done, self.count, "pairs"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.base import Artifact, Execution, StageError
-from stages.data.prompts.vocabulary import unknown_words
+from stages.data.prompts.vocabulary import prompt_warnings
 from stages.distill import Distill, teacher_of
 from stages.networks.adapter import INDEX
 
@@ -29,8 +29,8 @@ def draw(
 
     steps: sampling steps of a teacher (default 50), or of a student whose method allows several numbers of steps.
     guidance_scale: of a teacher, or of a student that takes it as an input. warn: called with a text if the teacher
-    does not know words of the prompts. Raises StageError if the artifact makes no images, or if a setting lies outside
-    of what the student was trained for.
+    does not know words of the prompts, or cuts prompts. Raises StageError if the artifact makes no images, or if a
+    setting lies outside of what the student was trained for.
     """
     import torch
     from PIL import Image
@@ -50,9 +50,8 @@ def draw(
     other = artifact.stage.method.step_count_error(steps) if isinstance(artifact.stage, Distill) and steps else None
     if other:
         raise StageError(other)
-    unknown = unknown_words(folder, [prompts])
-    if unknown:
-        warn(unknown)
+    for text in prompt_warnings(folder, [prompts]):
+        warn(text)
     teacher = load_network(folder, Execution())
     noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
     student = Student.load(artifact.folder, teacher, steps) if artifact.kind == "distill" else None

@@ -24,7 +24,7 @@ BLOCKER = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "ray", "diffusers", "transformers", "webdataset"}:
+        if name.split(".")[0] in {"torch", "ray", "diffusers", "transformers", "peft", "webdataset"}:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Block())
 from pipeline.cli import main

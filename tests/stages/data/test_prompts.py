@@ -18,7 +18,7 @@ from stages.data.pool import PROMPTS, read_list
 from stages.data.prompts.config import PATTERNS, Prompts
 from stages.data.prompts.read import read_prompts
 from stages.data.prompts.table import PromptTable, write_table
-from stages.data.prompts.vocabulary import unknown_words
+from stages.data.prompts.vocabulary import prompt_warnings
 from stages.data.reader import PairReader
 from tests.support.cli import retort
 from tests.support.pipelines import GAUSSIAN, execute, plan_of
@@ -103,7 +103,26 @@ def test_a_tokenizer_of_bytes_knows_every_word(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     (tmp_path / "tokenizer").mkdir()
     tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    assert unknown_words(tmp_path, [["a purple cat", "ein Käfer 🐞"]]) is None
+    assert not list(prompt_warnings(tmp_path, [["a purple cat", "ein Käfer 🐞"]]))
+
+
+def test_prompts_that_the_encoder_cuts_are_counted(tmp_path):
+    """With the files that transformers writes today, and with those of the published pipelines."""
+    from transformers import CLIPTokenizer
+
+    letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(letters)}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(tmp_path / "new" / "tokenizer")
+    old = tmp_path / "old" / "tokenizer"
+    old.mkdir(parents=True)
+    (old / "vocab.json").write_text(json.dumps(vocabulary))
+    (old / "merges.txt").write_text("#version: 0.2\n")
+    (old / "tokenizer_config.json").write_text('{"model_max_length": 77}')
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        prompts = [["a " * 75, "a b"], ["a " * 76, "ab " * 100]]
+        (text,) = prompt_warnings(folder, prompts)
+        assert text.startswith("2 of 4 prompts are longer than the 77 tokens") and "the longest has 202" in text
+        assert not list(prompt_warnings(folder, prompts[:1]))
 
 
 def test_quoted_commas_and_lines_of_a_csv(tmp_path):

@@ -279,6 +279,7 @@ def export(student: Student, folder: Path, card: str) -> None:
     scheduler = adapter.student_scheduler(form, grid)
     timesteps = [int(t) if t.is_integer() else float(t) for t in grid.timesteps[:0:-1]]
     about = {**form.model_dump(mode="json"), "timesteps": timesteps}
+    folder.mkdir(exist_ok=True)
     if settings:
         about["lora"] = settings.model_dump(mode="json")
         save_lora(student.network, settings, adapter.network, adapter.NETWORK, folder)

@@ -18,12 +18,12 @@ import torch
 
 from pipeline.store import load_artifact
 from stages.data.supply import PairSupply
-from stages.methods.base import Materials
+from stages.methods.base import Materials, StudentTraining
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
 from stages.networks import head
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
-from stages.training import TrainingExecution, TrainingSettings
+from stages.training import TrainingExecution
 from stages.training.loop import train
 
 TRAINED, MEASURED = 1000, 304
@@ -48,7 +48,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     artifact = load_artifact(given.pairs)
-    settings = TrainingSettings(steps=given.steps, warmup_steps=20)
+    settings = StudentTraining(steps=given.steps, warmup_steps=20)
     ridges = head.RIDGES
     choices = {"zeros": (), **{f"ridge {ridge:g}": (ridge,) for ridge in ridges}, "as chosen": ridges}
     print(f"{'last layer':>12}  {'before':>8}  {'after':>8}")

@@ -19,14 +19,13 @@ from stages.losses.adversarial import r1_penalty
 from stages.losses.augmentation import Augmentation
 from stages.losses.config import Regression
 from stages.losses.perceptual import PerceptualLoss
-from stages.methods.base import Materials
+from stages.methods.base import Materials, StudentTraining
 from stages.methods.diffusion2gan.config import Diffusion2GANConfig
 from stages.methods.diffusion2gan.method import Diffusion2GAN
 from stages.networks.condition import Condition
 from stages.networks.perceptual import LPIPS, About
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.vgg import VGG
-from stages.training import TrainingSettings
 from tests.benchmarks.side_by_side import SHIPPED, STEPS, compare
 
 
@@ -57,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     teacher = StableDiffusion(SHIPPED)
-    settings = TrainingSettings(steps=STEPS * (given.rounds + 1), batch_size=given.batch)
+    settings = StudentTraining(steps=STEPS * (given.rounds + 1), batch_size=given.batch)
     config = Diffusion2GANConfig(loss=Regression(name="mse"), discriminator={"r1_every": STEPS})
     method = config.create(Materials(teacher, settings))
     assert isinstance(method, Diffusion2GAN)

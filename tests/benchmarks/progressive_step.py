@@ -13,11 +13,10 @@ import argparse
 
 import torch
 
-from stages.methods.base import Materials
+from stages.methods.base import Materials, StudentTraining
 from stages.methods.progressive.config import ProgressiveConfig
 from stages.methods.progressive.method import Progressive
 from stages.networks.stable_diffusion import StableDiffusion
-from stages.training import TrainingSettings
 from tests.benchmarks.side_by_side import SHIPPED, STEPS, compare
 
 
@@ -42,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     teacher = StableDiffusion(SHIPPED)
-    settings = TrainingSettings(steps=STEPS * (given.rounds + 1), batch_size=given.batch, ema_decay=0.0)
+    settings = StudentTraining(steps=STEPS * (given.rounds + 1), batch_size=given.batch, ema_decay=0.0)
     config = ProgressiveConfig(start_steps=8, end_steps=4, guidance_scale=given.guidance_scale)
     method = config.create(Materials(teacher, settings))
     assert isinstance(method, Progressive)

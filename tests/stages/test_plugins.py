@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.planning.fingerprint import changes, fingerprint, identity
+from stages.methods.base import StudentTraining
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
 from tests.support.cli import ROOT, command, retort
 from tests.support.packages import PACKAGES, install
@@ -188,10 +189,9 @@ def test_a_version_above_1_is_part_of_the_identity(installed, tmp_path):
         VERSION = 2
 
     from stages.distill import Distill
-    from stages.training import TrainingSettings
 
     def of(method):
-        stage = Distill(kind="distill", pairs=["p"], method=method, training=TrainingSettings(steps=1))
+        stage = Distill(kind="distill", pairs=["p"], method=method, training=StudentTraining(steps=1))
         return identity(stage, 0, {}, {})
 
     before, after = of(First()), of(Raised())

@@ -31,7 +31,7 @@ RECORDED = Path(__file__).parent / "recorded.json"
 REGENERATE = "run `python -m tests.pipeline.planning.test_recorded` and commit recorded.json"
 
 TEACHER = [
-    "networks/{adapter,adapters,compute,condition,pixel,stable_diffusion,teachers}.py",
+    "networks/{adapter,adapters,compute,condition,lora,pixel,stable_diffusion,stable_diffusion_xl,teachers}.py",
     "diffusion/{guidance,prediction,schedule}.py",
 ]
 """A teacher's network, asked for its output."""
@@ -53,7 +53,7 @@ RESULTS = {
     ],
     "latents": [
         "latents/encoding.py",
-        "networks/{adapter,adapters,compute,pixel,stable_diffusion,teachers}.py",
+        "networks/{adapter,adapters,compute,pixel,stable_diffusion,stable_diffusion_xl,teachers}.py",
         "data/{latents,statistics}.py",
         *IMAGES,
     ],
@@ -66,7 +66,7 @@ RESULTS = {
     ],
     "perceptual": [
         "perceptual/{calibration,classification,judgement,seen,source,train}.py",
-        "networks/{adapter,adapters,compute,perceptual,pixel,stable_diffusion,teachers,vgg}.py",
+        "networks/{adapter,adapters,compute,perceptual,pixel,stable_diffusion,stable_diffusion_xl,teachers,vgg}.py",
         "losses/regression.py",
         "metrics/two_afc.py",
         "data/latents.py",

@@ -22,8 +22,9 @@ from stages.distill.recipe import Recipe
 from stages.distill.train import distill
 from stages.latents.encoding import encode_images
 from stages.latents.stage import REACHED
+from stages.methods.base import StudentTraining
 from stages.methods.consistency.config import ConsistencyConfig
-from stages.training import TrainingExecution, TrainingSettings
+from stages.training import TrainingExecution
 from tests.support.networks import pixel_unet
 from tests.support.pipelines import GAUSSIAN, TINY, execute, plan_of
 
@@ -161,7 +162,7 @@ def test_images_of_ones_own_and_of_another_size(teacher, folder, tmp_path):
     text += f"  student: {{kind: distill, latents: latents, {method}}}"
     with pytest.raises(ManifestError, match="latents: they are of images of 32 pixels, but the teacher makes 16 x 16"):
         plan_of(text, tmp_path / "store")
-    settings = ConsistencyConfig(guidance_scale=1), TrainingSettings(steps=1)
+    settings = ConsistencyConfig(guidance_scale=1), StudentTraining(steps=1)
     recipe = Recipe(
         *settings, ["latents"], made.inputs["teacher"], [], [], held_out=1, latents=made, prompts=tmp_path, start=None,
         origin=None, inputs={}, contents={},

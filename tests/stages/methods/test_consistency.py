@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pipeline.errors import ManifestError
-from stages.methods.base import Materials
+from stages.methods.base import Materials, StudentTraining
 from stages.methods.consistency.config import ConsistencyConfig
-from stages.training import TrainingExecution, TrainingSettings, checkpoint
+from stages.training import TrainingExecution, checkpoint
 from stages.training.loop import train
 from tests.support.cli import retort
 from tests.support.networks import shaken
@@ -45,7 +45,7 @@ def batch(teacher, count=6):
 
 def method_of(teacher, **settings):
     config = ConsistencyConfig(steps=2, solver_steps=10, **settings)
-    return config.create(Materials(teacher, TrainingSettings(steps=3, learning_rate=1e-3)))
+    return config.create(Materials(teacher, StudentTraining(steps=3, learning_rate=1e-3)))
 
 
 def test_a_student_is_trained_on_more_points_than_it_is_sampled_at(teacher):

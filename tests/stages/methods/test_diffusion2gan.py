@@ -20,7 +20,7 @@ from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.losses.adversarial import discriminator_loss, generator_loss, r1_penalty
 from stages.losses.config import Regression
-from stages.methods.base import Materials
+from stages.methods.base import Materials, StudentTraining
 from stages.methods.diffusion2gan.config import Diffusion2GANConfig
 from stages.methods.diffusion2gan.mix_and_match import mix_and_match
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
@@ -30,7 +30,7 @@ from stages.networks.condition import Condition
 from stages.networks.discriminator import DiffusionDiscriminator
 from stages.networks.pixel import PixelDiffusion
 from stages.networks.stable_diffusion import StableDiffusion
-from stages.training import TrainingExecution, TrainingSettings
+from stages.training import TrainingExecution
 from stages.training.loop import train
 from tests.support.cli import ROOT
 from tests.support.networks import adapter_around, stable_diffusion_layout
@@ -319,7 +319,7 @@ def batch(tiny):
 
 def made(teacher, steps=8, gan_weight=0.5, accumulate=1, mixed_precision="no", **of_discriminator):
     torch.manual_seed(0)
-    training = TrainingSettings(
+    training = StudentTraining(
         steps=steps, batch_size=8, learning_rate=1e-3, accumulate=accumulate, mixed_precision=mixed_precision
     )
     given = {"discriminator": {"r1_every": 3, "r1_weight": 1.0, **of_discriminator}} if gan_weight else {}
@@ -345,7 +345,7 @@ def weights(result):
 
 
 def test_without_its_gan_it_is_knowledge_distillation(teacher, batch, tmp_path):
-    settings = TrainingSettings(steps=4, batch_size=8, learning_rate=1e-3)
+    settings = StudentTraining(steps=4, batch_size=8, learning_rate=1e-3)
     plain = KnowledgeDistillationConfig(loss=MSE).create(Materials(teacher, settings))
     batches = [batch(range(8 * i, 8 * i + 8)) for i in range(4)]
     expected = weights(trained(plain, batches.__getitem__, tmp_path / "plain"))

@@ -6,12 +6,11 @@ import torch
 
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
-from stages.methods.base import Materials
+from stages.methods.base import Materials, StudentTraining
 from stages.methods.guided.config import GuidedConfig
 from stages.methods.progressive.config import ProgressiveConfig
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
-from stages.training import TrainingSettings
 from tests.support.networks import shaken, stable_diffusion_layout
 
 COUNT = 5
@@ -94,7 +93,7 @@ def test_progressive(teachers, of, to, weighting):
     """At guidance 2, the last point among those drawn."""
     teacher = teachers[of]
     config = ProgressiveConfig(start_steps=8, end_steps=4, prediction=to, weighting=weighting, guidance_scale=2.0)
-    method, batch = config.create(Materials(teacher, TrainingSettings(steps=1))), batch_of(teacher)
+    method, batch = config.create(Materials(teacher, StudentTraining(steps=1))), batch_of(teacher)
     shaken(method.student)
     torch.manual_seed(2)
     loss, figures = method.loss(batch)
@@ -121,7 +120,7 @@ def test_guided(teachers, of, to, weighting):
 
     teacher = teachers[of]
     config = GuidedConfig(start_steps=4, end_steps=4, prediction=to, weighting=weighting, w_range=(0.5, 3.0))
-    method, batch = config.create(Materials(teacher, TrainingSettings(steps=1))), batch_of(teacher)
+    method, batch = config.create(Materials(teacher, StudentTraining(steps=1))), batch_of(teacher)
     before = shaken(Student.from_teacher(teacher, config.form.model_copy(update={"steps": 8})))
     shaken(method.student)
     grid = Grid.trailing(teacher.schedule, 4)
@@ -174,7 +173,7 @@ def test_targets_are_in_full_precision_whatever_the_student_trains_in(teachers, 
     """Also those of a student that teaches: numerator and denominator are differences of nearly equal numbers."""
     teacher = teachers["v_prediction"]
     config = ProgressiveConfig(start_steps=4, end_steps=2, guidance_scale=1.0)
-    method = config.create(Materials(teacher, TrainingSettings(steps=1)))
+    method = config.create(Materials(teacher, StudentTraining(steps=1)))
     method.teacher = shaken(Student.from_teacher(teacher, Form(steps=4)))
     targets = []
     monkeypatch.setattr(Student, "error", lambda self, z, i, x0, *_: targets.append(x0) or z.square().mean((1, 2, 3)))

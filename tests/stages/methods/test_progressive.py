@@ -16,12 +16,11 @@ from stages.data.files import sha256_of
 from stages.data.latents import read_latents
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
-from stages.methods.base import Materials
+from stages.methods.base import Materials, StudentTraining
 from stages.methods.progressive.config import ProgressiveConfig
 from stages.networks.denoiser import TeacherDenoiser
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
-from stages.training import TrainingSettings
 from tests.support.cli import ROOT, command
 from tests.support.pipelines import PROGRESSIVE, TINY, execute, plan_of
 from tests.support.samplers import sample
@@ -130,7 +129,7 @@ def test_only_a_scale_above_one_asks_the_teacher_without_a_prompt(scale, guided)
 
 def test_the_ratio_of_data_to_noise_is_no_weight_where_the_teachers_schedule_ends_in_pure_noise(tiny):
     teacher = StableDiffusion(tiny[1]["teacher"].artifact.folder)
-    config, training = ProgressiveConfig(start_steps=4, end_steps=2, weighting="snr"), TrainingSettings(steps=1)
+    config, training = ProgressiveConfig(start_steps=4, end_steps=2, weighting="snr"), StudentTraining(steps=1)
     assert config.create(Materials(teacher, training)).student.alpha[-1] > 0
     teacher.schedule.alpha[-1], teacher.schedule.sigma[-1] = 0.0, 1.0
     with pytest.raises(StageError, match="snr is 0 in pure noise, where the teacher's schedule ends"):
@@ -152,7 +151,7 @@ def test_guidance_is_that_of_the_pairs_where_nothing_else_is_said(tiny, teacher)
     assert "held_out_mse" in student.record["metrics"]
     assert json.loads((student.folder / "student.json").read_text())["guidance_scale"] == 2.0
     assert "Guidance 2 is built in." in (student.folder / "README.md").read_text()
-    materials = Materials(teacher, TrainingSettings(steps=1), guidance_scale=2.0)
+    materials = Materials(teacher, StudentTraining(steps=1), guidance_scale=2.0)
     assert materials.teacher_denoiser(Form(steps=2)).default_w == 1.0
     assert materials.teacher_denoiser(Form(steps=2, guidance_scale=4.0)).default_w == 3.0
 

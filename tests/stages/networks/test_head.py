@@ -12,7 +12,7 @@ from pipeline.errors import ManifestError
 from stages.data.supply import PairSupply
 from stages.diffusion.form import Form
 from stages.diffusion.schedule import NoiseSchedule
-from stages.methods.base import Materials
+from stages.methods.base import Materials, StudentTraining
 from stages.methods.progressive.config import ProgressiveConfig
 from stages.networks import build
 from stages.networks.condition import Condition
@@ -20,7 +20,6 @@ from stages.networks.head import convert, fit
 from stages.networks.pixel import PixelDiffusion
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
-from stages.training import TrainingSettings
 from tests.support.networks import adapter_around
 from tests.support.pipelines import TINY, execute, plan_of
 
@@ -162,7 +161,7 @@ def test_the_first_link_learns_the_teachers_own_output(of_epsilon):
     _, plan = of_epsilon
     teacher = StableDiffusion(plan["teacher"].artifact.folder)
     config = ProgressiveConfig(start_steps=2, end_steps=2, match_first=True, guidance_scale=3.0)
-    method = config.create(Materials(teacher, TrainingSettings(steps=1)))
+    method = config.create(Materials(teacher, StudentTraining(steps=1)))
     z, i = torch.randn(2, *teacher.latent_shape), torch.tensor([1, 2])
     condition, empty = (teacher.encode_prompts([text] * 2) for text in ("a red handwritten seven", ""))
     texts = [one.tensors["text"] for one in (condition, empty)]

@@ -347,6 +347,21 @@ class Adapter(ABC):
         The code uses diffusers and torch only. It loads the folder as "THIS FOLDER". `scheduler` is the class name of
         the student's scheduler."""
 
+    def single_file(self, network: Any, form: Form) -> dict[str, Tensor]:
+        """Return the weights of a student of `form` and of the pipeline's other components, for one file.
+
+        Names and shapes are those of the layout that other programs than diffusers load. The student takes no w.
+        Raises StageError if the family or the network has no such layout."""
+        raise StageError(f"{type(self).__name__} has no single-file layout; Stable Diffusion 1.x and 2.x students do")
+
+    def lora_usage(self, form: Form, scheduler: str) -> str:
+        """Return Python code for the model card that generates an image with the teacher and a LoRA.
+
+        The teacher with the LoRA is a student of `form`. The code is as in `usage`. It loads the teacher as "THE
+        TEACHER", and the LoRA and the scheduler from "THIS FOLDER". Raises StageError if diffusers cannot load a LoRA
+        into pipelines of this family."""
+        raise StageError(f"diffusers loads no LoRA into {type(self).__name__} teachers, only into Stable Diffusion")
+
     # --- Images and texts ---
 
     @property

@@ -1,4 +1,4 @@
-"""Stable Diffusion's original layout: stock diffusers reads it back to the bit, and the names are the published ones."""
+"""Stable Diffusion's original layout: stock diffusers reads it back to the bit. Its names are the published ones."""
 
 from __future__ import annotations
 

@@ -352,7 +352,9 @@ class Adapter(ABC):
 
         Names and shapes are those of the layout that other programs than diffusers load. The student takes no w.
         Raises StageError if the family or the network has no such layout."""
-        raise StageError(f"{type(self).__name__} has no single-file layout; Stable Diffusion 1.x and 2.x students do")
+        raise StageError(
+            f"there is no single-file layout for {type(self).__name__} students; Stable Diffusion 1.x and 2.x have one"
+        )
 
     def lora_usage(self, form: Form, scheduler: str) -> str:
         """Return Python code for the model card that generates an image with the teacher and a LoRA.

@@ -8,11 +8,11 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from stages.base import StageError
@@ -24,7 +24,6 @@ from stages.distill.train import _on_held_out
 from stages.networks import build
 from stages.networks.low_rank import add, differences, factors, share_kept
 from stages.networks.student import FILE, Student, export
-from tests.support.pipelines import PROGRESSIVE, TINY, execute
 
 FULL = 1 << 20
 
@@ -43,8 +42,6 @@ def remake(student, teacher, tmp_path):
     """A copy of the sealed student, with another form or network."""
 
     def remade(network=None, **form):
-        from dataclasses import replace
-
         loaded = Student.load(student.folder, teacher)
         form = Form.model_validate({**loaded.form.model_dump(), **form})
         folder = tmp_path / "student"
@@ -127,19 +124,19 @@ def warnings_of_diffusers():
 
 
 def card_code(folder, taught_by):
-    """The code in the card of a LoRA, run up to its image, with a seed's noise."""
+    """Run the code in the card of a LoRA, and return its variables."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     code = code.replace("THE TEACHER", str(taught_by)).replace("THIS FOLDER", str(folder))
     found: dict[str, object] = {}
     with warnings_of_diffusers() as said:
         exec(code.replace('"a prompt"', '"a red handwritten seven"'), found)
-    assert "unexpected" not in said.getvalue() and "missing" not in said.getvalue(), said.getvalue()
+    assert "unexpected keys" not in said.getvalue() and "missing keys" not in said.getvalue(), said.getvalue()
     return found
 
 
 @pytest.mark.parametrize("rank", [3, FULL])
 def test_plain_diffusers_draws_what_retort_draws(weights_only, tiny, teacher, tmp_path, rank):
-    """Layers have several ranks: at full rank all do, and at rank 3 the last convolution's is the largest allowed."""
+    """At full rank, layers have many different ranks."""
     write_lora(weights_only, rank, tmp_path / "lora")
     found = card_code(tmp_path / "lora", tiny[1]["teacher"].artifact.folder)
     pipeline = found["pipeline"]
@@ -170,19 +167,14 @@ def test_the_card_says_what_the_lora_loses(student, teacher, tmp_path):
     mse = _on_held_out(Student.load(student.folder, teacher), teacher, supply, student.inputs["pairs.0.pairs"])
     assert f"on 32 held-out pairs: {mse['held_out_mse']:.4g} for the student" in said
     assert mse["held_out_mse"] == pytest.approx(student.record["metrics"]["held_out_mse"], rel=1e-4)
-    scheduler = json.loads((tmp_path / "lora" / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler["prediction_type"] == "v_prediction" and scheduler["timestep_spacing"] == "trailing"
-    assert DiffusionPipeline.from_pretrained(student.folder).scheduler.config == {**scheduler} | {
-        key: value for key, value in DiffusionPipeline.from_pretrained(student.folder).scheduler.config.items()
-    }
+    name = "scheduler/scheduler_config.json"
+    assert (tmp_path / "lora" / name).read_text() == (student.folder / name).read_text()
 
 
-def test_the_cost_is_not_measured_where_pairs_say_nothing(tiny, remake, teacher):
-    loaded = Student.load(tiny[1]["student"].artifact.folder, teacher)
-    other = remake(guidance_scale=5.0)
+def test_the_cost_is_not_measured_where_pairs_say_nothing(student, remake, teacher):
+    loaded, other = Student.load(student.folder, teacher), remake(guidance_scale=5.0)
     assert "not meant to reproduce its pairs" in _measured(other, Student.load(other.folder, teacher), teacher, {})
-    plan = execute(TINY + PROGRESSIVE.split("  quality:")[0], tiny[0], only=["latents", "fewer/8"], name="few")
-    assert "the student has no pairs" in _measured(plan["fewer/8"].artifact, loaded, teacher, {})
+    assert "the student has no pairs" in _measured(replace(student, inputs={}), loaded, teacher, {})
 
 
 def test_students_that_are_no_lora_of_their_teacher_are_refused(tiny, teacher, remake, tmp_path):

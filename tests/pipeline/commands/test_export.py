@@ -1,12 +1,17 @@
 """`retort export`: a student as one file that stock diffusers draws with, as a LoRA, and what it refuses."""
 
+import json
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
+from stages.base import StageError
+from stages.distill.single_file import write_single_file
 from tests.support.cli import retort
 from tests.support.networks import drawn, pixel_unet
 from tests.support.pipelines import execute
@@ -83,6 +88,25 @@ def test_other_families_are_refused_in_a_sentence_that_says_what_is_supported(pi
     ):
         done = retort("export", pixels, *options)
         assert done.returncode == 2 and words in done.stderr and not options[0].exists(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"w_range": [0.0, 4.0], "guidance_scale": None}, "takes the guidance strength w as an input"),
+        ({"schedule": "cosine"}, "has the schedule cosine, and the layout holds no noise schedule"),
+        ({"prediction": "both"}, "predicts both x0 and the noise"),
+        ({"steps": 4, "sampler": "stochastic"}, "diffusers has no N-step stochastic sampler"),
+    ],
+)
+def test_students_that_other_programs_cannot_sample_are_refused(tiny, tmp_path, changes, words):
+    student = tiny[1]["student"].artifact
+    copy = shutil.copytree(student.folder, tmp_path / "student")
+    about = json.loads((copy / "student.json").read_text())
+    (copy / "student.json").write_text(json.dumps(about | changes))
+    with pytest.raises(StageError, match=f"other programs cannot sample this student: .*{words}"):
+        write_single_file(replace(student, folder=copy), tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_a_wrong_use_is_one_sentence(tiny, tmp_path):

@@ -13,6 +13,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stages.base import StageError
@@ -143,6 +144,12 @@ def test_plain_diffusers_draws_what_retort_draws(weights_only, tiny, teacher, tm
     stored = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     loaded = {name for name, _ in pipeline.unet.named_parameters() if ".lora_A." in name}
     assert 2 * len(loaded) == len(stored)
+    ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in stored.items() if "lora_A" in name}
+    with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    for value, pattern in (("unet.r", "unet.rank_pattern"), ("unet.lora_alpha", "unet.alpha_pattern")):
+        given = {name: settings[pattern].get(name.removeprefix("unet."), settings[value]) for name in ranks}
+        assert given == ranks, "alpha is the rank, so that nothing is scaled"
     assert stored["unet.conv_in.lora_A.weight"].ndim == stored["unet.conv_in.lora_B.weight"].ndim == 4
 
     ours = Student.load(weights_only.folder, teacher)

@@ -1,7 +1,8 @@
 """The stage kind `distill`: it trains a student by a method and exports it as a diffusers pipeline.
 
-`stage` holds the settings, `train` runs the training, and `card` writes the model card. Methods are in
-`stages.methods`, and the training loop is in `stages.training`.
+`stage` holds the settings, `train` runs the training, and `card` writes the model card. `single_file` and `difference`
+hand out a sealed student in other forms. Methods are in `stages.methods`, and the training loop is in
+`stages.training`.
 """
 
 from stages.distill.stage import Distill, Trained, sources, teacher_of

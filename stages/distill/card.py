@@ -30,9 +30,6 @@ def card(
     `counts` is the number of training samples of each data stream. The card states how the student was made, its
     figures, its licence and the code that samples it."""
     data, taught_by, start, training = recipe.data, recipe.teacher, recipe.start, recipe.training
-    source = taught_by.record.get("metrics", {})
-    origin = source.get("source") or "trained by Retort"
-    at = f" at {source['revision']}" if source.get("revision") else ""
     names = ", ".join(f"{one.kind}/{one.fingerprint}" for one in data)
     begun = f"It went on from distill/{start.fingerprint}." if start else "It began with the teacher's weights."
     if recipe.origin:
@@ -43,20 +40,59 @@ def card(
     if training.lora:
         begun += f" LoRA weights of rank {training.lora.rank} were trained; all others are the teacher's."
     samples = " and ".join(f"{count} {stream}" for stream, count in counts.items())
-    steps = {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(form.steps, str(form.steps))
     return f"""---
 library_name: diffusers
-license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained") else "unknown")}
+license: {_licence(taught_by)}
 ---
-# {steps}-step student
+# {_counted(form.steps)}-step student
 
 Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(recipe.method)}`, {training.steps} steps of
 {training.batch_size}, from {samples}{f" ({names})" if names else ""} of a teacher
-({origin}{at}; teacher/{taught_by.fingerprint}; licence: {source.get("licence") or "not stated"}){_solved(data)}.
+({_origin(taught_by)}){_solved(data)}.
 {begun} {_guidance(form)}
 
 {_looked_through(recipe.inputs)}{_quality(recipe.held_out, figures)}{_call(form, teacher, training.lora)}
 """
+
+
+def lora_card(student: Artifact, form: Form, rank: int, teacher: Artifact, cost: str, code: str) -> str:
+    """Return the model card of a student of `form` that is handed out as a LoRA, in Markdown.
+
+    `cost` says what the LoRA loses, and `code` samples an image with it."""
+    return f"""---
+library_name: diffusers
+license: {_licence(teacher)}
+tags: [lora]
+---
+# {_counted(form.steps)}-step LoRA
+
+The difference between a student (distill/{student.fingerprint}, by Retort) and its teacher
+({_origin(teacher)}), as a LoRA of rank {rank}. {_guidance(form)}
+
+{cost}
+
+```python
+{code}
+```
+"""
+
+
+def _licence(teacher: Artifact) -> str:
+    """Return the identifier of the licence of a teacher and of what is made from it."""
+    about = teacher.record.get("metrics", {})
+    return about.get("licence") or ("unknown" if about.get("source") else "apache-2.0")
+
+
+def _origin(teacher: Artifact) -> str:
+    """Return where a teacher comes from, its fingerprint and its licence, in a clause."""
+    about = teacher.record.get("metrics", {})
+    at = f" at {about['revision']}" if about.get("revision") else ""
+    licence = about.get("licence") or "not stated"
+    return f"{about.get('source') or 'trained by Retort'}{at}; teacher/{teacher.fingerprint}; licence: {licence}"
+
+
+def _counted(steps: int) -> str:
+    return {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(steps, str(steps))
 
 
 def _quality(held_out: int, figures: Mapping[str, Any]) -> str:

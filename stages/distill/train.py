@@ -15,8 +15,8 @@ from torch import Tensor
 from stages.base import SCRATCH, Artifact, Progress, StageError
 from stages.data.files import files_of, sha256_of
 from stages.data.supply import LatentSupply, PairSupply, PromptSupply, Supply
-from stages.diffusion.form import Form
 from stages.distill.card import card
+from stages.distill.held_out import comparable, mean_square, sampled
 from stages.distill.recipe import Recipe
 from stages.methods.base import Materials, Stream
 from stages.networks.adapter import Adapter, read_json
@@ -28,8 +28,6 @@ from stages.pairs import Pairs, guidance_scales
 from stages.training import Batch, TrainingExecution
 from stages.training.loop import step_seed, train
 
-BATCH = 16
-"""The batch size on held-out pairs."""
 SAVED_BY = ("transformers_version", "torch_dtype", "dtype")
 """Settings of a component's config that do not change what it computes."""
 EXAMPLES = 512
@@ -162,39 +160,13 @@ def _examples(supply: PairSupply, teacher: Adapter) -> Callable[[], Batch]:
 
 
 def _on_held_out(student: Student, teacher: Adapter, supply: PairSupply, pairs: Artifact) -> dict[str, float]:
-    """Return the student's mean squared error on held-out pairs as a figure. The result is empty if `_comparable`
+    """Return the student's mean squared error on held-out pairs as a figure. The result is empty if `comparable`
     returns None. Raises StageError if the error is not finite."""
     assert isinstance(pairs.stage, Pairs)
-    w = _comparable(student.form, pairs.stage.sampler.guidance_scale)
+    w = comparable(student.form, pairs.stage.sampler.guidance_scale)
     if w is None:
         return {}
-    error = _error(student, teacher, supply, w)
+    error = mean_square(x0 - latent for x0, latent in sampled(student, teacher, supply, w))
     if not math.isfinite(error):
         raise StageError(f"the student's error on held-out pairs is {error}; lower training.learning_rate")
     return {"held_out_mse": error}
-
-
-def _comparable(form: Form, guidance_scale: float) -> float | None:
-    """Return the w at which the student should reproduce pairs of `guidance_scale`.
-
-    Returns None if it learns another guidance, or if its sampler draws more noise."""
-    if form.steps > 1 and form.sampler != "ddim":
-        return None
-    w = guidance_scale - 1
-    if form.w_range:
-        least, most = form.w_range
-        return w if least <= w <= most else None
-    return w if form.guidance_scale == guidance_scale else None
-
-
-@torch.no_grad()
-def _error(student: Student, teacher: Adapter, pairs: PairSupply, w: float) -> float:
-    """Return the mean squared error to the latents of the held-out pairs, over all elements."""
-    errors: list[Tensor] = []
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(pairs.held), BATCH):
-        held = pairs.reader.batch(pairs.held[start : start + BATCH])
-        noise = teacher.to_device(held.noise)
-        x0 = student(noise, student.encode(held.prompts), noise.new_full((len(noise),), w), generator)
-        errors.append((x0 - teacher.to_device(held.latent)).square().mean((1, 2, 3)))
-    return float(torch.cat(errors).mean())

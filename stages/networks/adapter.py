@@ -370,6 +370,15 @@ class Adapter(ABC):
         the student's scheduler. With `lora`, the folder holds LoRA weights for the pipeline "THE TEACHER". They are
         loaded only if `lora_error` gives None."""
 
+    def single_file(self, network: Any, form: Form) -> dict[str, Tensor]:
+        """Return the weights of a student of `form` and of the pipeline's other components, for one file.
+
+        Names and shapes are those of the layout that other programs than diffusers load. The student takes no w.
+        Raises StageError if the family or the network has no such layout."""
+        raise StageError(
+            f"there is no single-file layout for {type(self).__name__} students, only for those of Stable Diffusion"
+        )
+
     # --- Images and texts ---
 
     @property

@@ -247,18 +247,27 @@ class StableDiffusion(Adapter):
     def usage(self, form: Form, scheduler: str, lora: bool = False) -> str:
         scale = f"guidance_scale={1 + sum(form.w_range) / 2:g}, " if form.w_range else ""
         remark = "" if form.w_range else "  # any guidance_scale gives the same"
-        steps = f"timesteps={list(form.levels)}" if form.levels else f"num_inference_steps={form.steps}"
         if lora:
             return f"""from diffusers import DiffusionPipeline, {scheduler}
 
 pipeline = DiffusionPipeline.from_pretrained("THE TEACHER")
 pipeline.load_lora_weights("THIS FOLDER")
 pipeline.scheduler = {scheduler}.from_pretrained("THIS FOLDER", subfolder="scheduler")
-image = pipeline("a prompt", guidance_scale=1.0, {steps}).images[0]  # guidance is built in"""
+image = pipeline("a prompt", guidance_scale=1.0, {_steps(form)}).images[0]  # guidance is built in"""
         return f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
-image = pipeline("a prompt", {scale}{steps}).images[0]{remark}"""
+image = pipeline("a prompt", {scale}{_steps(form)}).images[0]{remark}"""
+
+    def single_file(self, network: Any, form: Form) -> dict[str, Tensor]:
+        from stages.networks import single_file
+
+        return single_file.stable_diffusion(network, self.vae, self.text_encoder)
+
+
+def _steps(form: Form) -> str:
+    """Return the argument that gives a pipeline the steps of `form`."""
+    return f"timesteps={list(form.levels)}" if form.levels else f"num_inference_steps={form.steps}"
 
 
 def _at_once(batch: Tensor, pixels_per_element: int) -> int:

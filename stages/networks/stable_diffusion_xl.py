@@ -147,6 +147,12 @@ class StableDiffusionXL(StableDiffusion):
             **components,
         )
 
+    def single_file(self, network: Any, form: Form) -> dict[str, Tensor]:
+        from stages.networks.single_file import stable_diffusion_xl
+
+        encoders = self.text_encoder, self.text_encoder_2
+        return stable_diffusion_xl(network, self.vae, *encoders, form.prediction == "v_prediction")
+
     def usage(self, form: Form, scheduler: str, lora: bool = False) -> str:
         sizes = "".join(f", {name}={value}" for name, value in self.micro if name in self.micro.model_fields_set)
         return super().usage(form, scheduler, lora).replace('"a prompt"', f'"a prompt"{sizes}')

@@ -74,7 +74,7 @@ RESULTS = {
         *(*TRAINING, *IMAGES),
     ],
     "distill": [
-        "distill/{recipe,train}.py",
+        "distill/{held_out,recipe,train}.py",
         "methods/base.py",
         "methods/*/method.py",
         "methods/diffusion2gan/{config,mix_and_match}.py",  # config: how its discriminator is optimised

@@ -1,0 +1,129 @@
+"""`retort export`: a student as one file that stock diffusers draws with, as a LoRA, and what it refuses."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import safe_open
+
+from stages.base import StageError
+from stages.distill.single_file import write_single_file
+from tests.support.cli import retort
+from tests.support.networks import drawn, pixel_unet
+from tests.support.pipelines import execute
+
+
+def test_one_file_draws_what_the_student_draws(tiny, tmp_path):
+    """The file has no scheduler and no guidance embedding: the scheduler is the one that the command names."""
+    store, plan = tiny
+    out = tmp_path / "new" / "student.safetensors"
+    done = retort("export", "tiny/student", out, "--single-file", "--store", store)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        str(out),
+        "sample it in 1 step with DDIM, trailing timesteps 999, guidance scale 1 (ComfyUI: cfg 1, because guidance is "
+        "built in), prediction type v_prediction",
+    ]
+    with safe_open(out, "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
+    folder = plan["student"].artifact.folder
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(out), config=str(plan["teacher"].artifact.folder), local_files_only=True
+    )
+    teacher = DDIMScheduler.from_pretrained(plan["teacher"].artifact.folder / "scheduler")
+    pipeline.scheduler = DDIMScheduler.from_config(
+        teacher.config, timestep_spacing="trailing", prediction_type="v_prediction", clip_sample=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise, prompts = torch.randn(2, 4, 8, 8), ["a red handwritten seven", "a blue handwritten one"]
+    images = pipeline(prompts, latents=noise, num_inference_steps=1, guidance_scale=1.0, output_type="latent").images
+    torch.testing.assert_close(images, drawn(folder, noise, prompts, num_inference_steps=1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_is_a_folder_and_its_cost_is_printed(tiny, tmp_path):
+    out = tmp_path / "lora"
+    done = retort("export", tiny[1]["student"].artifact.folder, out, "--lora", 4)
+    assert done.returncode == 0, done.stderr
+    assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == {
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+        "scheduler/scheduler_config.json",
+    }
+    assert re.search(r"keeps [\d.]+% of the squared difference .*\n.* on 32 held-out pairs: ", done.stdout)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A student of a teacher in pixel space."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    place = tmp_path_factory.mktemp("pixels")
+    DDPMPipeline(pixel_unet(), DDPMScheduler()).save_pretrained(place / "teacher")
+    text = f"""
+name: pixels
+stages:
+  teacher: {{kind: teacher, from: {place / "teacher"}}}
+  pairs: {{kind: pairs, teacher: teacher, count: 16, shard_size: 16, sampler: {{steps: 1, guidance_scale: 1.0}}}}
+  student:
+    kind: distill
+    pairs: pairs
+    method: {{name: knowledge_distillation}}
+    training: {{steps: 1, batch_size: 4}}
+    held_out: 4
+"""
+    return execute(text, place / "store")["student"].artifact.folder
+
+
+def test_other_families_are_refused_in_a_sentence_that_says_what_is_supported(pixels, tmp_path):
+    for options, words in (
+        (
+            (tmp_path / "x.safetensors", "--single-file"),
+            "PixelDiffusion students, only for those of Stable Diffusion",
+        ),
+        ((tmp_path / "x", "--lora", 4), "diffusers loads no LoRA into PixelDiffusion teachers, only into Stable Diff"),
+    ):
+        done = retort("export", pixels, *options)
+        assert done.returncode == 2 and words in done.stderr and not options[0].exists(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"w_range": [0.0, 4.0], "guidance_scale": None}, "takes the guidance strength w as an input"),
+        ({"schedule": "cosine"}, "has the schedule cosine, and the layout holds no noise schedule"),
+        ({"prediction": "both"}, "predicts both x0 and the noise"),
+        ({"steps": 4, "sampler": "stochastic"}, "diffusers has no N-step stochastic sampler"),
+    ],
+)
+def test_students_that_other_programs_cannot_sample_are_refused(tiny, tmp_path, changes, words):
+    student = tiny[1]["student"].artifact
+    copy = shutil.copytree(student.folder, tmp_path / "student")
+    about = json.loads((copy / "student.json").read_text())
+    (copy / "student.json").write_text(json.dumps(about | changes))
+    with pytest.raises(StageError, match=f"other programs cannot sample this student: .*{words}"):
+        write_single_file(replace(student, folder=copy), tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_wrong_use_is_one_sentence(tiny, tmp_path):
+    store = tiny[0]
+    there, new = tmp_path / "there.safetensors", tmp_path / "x.safetensors"
+    there.write_text("mine")
+    for arguments, words in (
+        (("tiny/student", new), "give either --single-file or --lora RANK"),
+        (("tiny/student", new, "--single-file", "--lora", 4), "give either --single-file or --lora RANK"),
+        (("tiny/student", tmp_path / "x.bin", "--single-file"), "should end in .safetensors"),
+        (("tiny/student", there, "--single-file"), "already exists"),
+        (("tiny/student", tmp_path, "--lora", 4), "already exists"),
+        (("tiny/student", tmp_path / "x", "--lora", 0), "0 is not in the range x>=1"),
+        (("tiny/pairs", new, "--single-file"), "is of kind pairs; only a student can be exported"),
+        (("tiny/teacher", tmp_path / "x", "--lora", 4), "is of kind teacher; only a student can be exported"),
+        (("tiny/nothing", new, "--single-file"), "has no stage"),
+    ):
+        done = retort("export", *arguments, "--store", store)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert there.read_text() == "mine" and not new.exists() and not (tmp_path / "x").exists()

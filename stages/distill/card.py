@@ -31,14 +31,11 @@ def card(
     data, taught_by, start, training = recipe.data, recipe.teacher, recipe.start, recipe.training
     source = taught_by.record.get("metrics", {})
     origin = source.get("source") or "trained by Retort"
-    at = f" at {source['revision']}" if source.get("revision") else ""
     names = ", ".join(f"{one.kind}/{one.fingerprint}" for one in data)
     begun = f"It went on from distill/{start.fingerprint}." if start else "It began with the teacher's weights."
     if recipe.origin:
         about = recipe.origin.about
-        commit = f" at {about['revision']}" if about.get("revision") else ""
-        licence = about.get("licence") or "not stated"
-        begun = f"It began with the network of {about['source']}{commit} (licence: {licence})."
+        begun = f"It began with the network of {about['source']}{_at(about)} (licence: {_licence(about)})."
     samples = " and ".join(f"{count} {stream}" for stream, count in counts.items())
     steps = {1: "One", 2: "Two", 4: "Four", 8: "Eight"}.get(form.steps, str(form.steps))
     return f"""---
@@ -49,11 +46,28 @@ license: {source.get("licence") or ("apache-2.0" if origin.startswith("trained")
 
 Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(recipe.method)}`, {training.steps} steps of
 {training.batch_size}, from {samples}{f" ({names})" if names else ""} of a teacher
-({origin}{at}; teacher/{taught_by.fingerprint}; licence: {source.get("licence") or "not stated"}){_solved(data)}.
+({origin}{_at(source)}; teacher/{taught_by.fingerprint}; licence: {_licence(source)}){_lora(source)}{_solved(data)}.
 {begun} {_guidance(form)}
 
 {_looked_through(recipe.inputs)}{_quality(recipe.held_out, figures)}{_call(form, teacher)}
 """
+
+
+def _at(about: Mapping[str, Any]) -> str:
+    """Return a clause on the commit of a source, or nothing if it has none."""
+    return f" at {about['revision']}" if about.get("revision") else ""
+
+
+def _licence(about: Mapping[str, Any]) -> str:
+    return about.get("licence") or "not stated"
+
+
+def _lora(teacher: Mapping[str, Any]) -> str:
+    """Return a clause on the LoRA that is fused into the teacher, or nothing if there is none."""
+    about = teacher.get("lora")
+    if not about:
+        return ""
+    return f"\nwith the LoRA {about['source']}{_at(about)} at scale {about['scale']:g} (licence: {_licence(about)})"
 
 
 def _quality(held_out: int, figures: Mapping[str, Any]) -> str:

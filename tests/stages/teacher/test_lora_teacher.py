@@ -1,0 +1,342 @@
+"""Teachers that are a base with a LoRA fused into its weights."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import ManifestError, StageFailed
+from stages.base import StageError
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
+from stages.networks.stable_diffusion import StableDiffusion
+from stages.teacher.lora import fuse
+from tests.support.cli import BLOCKER, ROOT, retort
+from tests.support.networks import pixel_unet, stable_diffusion_layout
+from tests.support.pipelines import execute, plan_of
+
+TEACHER = (
+    "name: lora\nstages:\n  teacher: {{kind: teacher, from: {base}, lora: {{{lora}}}, execution: {{threads: 1}}}}\n"
+)
+PAIRS = """
+  pairs:
+    kind: pairs
+    teacher: teacher
+    prompts: {path: PROMPTS, format: text}
+    count: 8
+    shard_size: 8
+    storage_dtype: float32
+    sampler: {steps: 4, guidance_scale: 3.0}
+    execution: {threads: 1}
+"""
+STUDENT = """
+  student:
+    kind: distill
+    pairs: pairs
+    method: knowledge_distillation
+    training: {steps: 1, batch_size: 2}
+    held_out: 2
+    execution: {threads: 1}
+"""
+ATTENTION = ["to_q", "to_v", "to_out.0"]
+CONVOLUTIONS = ["conv1", "conv_in"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return stable_diffusion_layout(tmp_path_factory.mktemp("base") / "sd")
+
+
+def with_lora(network, targets, alpha=6.0):
+    """The weights, in peft's names, of a LoRA of rank 3 on some layers of the network, far from zero."""
+    torch.manual_seed(1)
+    network.add_adapter(LoraConfig(r=3, lora_alpha=alpha, target_modules=targets))
+    for name, value in network.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    return {name: value.detach().clone() for name, value in get_peft_model_state_dict(network).items()}
+
+
+def peft_file(folder, base, text=False, dtype=torch.float32):
+    """As diffusers' own training scripts write it. alpha: 6 in its metadata."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    unet = with_lora(pipeline.unet, ATTENTION + CONVOLUTIONS)
+    encoder = with_lora(pipeline.text_encoder, ["q_proj", "fc1"]) if text else None
+    layers = [encoder and {name: value.to(dtype) for name, value in encoder.items()}]
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers={name: value.to(dtype) for name, value in unet.items()},
+        text_encoder_lora_layers=layers[0],
+        unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
+        text_encoder_lora_adapter_metadata=text and pipeline.text_encoder.peft_config["default"].to_dict(),
+    )
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def kohya_file(folder, base):
+    """As kohya's sd-scripts write it: underscores for dots, alpha as a tensor."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    networks = {
+        "lora_unet_": with_lora(pipeline.unet, [*ATTENTION, "ff.net.2", "conv1"]),
+        "lora_te_text_model_": with_lora(pipeline.text_encoder, ["q_proj", "fc2"]),
+    }
+    written = {}
+    for prefix, state in networks.items():
+        for name, value in state.items():
+            layer, _, matrix = name.removesuffix(".weight").removeprefix("text_model.").rpartition(".")
+            layer = prefix + layer.replace(".", "_")
+            written[f"{layer}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = value.contiguous()
+            written[f"{layer}.alpha"] = torch.tensor(1.5)
+    save_file(written, folder / "kohya.safetensors")
+    return folder / "kohya.safetensors"
+
+
+def text_of(base, lora, more=""):
+    return TEACHER.format(base=base, lora=lora) + more
+
+
+def adopted(base, lora, store):
+    return execute(text_of(base, lora), store)["teacher"].artifact
+
+
+def stock(base, file, scale):
+    """The base in plain diffusers, which adds the LoRA's output to that of each layer."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="it")
+    pipeline.to(torch.float32).set_adapters("it", scale)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module", params=["peft", "text", "half", "kohya"])
+def file(request, base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "kohya":
+        return kohya_file(folder, base)
+    half = torch.float16 if request.param == "half" else torch.float32
+    return peft_file(folder, base, text=request.param == "text", dtype=half)
+
+
+def test_the_sealed_teacher_predicts_as_plain_diffusers_with_the_lora(base, file, tmp_path):
+    sealed = adopted(base, f"weights: {file}, scale: 0.8", tmp_path / "store")
+    assert {path.name for path in sealed.folder.iterdir()} == {
+        "artifact.json", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler",
+    }  # fmt: skip
+    assert sorted(path.name for path in (sealed.folder / "unet").iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    teacher, plain = StableDiffusion(sealed.folder), stock(base, file, 0.8)
+    condition = teacher.encode_prompts(["a", "b"])
+    states = plain.encode_prompt(["a", "b"], "cpu", 1, False)[0]
+    torch.testing.assert_close(condition.tensors["text"], states, rtol=0, atol=1e-5)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = plain.unet(z, 500, states).sample
+        found = teacher.predict(teacher.network, z, teacher.on_device(teacher.schedule.at(500)), condition)
+        without = StableDiffusion(base).network(z, 500, states).sample
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - without).abs().max() > 0.05  # the LoRA changes something
+
+
+def test_a_lora_in_half_precision_is_fused_in_float32(base, tmp_path):
+    file = peft_file(tmp_path, base, dtype=torch.float16)
+    sealed = adopted(base, f"weights: {file}", tmp_path / "store")
+    lora, before, after = (
+        load_file(path)
+        for path in (
+            file,
+            base / "unet/diffusion_pytorch_model.safetensors",
+            sealed.folder / "unet/diffusion_pytorch_model.safetensors",
+        )
+    )
+    assert before.keys() == after.keys()
+    name = next(name for name in lora if name.endswith("to_q.lora.down.weight")).removeprefix("unet.")
+    up, down = (lora[f"unet.{name}".replace("down.weight", f"{one}.weight")].float() for one in ("up", "down"))
+    weight = name.replace("lora.down.weight", "weight")
+    torch.testing.assert_close(after[weight], before[weight] + 6 / 3 * up @ down, rtol=0, atol=1e-7)
+
+
+def test_pairs_and_card_are_those_of_the_base_with_the_lora(base, tmp_path):
+    file = peft_file(tmp_path, base, text=True)
+    (tmp_path / "prompts.txt").write_text("a\nb\nab\nba\n" * 2)
+    more = (PAIRS + STUDENT).replace("PROMPTS", str(tmp_path / "prompts.txt"))
+    made = execute(text_of(base, f"weights: {file}, scale: 0.5", more), tmp_path / "store")
+    batch = PairReader(read_list(made["pairs"].artifact.folder)).batch(np.arange(8))
+    plain = stock(base, file, 0.5)
+    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    noise = torch.from_numpy(batch.noise)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    latents = plain(list(batch.prompts), latents=noise, **settings).images
+    torch.testing.assert_close(torch.from_numpy(batch.latent), latents, rtol=0, atol=1e-4)
+    card = (made["student"].artifact.folder / "README.md").read_text()
+    assert f"with the LoRA {file} at scale 0.5 (licence: not stated) solved by" in card
+    assert f"({base}; teacher/{made['teacher'].artifact.fingerprint}; licence: not stated)" in card
+
+
+def test_the_record_names_base_and_lora(base, tmp_path):
+    folder = tmp_path / "repository"
+    peft_file(folder, base)
+    (folder / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    about = adopted(base, f"weights: {folder}, scale: -1", tmp_path / "store").record["metrics"]
+    lora = {"source": f"{folder}/pytorch_lora_weights.safetensors", "revision": None, "scale": -1.0}
+    assert about == {"source": str(base), "revision": None, "licence": None, "lora": lora | {"licence": "openrail++"}}
+
+
+def test_scale_and_content_decide_the_fingerprint_and_the_name_does_not(base, tmp_path):
+    def fingerprint(lora):
+        return plan_of(text_of(base, lora), tmp_path / "store")["teacher"].artifact.fingerprint
+
+    file = peft_file(tmp_path, base)
+    other = shutil.copyfile(file, tmp_path / "other.safetensors")
+    plain = plan_of(text_of(base, "").replace("lora: {}, ", ""), tmp_path / "store")["teacher"].artifact.fingerprint
+    assert len({plain, *(fingerprint(f"weights: {file}, scale: {scale}") for scale in (1.0, 0.8))}) == 3
+    assert fingerprint(f"weights: {file}") == fingerprint(f"weights: {other}")
+    save_file({name: 2 * value for name, value in load_file(file).items()}, other)
+    assert fingerprint(f"weights: {file}") != fingerprint(f"weights: {other}")
+    commit = f"weights: owner/name, revision: {'a' * 40}"
+    planned = plan_of(text_of(base, commit), tmp_path / "store")["teacher"]
+    assert planned.state == "run" and planned.contents["lora.weights"] == "hub:" + "a" * 40
+
+
+def test_a_worker_that_takes_over_fuses_nothing_twice(base, tmp_path):
+    file = peft_file(tmp_path, base)
+    folder = shutil.copytree(base, tmp_path / "copy")
+    bytes_of = []
+    for _ in range(2):
+        list(fuse(folder, file, 1.0, tmp_path / "fused", 1))
+        bytes_of.append((tmp_path / "fused/unet/diffusion_pytorch_model.safetensors").read_bytes())
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_a_second_attempt_seals_the_same_bytes(base, tmp_path):
+    file = peft_file(tmp_path, base)
+    text = text_of(base, f"weights: {file}")
+    first = execute(text, tmp_path / "store")["teacher"].artifact
+    before = first.sha256
+    again = execute(text, tmp_path / "store", force=["teacher"])["teacher"].artifact
+    assert again.folder == first.folder and again.sha256 == before
+
+
+def test_planning_imports_no_torch(base, tmp_path, write_manifest):
+    manifest = write_manifest(text_of(base, f"weights: {peft_file(tmp_path, base)}"))
+    arguments = ["plan", manifest, "--store", tmp_path / "store"]
+    done = subprocess.run([sys.executable, "-c", BLOCKER, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "teacher" in done.stdout, done.stderr
+
+
+# --- What is refused --------------------------------------------------------------------------------------
+
+
+def changed(base, folder, change):
+    """A LoRA file with other tensors: `change` makes them of those of a valid file."""
+    file = peft_file(folder, base)
+    save_file(change(load_file(file)), folder / "my_style.safetensors")
+    return folder / "my_style.safetensors"
+
+
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): value for name, value in tensors.items()}
+
+
+def wider(tensors):
+    """Cross attention of a base with other text states, such as SDXL's."""
+    return {n: torch.randn(3, 2048) if "attn2.to_v.lora.down" in n else v for n, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (wider, r"another base: its layer unet.*attn2.to_v has weights of \d+ x 2048, the teacher's has \d+ x 32$"),
+        (renamed("mid_block", "middle"), r"another base: \d of its layers are not in the teacher, such as unet.middle"),
+        (renamed("unet.", "transformer."), "another base: none of its layers is in the teacher, such as transformer."),
+        (renamed("unet.", ""), "another base: none of its layers is in the teacher, such as "),
+        (renamed("unet.", "text_encoder_2."), "another base: none of its layers is in the teacher, such as text_enc"),
+        (lambda tensors: {"conv_in.weight": torch.zeros(2)}, "not a LoRA: it holds conv_in.weight and the like, not"),
+        (lambda tensors: {}, "is not a LoRA: it holds nothing, not layers of a LoRA"),
+        (lambda tensors: tensors | {"unet.conv_in.weight": torch.zeros(2)}, "reads: it holds unet.conv_in.weight"),
+        (lambda tensors: tensors | {"unet.conv_in.dora_scale": torch.zeros(2)}, "is a DoRA, whose scales diffusers"),
+        (lambda tensors: {"lora_unet_mid_block.hada_w1_a": torch.zeros(2)}, "is not a LoRA that diffusers reads: "),
+        (renamed("lora.up", "lora.side"), "is not a LoRA that diffusers reads: "),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(base, tmp_path, change, words):
+    file = changed(base, tmp_path, change)
+    with pytest.raises(StageError, match=f"my_style.safetensors is .*{words}") as caught:
+        list(fuse(base, file, 1.0, tmp_path / "fused", 1))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "fused").exists()
+
+
+def test_a_lora_of_another_base_stops_the_run(base, tmp_path, write_manifest):
+    manifest = write_manifest(text_of(base, f"weights: {changed(base, tmp_path, wider)}"))
+    done = retort("submit", manifest, "--store", tmp_path / "store", "--engine", "inline")
+    assert done.returncode == 1
+    assert "my_style.safetensors is a LoRA for another base: its layer unet." in done.stderr
+
+
+def test_a_family_without_lora_is_refused(base, tmp_path):
+    DDPMPipeline(unet=pixel_unet(), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    with pytest.raises(StageFailed, match="a DDPMPipeline loads no LoRA weights"):
+        adopted(tmp_path / "ddpm", f"weights: {peft_file(tmp_path, base)}", tmp_path / "store")
+
+
+def test_a_file_of_another_format_is_refused(base, tmp_path):
+    (tmp_path / "it.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(StageFailed, match="it.safetensors is not a safetensors file; Retort reads LoRA weights in no"):
+        adopted(base, f"weights: {tmp_path / 'it.safetensors'}", tmp_path / "store")
+    with pytest.raises(ManifestError, match=r"pytorch_lora_weights.bin may hold a pickle, .* give a safetensors file"):
+        plan_of(text_of(base, "weights: x/pytorch_lora_weights.bin"), tmp_path / "store")
+
+
+def test_a_missing_file_blocks_the_plan(base, tmp_path):
+    def why(lora):
+        planned = plan_of(text_of(base, f"weights: {lora}"), tmp_path / "store")["teacher"]
+        assert planned.state == "blocked"
+        return planned.why
+
+    assert why(tmp_path / "no.safetensors") == f"{tmp_path}/no.safetensors does not exist"
+    for relative in ("no.safetensors", "loras/no.safetensors"):
+        assert why(relative).startswith(f"'{relative}' is neither a file or folder that exists nor a hub id")
+
+
+def test_a_folder_needs_one_file_or_the_name_of_one(base, tmp_path):
+    folder = tmp_path / "loras"
+    first = peft_file(folder, base)
+    (folder / "notes.txt").write_text("not read")
+    lora = f"weights: {folder}"
+    expected = adopted(base, lora, tmp_path / "store").record["files"]
+    shutil.copyfile(first, folder / "other.safetensors")
+    with pytest.raises(ManifestError, match=r"holds other.safetensors, pytorch_lora.*; .* one .*, named by `file`"):
+        plan_of(text_of(base, lora), tmp_path / "store")
+    with pytest.raises(ManifestError, match=r"holds no third.safetensors, but other.safetensors, pytorch_lora"):
+        plan_of(text_of(base, f"{lora}, file: third.safetensors"), tmp_path / "store")
+    chosen = adopted(base, f"{lora}, file: other.safetensors", tmp_path / "store").record
+    assert chosen["files"] == expected
+    assert chosen["metrics"]["lora"]["source"] == f"{folder}/other.safetensors"
+    for file in ("../other.safetensors", "/other.safetensors", "other.bin"):
+        with pytest.raises(ManifestError, match="is not the name of a safetensors file in the folder"):
+            plan_of(text_of(base, f"{lora}, file: {file}"), tmp_path / "store")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ManifestError, match="loras holds no safetensors file; Retort reads one safetensors file"):
+        plan_of(text_of(base, lora), tmp_path / "store")
+
+
+def test_a_lora_needs_a_base(tmp_path, write_manifest):
+    manifest = write_manifest("name: a\nstages: {t: {kind: teacher, train: {dataset: digits}, lora: {weights: x}}}")
+    done = retort("plan", manifest, "--store", tmp_path / "store")
+    assert done.returncode == 2 and "lora needs `from`, the base that it changes" in done.stderr
+
+
+def test_the_settings_of_a_lora_are_those_of_the_manifest(base, tmp_path):
+    file = peft_file(tmp_path, base)
+    settings = adopted(base, f"weights: {file}, scale: 0.8", tmp_path / "store").record["settings"]["lora"]
+    assert json.loads(json.dumps(settings)) == {"weights": str(file), "scale": 0.8}

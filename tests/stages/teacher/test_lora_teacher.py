@@ -9,16 +9,25 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from pipeline.errors import ManifestError, StageFailed
 from stages.base import StageError
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
+from stages.networks import build
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.teacher.lora import fuse
 from tests.support.cli import BLOCKER, ROOT, retort
@@ -256,6 +265,69 @@ def test_planning_imports_no_torch(base, tmp_path, write_manifest):
     arguments = ["plan", manifest, "--store", tmp_path / "store"]
     done = subprocess.run([sys.executable, "-c", BLOCKER, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "teacher" in done.stdout, done.stderr
+
+
+def sdxl(folder):
+    """A small pipeline of SDXL's layout, with random weights."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = CLIPTextConfig(**size, vocab_size=10, projection_dim=32)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
+    tokenizer = StableDiffusion(stable_diffusion_layout(folder / "sd")).tokenizer
+    encoders = {"text_encoder": CLIPTextModel(config), "text_encoder_2": CLIPTextModelWithProjection(config)}
+    vae = build.autoencoder(16, (8, 16))
+    rest = {"vae": vae, "tokenizer": tokenizer, "tokenizer_2": tokenizer, "scheduler": DDIMScheduler()}
+    StableDiffusionXLPipeline(unet=unet, **encoders, **rest).save_pretrained(folder / "sdxl")
+    return folder / "sdxl"
+
+
+SDXL = {
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k":
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+    "lora_unet_output_blocks_0_1_proj_in": "unet.up_blocks.0.attentions.0.proj_in",
+    "lora_unet_input_blocks_1_0_in_layers_2": "unet.down_blocks.0.resnets.0.conv1",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1": "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj":
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj",
+}  # fmt: skip
+"""Layers of kohya's LoRAs of SDXL, which have the names of Stability's own code, and where they are in diffusers."""
+
+
+def weights_of(folder, component):
+    """By names without `text_model.`, which the files of one release of transformers have and those of another not."""
+    (file,) = folder.joinpath(component).glob("*.safetensors")
+    return {f"{component}.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
+
+
+def test_a_lora_of_sdxl_in_kohyas_format_changes_the_layers_that_it_names(tmp_path):
+    folder, written, change = sdxl(tmp_path), {}, {}
+    components = ("unet", "text_encoder", "text_encoder_2")
+    before = {name: value for one in components for name, value in weights_of(folder, one).items()}
+    for rank, (layer, there) in enumerate(SDXL.items(), start=2):
+        weight = f"{there}.weight".replace("text_model.", "")
+        outward, inward, *kernel = before[weight].shape
+        down, up = torch.randn(rank, inward, *kernel), torch.randn(outward, rank, *[1] * len(kernel))
+        written |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+        written[f"{layer}.alpha"] = torch.tensor(1.0 + rank)
+        change[weight] = 0.5 * (1 + rank) / rank * (up.flatten(1) @ down.flatten(1)).view(before[weight].shape)
+    save_file(written, tmp_path / "it.safetensors")
+    list(fuse(folder, tmp_path / "it.safetensors", 0.5, tmp_path / "fused", 1))
+    after = {name: value for one in components for name, value in weights_of(tmp_path / "fused", one).items()}
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name] + change.get(name, 0), rtol=0, atol=1e-5)
 
 
 # --- What is refused --------------------------------------------------------------------------------------

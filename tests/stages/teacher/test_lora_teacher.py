@@ -1,10 +1,12 @@
 """Teachers that are a base with a LoRA fused into its weights."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,7 +93,7 @@ def peft_file(folder, base, text=False, dtype=torch.float32, targets=ATTENTION +
     return folder / "pytorch_lora_weights.safetensors", pipeline
 
 
-def kohya_file(folder, base):
+def kohya_file(folder, base, dtype=torch.float32):
     """A file as kohya's sd-scripts write it, underscores for dots, alpha as a tensor, and a pipeline with the LoRA."""
     pipeline = StableDiffusionPipeline.from_pretrained(base)
     written = {}
@@ -99,7 +101,7 @@ def kohya_file(folder, base):
         ("lora_unet_", pipeline.unet, [*ATTENTION, "ff.net.2", "conv1"], {"conv1": 0.5}),
         ("lora_te_text_model_", pipeline.text_encoder, ["q_proj", "fc2"], {}),
     ):
-        for name, value in with_lora(network, targets, alpha=1.5).items():
+        for name, value in with_lora(network, targets, alpha=1.5, dtype=dtype).items():
             layer, _, matrix = name.removesuffix(".weight").removeprefix("text_model.").rpartition(".")
             own = alpha.get(layer.rpartition(".")[2], 1.5)
             network.get_submodule(layer).scaling["default"] = own / 3
@@ -134,6 +136,7 @@ FILES = {
     "scripts": partial(peft_file, targets=ATTENTION, text=True, convert=convert_state_dict_to_diffusers),
     "half": partial(peft_file, dtype=torch.float16),
     "kohya": kohya_file,
+    "kohya_half": partial(kohya_file, dtype=torch.float16),
 }
 Z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -251,13 +254,24 @@ def test_a_worker_that_takes_over_fuses_nothing_twice(base, tmp_path):
     assert bytes_of[0] == bytes_of[1]
 
 
-def test_a_second_attempt_seals_the_same_bytes(base, tmp_path):
-    file, _ = peft_file(tmp_path, base)
-    text = text_of(base, f"weights: {file}")
-    first = execute(text, tmp_path / "store")["teacher"].artifact
-    before = first.sha256
-    again = execute(text, tmp_path / "store", force=["teacher"])["teacher"].artifact
-    assert again.folder == first.folder and again.sha256 == before
+def test_an_attempt_after_a_kill_between_two_networks_seals_the_same_bytes(base, tmp_path, monkeypatch):
+    file, _ = peft_file(tmp_path, base, text=True)
+    text, moved, replace = text_of(base, f"weights: {file}"), [], os.replace
+
+    def killed(source, target):
+        if "fused" in Path(source).parts:
+            moved.append(source)
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        execute(text, tmp_path / "killed")
+    left = next((tmp_path / "killed" / "work").rglob("unet/diffusion_pytorch_model.safetensors"))
+    assert len(moved) == 2 and left.exists()
+    again = execute(text, tmp_path / "killed")["teacher"].artifact
+    assert again.sha256 == execute(text, tmp_path / "other")["teacher"].artifact.sha256
 
 
 def test_planning_imports_no_torch(base, tmp_path, write_manifest):

@@ -71,8 +71,10 @@ def _hub_commit(repository: str, revision: str | None) -> str:
     """Return the current commit of a hub repository. A full commit is returned without a request to the hub."""
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return f"hub:{revision}"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        return Unknown(f"{repository!r} is neither a folder nor a hub id; give a folder that exists, or owner/name")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or repository.endswith(".safetensors"):
+        return Unknown(
+            f"{repository!r} is neither a file or folder that exists nor a hub id; give a path, or owner/name"
+        )
     from huggingface_hub import HfApi
 
     try:

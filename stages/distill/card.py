@@ -34,9 +34,7 @@ def card(
     begun = f"It went on from distill/{start.fingerprint}." if start else "It began with the teacher's weights."
     if recipe.origin:
         about = recipe.origin.about
-        commit = f" at {about['revision']}" if about.get("revision") else ""
-        licence = about.get("licence") or "not stated"
-        begun = f"It began with the network of {about['source']}{commit} (licence: {licence})."
+        begun = f"It began with the network of {about['source']}{_at(about)} (licence: {_stated(about)})."
     if training.lora:
         begun += f" LoRA weights of rank {training.lora.rank} were trained; all others are the teacher's."
     samples = " and ".join(f"{count} {stream}" for stream, count in counts.items())
@@ -48,10 +46,10 @@ license: {_licence(taught_by)}
 
 Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(recipe.method)}`, {training.steps} steps of
 {training.batch_size}, from {samples}{f" ({names})" if names else ""} of a teacher
-({_origin(taught_by)}){_solved(data)}.
+{_origin(taught_by)}{_solved(data)}.
 {begun} {_guidance(form)}
 
-{_looked_through(recipe.inputs)}{_quality(recipe.held_out, figures)}{_call(form, teacher, training.lora)}
+{_looked_through(recipe.inputs)}{_quality(recipe.held_out, figures)}{_call(form, teacher, taught_by, training.lora)}
 """
 
 
@@ -67,12 +65,12 @@ tags: [lora]
 # {_counted(form.steps)}-step LoRA
 
 The difference between a student (distill/{student.fingerprint}, by Retort) and its teacher
-({_origin(teacher)}), as a LoRA of rank {rank}. {_guidance(form)}
+{_origin(teacher)}, as a LoRA of rank {rank}. {_guidance(form)}
 
 {cost}
 
 ```python
-{code}
+{_loading(code, teacher)}
 ```
 """
 
@@ -84,11 +82,38 @@ def _licence(teacher: Artifact) -> str:
 
 
 def _origin(teacher: Artifact) -> str:
-    """Return where a teacher comes from, its fingerprint and its licence, in a clause."""
+    """Return where a teacher comes from, its fingerprint, its licence, and the LoRA that is fused into it."""
     about = teacher.record.get("metrics", {})
-    at = f" at {about['revision']}" if about.get("revision") else ""
-    licence = about.get("licence") or "not stated"
-    return f"{about.get('source') or 'trained by Retort'}{at}; teacher/{teacher.fingerprint}; licence: {licence}"
+    source = about.get("source") or "trained by Retort"
+    lora = about.get("lora")
+    fused = ""
+    if lora:
+        fused = f"\nwith the LoRA {lora['source']}{_at(lora)} at scale {lora['scale']:g} (licence: {_stated(lora)})"
+    return f"({source}{_at(about)}; teacher/{teacher.fingerprint}; licence: {_stated(about)}){fused}"
+
+
+def _at(about: Mapping[str, Any]) -> str:
+    """Return a clause on the commit of a source, or nothing if it has none."""
+    return f" at {about['revision']}" if about.get("revision") else ""
+
+
+def _stated(about: Mapping[str, Any]) -> str:
+    return about.get("licence") or "not stated"
+
+
+def _loading(code: str, teacher: Artifact) -> str:
+    """Return lines of code that load "THE TEACHER", completed by its hub id and by the LoRA that is fused into it."""
+    about = teacher.record.get("metrics", {})
+    first = 'from_pretrained("THE TEACHER")\n'
+    found = first
+    if about.get("revision"):
+        found = f'from_pretrained("{about["source"]}", revision="{about["revision"]}")\n'
+    if about.get("lora"):
+        found += (
+            f'pipeline.load_lora_weights("{about["lora"]["source"]}")\n'
+            f"pipeline.fuse_lora(lora_scale={about['lora']['scale']:g})\npipeline.unload_lora_weights()\n"
+        )
+    return code.replace(first, found)
 
 
 def _counted(steps: int) -> str:
@@ -103,7 +128,7 @@ def _quality(held_out: int, figures: Mapping[str, Any]) -> str:
     return f"Mean squared error to the teacher's latents on {held_out} held-out pairs: {error:.4f}.\n\n"
 
 
-def _call(form: Form, teacher: Adapter, lora: LoraSettings | None) -> str:
+def _call(form: Form, teacher: Adapter, taught_by: Artifact, lora: LoraSettings | None) -> str:
     """Return the code that samples the student with plain diffusers, or a sentence that says why that is impossible."""
     grid = Grid.of(form, teacher.schedule)
     scheduler = teacher.student_scheduler(form, grid)
@@ -117,7 +142,7 @@ def _call(form: Form, teacher: Adapter, lora: LoraSettings | None) -> str:
             f"Not for plain diffusers: {without}. `retort sample` draws with it. With `training.lora.merged: true`, it "
             "is written as a whole pipeline."
         )
-    return f"```python\n{teacher.usage(form, type(scheduler).__name__, as_lora)}\n```"
+    return f"```python\n{_loading(teacher.usage(form, type(scheduler).__name__, as_lora), taught_by)}\n```"
 
 
 def _solved(data: Sequence[Artifact]) -> str:

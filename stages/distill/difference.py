@@ -64,7 +64,10 @@ def _problem(student: Student, teacher: Adapter, scheduler: Any) -> str | None:
     same = all(name in theirs and value.shape == theirs[name].shape for name, value in ours.items())
     if not same or any(value.any() for value in further):  # a guidance embedding of zeros does nothing
         return "the student's network has other sizes than the teacher's (`start:`): a LoRA needs equal sizes"
-    alone = teacher.lora_error(student.form) or teacher.plain_error(student.form, student.grid, scheduler)
+    unloaded = teacher.lora_error(student.form)
+    if unloaded:
+        return f"plain diffusers cannot load the student as a LoRA: {unloaded}"
+    alone = teacher.plain_error(student.form, student.grid, scheduler)
     return f"plain diffusers cannot sample this student: {alone}" if alone else None
 
 

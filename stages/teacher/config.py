@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path, PurePath
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from stages.base import Choice, Config
+from stages.base import Choice, Config, Content, StageError
 from stages.data.images.config import IMAGE_SETS, ImageSet
 from stages.diffusion.prediction import Prediction
 from stages.training import TrainingSettings
 
 TIMESTEPS = 1000
 """Number of timesteps of a teacher that Retort trains. Its noise schedule is Stable Diffusion's."""
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+"""Suffixes of files of weights that PyTorch writes as pickles."""
 
 
 class VaeSettings(Config):
@@ -69,6 +73,51 @@ class TrainedTeacher(Config):
     def latent_size(self) -> int:
         """Side of a latent: the side of an image, halved at each level of the autoencoder after the first."""
         return self.dataset.size >> (len(self.vae.channels) - 1)
+
+
+class TeacherLora(Config):
+    """A LoRA that is fused into the weights of the pipeline in `from`. Weights W become W + scale * alpha / rank * B A,
+    with A, B, alpha and rank of the file (Hu et al. 2021, 2106.09685, section 4.1)."""
+
+    weights: Annotated[str, Content("revision", files=("**/*.safetensors",))] = Field(
+        description="a safetensors file, or a folder or hub id that holds one, in a format that diffusers loads"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of the hub id")
+    file: str | None = Field(
+        None, description="name of the safetensors file, if the folder or the hub repository holds several"
+    )
+    scale: float = Field(1.0, description="factor of the change of the weights, as lora_scale in diffusers")
+
+    @field_validator("weights")
+    @classmethod
+    def _no_pickle(cls, weights: str) -> str:
+        if PurePath(weights).suffix in PICKLES:
+            raise ValueError(f"{weights} may hold a pickle, which can run code; give a safetensors file")
+        return weights
+
+    @field_validator("file")
+    @classmethod
+    def _inside(cls, file: str) -> str:
+        path = PurePath(file)
+        if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{file} is not the name of a safetensors file in the folder or repository")
+        return file
+
+    def found_in(self, source: Path) -> Path:
+        """Return the LoRA's file: `source` itself, or one in the folder `source`.
+
+        Raises StageError if the folder does not hold `file`, or without `file` not exactly one safetensors file."""
+        if not source.is_dir():
+            return source
+        files = sorted(source.glob("*.safetensors"))
+        names = ", ".join(file.name for file in files) or "no safetensors file"
+        if self.file:
+            files = [source / self.file]
+        if len(files) != 1:
+            raise StageError(f"{self.weights} holds {names}; Retort reads one safetensors file, named by `file`")
+        if not files[0].is_file():
+            raise StageError(f"{self.weights} holds no {self.file}, but {names}")
+        return files[0]
 
 
 class GaussianSettings(Config):

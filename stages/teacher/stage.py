@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -17,7 +18,7 @@ from stages.networks.adapter import IGNORED, INDEX, Adapter
 from stages.networks.adapters import adapter_of, checked, checked_index, files_of
 from stages.networks.stable_diffusion_xl import MICRO_CONDITIONING, MicroConditioning
 from stages.registry import PluginError
-from stages.teacher.config import TIMESTEPS, GaussianSettings, TrainedTeacher
+from stages.teacher.config import TIMESTEPS, GaussianSettings, TeacherLora, TrainedTeacher
 from stages.training import TrainingExecution
 from stages.training.players import training_progress
 
@@ -51,6 +52,9 @@ class Teacher(Stage):
         description="sizes on which a Stable Diffusion XL teacher is conditioned, in pixels; default: its images are "
         "neither resized nor cropped",
     )
+    lora: Annotated[TeacherLora | None, Neutral()] = Field(
+        None, description="a LoRA of the pipeline in `from`; it is fused into the weights"
+    )
     gaussian: GaussianSettings | None = Field(
         None, description="an exact teacher of normal data without a network, for tests"
     )
@@ -63,7 +67,7 @@ class Teacher(Stage):
         given = [name for name in ("train", "from_", "gaussian") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of train, from and gaussian, not {len(given)} of them")
-        for name in ("revision", "micro_conditioning"):
+        for name in ("revision", "lora", "micro_conditioning"):
             if getattr(self, name) and not self.from_:
                 raise ValueError(f"{name} needs `from`")
         return self
@@ -73,6 +77,11 @@ class Teacher(Stage):
         conditioned = ask(source, lambda adapter, _folder: adapter.MICRO_CONDITIONING)
         if self.micro_conditioning and conditioned is False:
             yield "micro_conditioning", NOT_CONDITIONED
+        if self.lora:
+            try:
+                self.lora.found_in(Path(self.lora.weights))
+            except StageError as error:
+                yield "lora.weights", str(error)
 
     def guidance_error(self, as_input: bool, sealed: Path) -> str | None:
         """Return why the teacher does not support guidance, as text. None if it does, or if that is not known yet.
@@ -122,13 +131,13 @@ class Teacher(Stage):
             (context.output / "gaussian.json").write_text(text, encoding="utf-8")
             return {}
         if self.from_:
-            metrics = adopt(self.from_, context.contents["from_"], context.output)
+            about = adopt(self.from_, context.contents["from_"], context.output)
             if self.micro_conditioning:
                 if not adapter_of(context.output).MICRO_CONDITIONING:
                     raise StageError(f"micro_conditioning: {NOT_CONDITIONED}")
                 text = self.micro_conditioning.model_dump_json(exclude_defaults=True)
                 (context.output / MICRO_CONDITIONING).write_text(text + "\n", encoding="utf-8")
-            return metrics
+            return {**about, "lora": _fuse(self.lora, context)} if self.lora else about
         return context.run(_train, self.train, context.seed, self.execution, context.output, context.threads)
 
 
@@ -146,12 +155,38 @@ def _train(*arguments: Any) -> Any:
     return train_teacher(*arguments)
 
 
+def _fuse(lora: TeacherLora, context: StageContext) -> Mapping[str, Any]:
+    """Fuse `lora` into the pipeline in the stage's folder. Return the LoRA's source, commit, scale and licence.
+
+    A worker writes the changed weights to a folder of their own. They replace the pipeline's when they are complete, so
+    that a second worker, which takes over from a lost one, does not fuse the LoRA twice. Raises StageError."""
+    commit = _commit(context.contents["lora.weights"])
+    source = Path(lora.weights)
+    if commit:
+        source = _snapshot(lora.weights, commit, [lora.file or "*.safetensors", "README.md"])
+    file = lora.found_in(source)
+    scratch = context.output / SCRATCH
+    scratch.mkdir(exist_ok=True)
+    copy = Path(shutil.copyfile(file, scratch / file.name))  # the worker may be on another machine
+    context.run(_fuse_on_worker, context.output, copy, lora.scale, scratch / "fused", context.threads)
+    for weights in (scratch / "fused").glob("*/*.safetensors"):
+        os.replace(weights, context.output / weights.relative_to(scratch / "fused"))
+    name = lora.weights if file == source else f"{lora.weights}/{file.relative_to(source)}"
+    return {"source": name, "revision": commit, "scale": lora.scale, "licence": _licence(source)}
+
+
+def _fuse_on_worker(*arguments: Any) -> Any:
+    from stages.teacher.lora import fuse
+
+    return fuse(*arguments)
+
+
 def adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
     """Copy the pipeline `source` to `output`. Download a hub repository at the commit in `identity`.
 
     Returns the source, its commit and its licence. Raises StageError if the pipeline is unsupported or cannot be
     downloaded."""
-    commit = identity.removeprefix("hub:") if identity.startswith("hub:") else None
+    commit = _commit(identity)
     folder = _download(source, commit) if commit else Path(FROM.source(source))
     found = checked(folder)
     for pattern in found.FILES:
@@ -165,15 +200,22 @@ def adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
     return {"source": source, "revision": commit, "licence": _licence(folder)}
 
 
+def _commit(identity: str) -> str | None:
+    """Return the commit in the identity of a content, or None if the content is not on the hub."""
+    return identity.removeprefix("hub:") if identity.startswith("hub:") else None
+
+
 def _download(source: str, commit: str) -> Path:
+    files = checked_index(_snapshot(source, commit, [INDEX])).FILES
+    return _snapshot(source, commit, [*files, "README.md"])
+
+
+def _snapshot(source: str, commit: str, patterns: Sequence[str]) -> Path:
+    """Download the files of a hub repository that match a pattern. Raises StageError if that fails."""
     from huggingface_hub import snapshot_download
 
     try:
-        index = Path(snapshot_download(source, revision=commit, allow_patterns=[INDEX]))
-        files = checked_index(index).FILES
-        return Path(snapshot_download(source, revision=commit, allow_patterns=[*files, "README.md"]))
-    except StageError:
-        raise
+        return Path(snapshot_download(source, revision=commit, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises many kinds; all mean: not reached, or not found
         first = (str(error).strip() or "no reason given").splitlines()[0]
         raise StageError(

@@ -84,7 +84,10 @@ def test_other_families_are_refused_in_a_sentence_that_says_what_is_supported(pi
             (tmp_path / "x.safetensors", "--single-file"),
             "PixelDiffusion students, only for those of Stable Diffusion",
         ),
-        ((tmp_path / "x", "--lora", 4), "diffusers loads no LoRA into PixelDiffusion teachers, only into Stable Diff"),
+        (
+            (tmp_path / "x", "--lora", 4),
+            "cannot load the student as a LoRA: the pipelines of its teacher's family load no LoRA",
+        ),
     ):
         done = retort("export", pixels, *options)
         assert done.returncode == 2 and words in done.stderr and not options[0].exists(), done.stderr

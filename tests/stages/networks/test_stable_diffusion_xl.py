@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from pipeline.errors import ManifestError, StageFailed
 from stages.data.pool import read_list
@@ -203,6 +204,15 @@ def test_a_whole_pipeline(folder, tmp_path):
         image = tmp_path / f"{stage}.png"
         drawn = retort("sample", f"whole/{stage}", "--store", store, "-p", "a", "-n", 2, "-o", image)
         assert drawn.returncode == 0 and Image.open(image).size[1] == 16, drawn.stderr
+    out = tmp_path / "student.safetensors"
+    done = retort("export", "whole/student", out, "--single-file", "--store", store)
+    assert done.returncode == 0 and "in 1 step with DDIM" in done.stdout, done.stderr
+    names = set(load_file(out))
+    assert {"v_pred", "conditioner.embedders.1.model.ln_final.weight"} < names
+    assert "model.diffusion_model.label_emb.0.0.weight" in names
+    done = retort("export", "whole/student", tmp_path / "lora", "--lora", 4, "--store", store)
+    assert done.returncode == 0 and "on 16 held-out pairs" in done.stdout, done.stderr
+    stock(folder).load_lora_weights(tmp_path / "lora")
 
 
 @pytest.mark.parametrize("source", ["a folder", "a hub id"])

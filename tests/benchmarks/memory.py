@@ -4,9 +4,9 @@
 
 Every tensor of whole steps of the training loop is followed, as a fake one, from its making to its end. Prints, in
 Markdown and in GB, what is held between steps (weights, their EMA, both averages of AdamW, the perceptual network of
-Diffusion2GAN), the most that is held at once, and the smallest GPU with room for it. The GPU also holds the text
-encoders and the VAE, and 5 % are added for the allocator's slack and the kernels' workspaces. Also prints the size of
-pairs on disk.
+Diffusion2GAN), the most that is held at once, and in brackets the smallest GPU of GPUS with room for it. The GPU also
+holds the text encoders and the VAE, and 5 % are added for the allocator's slack and the kernels' workspaces. Also
+prints the size of pairs on disk.
 
 Two things are counted as on a GPU. AdamW updates all weights at once, and autocast computes norms in float32. Attention
 is counted as fused, but for R1: its second derivative needs the attention matrices.
@@ -53,7 +53,7 @@ from stages.training.loop import _Run
 
 CHANNELS = 4
 SLACK = 1.05
-GPUS = (24, 40, 80)
+GPUS = (24, 40, 80, 141)
 """Sizes of GPUs in GB."""
 PAIRS = (1, 3, 12)
 """Millions of pairs."""
@@ -97,6 +97,13 @@ TEACHERS = {
         },
     ),
 }
+OPTIONS = {
+    "float32": ("no", False),
+    "float32, checkpointing": ("no", True),
+    "bf16": ("bf16", False),
+    "bf16, checkpointing": ("bf16", True),
+}
+"""Precision, and whether activations are recomputed."""
 METHODS = {"knowledge_distillation": (WITHOUT,), "diffusion2gan": (WITHOUT, WITH)}
 """Method -> the steps that are measured."""
 
@@ -224,7 +231,19 @@ def pair_bytes(side: int, count: int = 16) -> float:
 
 
 def smallest_gpu(most: float, beside: float) -> str:
-    return next((f"{size} GB" for size in GPUS if SLACK * (most + beside) <= size), "none")
+    return next((str(size) for size in GPUS if SLACK * (most + beside) <= size), "none")
+
+
+def rows(published: Published, name: str, micro_batch: int, lora: LoraSettings | None) -> Iterator[Sequence[str]]:
+    """The rows of the table for one method: without R1, and with it if the method has it."""
+    settings = StudentTraining(steps=2 * WITH, batch_size=micro_batch, lora=lora)
+    found = [
+        gigabytes(published, name, settings.model_copy(update={"mixed_precision": precision}), checkpointing)
+        for precision, checkpointing in OPTIONS.values()
+    ]
+    for step in METHODS[name]:
+        cells = [f"{most[step]:.1f} ({smallest_gpu(most[step], published.beside)})" for _, most in found]
+        yield f"{name}, R1" if step == WITH else name, "LoRA" if lora else "all", f"{found[0][0]:.1f}", *cells
 
 
 def main() -> None:
@@ -239,22 +258,10 @@ def main() -> None:
     on_disk = ", ".join(f"{count} M pairs {each * count / 1e6:.2f} TB" for count in PAIRS)
     print(f"{given.teacher}, micro-batch {given.micro_batch}. {sizes(published, given.rank)}.")
     print(f"A pair in float16: {each:,.0f} bytes; {on_disk}.\n")
-    print("| method | trained | precision | checkpointing | between steps | at most | GPU |")
-    print("|---|---|---|---|---|---|---|")
-    choices = product(METHODS, (None, LoraSettings(rank=given.rank)), ("no", "bf16"), (False, True))
-    for name, lora, precision, checkpointing in choices:
-        if given.method not in (None, name):
-            continue
-        training = StudentTraining(steps=32, batch_size=given.micro_batch, mixed_precision=precision, lora=lora)
-        between, most = gigabytes(published, name, training, checkpointing)
-        settings = (
-            "LoRA" if lora else "all",
-            "bf16" if precision == "bf16" else "float32",
-            "yes" if checkpointing else "no",
-        )
-        for step in METHODS[name]:
-            row = (f"{name}, R1" if step == WITH else name, *settings, f"{between:.1f}", f"{most[step]:.1f}")
-            print("|", " | ".join((*row, smallest_gpu(most[step], published.beside))), "|", flush=True)
+    print("| method | trained | between steps |", " | ".join(OPTIONS), "|\n|---|---|---|" + "---|" * len(OPTIONS))
+    for name, lora in product([given.method] if given.method else METHODS, (None, LoraSettings(rank=given.rank))):
+        for row in rows(published, name, given.micro_batch, lora):
+            print("|", " | ".join(row), "|", flush=True)
 
 
 if __name__ == "__main__":

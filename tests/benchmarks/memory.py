@@ -1,0 +1,268 @@
+"""What a training step needs at a published teacher's size, by arithmetic: nothing is computed or allocated.
+
+    python -m tests.benchmarks.memory [--teacher sdxl] [--micro-batch 1] [--rank 64] [--method diffusion2gan]
+
+Every tensor of whole steps of the training loop is followed, as a fake one, from its making to its end. Prints, in
+Markdown and in GB, what is held between steps (weights, their EMA, both averages of AdamW, the perceptual network of
+Diffusion2GAN), the most that is held at once, and in brackets the smallest GPU of GPUS with room for it. The GPU also
+holds the text encoders and the VAE, and 5 % are added for the allocator's slack and the kernels' workspaces. Also
+prints the size of pairs on disk.
+
+Two things are counted as on a GPU. AdamW updates all weights at once, and autocast computes norms in float32. Attention
+is counted as fused, but for R1: its second derivative needs the attention matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stages.data.records import Pair
+from stages.data.shards import write_shard
+from stages.diffusion.schedule import NoiseSchedule
+from stages.losses.augmentation import Augmentation
+from stages.losses.config import Regression
+from stages.losses.perceptual import PerceptualLoss
+from stages.methods.base import Materials, StudentTraining
+from stages.methods.diffusion2gan.config import Diffusion2GANConfig
+from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
+from stages.networks.condition import Condition
+from stages.networks.lora import LoraSettings
+from stages.networks.perceptual import LPIPS, About
+from stages.networks.stable_diffusion import StableDiffusion
+from stages.networks.vgg import VGG
+from stages.training import TrainingExecution
+from stages.training.loop import _Run
+
+CHANNELS = 4
+SLACK = 1.05
+GPUS = (24, 40, 80, 141)
+"""Sizes of GPUs in GB."""
+PAIRS = (1, 3, 12)
+"""Millions of pairs."""
+WITHOUT, WITH = 2, 16
+"""Steps without and with R1, if it is every 16 steps."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A teacher's layout, as its configs give it."""
+
+    side: int
+    """Of its latents."""
+    condition: Mapping[str, tuple[int, ...]]
+    """The shape of each tensor of the condition, without rows."""
+    beside: float
+    """GB of its text encoders and its VAE, in float32."""
+    unet: Mapping[str, Any]
+
+    def network(self) -> UNet2DConditionModel:
+        return UNet2DConditionModel(sample_size=self.side, **self.unet)
+
+
+TEACHERS = {
+    "sd15": Published(64, {"text": (77, 768)}, 0.8, {"cross_attention_dim": 768, "attention_head_dim": 8}),
+    "sdxl": Published(
+        128,
+        {"text": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
+        3.6,
+        {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (320, 640, 1280),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+}
+OPTIONS = {
+    "float32": ("no", False),
+    "float32, checkpointing": ("no", True),
+    "bf16": ("bf16", False),
+    "bf16, checkpointing": ("bf16", True),
+}
+"""Precision, and whether activations are recomputed."""
+METHODS = {"knowledge_distillation": (WITHOUT,), "diffusion2gan": (WITHOUT, WITH)}
+"""Method -> the steps that are measured."""
+
+
+class Held(TorchDispatchMode):
+    """Bytes of all storages made under it and not freed yet, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage())
+        return made
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+class Teacher(StableDiffusion):
+    """Of a published layout, as far as a method asks for it, and without a folder."""
+
+    def __init__(self, published: Published) -> None:
+        self.published, self.network = published, published.network().requires_grad_(False)
+        self.schedule, self.device = NoiseSchedule.stable_diffusion(), torch.device("cpu")
+        self.prediction, self._timesteps = "epsilon", {}
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        rows, shapes = len(prompts), self.published.condition
+        return Condition(rows, {name: torch.zeros(rows, *shape) for name, shape in shapes.items()})
+
+    def release(self) -> None:
+        del self.network  # its place on the device is given back, but for what LoRA networks share
+
+
+@contextmanager
+def fakes() -> Iterator[Held]:
+    """Tensors made here have no data. Norms compute in float32, as under autocast on a GPU."""
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        for owner, name, changed in (
+            (nn.Module, "to", lambda module, *_, **__: module),  # fakes can neither be moved
+            (torch.Tensor, "__deepcopy__", _copied),  # nor copied with their storage
+            (functional, "group_norm", _in_float32(functional.group_norm)),
+            (functional, "layer_norm", _in_float32(functional.layer_norm)),
+        ):
+            stack.enter_context(patch.object(owner, name, changed))
+        yield stack.enter_context(Held())
+
+
+def _copied(tensor: torch.Tensor, _memo: object) -> torch.Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+def _in_float32(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda x, *rest, **named: norm(x.float(), *rest, **named)
+
+
+def gigabytes(
+    published: Published, name: str, training: StudentTraining, gradient_checkpointing: bool
+) -> tuple[float, dict[int, float]]:
+    """Held between steps, and at the worst moment of each of the method's steps."""
+    execution = TrainingExecution(device="cpu", gradient_checkpointing=gradient_checkpointing)
+    with fakes() as held:
+        method = _method(published, name, training)
+        run = _Run(method, execution)
+        for optimizer in run.optimizers.values():
+            optimizer.param_groups[0]["foreach"] = True  # the default on a GPU
+        shape = (training.batch_size, CHANNELS, published.side, published.side)
+        pairs = {"noise": torch.randn(shape), "latent": torch.randn(shape), "prompts": [""] * training.batch_size}
+        most = {}
+        for step in (WITHOUT - 1, *METHODS[name]):  # the first makes the averages of AdamW
+            held.most = held.now
+            for turn in method.turns(step):
+                run.run_turn(turn, lambda _: {"pairs": pairs}, step, 0)
+            most[step] = held.most / 1e9
+        return held.now / 1e9, most
+
+
+def _method(published: Published, name: str, training: StudentTraining) -> Any:
+    materials, plain = Materials(Teacher(published), training), Regression(name="l1")
+    if name == "knowledge_distillation":
+        return KnowledgeDistillationConfig(loss=plain, prediction="epsilon").create(materials)
+    method: Any = Diffusion2GANConfig(loss=plain, prediction="epsilon").create(materials)
+    vgg = VGG(CHANNELS, 64, "latents")
+    heads = [torch.ones(n) for n in vgg.tap_channels]
+    metric = LPIPS(vgg, heads, About("latents", CHANNELS, 64, "random", std=1.0)).requires_grad_(False)
+    metric._looked = True  # fakes have no standard deviation
+    method.distance = PerceptualLoss(metric, Augmentation("bg"))
+    return method
+
+
+def sizes(published: Published, rank: int) -> str:
+    """The numbers of parameters of a network and of the LoRA weights of the default targets."""
+    with fakes() as held:
+        teacher = Teacher(published)
+        whole, size = sum(weight.numel() for weight in teacher.network.parameters()), held.now
+        lora = [weight for weight in teacher.lora_network(LoraSettings(rank=rank)).parameters() if weight.requires_grad]
+        trained = sum(weight.numel() for weight in lora)
+        assert (size, held.now) == (4 * whole, 4 * (whole + trained)), (size, held.now)
+    return f"U-Net: {whole / 1e6:.1f} M parameters; LoRA of rank {rank}: {trained / 1e6:.1f} M"
+
+
+def pair_bytes(side: int, count: int = 16) -> float:
+    """Bytes on disk of one pair in float16, as the mean of a shard and its receipt."""
+    arrays = {name: np.random.default_rng(0).normal(size=(CHANNELS, side, side)) for name in ("noise", "latent")}
+    halves = {name: array.astype(np.float16) for name, array in arrays.items()}
+    with TemporaryDirectory() as folder:
+        write_shard(Path(folder) / "0.tar", [Pair(i, "a prompt", halves) for i in range(count)], {}, {})
+        return sum(file.stat().st_size for file in Path(folder).iterdir()) / count
+
+
+def smallest_gpu(most: float, beside: float) -> str:
+    return next((str(size) for size in GPUS if SLACK * (most + beside) <= size), "none")
+
+
+def rows(published: Published, name: str, micro_batch: int, lora: LoraSettings | None) -> Iterator[Sequence[str]]:
+    """The rows of the table for one method: without R1, and with it if the method has it."""
+    settings = StudentTraining(steps=2 * WITH, batch_size=micro_batch, lora=lora)
+    found = [
+        gigabytes(published, name, settings.model_copy(update={"mixed_precision": precision}), checkpointing)
+        for precision, checkpointing in OPTIONS.values()
+    ]
+    for step in METHODS[name]:
+        cells = [f"{most[step]:.1f} ({smallest_gpu(most[step], published.beside)})" for _, most in found]
+        yield f"{name}, R1" if step == WITH else name, "LoRA" if lora else "all", f"{found[0][0]:.1f}", *cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", choices=TEACHERS, default="sdxl")
+    parser.add_argument("--method", choices=METHODS, help="only this one")
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=64, help="of LoRA")
+    given = parser.parse_args()
+    published = TEACHERS[given.teacher]
+    each = pair_bytes(published.side)
+    on_disk = ", ".join(f"{count} M pairs {each * count / 1e6:.2f} TB" for count in PAIRS)
+    print(f"{given.teacher}, micro-batch {given.micro_batch}. {sizes(published, given.rank)}.")
+    print(f"A pair in float16: {each:,.0f} bytes; {on_disk}.\n")
+    print("| method | trained | between steps |", " | ".join(OPTIONS), "|\n|---|---|---|" + "---|" * len(OPTIONS))
+    for name, lora in product([given.method] if given.method else METHODS, (None, LoraSettings(rank=given.rank))):
+        for row in rows(published, name, given.micro_batch, lora):
+            print("|", " | ".join(row), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

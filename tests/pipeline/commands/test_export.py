@@ -19,9 +19,9 @@ from tests.support.pipelines import execute
 
 def test_one_file_draws_what_the_student_draws(tiny, tmp_path):
     """The file has no scheduler and no guidance embedding: the scheduler is the one that the command names."""
-    store, plan = tiny
+    plan = tiny[1]
     out = tmp_path / "new" / "student.safetensors"
-    done = retort("export", "tiny/student", out, "--single-file", "--store", store)
+    done = retort("export", plan["student"].artifact.folder, out, "--single-file")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         str(out),
@@ -46,7 +46,7 @@ def test_one_file_draws_what_the_student_draws(tiny, tmp_path):
 
 def test_a_lora_is_a_folder_and_its_cost_is_printed(tiny, tmp_path):
     out = tmp_path / "lora"
-    done = retort("export", tiny[1]["student"].artifact.folder, out, "--lora", 4)
+    done = retort("export", "tiny/student", out, "--lora", 4, "--store", tiny[0])
     assert done.returncode == 0, done.stderr
     assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == {
         "README.md",

@@ -5,6 +5,7 @@ docs/methods.md has a table of these tests.
 
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pipeline.views.progress import Quiet
 from stages.networks.student import Student
 from stages.networks.teachers import load_network
 from stages.training import TrainingExecution
+from tests.support.cli import ROOT
 from tests.support.networks import pixel_unet, stable_diffusion_layout, stable_diffusion_xl_layout
 from tests.support.pipelines import execute
 
@@ -114,9 +116,15 @@ def is_trained(name):
     return ".lora_" in name or "/optimizer/" in name or any(part in name for part in added)
 
 
-@pytest.mark.parametrize(("family", "method", "lora"), [
-    *((*case, "full") for case in FULL), *((*case, "lora") for case in LORA)
-])  # fmt: skip
+CASES = [(*case, "full") for case in FULL] + [(*case, "lora") for case in LORA]
+
+
+def test_the_table_in_the_documents_has_every_case():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"`(\w+-\w+-(?:full|lora))`", page)) == sorted("-".join(case) for case in CASES)
+
+
+@pytest.mark.parametrize(("family", "method", "lora"), CASES)
 def test_a_student_is_trained_resumed_and_run_by_diffusers(family, method, lora, pairs, tmp_path):
     made, prediction = pairs(family)
     settings = METHODS[method].replace("TYPE", prediction).replace("EPSILON", str(prediction == "epsilon").lower())

@@ -109,9 +109,12 @@ def _loading(code: str, teacher: Artifact) -> str:
     if about.get("revision"):
         found = f'from_pretrained("{about["source"]}", revision="{about["revision"]}")\n'
     if about.get("lora"):
+        own = about["lora"]
+        folder, _, file = own["source"].rpartition("/")
+        commit = f', revision="{own["revision"]}"' if own.get("revision") else ""
         found += (
-            f'pipeline.load_lora_weights("{about["lora"]["source"]}")\n'
-            f"pipeline.fuse_lora(lora_scale={about['lora']['scale']:g})\npipeline.unload_lora_weights()\n"
+            f'pipeline.load_lora_weights("{folder or "."}", weight_name="{file}"{commit})\n'
+            f"pipeline.fuse_lora(lora_scale={own['scale']:g})\npipeline.unload_lora_weights()\n"
         )
     return code.replace(first, found)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from stages.diffusion.form import Form
 from stages.networks.adapter import Adapter, Unsupported, read_json
+from stages.networks.lora import FILE
 from stages.networks.scaling import to_network, to_vae
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ class StableDiffusion(Adapter):
             return f"""from diffusers import DiffusionPipeline, {scheduler}
 
 pipeline = DiffusionPipeline.from_pretrained("THE TEACHER")
-pipeline.load_lora_weights("THIS FOLDER")
+pipeline.load_lora_weights("THIS FOLDER", weight_name="{FILE}")
 pipeline.scheduler = {scheduler}.from_pretrained("THIS FOLDER", subfolder="scheduler")
 image = pipeline("a prompt", guidance_scale=1.0, {_steps(form)}).images[0]  # guidance is built in"""
         return f"""from diffusers import DiffusionPipeline

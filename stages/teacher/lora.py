@@ -19,7 +19,6 @@ from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
-    get_peft_kwargs,
 )
 from diffusers.utils.state_dict_utils import StateDictType
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -146,11 +145,13 @@ def _part(network: Any, named: dict[str, Tensor], settings: dict[str, Any]) -> P
             named = convert_state_dict_to_peft(named, layout)
         flat = not hasattr(network, "text_model")  # in new releases of transformers
         state = {name.removeprefix("text_model.") if flat else name: value for name, value in named.items()}
-    ranks = {name: value.shape[1] for name, value in state.items() if name.endswith(B)}
-    layers = {name.removesuffix(A) for name in state if name.endswith(A)}
-    if not layers or {name.removesuffix(B) for name in ranks} != layers or not _layers(state) <= layers:
+    ranks = {name.removesuffix(A): len(value) for name, value in state.items() if name.endswith(A)}
+    ups = {name.removesuffix(B) for name in state if name.endswith(B)}
+    if not ranks or ups != ranks.keys() or not _layers(state) <= ranks.keys():
         raise ValueError("not a LoRA")
-    return Part(state, LoraConfig(**(settings or get_peft_kwargs(ranks, None, state))))
+    most = max(ranks.values())
+    own = {"r": most, "lora_alpha": most, "rank_pattern": ranks, "alpha_pattern": ranks, "target_modules": list(ranks)}
+    return Part(state, LoraConfig(**(settings or own)))
 
 
 def _layers(state: Mapping[str, Tensor]) -> set[str]:

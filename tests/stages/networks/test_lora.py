@@ -128,7 +128,7 @@ def test_what_is_exported_is_what_was_trained(merged, teacher, tmp_path):
     assert (tmp_path / "unet").exists() == merged
     pipeline = DiffusionPipeline.from_pretrained(tmp_path if merged else teacher.folder)
     if not merged:
-        pipeline.load_lora_weights(tmp_path)
+        pipeline.load_lora_weights(tmp_path, weight_name=FILE)
         pipeline.scheduler = type(pipeline.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(

@@ -18,6 +18,7 @@ from stages.data.reader import PairReader
 from stages.diffusion.form import Form
 from stages.networks.adapter import Unsupported
 from stages.networks.adapters import checked
+from stages.networks.lora import FILE
 from stages.networks.stable_diffusion_xl import StableDiffusionXL
 from tests.support.cli import BLOCKER, ROOT, retort
 from tests.support.networks import stable_diffusion_xl_layout
@@ -212,7 +213,7 @@ def test_a_whole_pipeline(folder, tmp_path):
     assert "model.diffusion_model.label_emb.0.0.weight" in names
     done = retort("export", "whole/student", tmp_path / "lora", "--lora", 4, "--store", store)
     assert done.returncode == 0 and "on 16 held-out pairs" in done.stdout, done.stderr
-    stock(folder).load_lora_weights(tmp_path / "lora")
+    stock(folder).load_lora_weights(tmp_path / "lora", weight_name=FILE)
 
 
 @pytest.mark.parametrize("source", ["a folder", "a hub id"])

@@ -103,10 +103,10 @@ def kohya_file(folder, base, dtype=torch.float32):
         ("lora_te_text_model_", pipeline.text_encoder, ["q_proj", "fc2"], {}),
     ):
         for name, value in with_lora(network, targets, alpha=1.5, dtype=dtype).items():
-            layer, _, matrix = name.removesuffix(".weight").removeprefix("text_model.").rpartition(".")
-            own = alpha.get(layer.rpartition(".")[2], 1.5)
-            network.get_submodule(layer).scaling["default"] = own / 3
-            layer = prefix + layer.replace(".", "_")
+            place, _, matrix = name.removesuffix(".weight").rpartition(".")
+            own = alpha.get(place.rpartition(".")[2], 1.5)
+            network.get_submodule(place).scaling["default"] = own / 3
+            layer = prefix + place.removeprefix("text_model.").replace(".", "_")
             written[f"{layer}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = value.contiguous()
             written[f"{layer}.alpha"] = torch.tensor(own)
     save_file(written, folder / "kohya.safetensors")

@@ -9,10 +9,11 @@ import click
 from pipeline.commands.console import find_artifact, store_option
 
 
-@click.command(short_help="Export a student as one file, or as a LoRA for its teacher.")
+@click.command(short_help="Export a student as one file, as a pipeline, or as a LoRA for its teacher.")
 @click.argument("student", metavar="ARTIFACT|RUN/STAGE")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--single-file", is_flag=True, help="One .safetensors file for ComfyUI, Automatic1111 and others.")
+@click.option("--pipeline", is_flag=True, help="A diffusers pipeline, with the LoRA of a LoRA student in its weights.")
 @click.option(
     "--lora",
     "rank",
@@ -21,12 +22,13 @@ from pipeline.commands.console import find_artifact, store_option
     help="A folder with a LoRA of this rank. diffusers loads it onto the teacher.",
 )
 @store_option
-def export(student: str, out: Path, single_file: bool, rank: int | None, store: str | None) -> None:
+def export(student: str, out: Path, single_file: bool, pipeline: bool, rank: int | None, store: str | None) -> None:
     """Export a sealed student in another form than its diffusers folder, to OUT, which must not exist yet.
 
     \b
     retort export digits/student student.safetensors --single-file
     retort export digits/student student-lora --lora 64
+    retort export lora/student pipeline --pipeline
 
     A single file holds the network, the VAE and the text encoders in Stable Diffusion's original layout. It holds no
     scheduler: the command prints how to sample it.
@@ -38,8 +40,8 @@ def export(student: str, out: Path, single_file: bool, rank: int | None, store: 
     from pipeline.store import load_artifact
     from stages.base import StageError
 
-    if single_file == (rank is not None):
-        raise UsageError("give either --single-file or --lora RANK")
+    if single_file + pipeline + (rank is not None) != 1:
+        raise UsageError("give one of --single-file, --pipeline and --lora RANK")
     if single_file and out.suffix != ".safetensors":
         raise UsageError(f"{out} should end in .safetensors, by which programs know the format")
     if out.exists():
@@ -49,14 +51,14 @@ def export(student: str, out: Path, single_file: bool, rank: int | None, store: 
         raise UsageError(f"{found.folder} is of kind {found.kind}; only a student can be exported")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if rank is None:
-            from stages.distill.single_file import write_single_file
-
-            how = write_single_file(found, out)
-        else:
+        if rank is not None:
             from stages.distill.difference import write_lora
 
             how = write_lora(found, rank, out)
+        else:
+            from stages.distill.whole import write_pipeline, write_single_file
+
+            how = write_single_file(found, out) if single_file else write_pipeline(found, out)
     except StageError as error:
         raise UsageError(str(error)) from None
     click.echo(f"{out}\n{how}")

@@ -36,7 +36,7 @@ def card(
         about = recipe.origin.about
         begun = f"It began with the network of {about['source']}{_at(about)} (licence: {_stated(about)})."
     if training.lora:
-        begun += f" LoRA weights of rank {training.lora.rank} were trained; all others are the teacher's."
+        begun += f" LoRA weights of rank {training.lora.rank} were trained, and the teacher's were frozen."
     samples = " and ".join(f"{count} {stream}" for stream, count in counts.items())
     return f"""---
 library_name: diffusers
@@ -53,21 +53,18 @@ Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(recipe.metho
 """
 
 
-def lora_card(student: Artifact, form: Form, rank: int, teacher: Artifact, cost: str, code: str) -> str:
-    """Return the model card of a student of `form` that is handed out as a LoRA, in Markdown.
+def derived_card(student: Artifact, form: Form, teacher: Artifact, name: str, what: str, code: str) -> str:
+    """Return the model card of a student of `form` that is handed out in another form, in Markdown.
 
-    `cost` says what the LoRA loses, and `code` samples an image with it."""
+    `what` says what was made of the student, with {teacher} for its teacher. `code` samples an image with it."""
     return f"""---
 library_name: diffusers
 license: {_licence(teacher)}
-tags: [lora]
+{"tags: [lora]" if name == "LoRA" else "tags: [distilled]"}
 ---
-# {_counted(form.steps)}-step LoRA
+# {_counted(form.steps)}-step {name}
 
-The difference between a student (distill/{student.fingerprint}, by Retort) and its teacher
-{_origin(teacher)}, as a LoRA of rank {rank}. {_guidance(form)}
-
-{cost}
+Made by Retort from distill/{student.fingerprint}. {what.format(teacher=_origin(teacher))} {_guidance(form)}
 
 ```python
 {_loading(code, teacher)}
@@ -139,11 +136,11 @@ def _call(form: Form, teacher: Adapter, taught_by: Artifact, lora: LoraSettings 
     if alone:
         return f"Not for plain diffusers: {alone}. `retort sample` draws with it."
     as_lora = lora is not None and not lora.merged
-    without = teacher.lora_error(form) if as_lora else None
+    without = teacher.plain_lora_error(form) if as_lora else None
     if without:
         return (
-            f"Not for plain diffusers: {without}. `retort sample` draws with it. With `training.lora.merged: true`, it "
-            "is written as a whole pipeline."
+            f"Not for plain diffusers: {without}. `retort sample` draws with it, and `retort export --pipeline` writes "
+            "it as a whole pipeline."
         )
     return f"```python\n{_loading(teacher.usage(form, type(scheduler).__name__, as_lora), taught_by)}\n```"
 

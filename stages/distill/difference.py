@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,15 @@ from safetensors.torch import save_file
 
 from stages.base import Artifact, Execution, StageError
 from stages.data.supply import PairSupply
-from stages.distill.card import lora_card
+from stages.distill.card import derived_card
 from stages.distill.held_out import comparable, mean_square, sampled
 from stages.distill.stage import Distill, sources, teacher_of
 from stages.networks.adapter import Adapter
-from stages.networks.lora import FILE
+from stages.networks.lora import ADAPTER, FILE
 from stages.networks.low_rank import Factors, add, differences, saved_form, share_kept
 from stages.networks.student import Student
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs
-
-SETTINGS = "lora_adapter_metadata"
-"""The key of the file's header under which diffusers reads the settings of the LoRA."""
 
 
 def write_lora(artifact: Artifact, rank: int, out: Path) -> str:
@@ -45,18 +43,22 @@ def write_lora(artifact: Artifact, rank: int, out: Path) -> str:
         raise StageError("the student's linear layers and convolutions equal the teacher's: there is no difference")
     cost = f"{_kept(student, teacher, lora)}\n{_measured(artifact, student, teacher, lora)}"
     weights, settings = saved_form(lora, teacher.NETWORK)
-    scheduler.save_pretrained(out / "scheduler")
-    save_file(weights, out / FILE, {"format": "pt", SETTINGS: json.dumps(settings)})
-    (out / "README.md").write_text(lora_card(artifact, form, rank, taught_by, cost, code), encoding="utf-8")
+    what = f"The difference between a student and its teacher\n{{teacher}}, as a LoRA of rank {rank}.\n\n{cost}\n\n"
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    scheduler.save_pretrained(unfinished / "scheduler")
+    save_file(weights, unfinished / FILE, {"format": "pt", ADAPTER: json.dumps(settings)})
+    text = derived_card(artifact, form, taught_by, "LoRA", what, code)
+    (unfinished / "README.md").write_text(text, encoding="utf-8")
+    unfinished.rename(out)
     return cost
 
 
 def _problem(student: Student, teacher: Adapter, scheduler: Any) -> str | None:
     """Say why the student is no LoRA of its teacher, or return None if it is."""
-    if student.lora:
-        return f"the student is a LoRA of rank {student.lora.rank} already: its folder holds {FILE}"
     if student.form.w_range:
         return "the student takes w as an input, for which the teacher's network has no weights: no LoRA can add it"
+    if student.lora:
+        return f"the student is a LoRA of rank {student.lora.rank} already; its folder holds {FILE}"
     if student.form.prediction == "both":
         return "the student predicts both x0 and the noise, for which the teacher's last layer is too small for a LoRA"
     ours, theirs = teacher.network.state_dict(), student.network.state_dict()
@@ -64,7 +66,7 @@ def _problem(student: Student, teacher: Adapter, scheduler: Any) -> str | None:
     same = all(name in theirs and value.shape == theirs[name].shape for name, value in ours.items())
     if not same or any(value.any() for value in further):  # a guidance embedding of zeros does nothing
         return "the student's network has other sizes than the teacher's (`start:`): a LoRA needs equal sizes"
-    unloaded = teacher.lora_error(student.form)
+    unloaded = teacher.plain_lora_error(student.form)
     if unloaded:
         return f"plain diffusers cannot load the student as a LoRA: {unloaded}"
     alone = teacher.plain_error(student.form, student.grid, scheduler)

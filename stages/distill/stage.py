@@ -217,8 +217,12 @@ class Distill(Stage):
             yield from self._check_held_out(sources(inputs)[0], start)
         ours, theirs = self.training.lora, before.training.lora if before else None
         if before and ours and not (theirs and ours.continues(theirs)):
-            found = "other LoRA settings" if theirs else "no LoRA weights"
-            yield "training.lora", f"the student in start_from has {found}; both need the same"
+            yield (
+                "training.lora",
+                "the student in start_from has another rank, alpha or targets; set the same in both stages"
+                if theirs
+                else "the student in start_from has no LoRA weights; leave training.lora out",
+            )
         yield from _of_method(self.method.check_start(before.method if before else None))
 
     def _check_held_out(self, pairs: Artifact, start: Artifact) -> Iterator[tuple[str, str]]:

@@ -40,8 +40,10 @@ class StudentTraining(TrainingSettings):
         """Say why a student of `form` cannot have LoRA weights if its teacher predicts `teacher`. None if it can."""
         if self.lora is None or form.prediction in (None, teacher):
             return None
-        found = f"prediction: {form.prediction}"
-        return f"a LoRA student keeps its teacher's prediction type, {teacher}, but the method has {found}"
+        return (
+            f"a LoRA student keeps its teacher's prediction type, {teacher}, but the method has prediction: "
+            f"{form.prediction}; set the method's prediction to {teacher} if it can have it, or leave lora out"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stages.base import StageError
 from stages.diffusion.form import Form
 from stages.diffusion.prediction import Prediction
-from stages.networks.lora import UNET_TARGETS, LoraSettings, adapted
+from stages.networks.lora import LoraSettings, adapted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,8 +91,9 @@ class Adapter(ABC):
     """Entries that are written to `model_index.json` to mark optional components as absent."""
     MICRO_CONDITIONING: ClassVar[bool] = False
     """Whether the networks are conditioned on the sizes in `micro_conditioning.json`, as those of SDXL are."""
-    LORA_TARGETS: ClassVar[tuple[str, ...]] = UNET_TARGETS
-    """The layers that get LoRA weights by default: ends of their names. Names of no layer have no effect."""
+    LORA_TARGETS: ClassVar[tuple[str, ...]] = ()
+    """The layers that get LoRA weights by default: ends of their names. Names of no layer have no effect. If there are
+    no defaults, LoRA students need the setting `targets`."""
     FEATURES: ClassVar[bool] = False
     """Whether the adapter implements `features`, which a discriminator needs."""
 
@@ -318,7 +319,7 @@ class Adapter(ABC):
             tie(network, self.network)
         return adapted(network, lora, self.LORA_TARGETS)
 
-    def lora_error(self, form: Form) -> str | None:
+    def plain_lora_error(self, form: Form) -> str | None:
         """Say why plain diffusers cannot load the LoRA weights of a student of `form`, or return None if it can."""
         return "the pipelines of its teacher's family load no LoRA weights"
 
@@ -368,7 +369,12 @@ class Adapter(ABC):
 
         The code uses diffusers and torch only. It loads the folder as "THIS FOLDER". `scheduler` is the class name of
         the student's scheduler. With `lora`, the folder holds LoRA weights for the pipeline "THE TEACHER". They are
-        loaded only if `lora_error` gives None."""
+        loaded only if `plain_lora_error` gives None."""
+
+    @property
+    def call_settings(self) -> Mapping[str, Any]:
+        """The arguments that a pipeline of this teacher needs in each call, beside the prompt. None by default."""
+        return {}
 
     def single_file(self, network: Any, form: Form) -> dict[str, Tensor]:
         """Return the weights of a student of `form` and of the pipeline's other components, for one file.

@@ -45,11 +45,15 @@ def show_no_progress_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def remade(network: Any, **changes: Any) -> Any:
-    """Return a network with `changes` in the config of `network`, with random weights, on the device of `network`."""
+def remade(network: Any, device: str | None = None, **changes: Any) -> Any:
+    """Return a network with `changes` in the config of `network`, and random weights.
+
+    It is on the device of `network`, or on `device`: a network on "meta" has no weights yet."""
     config = {**network.config, **changes}
     config.pop("_use_default_values", None)  # for the keys in this list, from_config would take the class's defaults
-    return type(network).from_config(config).to(next(network.parameters()).device)
+    with torch.device(device or "cpu"):
+        made = type(network).from_config(config)
+    return made if device else made.to(next(network.parameters()).device)
 
 
 def shared_copy(module: Any) -> Any:

@@ -27,6 +27,9 @@ UNET_TARGETS = (
 )
 """The layers of a U-Net that get LoRA weights by default: those of LCM-LoRA (Luo et al. 2023, 2311.05556)."""
 A, B = ".lora_A.weight", ".lora_B.weight"
+"""The ends of the names of a layer's two matrices."""
+ADAPTER = "lora_adapter_metadata"
+"""The entry of a file's metadata in which diffusers stores peft's settings, as JSON."""
 
 
 class LoraSettings(Config):
@@ -48,8 +51,8 @@ class LoraSettings(Config):
     )
 
     def continues(self, other: LoraSettings) -> bool:
-        """Whether weights that were trained with `other` can be trained further with these settings."""
-        return self.model_copy(update={"merged": other.merged}) == other
+        """Whether weights that were trained with `other` have the same rank, scale and layers."""
+        return (self.rank, self.scale, self.targets) == (other.rank, other.scale, other.targets)
 
     @property
     def scale(self) -> float:
@@ -68,7 +71,7 @@ def adapted(network: Any, settings: LoraSettings, defaults: Sequence[str]) -> An
 
     copy = shared_copy(network)
     full = [parameter for parameter in copy.parameters() if parameter.requires_grad]
-    targets = _found(copy, settings.targets or defaults, all_of_them=settings.targets is not None)
+    targets = _found(copy, settings.targets, defaults)
     alpha = settings.alpha or settings.rank
     inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets), copy)
     for parameter in full:
@@ -76,14 +79,23 @@ def adapted(network: Any, settings: LoraSettings, defaults: Sequence[str]) -> An
     return copy
 
 
-def _found(network: Any, targets: Sequence[str], all_of_them: bool) -> list[str]:
-    """Return the targets that are ends of names of layers. Raises StageError if one is not, or if none is."""
+def _found(network: Any, targets: Sequence[str] | None, defaults: Sequence[str]) -> list[str]:
+    """Return the targets, or else the defaults, that are ends of names of frozen layers.
+
+    Raises StageError if one of the targets is not, or if none of the defaults is."""
     from torch import nn
 
-    names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    found = [target for target in targets if any(f".{name}".endswith(f".{target}") for name in names)]
-    missing = [target for target in targets if target not in found]
-    if (missing and all_of_them) or not found:
+    names = [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad
+    ]
+    wanted = defaults if targets is None else targets
+    found = [target for target in wanted if any(f".{name}".endswith(f".{target}") for name in names)]
+    missing = [target for target in wanted if target not in found]
+    if not found and targets is None:
+        raise StageError(f"training.lora.targets: give them; there are no defaults for a {type(network).__name__}")
+    if missing and targets is not None:
         parts = (name.split(".") for name in names)
         ends = sorted({".".join(part[-2:]) if part[-1].isdigit() else part[-1] for part in parts})
         raise StageError(
@@ -116,26 +128,31 @@ def save_lora(network: Any, settings: LoraSettings, teacher: Any, prefix: str, f
 
 
 def load_lora(network: Any, settings: LoraSettings, prefix: str, folder: Path) -> None:
-    """Load what `save_lora` wrote into `network`, which was made by `adapted` with the same settings."""
+    """Load what `save_lora` wrote into `network`, which was made by `adapted` with the same settings.
+
+    Raises StageError if layers are missing in the network or in the files."""
     from peft import set_peft_model_state_dict
 
     weights, own = _read(folder, prefix)
     lost: Any = set_peft_model_state_dict(network, dict(_scaled(weights, 1 / settings.scale)))
-    unknown = [*lost.unexpected_keys, *network.load_state_dict(own, strict=False).unexpected_keys]
-    assert not unknown, unknown
+    missing = [name for name in lost.missing_keys if ".lora_" in name]
+    wrong = [*missing, *lost.unexpected_keys, *network.load_state_dict(own, strict=False).unexpected_keys]
+    if wrong:
+        raise StageError(f"the LoRA weights in {folder} are of another network: {wrong[0]} is in one of them only")
 
 
 def merge_lora(network: Any, prefix: str, folder: Path) -> None:
-    """Add what `save_lora` wrote to the weights of `network`, a whole copy of the teacher's: W + B A for each layer."""
-    import torch
+    """Add what `save_lora` wrote to the weights of `network`, a whole copy of the teacher's: W + B A for each layer.
+
+    Raises StageError if layers are missing in the network."""
+    from stages.networks.low_rank import Factors, add
 
     weights, own = _read(folder, prefix)
-    network.load_state_dict(own, strict=False)
-    with torch.no_grad():
-        for name, down in weights.items():
-            if name.endswith(A):
-                weight, up = network.get_submodule(name.removesuffix(A)).weight, weights[name.removesuffix(A) + B]
-                weight.add_((up.flatten(1) @ down.flatten(1)).view_as(weight).to(weight))
+    unknown = network.load_state_dict(own, strict=False).unexpected_keys
+    if unknown:
+        raise StageError(f"the LoRA weights in {folder} are of another network, which has {unknown[0]}")
+    names = [name.removesuffix(A) for name in weights if name.endswith(A)]
+    add(network, {name: Factors(weights[name + A], weights[name + B]) for name in names})
 
 
 def _scaled(weights: Mapping[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:

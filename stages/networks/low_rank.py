@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.networks.lora import A, B
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -57,7 +59,8 @@ def differences(network: nn.Module, base: nn.Module, rank: int) -> dict[str, Fac
 def add(network: Any, lora: dict[str, Factors]) -> Any:
     """Add a LoRA to the weights of `network`, in place. Returns the network."""
     for name, layer in lora.items():
-        network.get_submodule(name).weight.add_(layer.product)
+        weight = network.get_submodule(name).weight
+        weight.add_(layer.product.to(weight))
     return network
 
 
@@ -66,9 +69,9 @@ def share_kept(network: nn.Module, base: nn.Module, lora: dict[str, Factors]) ->
 
     It is 1 if the networks are equal."""
     theirs = network.state_dict()
-    all_of_it = sum(float((theirs[name] - value).square().sum()) for name, value in base.state_dict().items())
+    total = sum(float((theirs[name] - value).square().sum()) for name, value in base.state_dict().items())
     kept = sum(float(layer.product.square().sum()) for layer in lora.values())
-    return kept / all_of_it if all_of_it else 1.0
+    return kept / total if total else 1.0
 
 
 def saved_form(lora: dict[str, Factors], network: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -78,8 +81,8 @@ def saved_form(lora: dict[str, Factors], network: str) -> tuple[dict[str, Tensor
     scale where layers have several ranks."""
     weights = {}
     for name, layer in lora.items():
-        weights[f"{network}.{name}.lora_A.weight"] = layer.a.cpu().contiguous()
-        weights[f"{network}.{name}.lora_B.weight"] = layer.b.cpu().contiguous()
+        weights[f"{network}.{name}{A}"] = layer.a.cpu().contiguous()
+        weights[f"{network}.{name}{B}"] = layer.b.cpu().contiguous()
     rank = max(layer.rank for layer in lora.values())
     fewer = {name: layer.rank for name, layer in lora.items() if layer.rank < rank}
     settings = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stages.base import StageError
 from stages.diffusion.form import Form
 from stages.networks.adapter import INDEX, Adapter, read_json
+from stages.networks.lora import UNET_TARGETS
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ class PixelDiffusion(Adapter):
     SUPPORTS = "pixel-space ones (DDPMPipeline or DDIMPipeline: UNet2DModel, with classes or without)"
     FURTHER_INPUTS = ("class_embed_type",)
     FEATURES = True
+    LORA_TARGETS = UNET_TARGETS
 
     @classmethod
     def classes_of(cls, folder: Path) -> int | None:

@@ -24,7 +24,8 @@ POOLED, TIME_IDS = "text_embeds", "time_ids"
 MICRO_CONDITIONING = "micro_conditioning.json"
 """The file of a teacher's folder that holds its micro-conditioning, if it is not the pipeline's default."""
 
-Pixels = Annotated[tuple[int, int], Field(strict=False)]
+Size = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
+Corner = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], Field(strict=False)]
 
 
 class MicroConditioning(Config):
@@ -32,11 +33,11 @@ class MicroConditioning(Config):
 
     Defaults are those of diffusers' pipeline: an image of the pipeline's size that was neither resized nor cropped."""
 
-    original_size: Pixels | None = Field(
+    original_size: Size | None = Field(
         None, description="height and width of the training image before resizing; default: those of the images"
     )
-    crops_coords_top_left: Pixels = Field((0, 0), description="top and left of the crop; [0, 0]: a centred object")
-    target_size: Pixels | None = Field(
+    crops_coords_top_left: Corner = Field((0, 0), description="top and left of the crop; [0, 0]: a centred object")
+    target_size: Size | None = Field(
         None, description="height and width of the image to be made; default: those of the images"
     )
 
@@ -153,6 +154,7 @@ class StableDiffusionXL(StableDiffusion):
         encoders = self.text_encoder, self.text_encoder_2
         return stable_diffusion_xl(network, self.vae, *encoders, form.prediction == "v_prediction")
 
-    def usage(self, form: Form, scheduler: str, lora: bool = False) -> str:
-        sizes = "".join(f", {name}={value}" for name, value in self.micro if name in self.micro.model_fields_set)
-        return super().usage(form, scheduler, lora).replace('"a prompt"', f'"a prompt"{sizes}')
+    @property
+    def call_settings(self) -> Mapping[str, Any]:
+        """The sizes, if they are not the pipeline's defaults."""
+        return {name: value for name, value in self.micro if name in self.micro.model_fields_set}

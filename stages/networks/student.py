@@ -251,11 +251,11 @@ def _with_lora(folder: Path, teacher: Adapter, form: Form, settings: LoraSetting
 
 
 def whole_network(folder: Path, teacher: Adapter) -> Any:
-    """Return the network of the student in `folder`, trainable. LoRA weights are added to a copy of the teacher's."""
+    """Load the network of the student in `folder`, trainable, to the CPU. LoRA weights are added to the teacher's."""
     form, settings = stored(folder)
     if settings is None:
         return teacher.load_network(folder)
-    network = teacher.student_network()
+    network = teacher.load_network(teacher.folder)
     if form.w_range:
         network = teacher.with_guidance_embedding(network)
     merge_lora(network, teacher.NETWORK, folder)
@@ -273,7 +273,8 @@ def export(student: Student, folder: Path, card: str) -> None:
     `DiffusionPipeline.from_pretrained(folder)` samples it in its steps, unless `Adapter.plain_error` says why not.
 
     A student with LoRA weights is written as these and its scheduler. `load_lora_weights(folder)` adds the weights to
-    the teacher's pipeline, unless `Adapter.lora_error` says why not. With `merged`, the pipeline is written, too."""
+    the teacher's pipeline, unless `Adapter.plain_lora_error` says why not. With `merged`, a pipeline is written, too.
+    """
     form, adapter, settings = student.form, student.adapter, student.lora
     grid = Grid.of(form, adapter.schedule)
     scheduler = adapter.student_scheduler(form, grid)

@@ -53,13 +53,17 @@ class Perceptual(Stage):
         TrainingExecution(), description="how the stage is run; changing it makes nothing stale"
     )
 
+    def _is_given(self, name: str) -> bool:
+        """Whether a setting has another value than its default."""
+        return getattr(self, name) != type(self).model_fields[name].default
+
     @model_validator(mode="after")
     def _trained_or_taken(self) -> Self:
         if self.from_ is None:
             missing = [name for name in ("latents", "triplets", "calibration") if getattr(self, name) is None]
             if missing:
                 raise ValueError(f"{' and '.join(missing)} missing: give them to train a network, or give `from`")
-        elif given := {"classification", "calibration", "width"} & self.model_fields_set:
+        elif given := [name for name in ("classification", "calibration", "width") if self._is_given(name)]:
             raise ValueError(f"a network `from` a folder is not trained: leave {' and '.join(sorted(given))} out")
         elif self.latents and not self.triplets:
             raise ValueError("a network `from` a folder uses latents only for a test: give triplets, or no latents")

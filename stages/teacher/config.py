@@ -79,7 +79,7 @@ class TeacherLora(Config):
     """A LoRA that is fused into the weights of the pipeline in `from`. Weights W become W + scale * alpha / rank * B A,
     with A, B, alpha and rank of the file (Hu et al. 2021, 2106.09685, section 4.1)."""
 
-    weights: Annotated[str, Content("revision", files=("**/*.safetensors",))] = Field(
+    weights: Annotated[str, Content("revision", files=("*.safetensors",))] = Field(
         description="a safetensors file, or a folder or hub id that holds one, in a format that diffusers loads"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the hub id")
@@ -98,9 +98,8 @@ class TeacherLora(Config):
     @field_validator("file")
     @classmethod
     def _inside(cls, file: str) -> str:
-        path = PurePath(file)
-        if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{file} is not the name of a safetensors file in the folder or repository")
+        if PurePath(file).suffix != ".safetensors" or PurePath(file).name != file:
+            raise ValueError("give the name of a safetensors file at the top of the folder or repository")
         return file
 
     def found_in(self, source: Path) -> Path:
@@ -108,15 +107,19 @@ class TeacherLora(Config):
 
         Raises StageError if the folder does not hold `file`, or without `file` not exactly one safetensors file."""
         if not source.is_dir():
+            if self.file:
+                raise StageError(f"{self.weights} is a file; leave `file` out")
             return source
         files = sorted(source.glob("*.safetensors"))
-        names = ", ".join(file.name for file in files) or "no safetensors file"
+        names = ", ".join(file.name for file in files)
         if self.file:
             files = [source / self.file]
-        if len(files) != 1:
-            raise StageError(f"{self.weights} holds {names}; Retort reads one safetensors file, named by `file`")
+        if not files:
+            raise StageError(f"{self.weights} holds no safetensors file; give the folder of a LoRA")
+        if len(files) > 1:
+            raise StageError(f"{self.weights} holds {names}; set `file` to one of them")
         if not files[0].is_file():
-            raise StageError(f"{self.weights} holds no {self.file}, but {names}")
+            raise StageError(f"{self.weights} holds no {self.file}; it holds {names or 'no safetensors file'}")
         return files[0]
 
 

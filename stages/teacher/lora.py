@@ -28,11 +28,9 @@ from torch import Tensor
 from stages.base import Progress, StageError
 from stages.networks.adapter import INDEX, read_json
 from stages.networks.compute import prepare, show_no_progress_bars
+from stages.networks.lora import ADAPTER, A, B
+from stages.networks.stable_diffusion import ONE_FILE
 
-A, B = ".lora_A.weight", ".lora_B.weight"
-"""Suffixes of peft's names for the two matrices of a layer."""
-SETTINGS = "lora_adapter_metadata"
-"""The entry of a file's metadata in which diffusers stores peft's settings, as JSON."""
 UNIT = "networks fused"
 
 
@@ -70,7 +68,7 @@ def fuse(folder: Path, file: Path, scale: float, output: Path, threads: int) -> 
     pipeline.fuse_lora(list(networks), lora_scale=scale)
     pipeline.unload_lora_weights()
     for name, network in networks.items():
-        network.save_pretrained(output / name, max_shard_size="1TB")
+        network.save_pretrained(output / name, max_shard_size=ONE_FILE)
     yield Progress(len(parts), len(parts), UNIT)
 
 
@@ -107,7 +105,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
-            return tensors, json.loads((opened.metadata() or {}).get(SETTINGS, "{}"))
+            return tensors, json.loads((opened.metadata() or {}).get(ADAPTER, "{}"))
     except SafetensorError:
         raise StageError(
             f"{file.name} is not a safetensors file; Retort reads LoRA weights in no other format"

@@ -163,7 +163,7 @@ def _fuse(lora: TeacherLora, context: StageContext) -> Mapping[str, Any]:
     commit = _commit(context.contents["lora.weights"])
     source = Path(lora.weights)
     if commit:
-        source = _snapshot(lora.weights, commit, [lora.file or "*.safetensors", "README.md"])
+        source = _snapshot(lora.weights, commit, [lora.file or "*.safetensors", "README.md"], ["*/*"])
     file = lora.found_in(source)
     scratch = context.output / SCRATCH
     scratch.mkdir(exist_ok=True)
@@ -210,12 +210,14 @@ def _download(source: str, commit: str) -> Path:
     return _snapshot(source, commit, [*files, "README.md"])
 
 
-def _snapshot(source: str, commit: str, patterns: Sequence[str]) -> Path:
-    """Download the files of a hub repository that match a pattern. Raises StageError if that fails."""
+def _snapshot(source: str, commit: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
+    """Download the files of a hub repository that match a pattern and no ignored one. Raises StageError on failure."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=commit, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(source, revision=commit, allow_patterns=list(patterns), ignore_patterns=[*ignored])
+        )
     except Exception as error:  # the hub's client raises many kinds; all mean: not reached, or not found
         first = (str(error).strip() or "no reason given").splitlines()[0]
         raise StageError(

@@ -124,8 +124,8 @@ class _Run:
         AcceleratorState._reset_state(reset_partial_state=True)  # a reused worker may have trained with other settings
         self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=device_of(execution) == "cpu")
         self.trainable = {
-            name: {of: value for of, value in player.module.named_parameters() if value.requires_grad}
-            for name, player in self.players.items()
+            player: {name: value for name, value in of.module.named_parameters() if value.requires_grad}
+            for player, of in self.players.items()
         }
         """Player -> its parameters that are trained. All others are frozen, and may be shared with other networks."""
         self.optimizers = {
@@ -202,8 +202,8 @@ class _Run:
         n, player, average = self.average_updates[name], self.players[name], self.averages[name]
         decay = min(player.training.ema_decay, (1 + n) / (10 + n))
         means = dict(average.named_parameters())
-        for of, value in self.trainable[name].items():
-            means[of].lerp_(value, 1 - decay)
+        for parameter, value in self.trainable[name].items():
+            means[parameter].lerp_(value, 1 - decay)
         for kept, now in zip(average.buffers(), player.module.buffers(), strict=True):
             if kept.is_floating_point():  # batch-norm statistics are averaged like the weights
                 kept.lerp_(now, 1 - decay)
@@ -223,7 +223,7 @@ class _Run:
 
     def frozen(self, player: str) -> set[str]:
         """Return the names of the player's parameters that are not trained."""
-        return {of for of, _ in self.players[player].module.named_parameters()} - set(self.trainable[player])
+        return dict(self.players[player].module.named_parameters()).keys() - self.trainable[player].keys()
 
     def restore(self, folder: Path) -> int:
         """Load the newest checkpoint and return the number of the next step. Return 0 if there is no checkpoint."""

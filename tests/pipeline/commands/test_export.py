@@ -11,10 +11,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
 from stages.base import StageError
-from stages.distill.single_file import write_single_file
+from stages.distill.whole import write_single_file
+from stages.networks.stable_diffusion import StableDiffusion
+from stages.networks.student import Student
 from tests.support.cli import retort
 from tests.support.networks import drawn, pixel_unet
-from tests.support.pipelines import execute
+from tests.support.pipelines import TINY, execute
 
 
 def test_one_file_draws_what_the_student_draws(tiny, tmp_path):
@@ -117,8 +119,8 @@ def test_a_wrong_use_is_one_sentence(tiny, tmp_path):
     there, new = tmp_path / "there.safetensors", tmp_path / "x.safetensors"
     there.write_text("mine")
     for arguments, words in (
-        (("tiny/student", new), "give either --single-file or --lora RANK"),
-        (("tiny/student", new, "--single-file", "--lora", 4), "give either --single-file or --lora RANK"),
+        (("tiny/student", new), "give one of --single-file, --pipeline and --lora RANK"),
+        (("tiny/student", new, "--single-file", "--lora", 4), "give one of --single-file, --pipeline and --lora RANK"),
         (("tiny/student", tmp_path / "x.bin", "--single-file"), "should end in .safetensors"),
         (("tiny/student", there, "--single-file"), "already exists"),
         (("tiny/student", tmp_path, "--lora", 4), "already exists"),
@@ -130,3 +132,57 @@ def test_a_wrong_use_is_one_sentence(tiny, tmp_path):
         done = retort("export", *arguments, "--store", store)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert there.read_text() == "mine" and not new.exists() and not (tmp_path / "x").exists()
+
+
+LORA_STUDENT = """
+  small:
+    kind: distill
+    pairs: pairs
+    method: {name: guided, start_steps: 2, end_steps: 2, w_range: [0.0, 4.0]}
+    training: {steps: 2, batch_size: 8, learning_rate: 1e-2, lora: {rank: 2}}
+    held_out: 32
+    execution: {threads: 1}
+"""
+
+
+def test_a_lora_student_becomes_a_pipeline_without_training_again(tiny, tmp_path):
+    """Also one that takes w, whose guidance embedding load_lora_weights could not load."""
+    folder = execute(TINY + LORA_STUDENT, tiny[0], name="small")["small/2"].artifact.folder
+    assert "`retort export --pipeline` writes" in (folder / "README.md").read_text()
+    out = tmp_path / "pipeline"
+    done = retort("export", folder, out, "--pipeline")
+    assert done.returncode == 0 and "guidance_scale=3, num_inference_steps=2" in done.stdout, done.stderr
+    assert "```python" in (out / "README.md").read_text() and not list(tmp_path.glob(".*"))
+    teacher = StableDiffusion(tiny[1]["teacher"].artifact.folder)
+    noise, prompts = torch.randn(2, 4, 8, 8), ["a red handwritten seven", "a blue handwritten one"]
+    for w in (0.5, 3.0):
+        with torch.no_grad():
+            ours = Student.load(folder, teacher)(noise, teacher.encode_prompts(prompts), torch.full((2,), w))
+        theirs = drawn(out, noise, prompts, num_inference_steps=2, guidance_scale=1 + w)
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+    again = retort("export", tiny[1]["student"].artifact.folder, tmp_path / "whole", "--pipeline")
+    assert again.returncode == 2 and "is a pipeline already" in again.stderr
+    lora = retort("export", folder, tmp_path / "lora", "--lora", 2)
+    assert lora.returncode == 2 and "the student takes w as an input" in lora.stderr
+
+
+def test_a_lora_student_as_one_file_and_not_as_another_lora(tiny, tmp_path):
+    text = TINY + LORA_STUDENT.replace(
+        "{name: guided, start_steps: 2, end_steps: 2, w_range: [0.0, 4.0]}", "{name: knowledge_distillation}"
+    )
+    plan = execute(text, tiny[0], name="one")
+    out = tmp_path / "one.safetensors"
+    done = retort("export", plan["small"].artifact.folder, out, "--single-file")
+    assert done.returncode == 0, done.stderr
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(out), config=str(plan["teacher"].artifact.folder), local_files_only=True
+    )
+    teacher = StableDiffusion(plan["teacher"].artifact.folder)
+    z, condition = torch.randn(2, 4, 8, 8), teacher.encode_prompts(["a red handwritten seven"] * 2)
+    student = Student.load(plan["small"].artifact.folder, teacher)
+    with torch.no_grad():
+        ours = teacher.predict(student.network, z, student.level(1, z), condition)
+        theirs = teacher.predict(pipeline.unet, z, student.level(1, z), condition)
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+    lora = retort("export", plan["small"].artifact.folder, tmp_path / "lora", "--lora", 2)
+    assert lora.returncode == 2 and "is a LoRA of rank 2 already" in lora.stderr

@@ -159,6 +159,19 @@ def test_targets_are_ends_of_names_of_layers(teacher):
         refused.value
     )
     assert "to_out.0" in str(refused.value)
+    takes_w = Form(prediction="v_prediction", steps=2, w_range=(0.0, 4.0))
+    with pytest.raises(StageError, match="is called cond_proj"):  # trained in full, for the teacher lacks it
+        Student.from_teacher(teacher, takes_w, lora=LoraSettings(targets=["to_k", "cond_proj"]))
+
+
+def test_a_guided_student_holds_the_base_once(teacher):
+    """Its guidance embedding is added without another copy of the network, and in no memory of the teacher's."""
+    form = Form(prediction="v_prediction", steps=2, w_range=(0.0, 4.0))
+    student = Student.from_teacher(teacher, form, lora=RANK_3)
+    own = {value.data_ptr() for value in trained(student)}
+    assert places(student.network) == places(teacher.network) | own and not places(teacher.network) & own
+    full = Student.from_teacher(teacher, form)
+    assert not places(full.network) & places(teacher.network) and all(p.requires_grad for p in full.parameters())
 
 
 LORA = TINY.replace("steps: 24, batch_size: 16}", "steps: 24, batch_size: 16, learning_rate: 5e-3, lora: {rank: 4}}")
@@ -203,16 +216,12 @@ def test_training_goes_on_from_a_lora_student(learned, tiny):
     for name in ("further", "whole"):
         assert plan[name].artifact.record["metrics"]["held_out_mse"] == pytest.approx(before, rel=1e-4)
     assert (plan["whole"].artifact.folder / "unet").exists()
-    for other, words in (("lora: {rank: 8}", "other LoRA settings"), ("lora: {rank: 4, merged: true}", None)):
-        text = LORA + go_on.replace("lora: {rank: 4}", other)
-        if words:
-            with pytest.raises(ManifestError, match=f"the student in start_from has {words}; both need the same"):
-                plan_of(text, tiny[0])
-        else:
-            plan_of(text, tiny[0])
-    full = TINY + go_on
-    with pytest.raises(ManifestError, match="the student in start_from has no LoRA weights; both need the same"):
-        plan_of(full, tiny[0])
+    plan_of(LORA + go_on.replace("lora: {rank: 4}", "lora: {rank: 4, alpha: 4, merged: true}"), tiny[0])
+    for other in ("lora: {rank: 8}", "lora: {rank: 4, alpha: 8}", "lora: {rank: 4, targets: [to_k]}"):
+        with pytest.raises(ManifestError, match="start_from has another rank, alpha or targets; set the same in both"):
+            plan_of(LORA + go_on.replace("lora: {rank: 4}", other), tiny[0])
+    with pytest.raises(ManifestError, match=r"start_from has no LoRA weights; leave training\.lora out"):
+        plan_of(TINY + go_on, tiny[0])
 
 
 @pytest.mark.parametrize(("change", "words"), [

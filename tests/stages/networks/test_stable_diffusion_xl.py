@@ -114,6 +114,9 @@ def test_sizes_are_settings_of_the_teacher_and_lines_of_the_card(folder, tmp_pat
     plain, default = pairs(tmp_path / "default", folder, 3.0)
     assert np.abs(plain.latent - found.latent).max() > 1e-3
     assert default["teacher"].artifact.fingerprint != plan["teacher"].artifact.fingerprint
+    for wrong in (sizes.replace("8, 12", "0, 12"), sizes.replace("0, 3", "-1, 3"), sizes.replace("8, 12", "8")):
+        with pytest.raises(ManifestError):
+            plan_of(PAIRS.format(folder=folder, scale=3.0, batch=4, prompts="digits", further=wrong), tmp_path)
     teacher = StableDiffusionXL(plan["teacher"].artifact.folder)
     assert teacher.time_ids == [8, 12, 0, 3, 16, 16]
     assert '"a prompt", original_size=(8, 12), crops_coords_top_left=(0, 3), ' in teacher.usage(Form(), "DDIMScheduler")

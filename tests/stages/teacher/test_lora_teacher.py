@@ -456,19 +456,26 @@ def test_a_folder_needs_one_file_or_the_name_of_one(base, tmp_path):
     lora = f"weights: {folder}"
     expected = adopted(base, lora, tmp_path / "store").record["files"]
     shutil.copyfile(first, folder / "other.safetensors")
-    with pytest.raises(ManifestError, match=r"holds other.safetensors, pytorch_lora.*; .* one .*, named by `file`"):
+    with pytest.raises(ManifestError, match=r"holds other.safetensors, pytorch_lora.*; set `file` to one"):
         plan_of(text_of(base, lora), tmp_path / "store")
-    with pytest.raises(ManifestError, match=r"holds no third.safetensors, but other.safetensors, pytorch_lora"):
+    with pytest.raises(ManifestError, match=r"holds no third.safetensors; it holds other.safetensors, pytor"):
         plan_of(text_of(base, f"{lora}, file: third.safetensors"), tmp_path / "store")
     chosen = adopted(base, f"{lora}, file: other.safetensors", tmp_path / "store").record
     assert chosen["files"] == expected
     assert chosen["metrics"]["lora"]["source"] == f"{folder}/other.safetensors"
-    for file in ("../other.safetensors", "/other.safetensors", "other.bin"):
-        with pytest.raises(ManifestError, match="is not the name of a safetensors file in the folder"):
+    with pytest.raises(ManifestError, match="is a file; leave `file` out"):
+        plan_of(text_of(base, f"weights: {first}, file: other.safetensors"), tmp_path / "store")
+    planned = plan_of(text_of(base, f"{lora}, file: other.safetensors"), tmp_path / "store")["teacher"]
+    (folder / "sub").mkdir()
+    shutil.copyfile(first, folder / "sub" / "unrelated.safetensors")
+    again = plan_of(text_of(base, f"{lora}, file: other.safetensors"), tmp_path / "store")["teacher"]
+    assert again.artifact.fingerprint == planned.artifact.fingerprint
+    for file in ("../other.safetensors", "/other.safetensors", "sub/unrelated.safetensors", "other.bin"):
+        with pytest.raises(ManifestError, match="give the name of a safetensors file at the top of the folder"):
             plan_of(text_of(base, f"{lora}, file: {file}"), tmp_path / "store")
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(ManifestError, match="loras holds no safetensors file; Retort reads one safetensors file"):
+    with pytest.raises(ManifestError, match="loras holds no safetensors file; give the folder of a LoRA"):
         plan_of(text_of(base, lora), tmp_path / "store")
 
 

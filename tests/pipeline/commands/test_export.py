@@ -48,7 +48,8 @@ def test_one_file_draws_what_the_student_draws(tiny, tmp_path):
 
 def test_a_lora_is_a_folder_and_its_cost_is_printed(tiny, tmp_path):
     out = tmp_path / "lora"
-    done = retort("export", "tiny/student", out, "--lora", 4, "--store", tiny[0])
+    execute(TINY, tiny[0], name="exported")  # which no other test plans again
+    done = retort("export", "exported/student", out, "--lora", 4, "--store", tiny[0])
     assert done.returncode == 0, done.stderr
     assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == {
         "README.md",

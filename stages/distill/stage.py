@@ -20,7 +20,8 @@ from stages.methods import METHODS
 from stages.methods.base import MethodConfig, Stream, StudentTraining
 from stages.pairs import Pairs, guidance_scales
 from stages.teacher import Teacher
-from stages.teacher.stage import FROM, adopt, ask
+from stages.teacher.config import FROM
+from stages.teacher.stage import adopt, ask
 from stages.training import TrainingExecution
 from stages.training.players import training_progress
 

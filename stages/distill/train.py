@@ -110,7 +110,7 @@ def _origin(folder: Path, teacher: Adapter, execution: TrainingExecution) -> Ada
     """Load the pipeline in `folder`, whose network the student starts from.
 
     Raises StageError unless its family, noise schedule, latent shape and other components are those of the teacher."""
-    if adapter_of(folder) is not type(teacher):
+    if not isinstance(teacher, adapter_of(folder)):
         raise StageError("start.pipeline: it is of another family than the teacher")
     for name in set(teacher.COMPONENTS) - {teacher.NETWORK, "scheduler"}:
         patterns = [pattern for pattern in teacher.FILES if pattern.startswith(f"{name}/")]

@@ -272,20 +272,36 @@ class Adapter(ABC):
         from stages.diffusion.guidance import guide
         from stages.networks.condition import Condition
 
-        condition = self.encode_prompts(prompts)
+        condition = self.teacher_condition(prompts)
         if guidance_scale == 1.0:
-            return lambda z, t: self._predict(z, self.schedule.at(t), condition)
-        both = Condition.cat([self.encode_dropped().expand(len(condition)), condition])
+            return lambda z, t: self.output(z, self.schedule.at(t), condition)
+        both = Condition.cat([self.teacher_dropped().expand(len(condition)), condition])
 
         def denoise(z: Tensor, t: int) -> Tensor:
-            dropped, conditional = self._predict(torch.cat([z, z]), self.schedule.at(t), both).chunk(2)
+            dropped, conditional = self.output(torch.cat([z, z]), self.schedule.at(t), both).chunk(2)
             return guide(dropped, conditional, guidance_scale)
 
         return denoise
 
-    def _predict(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
-        """Return the output of the teacher's network, computed in its dtype and cast to float32."""
-        return self.predict(self._called, z.to(self.dtype), self.on_device(level), condition).float()
+    def output(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
+        """Return the teacher's output at z (B, C, H, W), float32: that of its network, computed in its dtype.
+
+        `condition` has B rows and was made by `teacher_condition`. `level` is as in `predict`. Its timestep may also be
+        a number. Autocast has no effect, because guidance amplifies rounding errors."""
+        import torch
+
+        if not isinstance(level.timestep, torch.Tensor):
+            level = self.on_device(level)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.predict(self._called, z.to(self.dtype), level, condition).float()
+
+    def teacher_condition(self, prompts: Sequence[str]) -> Condition:
+        """Return the condition of `output`, which is that of the network."""
+        return self.encode_prompts(prompts)
+
+    def teacher_dropped(self) -> Condition:
+        """Return the unconditional condition of `output`, one row."""
+        return self.encode_dropped()
 
     def on_device(self, level: Level) -> Level:
         """Return `level` with its timestep, a number, as a tensor () on the device.

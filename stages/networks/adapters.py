@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.base import StageError
+from stages.networks import exact
 from stages.networks.adapter import INDEX, Adapter, Unsupported, read_json
 from stages.networks.pixel import PixelDiffusion
 from stages.networks.stable_diffusion import StableDiffusion
@@ -32,7 +33,8 @@ def adapter_of(folder: Path) -> type[Adapter]:
     pipeline = read_json(folder / INDEX).get("_class_name", "pipeline")
     if not isinstance(pipeline, str) or pipeline not in ADAPTERS:
         raise Unsupported(f"{folder} is a {pipeline}")
-    return ADAPTERS[pipeline]
+    family = ADAPTERS[pipeline]
+    return exact.exact(family) if (folder / exact.FILE).exists() else family
 
 
 def checked(folder: Path) -> type[Adapter]:
@@ -72,4 +74,4 @@ def supported() -> str:
     """Return a sentence that lists the supported teachers."""
     families = dict.fromkeys(adapter.SUPPORTS for adapter in ADAPTERS.built_in.values())
     families |= dict.fromkeys(name for name in ADAPTERS if name not in ADAPTERS.built_in)
-    return f"supported teachers: folders or hub ids of {', '.join(families)}, `train:` and `gaussian:`"
+    return f"supported teachers: folders or hub ids of {', '.join(families)}, `train:`, `exact:` and `gaussian:`"

@@ -70,7 +70,7 @@ class TeacherDenoiser:
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Return the teacher's condition for `prompts`, one row for each prompt."""
-        return self.teacher.encode_prompts(prompts)
+        return self.teacher.teacher_condition(prompts)
 
     @torch.no_grad()
     def x0(self, z: Tensor, i: Tensor, condition: Condition, w: Tensor | None = None) -> Tensor:
@@ -80,14 +80,9 @@ class TeacherDenoiser:
         z = z.float() * column(self.scale[i], z.float())
         level = Level(column(self.alpha[i], z), column(self.sigma[i], z), self.timesteps[i].float())
         if w is None and self.default_w == 0:
-            return to_x0(self.teacher.prediction, self._output(z, level, condition), z, *level)
-        both = Condition.cat([self.teacher.encode_dropped().expand(len(condition)), condition])
+            return to_x0(self.teacher.prediction, self.teacher.output(z, level, condition), z, *level)
+        both = Condition.cat([self.teacher.teacher_dropped().expand(len(condition)), condition])
         twice = Level(*(torch.cat([one, one]) for one in (level.alpha, level.sigma, level.timestep)))
-        dropped, conditional = self._output(torch.cat([z, z]), twice, both).chunk(2)
+        dropped, conditional = self.teacher.output(torch.cat([z, z]), twice, both).chunk(2)
         strength = self.default_w if w is None else column(w, z)
         return to_x0(self.teacher.prediction, guide_by_w(dropped, conditional, strength), z, *level)
-
-    def _output(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
-        teacher = self.teacher
-        with torch.autocast(teacher.device.type, enabled=False):
-            return teacher.predict(teacher.network, z.to(teacher.dtype), level, condition).float()

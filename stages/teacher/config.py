@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePath
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.base import Choice, Config, Content, StageError
 from stages.data.images.config import IMAGE_SETS, ImageSet
 from stages.diffusion.prediction import Prediction
+from stages.networks.adapters import files_of
 from stages.training import TrainingSettings
 
+SHIPPED = Path(__file__).parent / "shipped"
+FROM = Content("revision", files_of, shipped={"digit_scenes": SHIPPED / "digit_scenes"})
+"""The marker of a field that names a pipeline."""
 TIMESTEPS = 1000
 """Number of timesteps of a teacher that Retort trains. Its noise schedule is Stable Diffusion's."""
 
@@ -121,6 +125,34 @@ class TeacherLora(Config):
         if not files[0].is_file():
             raise StageError(f"{self.weights} holds no {self.file}; it holds {names or 'no safetensors file'}")
         return files[0]
+
+
+class ExactSettings(Config):
+    """The optimal denoiser of a set of images, in closed form. It needs no training.
+
+    For latents x_i of the images and a spread h it is E[x | z] = sum_i w_i (x_i + alpha h^2 / s^2 (z - alpha x_i)),
+    with s^2 = sigma^2 + alpha^2 h^2 and w = softmax_i(-|z - alpha x_i|^2 / (2 s^2)). Samples in many steps are the
+    images with noise of standard deviation h. Given a prompt, only the images with that caption count. Students start
+    from the network of `pipeline`."""
+
+    images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
+        description="image set whose training images the teacher draws"
+    )
+    count: int | None = Field(None, ge=1, description="number of images, chosen at random; default: all")
+    spread: float = Field(
+        0.1, gt=0, description="standard deviation of data around each latent; the smaller, the harder to learn"
+    )
+    captions: Literal["full", "none"] = Field(
+        "full",
+        description="full: the images' captions are the prompts; none: the teacher is unconditional; if a caption has "
+        "one image, the map ignores the noise",
+    )
+    pipeline: Annotated[str, FROM] = Field(
+        "digit_scenes",
+        description="a diffusers folder, a hub id or digit_scenes: its VAE makes the latents, and its network is where "
+        "students start",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
 
 
 class GaussianSettings(Config):

@@ -12,25 +12,23 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from stages.base import SCRATCH, Artifact, Content, Neutral, Stage, StageContext, StageError
+from stages.base import SCRATCH, Artifact, Neutral, Stage, StageContext, StageError
 from stages.diffusion.prediction import Prediction
 from stages.networks.adapter import IGNORED, INDEX, Adapter
-from stages.networks.adapters import adapter_of, checked, checked_index, files_of
+from stages.networks.adapters import adapter_of, checked, checked_index
 from stages.networks.stable_diffusion_xl import MICRO_CONDITIONING, MicroConditioning
 from stages.registry import PluginError
-from stages.teacher.config import TIMESTEPS, GaussianSettings, TeacherLora, TrainedTeacher
+from stages.teacher.config import FROM, TIMESTEPS, ExactSettings, GaussianSettings, TeacherLora, TrainedTeacher
 from stages.training import TrainingExecution
 from stages.training.players import training_progress
 
 Answer = TypeVar("Answer")
 
 NOT_CONDITIONED = "only Stable Diffusion XL is conditioned on sizes; leave it out"
-SHIPPED = Path(__file__).parent / "shipped"
-FROM = Content("revision", files_of, shipped={"digit_scenes": SHIPPED / "digit_scenes"})
 
 
 class Teacher(Stage):
-    """The many-step diffusion model to distil. Give exactly one of `train`, `from` and `gaussian`.
+    """The many-step diffusion model to distil. Give exactly one of `train`, `from`, `exact` and `gaussian`.
 
     `from` is a diffusers folder, a hub id, or digit_scenes, a teacher that is installed with Retort. For a folder with
     that name, write ./digit_scenes.
@@ -55,6 +53,9 @@ class Teacher(Stage):
     lora: Annotated[TeacherLora | None, Neutral()] = Field(
         None, description="a LoRA of the pipeline in `from`; it is fused into the weights"
     )
+    exact: Annotated[ExactSettings | None, Neutral()] = Field(
+        None, description="the optimal denoiser of a set of images, without training"
+    )
     gaussian: GaussianSettings | None = Field(
         None, description="an exact teacher of normal data without a network, for tests"
     )
@@ -64,9 +65,9 @@ class Teacher(Stage):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("train", "from_", "gaussian") if getattr(self, name) is not None]
+        given = [name for name in ("train", "from_", "exact", "gaussian") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of train, from and gaussian, not {len(given)} of them")
+            raise ValueError(f"give exactly one of train, from, exact and gaussian, not {len(given)} of them")
         for name in ("revision", "lora", "micro_conditioning"):
             if getattr(self, name) and not self.from_:
                 raise ValueError(f"{name} needs `from`")
@@ -91,6 +92,8 @@ class Teacher(Stage):
         """
         if self.train and self.train.drop_text == 0:
             return "the teacher was trained with drop_text: 0, so never without a prompt"
+        if self.exact and self.exact.captions == "none":
+            return "the exact teacher has captions: none"
         return self._ask(sealed, lambda adapter, folder: adapter.guidance_error(folder, as_input))
 
     def timesteps(self, sealed: Path) -> int | None:
@@ -119,7 +122,8 @@ class Teacher(Stage):
 
     def known(self, sealed: Path) -> Path | None:
         """Return an existing folder of the teacher: `sealed`, or the folder in `from`. None if there is none."""
-        folders = [sealed, *([Path(FROM.source(self.from_))] if self.from_ else [])]
+        source = self.exact.pipeline if self.exact else self.from_
+        folders = [sealed, *([Path(FROM.source(source))] if source else [])]
         return next((folder for folder in folders if (folder / INDEX).is_file()), None)
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
@@ -130,6 +134,9 @@ class Teacher(Stage):
             text = json.dumps(self.gaussian.model_dump(), indent=2) + "\n"
             (context.output / "gaussian.json").write_text(text, encoding="utf-8")
             return {}
+        if self.exact:
+            about = adopt(self.exact.pipeline, context.contents["exact.pipeline"], context.output)
+            return {**about, **context.run(_exact, self.exact, self.execution, context.output, context.threads)}
         if self.from_:
             about = adopt(self.from_, context.contents["from_"], context.output)
             if self.micro_conditioning:
@@ -153,6 +160,12 @@ def _train(*arguments: Any) -> Any:
     from stages.teacher.train import train_teacher
 
     return train_teacher(*arguments)
+
+
+def _exact(*arguments: Any) -> Any:
+    from stages.teacher.exact import write_exact
+
+    return write_exact(*arguments)
 
 
 def _fuse(lora: TeacherLora, context: StageContext) -> Mapping[str, Any]:

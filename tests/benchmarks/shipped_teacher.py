@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from stages.evaluate import figures
-from stages.teacher.stage import SHIPPED
+from stages.teacher.config import SHIPPED
 
 NAME = "digit_scenes"
 MANIFEST = Path("manifests/digit_scenes_teacher.yaml")

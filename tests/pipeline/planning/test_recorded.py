@@ -31,8 +31,8 @@ RECORDED = Path(__file__).parent / "recorded.json"
 REGENERATE = "run `python -m tests.pipeline.planning.test_recorded` and commit recorded.json"
 
 TEACHER = [
-    "networks/{adapter,adapters,compute,condition,lora,pixel,stable_diffusion,stable_diffusion_xl,teachers}.py",
-    "diffusion/{guidance,prediction,schedule}.py",
+    "networks/{adapter,adapters,compute,condition,exact,lora,pixel,stable_diffusion,stable_diffusion_xl,teachers}.py",
+    "diffusion/{guidance,mixture,prediction,schedule}.py",
 ]
 """A teacher's network, asked for its output."""
 SOLVER = ["networks/{gaussian,solvers}.py", "diffusion/samplers.py"]
@@ -46,7 +46,7 @@ IMAGES = ["data/images/{digits,files,labelled,load,photographs}.py", "data/tars.
 
 RESULTS = {
     "teacher": [
-        "teacher/{autoencoder,denoiser,lora,train}.py",
+        "teacher/{autoencoder,denoiser,exact,lora,train}.py",
         "networks/{build,compute,condition,stable_diffusion}.py",
         "diffusion/{prediction,schedule}.py",
         *(*TRAINING, *IMAGES),

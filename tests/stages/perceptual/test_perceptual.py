@@ -18,7 +18,7 @@ from stages.networks.perceptual import LPIPS
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.perceptual.config import Recipe
 from stages.perceptual.train import train_perceptual
-from stages.teacher.stage import SHIPPED
+from stages.teacher.config import SHIPPED
 from tests.support.pipelines import TINY, execute, plan_of
 
 LATENT = """

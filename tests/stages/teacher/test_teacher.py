@@ -137,7 +137,7 @@ def test_the_shipped_teacher_is_small_stock_and_says_where_it_comes_from(tmp_pat
     from stages.data.images.config import DigitScenes
     from stages.data.images.load import load
     from stages.networks.stable_diffusion import StableDiffusion
-    from stages.teacher.stage import SHIPPED
+    from stages.teacher.config import SHIPPED
 
     folder = SHIPPED / "digit_scenes"
     files = [path for path in folder.rglob("*") if path.is_file()]

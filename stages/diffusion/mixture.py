@@ -1,0 +1,52 @@
+"""The optimal denoiser of a finite set of data, in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CHUNK = 8192
+"""Data that are compared with z at once. 64 samples of z and so many data take 4 MB in float64."""
+LEAST = -1e300
+"""A logarithm below all others that is finite, so that a chunk without allowed data gives no NaN."""
+
+
+def posterior(
+    z: Tensor,
+    data: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    spread: float,
+    allowed: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Return (E[x | z], log p(z)) for z = alpha x + sigma noise (B, D), where x is near one of `data` (N, D).
+
+    x is normally distributed around each datum with standard deviation `spread`, h below. All data are equally likely.
+    alpha and sigma are (B, 1). The result is (B, D) and (B,). All tensors are float64.
+
+    E[x | z] = sum_i w_i (x_i + alpha h^2 / s^2 (z - alpha x_i)), with s^2 = sigma^2 + alpha^2 h^2 and
+    w = softmax_i(-|z - alpha x_i|^2 / (2 s^2)). Gradients flow to z.
+
+    `allowed` (B, N) restricts the data for each sample, at least one for each. `chunk` changes only the rounding and
+    the memory."""
+    variance = sigma**2 + (alpha * spread) ** 2
+    most, total = z.new_full((len(z), 1), LEAST), z.new_zeros(len(z), 1)
+    weighted = torch.zeros_like(z)
+    for start in range(0, len(data), chunk):
+        some = data[start : start + chunk]
+        square = z.square().sum(1, keepdim=True) - 2 * alpha * (z @ some.T) + alpha**2 * some.square().sum(1)
+        logits = -square / (2 * variance)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed[:, start : start + chunk], -math.inf)
+        now = torch.maximum(most, logits.amax(1, keepdim=True))
+        kept, weights = (most - now).exp(), (logits - now).exp()
+        total = total * kept + weights.sum(1, keepdim=True)
+        weighted = weighted * kept + weights @ some
+        most = now
+    mean = weighted / total
+    count = z.new_full((len(z), 1), len(data)) if allowed is None else allowed.sum(1, keepdim=True).to(z)
+    log_density = most + total.log() - count.log() - z.shape[1] / 2 * (2 * math.pi * variance).log()
+    return mean + alpha * spread**2 / variance * (z - alpha * mean), log_density[:, 0]

@@ -105,10 +105,12 @@ def test_the_score_is_the_gradient_of_the_log_density(alpha):
         torch.testing.assert_close(score[:, place], (above - below) / 2e-6, rtol=1e-5, atol=1e-4)
 
 
-def test_the_density_integrates_to_one():
+@pytest.mark.parametrize("which", [[True, True, True], [True, False, True]])
+def test_the_density_integrates_to_one(which):
     data, grid = torch.tensor([[-1.0], [0.5], [2.0]], dtype=torch.float64), torch.linspace(-9, 9, 20001).double()
     alpha, sigma = levels(len(grid))
-    density = posterior(grid[:, None], data, alpha, sigma, 0.3)[1].exp()
+    allowed = torch.tensor([which]).expand(len(grid), 3)
+    density = posterior(grid[:, None], data, alpha, sigma, 0.3, allowed)[1].exp()
     assert float(torch.trapezoid(density, grid)) == pytest.approx(1, abs=1e-6)
 
 

@@ -1,7 +1,7 @@
 """The exact teacher: the optimal denoiser of a set of images, in the latents of a pipeline.
 
 It needs no training, knows its scores and densities, and makes maps from noise to images that are as hard to learn as
-its images are many and its spread is small. Planning imports this module, so it imports no torch.
+its images are many and its spread is small. Planning imports this module, so it imports neither torch nor NumPy.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from stages.base import StageError
 from stages.networks.adapter import Adapter
@@ -39,6 +37,7 @@ class Exact(Adapter):
     def __init__(
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False
     ) -> None:
+        import numpy as np
         import torch
 
         super().__init__(folder, device=device, dtype=dtype)

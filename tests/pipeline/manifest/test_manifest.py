@@ -171,7 +171,9 @@ def test_cycles_are_found():
 
 
 def test_a_teacher_has_exactly_one_source():
-    assert "give exactly one of train, from and gaussian, not 0" in problems("name: x\nstages: {t: {kind: teacher}}")
+    assert "give exactly one of train, from, exact and gaussian, not 0" in problems(
+        "name: x\nstages: {t: {kind: teacher}}"
+    )
 
 
 def test_resources_name_stages_that_can_use_them():

@@ -46,7 +46,7 @@ def against_real(
     """Add the figures that need real images to `metrics`: distances, precision, recall, diversity and prompt accuracy.
 
     They are added to every side, and to two references: other real images, and their VAE reconstructions. Prompt
-    accuracy needs prompts that name classes. All distances use the same number of samples. The probe must not have been
+    accuracy needs prompts that name classes, and is left out of an unconditional teacher. All distances use the same number of samples. The probe must not have been
     trained on `images`. Raises ValueError if the teacher's images have another size than the probe's.
     """
     assert isinstance(probe.stage, Probe)
@@ -57,14 +57,15 @@ def against_real(
     classifier = Classifier.load(probe.folder, setting.teacher.device)
     metrics["features"] = f"{real_set.name}_probe_{classifier.features}"
     metrics["probe_accuracy"] = probe.record["metrics"]["caption_accuracy"]
-    asked = digits.prompt_labels(setting.prompts) if isinstance(real_set, Digits) else {}
+    asked = digits.prompt_labels(setting.prompts) if isinstance(real_set, Digits) and any(setting.prompts) else {}
     reference, other = images
     real, _ = classifier.look(batches(reference))
     rebuilt = (setting.teacher.decode(setting.teacher.encode(x)) for x in batches(other))
     metrics["distance_samples"] = len(real)
     shown = {name: other.labels[name] for name in asked}
+    captions = other.captions if any(setting.prompts) else [""] * len(other)  # diversity is among images of one prompt
     metrics["references"] = {
-        name: _measure(classifier, made, shown, other.captions, real, reference.origins, other.origins)
+        name: _measure(classifier, made, shown, captions, real, reference.origins, other.origins)
         for name, made in (("real", batches(other)), ("vae_reconstruction", rebuilt))
     }
     for done, side in enumerate(sides, 1):

@@ -91,7 +91,7 @@ class Evaluate(Stage):
         assert isinstance(pairs, Pairs)
         probe = inputs["real"].stage if self.real else None
         images = probe.images if isinstance(probe, Probe) else None
-        if isinstance(images, Digits) and (pairs.prompts is None or pairs.prompts.images != images):
+        if isinstance(images, Digits) and pairs.prompts and pairs.prompts.images != images:
             yield "real", f"prompt accuracy needs pairs with prompts: {images.name}, not {str(pairs.prompts)!r}"
         if getattr(found.inputs["teacher"].stage, "gaussian", None):
             yield "pairs" if self.pairs else "student", "the teacher is `gaussian:`, which makes no images"

@@ -201,7 +201,8 @@ STUDENTS = """
     pairs: pairs
     method: {name: consistency, steps: 1, solver_steps: 4, guidance_scale: 1.0}
     TRAINING
-  quality: {kind: evaluate, student: regressed, samples: 20, split: validation, teacher_steps: [1]}
+  probe: {kind: probe, images: digit_scenes, limit: 1000, steps: 100}
+  quality: {kind: evaluate, student: regressed, real: probe, samples: 100, teacher_steps: [1]}
 """
 TRAINING = "training: {steps: 2, batch_size: 4}\n    held_out: 16\n    execution: {threads: 1}"
 
@@ -211,6 +212,8 @@ def test_methods_train_on_it_and_evaluations_sample_it(made):
     plan = execute(text, made[0], name="methods")
     sides = json.loads((plan["quality"].artifact.folder / "metrics.json").read_text())["sides"]
     assert set(sides) >= {"teacher_20", "teacher_1", "student"} and sides["student"]["latent_mse"] > 0
+    assert sides["teacher_20"]["kernel_distance"] < sides["teacher_1"]["kernel_distance"]
+    assert "prompt_accuracy" not in sides["student"] and sides["student"]["diversity"] > 0  # no prompt asks for a class
     for name in ("regressed", "halved/2", "consistent"):
         assert (plan[name].artifact.folder / "unet").exists()
 

@@ -46,8 +46,9 @@ def against_real(
     """Add the figures that need real images to `metrics`: distances, precision, recall, diversity and prompt accuracy.
 
     They are added to every side, and to two references: other real images, and their VAE reconstructions. Prompt
-    accuracy needs prompts that name classes, and is left out of an unconditional teacher. All distances use the same number of samples. The probe must not have been
-    trained on `images`. Raises ValueError if the teacher's images have another size than the probe's.
+    accuracy needs prompts that name classes, and is left out of an unconditional teacher. All distances use the same
+    number of samples. The probe must not have been trained on `images`. Raises ValueError if the teacher's images have
+    another size than the probe's.
     """
     assert isinstance(probe.stage, Probe)
     real_set = probe.stage.images

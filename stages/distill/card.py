@@ -79,13 +79,15 @@ def _licence(teacher: Artifact) -> str:
 
 
 def _origin(teacher: Artifact) -> str:
-    """Return where a teacher comes from, its fingerprint, its licence, and the LoRA that is fused into it."""
+    """Return what a teacher is, where it comes from, its fingerprint and its licence."""
     about = teacher.record.get("metrics", {})
     source = about.get("source") or "trained by Retort"
     lora = about.get("lora")
     fused = ""
     if lora:
         fused = f"\nwith the LoRA {lora['source']}{_at(lora)} at scale {lora['scale']:g} (licence: {_stated(lora)})"
+    if "images" in about:
+        source = f"the exact denoiser of {about['images']} images, in the latents of {source}"
     return f"({source}{_at(about)}; teacher/{teacher.fingerprint}; licence: {_stated(about)}){fused}"
 
 

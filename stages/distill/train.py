@@ -22,6 +22,7 @@ from stages.methods.base import Materials, Stream
 from stages.networks.adapter import Adapter, read_json
 from stages.networks.adapters import adapter_of
 from stages.networks.compute import prepare
+from stages.networks.exact import exact
 from stages.networks.student import Student, export
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs, guidance_scales
@@ -110,7 +111,8 @@ def _origin(folder: Path, teacher: Adapter, execution: TrainingExecution) -> Ada
     """Load the pipeline in `folder`, whose network the student starts from.
 
     Raises StageError unless its family, noise schedule, latent shape and other components are those of the teacher."""
-    if not isinstance(teacher, adapter_of(folder)):
+    family = adapter_of(folder)
+    if type(teacher) not in (family, exact(family)):
         raise StageError("start.pipeline: it is of another family than the teacher")
     for name in set(teacher.COMPONENTS) - {teacher.NETWORK, "scheduler"}:
         patterns = [pattern for pattern in teacher.FILES if pattern.startswith(f"{name}/")]

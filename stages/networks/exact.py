@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from stages.networks.condition import Condition
 
 FILE, LATENTS = "exact.json", "exact.npy"
-"""The files of an exact teacher beside its pipeline: spread and captions, and latents (N, C, H, W), float32."""
+"""Two files beside the pipeline of an exact teacher. The first has the spread and the images' captions. The second has
+their latents (N, C, H, W), float32."""
 CAPTION, ANY = "caption", -1
 """The name of the condition's tensor: numbers of captions (B,). ANY is the number of the empty prompt."""
 

@@ -50,6 +50,7 @@ from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.vgg import VGG
 from stages.training import TrainingExecution
 from stages.training.loop import _Run
+from tests.support.networks import SDXL_UNET
 
 CHANNELS = 4
 SLACK = 1.05
@@ -74,7 +75,7 @@ class Published:
     unet: Mapping[str, Any]
 
     def network(self) -> UNet2DConditionModel:
-        return UNet2DConditionModel(sample_size=self.side, **self.unet)
+        return UNet2DConditionModel(**{**self.unet, "sample_size": self.side})
 
 
 TEACHERS = {
@@ -83,18 +84,7 @@ TEACHERS = {
         128,
         {"text": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
         3.6,
-        {
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "block_out_channels": (320, 640, 1280),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
+        SDXL_UNET,
     ),
 }
 OPTIONS = {

@@ -58,6 +58,20 @@ def stable_diffusion_layout(folder: Path, unet: UNet2DConditionModel | None = No
     return folder
 
 
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""The config of the U-Net of stable-diffusion-xl-base-1.0."""
 XL_TEXT = {
     "num_attention_heads": 2,
     "num_hidden_layers": 3,

@@ -216,6 +216,8 @@ def test_methods_train_on_it_and_evaluations_sample_it(made):
     assert "prompt_accuracy" not in sides["student"] and sides["student"]["diversity"] > 0  # no prompt asks for a class
     for name in ("regressed", "halved/2", "consistent"):
         assert (plan[name].artifact.folder / "unet").exists()
+    card = (plan["consistent"].artifact.folder / "README.md").read_text()
+    assert "(the exact denoiser of 200 images, in the latents of digit_scenes; teacher/" in card
 
 
 def test_a_student_of_it_starts_from_the_pipelines_network(exact):

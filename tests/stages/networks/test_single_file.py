@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from stages.base import StageError
 from stages.networks import single_file
+from tests.support.networks import SDXL_UNET
 
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -36,23 +37,10 @@ SD2 = {
     "attention_head_dim": (5, 10, 20, 20),
     "use_linear_projection": True,
 }
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 SMALL_VAE = {**VAE, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 8, "sample_size": 64}
 SMALL = {"sample_size": 8, "block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8, "attention_head_dim": 4}
 SMALL_XL = {
-    **(SDXL | SMALL),
+    **(SDXL_UNET | SMALL),
     "block_out_channels": (16, 32, 32),
     "transformer_layers_per_block": (1, 2, 3),
     "cross_attention_dim": 32 + 48,
@@ -208,7 +196,7 @@ WELL_KNOWN = {
 def full_size(layout: str) -> dict[str, torch.Tensor]:
     """The published networks, without memory for their weights."""
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**{"1.x": SD1, "2.x": SD2, "xl": SDXL}[layout]), AutoencoderKL(**VAE)
+        unet, vae = UNet2DConditionModel(**{"1.x": SD1, "2.x": SD2, "xl": SDXL_UNET}[layout]), AutoencoderKL(**VAE)
         if layout == "2.x":
             return single_file.stable_diffusion(unet, vae, CLIPTextModel(text_config(1024, "gelu", 23)))
         clip = CLIPTextModel(text_config(768, "quick_gelu", 12))

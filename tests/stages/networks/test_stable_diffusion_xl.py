@@ -21,7 +21,7 @@ from stages.networks.adapters import checked
 from stages.networks.lora import FILE
 from stages.networks.stable_diffusion_xl import StableDiffusionXL
 from tests.support.cli import BLOCKER, ROOT, retort
-from tests.support.networks import stable_diffusion_xl_layout
+from tests.support.networks import SDXL_UNET, stable_diffusion_layout, stable_diffusion_xl_layout
 from tests.support.pipelines import execute, plan_of
 
 PROMPTS = ["a b", "b", "", "a a b"]
@@ -161,6 +161,25 @@ def test_a_missing_component_is_named(folder, tmp_path):
         pairs(tmp_path / "store", tmp_path / "sdxl", 1.0)
 
 
+def test_a_student_cannot_start_from_stable_diffusion(folder, tmp_path):
+    """Its adapter is the base class of SDXL's, and yet another family."""
+    other = stable_diffusion_layout(tmp_path / "sd")
+    student = f"""
+  student:
+    kind: distill
+    pairs: pairs
+    start: {{pipeline: {other}}}
+    method: knowledge_distillation
+    training: {{steps: 1, batch_size: 2}}
+    held_out: 2
+"""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\n")
+    text = PAIRS.format(folder=folder, scale=1.0, batch=4, prompts=prompts, further="") + student
+    with pytest.raises(StageFailed, match=r"start\.pipeline: it is of another family than the teacher"):
+        execute(text, tmp_path / "store")
+
+
 def test_sizes_of_another_family_are_refused(tmp_path):
     text = PAIRS.format(folder="digit_scenes", scale=1.0, batch=4, prompts="digits", further=", micro_conditioning: {}")
     with pytest.raises(ManifestError, match="only Stable Diffusion XL is conditioned on sizes"):
@@ -233,21 +252,8 @@ def test_planning_needs_no_torch_and_no_network(source, folder, tmp_path):
 
 def test_the_published_configs_are_accepted(folder, tmp_path):
     """The U-Net's shape of stable-diffusion-xl-base-1.0, at its true width: 2,567 million weights."""
-    published = {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**published)
+        unet = UNet2DConditionModel(**SDXL_UNET)
     assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
     shutil.copytree(folder, tmp_path / "sdxl")
     unet.save_config(tmp_path / "sdxl" / "unet")

@@ -16,25 +16,21 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from pipeline.errors import ManifestError, StageFailed
 from stages.base import StageError
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
-from stages.networks import build
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 from stages.teacher.lora import fuse
 from tests.support.cli import BLOCKER, ROOT, retort
-from tests.support.networks import pixel_unet, stable_diffusion_layout
+from tests.support.networks import pixel_unet, stable_diffusion_layout, stable_diffusion_xl_layout
 from tests.support.pipelines import execute, plan_of
 
 TEACHER = (
@@ -306,32 +302,6 @@ def test_planning_imports_no_torch(base, tmp_path, write_manifest):
     assert done.returncode == 0 and "teacher" in done.stdout, done.stderr
 
 
-def sdxl(folder):
-    """A small pipeline of SDXL's layout, with random weights."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = CLIPTextConfig(**size, vocab_size=10, projection_dim=32)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=8,
-        norm_num_groups=8,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=32 + 6 * 8,
-    )
-    tokenizer = StableDiffusion(stable_diffusion_layout(folder / "sd")).tokenizer
-    encoders = {"text_encoder": CLIPTextModel(config), "text_encoder_2": CLIPTextModelWithProjection(config)}
-    vae = build.autoencoder(16, (8, 16))
-    rest = {"vae": vae, "tokenizer": tokenizer, "tokenizer_2": tokenizer, "scheduler": DDIMScheduler()}
-    StableDiffusionXLPipeline(unet=unet, **encoders, **rest).save_pretrained(folder / "sdxl")
-    return folder / "sdxl"
-
-
 SDXL = {
     "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k":
         "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
@@ -351,7 +321,7 @@ def weights_of(folder, component):
 
 
 def test_a_lora_of_sdxl_in_kohyas_format_changes_the_layers_that_it_names(tmp_path):
-    folder, written, change = sdxl(tmp_path), {}, {}
+    folder, written, change = stable_diffusion_xl_layout(tmp_path / "sdxl"), {}, {}
     components = ("unet", "text_encoder", "text_encoder_2")
     before = {name: value for one in components for name, value in weights_of(folder, one).items()}
     for rank, (layer, there) in enumerate(SDXL.items(), start=2):

@@ -15,8 +15,8 @@ from stages.distill.card import derived_card
 from stages.distill.held_out import comparable, mean_square, sampled
 from stages.distill.stage import Distill, sources, teacher_of
 from stages.networks.adapter import Adapter
-from stages.networks.lora import ADAPTER, FILE
-from stages.networks.low_rank import Factors, add, differences, saved_form, share_kept
+from stages.networks.lora import ADAPTER, FILE, saved_form
+from stages.networks.low_rank import Factors, add, differences, share_kept
 from stages.networks.student import Student
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs

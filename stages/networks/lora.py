@@ -17,6 +17,8 @@ from stages.base import Config, StageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stages.networks.low_rank import Factors
+
 FILE = "pytorch_lora_weights.safetensors"
 """The file of LoRA weights. diffusers' `load_lora_weights` looks for this name in a folder."""
 IN_FULL = "trained_in_full.safetensors"
@@ -165,3 +167,24 @@ def _read(folder: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Tenso
 
     weights = {name.removeprefix(f"{prefix}."): value for name, value in load_file(folder / FILE).items()}
     return weights, load_file(folder / IN_FULL) if (folder / IN_FULL).exists() else {}
+
+
+def saved_form(lora: Mapping[str, Factors], network: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights and the settings of a LoRA as diffusers stores them, for the component `network`.
+
+    The settings are those of peft's LoraConfig. They are stored because some releases of diffusers derive a wrong
+    scale where layers have several ranks."""
+    weights = {}
+    for name, layer in lora.items():
+        weights[f"{network}.{name}{A}"] = layer.a.cpu().contiguous()
+        weights[f"{network}.{name}{B}"] = layer.b.cpu().contiguous()
+    rank = max(layer.rank for layer in lora.values())
+    fewer = {name: layer.rank for name, layer in lora.items() if layer.rank < rank}
+    settings = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": fewer,
+        "alpha_pattern": fewer,
+        "target_modules": list(lora),
+    }
+    return weights, {f"{network}.{name}": value for name, value in settings.items()}

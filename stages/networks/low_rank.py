@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.networks.lora import A, B
-
 
 @dataclass(frozen=True)
 class Factors:
@@ -72,24 +70,3 @@ def share_kept(network: nn.Module, base: nn.Module, lora: dict[str, Factors]) ->
     total = sum(float((theirs[name] - value).square().sum()) for name, value in base.state_dict().items())
     kept = sum(float(layer.product.square().sum()) for layer in lora.values())
     return kept / total if total else 1.0
-
-
-def saved_form(lora: dict[str, Factors], network: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights and the settings of a LoRA as diffusers stores them, for the component `network`.
-
-    The settings are those of peft's LoraConfig. They are stored because some releases of diffusers derive a wrong
-    scale where layers have several ranks."""
-    weights = {}
-    for name, layer in lora.items():
-        weights[f"{network}.{name}{A}"] = layer.a.cpu().contiguous()
-        weights[f"{network}.{name}{B}"] = layer.b.cpu().contiguous()
-    rank = max(layer.rank for layer in lora.values())
-    fewer = {name: layer.rank for name, layer in lora.items() if layer.rank < rank}
-    settings = {
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": fewer,
-        "alpha_pattern": fewer,
-        "target_modules": list(lora),
-    }
-    return weights, {f"{network}.{name}": value for name, value in settings.items()}

@@ -33,6 +33,11 @@ from pipeline.reference.completion import complete_runs_or_paths
     help="A row of the figure, named as in the table. Repeat for several; default: all rows.",
 )
 @click.option(
+    "--chart",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw quality against network calls to this file (.png, .svg, .pdf, ...).",
+)
+@click.option(
     "--columns", type=click.IntRange(1), default=8, show_default=True, help="Maximum number of columns of the figure."
 )
 @json_option
@@ -42,17 +47,20 @@ def compare(
     html: Path,
     figure: Path | None,
     row_names: tuple[str, ...],
+    chart: Path | None,
     columns: int,
     as_json: bool,
 ) -> None:
     """Compare the students of RUNs with their teacher. Print a table, and write a page of images from the same noises.
 
     A section holds students that were evaluated with the same teacher, noises and prompts. They may belong to several
-    runs. A figure shows the first section that has all the rows.
+    runs. A figure shows the first section that has all the rows. A chart shows the first section whose rows differ in
+    network calls.
     """
     from pipeline.errors import UsageError
     from pipeline.views import tables
     from pipeline.views.compare import collect, pictured, remarks
+    from stages.reports import chart as charts
     from stages.reports import comparison
     from stages.reports.sections import sections
 
@@ -62,20 +70,25 @@ def compare(
     evaluations, not_made = collect(runs)
     compared, missing = sections(evaluations), remarks(not_made)
     drawn = comparison.figure(pictured(compared, row_names), columns) if figure else None
+    charted = next(filter(None, (charts.chart(one.rows) for one in compared)), None) if chart else None
+    if chart and not charted:
+        raise UsageError("--chart needs students, and rows that differ in network calls")
     try:
         html.write_text(comparison.page(compared, missing), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--html {html} cannot be written: {error.strerror}") from None
-    if drawn and figure:
-        try:
-            drawn.save(figure)
-        except (OSError, ValueError) as error:  # ValueError: unknown format
-            raise UsageError(f"--figure {figure} cannot be written: {error}") from None
+    for option, path, save in (("figure", figure, drawn and drawn.save), ("chart", chart, charted and charted.savefig)):
+        if path and save:
+            try:
+                save(path)
+            except (OSError, ValueError) as error:  # ValueError: unknown format
+                raise UsageError(f"--{option} {path} cannot be written: {error}") from None
     result = {
         "sections": [section.as_dict() for section in compared],
         "not_made": [one.as_dict() for one in not_made],
         "page": str(html),
         "figure": figure and str(figure),
+        "chart": chart and str(chart),
     }
-    files = [f"page: {html}", *([f"figure: {figure}"] if figure else [])]
+    files = [f"page: {html}", *(f"{name}: {result[name]}" for name in ("figure", "chart") if result[name])]
     print_result(as_json, result, lambda: "\n\n".join([tables.compared(compared, missing), "\n".join(files)]))

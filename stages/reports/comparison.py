@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from stages.data import pictures
 from stages.evaluate import figures
-from stages.reports.chart import STYLE as CHART_STYLE
-from stages.reports.chart import chart
+from stages.reports.chart import as_svg, chart
 from stages.reports.sections import Row, Section
 
 if TYPE_CHECKING:
     from PIL import Image
 
 STYLE = """
+.chart { background: white } .chart svg { max-width: 100%; height: auto }
 .legend p { margin: .2rem 0; color: var(--faint); font-size: .8rem }
 .figures td, .figures th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line) }
 .figures td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
@@ -32,7 +32,7 @@ def page(sections: Sequence[Section], remarks: Sequence[str]) -> str:
     notes = "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Retort: students compared</title><style>{pictures.STYLE}{STYLE}{CHART_STYLE}</style></head>
+<title>Retort: students compared</title><style>{pictures.STYLE}{STYLE}</style></head>
 <body><h1>Students compared</h1>
 <p>Each column shows one noise and one prompt, the same in all rows of a section.</p>{notes}
 {"".join(map(_section, sections))}
@@ -48,8 +48,10 @@ def figure(section: Section, columns: int) -> Image.Image:
 def _section(section: Section) -> str:
     images = pictures.table(_images(section), section.shown["prompts"])
     legend = "".join(f"<p>{html.escape(line)}</p>" for line in section.legend)
+    drawn = chart(section.rows)
+    graph = f'<div class="chart">{as_svg(drawn)}</div>' if drawn else ""
     return (
-        f"<section><h2>{html.escape(section.title)}</h2>\n{images}{chart(section.rows)}{_figures(section.rows)}\n"
+        f"<section><h2>{html.escape(section.title)}</h2>\n{images}{graph}{_figures(section.rows)}\n"
         f'<div class="legend">{legend}</div></section>\n'
     )
 

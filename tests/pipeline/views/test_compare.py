@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.store import RECORD
 from stages.data.pictures import cut
 from stages.evaluate import figures as columns
-from stages.reports.chart import chart, family
+from stages.reports.chart import as_svg, chart, family
 from stages.reports.comparison import page
 from stages.reports.sections import Evaluated, Row, sections, seedless, with_means
 from tests.support.cli import ROOT, retort
@@ -29,7 +29,8 @@ FIRST = f"""{TINY}
   short: {{kind: distill, pairs: pairs, {SHORT}}}
   quality: {{kind: evaluate, student: student, samples: 20, teacher_steps: [2]}}
   quality_short: {{kind: evaluate, student: short, samples: 20, teacher_steps: [2, 1]}}
-  teacher_alone: {{kind: evaluate, pairs: pairs, samples: 20, teacher_steps: []}}
+  teacher_alone: {{kind: evaluate, pairs: pairs, samples: 24, teacher_steps: []}}
+  teacher_beside: {{kind: evaluate, pairs: pairs, samples: 20, teacher_steps: [3]}}
 """
 LATER = FIRST + "  later: {kind: evaluate, student: short, samples: 22}\n"
 SECOND = f"""{TINY}
@@ -59,7 +60,7 @@ def labels(section):
     return [(row["kind"], row["name"]) for row in section["rows"]]
 
 
-TEACHER = [("teacher", "teacher, 5 steps"), ("teacher", "teacher, 2 steps"), ("teacher", "teacher, 1 step")]
+TEACHER = [("teacher", f"teacher, {steps}") for steps in ("5 steps", "3 steps", "2 steps", "1 step")]
 
 
 def test_every_student_of_a_run_is_a_row_below_its_teacher(store, tmp_path):
@@ -67,7 +68,7 @@ def test_every_student_of_a_run_is_a_row_below_its_teacher(store, tmp_path):
     students, alone = found["sections"]
     assert labels(students) == [*TEACHER, ("student", "student"), ("student", "short")]
     assert labels(alone) == TEACHER[:1]
-    assert alone["shown"]["samples"] != students["shown"]["samples"]  # the first pairs, and those held out
+    assert alone["shown"]["samples"] != students["shown"]["samples"]  # of the last 24 pairs, and of the last 20
     rows = {row["name"]: row["figures"] for row in students["rows"]}
     assert rows["short"]["method"] == "knowledge_distillation" and rows["short"]["training_steps"] == 2
     assert rows["student"]["training_steps"] == 24 and rows["student"]["network_calls"] == 1
@@ -90,7 +91,7 @@ def test_students_of_several_runs_meet_in_one_section(store, tmp_path):
     students, _ = compare(store, tmp_path, "first", "second", "first")["sections"]
     names = ["first/student", "first/short", "second/short"]
     assert labels(students) == [*TEACHER, *(("student", name) for name in names)]
-    assert students["rows"][3]["note"] == "also second/student"
+    assert students["rows"][4]["note"] == "also second/student"
 
 
 def test_what_is_shown_is_kept_with_the_evaluation(store):
@@ -102,7 +103,7 @@ def test_what_is_shown_is_kept_with_the_evaluation(store):
     shown = json.loads((folder / "shown.json").read_text())
     assert (shown["pairs"], shown["teacher"]) == (pairs.fingerprint, made["teacher"].artifact.fingerprint)
     held_out = PairReader(read_list(pairs.folder)).batch(shown["samples"])
-    assert held_out.prompts == shown["prompts"] and set(shown["samples"]) <= set(range(64, 84))
+    assert held_out.prompts == shown["prompts"] and set(shown["samples"]) <= set(range(76, 96))
     for side in ("teacher_5", "teacher_2", "student"):
         assert Image.open(folder / "rows" / f"{side}.png").size == (16 * 16, 16)
     width, height = Image.open(folder / "grid.png").size  # at six times the native 16 pixels, and labels beside them
@@ -154,7 +155,7 @@ def test_a_figure_of_chosen_rows_in_their_order(store, tmp_path):
     found = compare(store, tmp_path, "first", "--figure", out)
     assert found["figure"] == str(out)
     width, height = Image.open(out).size
-    assert 8 * 96 < width < 8 * 102 + 200 and 5 * 96 < height < 5 * 102 + 150
+    assert 8 * 96 < width < 8 * 102 + 200 and 6 * 96 < height < 6 * 102 + 150
     compare(store, tmp_path, "first", "--figure", out, "--columns", "2", "--row", "short", "--row", "teacher, 5 steps")
     figure = np.asarray(Image.open(out))
     section = found["sections"][0]
@@ -167,6 +168,15 @@ def test_a_figure_of_chosen_rows_in_their_order(store, tmp_path):
         tops.append(top)
     assert tops[0] < tops[1] and figure.shape[1] < 2 * 102 + 200
     assert compare(store, tmp_path, "first")["figure"] is None
+
+
+def test_a_chart_is_written_in_the_format_of_its_name(store, tmp_path):
+    found = compare(store, tmp_path, "first", "--chart", tmp_path / "c.svg")
+    assert found["chart"] == str(tmp_path / "c.svg") and "<svg" in (tmp_path / "c.svg").read_text()
+    compare(store, tmp_path, "first", "--chart", tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size[0] > 500
+    refused = retort("compare", "first", "--store", store, "--chart", tmp_path / "c.doc", cwd=tmp_path)
+    assert refused.returncode == 2 and f"--chart {tmp_path / 'c.doc'} cannot be written" in refused.stderr
 
 
 def test_comparing_imports_nothing_heavy():
@@ -321,20 +331,27 @@ def test_a_sweep_over_seeds_has_a_mean(store, tmp_path):
     assert mean["figures"]["latent_mse"] == pytest.approx(fmean(row["figures"]["latent_mse"] for row in (one, two)))
 
 
-def test_quality_is_drawn_against_steps(tmp_path):
+def test_quality_is_drawn_against_network_calls(tmp_path):
     """A line for the teacher and one for each chain, its seeds as their mean; a single student is a point."""
-    figures = {"kernel_distance": 0.02, "kernel_distance_se": 0.01, "latent_mse": 0.5}
-    rows = [Row(f"teacher, {n} steps", "teacher", {**figures, "latent_mse": 0.0}, steps=n) for n in (32, 4)]
-    chain = [Row(f"run/few/{n}[seed={s}]", "student", figures, steps=n) for n in (4, 1) for s in (0, 1)]
-    rows += [*with_means(chain), Row("one & only", "student", figures, steps=1)]
+
+    def figures(calls, distance, mse=0.5):
+        return {"network_calls": calls, "kernel_distance": distance, "kernel_distance_se": 0.01, "latent_mse": mse}
+
+    rows = [Row(f"teacher, {n} steps", "teacher", figures(2 * n, 0.02, 0.0), steps=n) for n in (32, 4)]
+    chain = [Row(f"run/few/{n}[seed={s}]", "student", figures(n, s), steps=n) for n in (4, 1) for s in (0, 1)]
+    rows += [*with_means(chain), Row("one & only", "student", figures(1, 9.0), steps=1)]
     drawn = chart(rows)
-    seen = Checked(drawn)
-    assert drawn.count("<svg") == 2  # of the four figures, those that are there
-    assert drawn.count("<polyline") == 2 + 1 and drawn.count("<circle") == (2 + 2 + 1) + (2 + 1)
-    assert [words for words in seen.words if words in (" teacher", " run/few", " one & only")] == [
-        " teacher", " run/few", " one & only"
-    ]  # fmt: skip
-    assert chart(rows[:2]) == "" and chart([replace(row, steps=1) for row in rows]) == ""
+    distance, mse = drawn.axes  # of the four panels, those that have figures
+    assert (distance.get_title(), mse.get_title()) == ("kernel distance", "latent MSE to teacher")
+    assert distance.get_xlabel() == "network calls"
+    assert (distance.get_yscale(), mse.get_yscale()) == ("log", "linear")
+    lines = {one.get_label(): one.lines[0].get_xydata().tolist() for one in distance.containers}
+    assert lines == {
+        "one & only": [[1, 9.0]], "run/few": [[1, 0.5], [4, 0.5]], "teacher": [[8, 0.02], [64, 0.02]]
+    }  # fmt: skip
+    assert Checked(as_svg(drawn)).words.count("one & only") == 1
+    assert chart(rows[:2]) is None
+    assert chart([replace(row, figures={**row.figures, "network_calls": 1}) for row in rows]) is None
     names = ("r/few/16[w=2]", "few/16", "few[w=2,steps=16]", "few[steps=16]", "few[steps=9]")
     families = ["r/few[w=2]", "few", "few[w=2]", "few", "few[steps=9]"]
     assert [family(Row(name, "student", {}, steps=16)) for name in names] == families

@@ -8,6 +8,9 @@ Diffusion2GAN), the most that is held at once, and in brackets the smallest GPU 
 holds the text encoders and the VAE, and 5 % are added for the allocator's slack and the kernels' workspaces. Also
 prints the size of pairs on disk.
 
+With `--measure`, the same steps also run on the GPU of this machine, if they fit. Each figure is followed by the most
+that PyTorch's allocator held there.
+
 Two things are counted as on a GPU. AdamW updates all weights at once, and autocast computes norms in float32. Attention
 is counted as fused, but for R1: its second derivative needs the attention matrices.
 """
@@ -15,6 +18,7 @@ is counted as fused, but for R1: its second derivative needs the attention matri
 from __future__ import annotations
 
 import argparse
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -126,12 +130,28 @@ class Held(TorchDispatchMode):
         self.now -= size
 
 
+class Allocated:
+    """Bytes that PyTorch's allocator holds on the GPU, and the most since `most` was set."""
+
+    @property
+    def now(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    @property
+    def most(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    @most.setter
+    def most(self, _now: int) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+
 class Teacher(StableDiffusion):
     """Of a published layout, as far as a method asks for it, and without a folder."""
 
     def __init__(self, published: Published) -> None:
         self.published, self.network = published, published.network().requires_grad_(False)
-        self.schedule, self.device = NoiseSchedule.stable_diffusion(), torch.device("cpu")
+        self.schedule, self.device = NoiseSchedule.stable_diffusion(), torch.get_default_device()
         self.prediction, self._timesteps = "epsilon", {}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
@@ -157,6 +177,15 @@ def fakes() -> Iterator[Held]:
         yield stack.enter_context(Held())
 
 
+@contextmanager
+def on_gpu() -> Iterator[Allocated]:
+    """Tensors made here are on the GPU."""
+    with torch.device("cuda"):
+        yield Allocated()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _copied(tensor: torch.Tensor, _memo: object) -> torch.Tensor:
     copy = tensor.detach().clone()
     return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
@@ -167,11 +196,11 @@ def _in_float32(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def gigabytes(
-    published: Published, name: str, training: StudentTraining, gradient_checkpointing: bool
+    published: Published, name: str, training: StudentTraining, gradient_checkpointing: bool, measure: bool = False
 ) -> tuple[float, dict[int, float]]:
-    """Held between steps, and at the worst moment of each of the method's steps."""
-    execution = TrainingExecution(device="cpu", gradient_checkpointing=gradient_checkpointing)
-    with fakes() as held:
+    """Held between steps, and at the worst moment of each of the method's steps. `measure`: on the GPU."""
+    execution = TrainingExecution(device="cuda" if measure else "cpu", gradient_checkpointing=gradient_checkpointing)
+    with on_gpu() if measure else fakes() as held:
         method = _method(published, name, training)
         run = _Run(method, execution)
         for optimizer in run.optimizers.values():
@@ -224,15 +253,23 @@ def smallest_gpu(most: float, beside: float) -> str:
     return next((str(size) for size in GPUS if SLACK * (most + beside) <= size), "none")
 
 
-def rows(published: Published, name: str, micro_batch: int, lora: LoraSettings | None) -> Iterator[Sequence[str]]:
+def rows(
+    published: Published, name: str, micro_batch: int, lora: LoraSettings | None, measure: bool
+) -> Iterator[Sequence[str]]:
     """The rows of the table for one method: without R1, and with it if the method has it."""
     settings = StudentTraining(steps=2 * WITH, batch_size=micro_batch, lora=lora)
-    found = [
-        gigabytes(published, name, settings.model_copy(update={"mixed_precision": precision}), checkpointing)
-        for precision, checkpointing in OPTIONS.values()
-    ]
+    found, seen = [], []
+    for precision, checkpointing in OPTIONS.values():
+        own = settings.model_copy(update={"mixed_precision": precision})
+        found.append(gigabytes(published, name, own, checkpointing))
+        fits = measure and max(found[-1][1].values()) < torch.cuda.mem_get_info()[0] / 1e9 - 2
+        seen.append(gigabytes(published, name, own, checkpointing, measure=True)[1] if fits else {})
     for step in METHODS[name]:
-        cells = [f"{most[step]:.1f} ({smallest_gpu(most[step], published.beside)})" for _, most in found]
+        cells = [
+            f"{most[step]:.1f} ({smallest_gpu(most[step], published.beside)})"
+            + (f" measured {measured[step]:.1f}" if measured else "")
+            for (_, most), measured in zip(found, seen, strict=True)
+        ]
         yield f"{name}, R1" if step == WITH else name, "LoRA" if lora else "all", f"{found[0][0]:.1f}", *cells
 
 
@@ -242,6 +279,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, help="only this one")
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=64, help="of LoRA")
+    parser.add_argument("--measure", action="store_true", help="also run the steps on the GPU")
     given = parser.parse_args()
     published = TEACHERS[given.teacher]
     each = pair_bytes(published.side)
@@ -250,7 +288,7 @@ def main() -> None:
     print(f"A pair in float16: {each:,.0f} bytes; {on_disk}.\n")
     print("| method | trained | between steps |", " | ".join(OPTIONS), "|\n|---|---|---|" + "---|" * len(OPTIONS))
     for name, lora in product([given.method] if given.method else METHODS, (None, LoraSettings(rank=given.rank))):
-        for row in rows(published, name, given.micro_batch, lora):
+        for row in rows(published, name, given.micro_batch, lora, given.measure):
             print("|", " | ".join(row), "|", flush=True)
 
 

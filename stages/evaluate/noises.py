@@ -35,7 +35,8 @@ class Noises:
 def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: int) -> Noises:
     """Return `samples` noises of the pairs' seed that the student was not trained on.
 
-    test: stored pairs that come after the last training pair, then fresh noises with higher numbers than all of these.
+    test: the last stored pairs, as far as they come after the last training pair; then fresh noises with higher numbers
+    than all of these. So students that were trained on fewer pairs, or on none, are measured on the same noises.
     validation: fresh noises, numbered from VALIDATION. Test noises always have lower numbers, so no noise is in both
     splits.
     """
@@ -44,7 +45,7 @@ def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: i
         return Noises(range(0), range(VALIDATION, VALIDATION + samples))
     count = pairs.stage.count
     seen = max((one.count for one in trained(student) if one.pairs.seed == pairs.seed), default=0)
-    stored = range(min(seen, count), count)[:samples]
+    stored = range(max(min(seen, count), count - samples), count)
     first = max(seen, count)
     return Noises(stored, range(first, first + samples - len(stored)))
 

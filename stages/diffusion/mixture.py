@@ -50,3 +50,9 @@ def posterior(
     count = z.new_full((len(z), 1), len(data)) if allowed is None else allowed.sum(1, keepdim=True).to(z)
     log_density = most + total.log() - count.log() - z.shape[1] / 2 * (2 * math.pi * variance).log()
     return mean + alpha * spread**2 / variance * (z - alpha * mean), log_density[:, 0]
+
+
+def nearest(z: Tensor, data: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Return the squared distance of each z (B, D) to the nearest of `data` (N, D), (B,)."""
+    distances = [torch.cdist(z, some).amin(1) for some in data.split(chunk)]
+    return torch.stack(distances).amin(0).square()

@@ -29,6 +29,7 @@ FIGURES = {
     "precision": Figure("precision", "{:.3f}"),
     "recall": Figure("recall", "{:.3f}"),
     "diversity": Figure("diversity", "{:.2f}"),
+    "nearest_mse": Figure("MSE to nearest", "{:.4f}"),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stages.base import Artifact, Progress, StageError
 from stages.data.images import digits
@@ -15,6 +16,8 @@ from stages.data.images.labelled import LabelledImages
 from stages.evaluate.config import MIN_SAMPLES
 from stages.evaluate.sides import Setting, Side
 from stages.metrics import distances
+from stages.networks.adapter import Adapter
+from stages.networks.exact import Exact
 from stages.networks.probe import SEEN_AT_ONCE, Classifier, accuracy, batches
 from stages.probe import Probe
 
@@ -29,15 +32,25 @@ class RealSets(NamedTuple):
     other: LabelledImages
 
 
-def against_teacher(side: Side, teacher: Side) -> dict[str, Any]:
-    """Return the mean squared error to the teacher's latents from the same noise, and the cost of the side."""
-    errors = (side.latents - teacher.latents).square().mean((1, 2, 3)).double()
+def against_teacher(side: Side, full: Side, teacher: Adapter) -> dict[str, Any]:
+    """Return the cost of the side, and the mean squared error to the teacher's full-step latents from the same noise.
+
+    If the teacher is exact, also return the error to the nearest of its images."""
+    errors = (side.latents - full.latents).square().mean((1, 2, 3)).double()
     return {
         "network_calls": side.calls,
         "seconds_per_image": side.seconds,
-        "latent_mse": float(errors.mean()),
-        "latent_mse_se": float(errors.std() / len(errors) ** 0.5),
+        **_mean("latent_mse", errors),
+        **_nearest(side.latents, teacher),
     }
+
+
+def _nearest(latents: Tensor, teacher: Adapter) -> dict[str, float]:
+    return _mean("nearest_mse", teacher.nearest(latents)) if isinstance(teacher, Exact) else {}
+
+
+def _mean(name: str, values: Tensor) -> dict[str, float]:
+    return {name: float(values.mean()), f"{name}_se": float(values.std() / len(values) ** 0.5)}
 
 
 def against_real(
@@ -61,7 +74,8 @@ def against_real(
     asked = digits.prompt_labels(setting.prompts) if isinstance(real_set, Digits) and any(setting.prompts) else {}
     reference, other = images
     real, _ = classifier.look(batches(reference))
-    rebuilt = (setting.teacher.decode(setting.teacher.encode(x)) for x in batches(other))
+    latents = torch.cat([setting.teacher.encode(x) for x in batches(other)])
+    rebuilt = map(setting.teacher.decode, latents.split(SEEN_AT_ONCE))
     metrics["distance_samples"] = len(real)
     shown = {name: other.labels[name] for name in asked}
     captions = other.captions if any(setting.prompts) else [""] * len(other)  # diversity is among images of one prompt
@@ -69,6 +83,7 @@ def against_real(
         name: _measure(classifier, made, shown, captions, real, reference.origins, other.origins)
         for name, made in (("real", batches(other)), ("vae_reconstruction", rebuilt))
     }
+    metrics["references"]["vae_reconstruction"] |= _nearest(latents, setting.teacher)
     for done, side in enumerate(sides, 1):
         made = map(setting.teacher.decode, side.latents.split(SEEN_AT_ONCE))
         metrics["sides"][side.name] |= _measure(classifier, made, asked, setting.prompts, real, reference.origins)
@@ -98,7 +113,7 @@ def two_real_sets(images: LabelledImages, samples: int) -> RealSets:
 
 def _measure(
     classifier: Classifier,
-    images: Iterable[torch.Tensor],
+    images: Iterable[Tensor],
     wanted: dict[str, np.ndarray],
     captions: list[str],
     real: np.ndarray,

@@ -45,7 +45,7 @@ def evaluate(
         "student": student and student.fingerprint,
         "dtype": str(setting.teacher.dtype).removeprefix("torch."),
         "micro_batch": min(execution.micro_batch, noises.count),
-        "sides": {side.name: measure.against_teacher(side, sides[0]) for side in sides},
+        "sides": {side.name: measure.against_teacher(side, sides[0], setting.teacher) for side in sides},
     }
     shown = page.columns(noises.count, setting.teacher.decode(sides[0].latents[:1]).shape[-1])
     pictures = {side.name: setting.teacher.decode(side.latents[shown]).numpy() for side in sides}

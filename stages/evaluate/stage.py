@@ -39,7 +39,7 @@ class Evaluate(Stage):
     them again.
     """
 
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
     kind: Literal["evaluate"]
     student: Annotated[str | None, Input("distill")] = Field(None, description="student to measure")
     pairs: Annotated[str | None, Input("pairs")] = Field(

@@ -89,6 +89,14 @@ class Exact(Adapter):
         x0, log_density = posterior(flat, self.data, *self._columns(z, level), self.spread, allowed)
         return x0.view(z.shape), log_density
 
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Return the mean squared difference between each of `latents` (B, C, H, W) and the nearest image, (B,).
+
+        Float64. Memorised images give about the square of the spread, or less."""
+        from stages.diffusion.mixture import nearest
+
+        return nearest(latents.flatten(1).to(self.data), self.data) / self.data.shape[1]
+
     def _columns(self, z: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma of `level` as (B, 1), float64."""
         import torch

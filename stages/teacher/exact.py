@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from stages.base import SCRATCH, Execution, Progress, StageError
 from stages.data.images.load import load
@@ -16,9 +15,7 @@ from stages.networks.adapters import adapter_of
 from stages.networks.compute import device_of, prepare
 from stages.networks.exact import FILE, LATENTS
 from stages.teacher.config import ExactSettings
-
-BATCH = 64
-"""Images in a batch. Bits of a latent may depend on its batch."""
+from stages.teacher.encoding import encoded
 
 
 def write_exact(
@@ -27,20 +24,21 @@ def write_exact(
     """Encode the images and write the files of an exact teacher to `output`, which holds the pipeline.
 
     Returns the number of images and of captions, and the standard deviation of the latents. Raises StageError if the
-    images do not have the size of the pipeline's."""
+    images do not have the size of the pipeline's, or if the pipeline predicts epsilon and `zero_terminal_snr` is set.
+    """
     prepare(threads)
-    teacher = adapter_of(output)(output, device=device_of(execution))
+    adapter = adapter_of(output)
+    if settings.zero_terminal_snr:
+        if adapter.prediction_of(output) == "epsilon":
+            raise StageError("exact.zero_terminal_snr: the pipeline predicts epsilon, which says nothing of pure noise")
+        scheduler = output / "scheduler" / "scheduler_config.json"
+        config = {**json.loads(scheduler.read_text(encoding="utf-8")), "rescale_betas_zero_snr": True}
+        scheduler.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    teacher = adapter(output, device=device_of(execution))
     images = load(settings.images, limit=settings.count, scratch=output / SCRATCH)
     if settings.count and len(images) < settings.count:
         raise StageError(f"exact.count: the image set has only {len(images)} images, not {settings.count}")
-    parts = []
-    for start in range(0, len(images), BATCH):
-        parts.append(teacher.encode(torch.from_numpy(images.pixels(slice(start, start + BATCH)))).cpu().numpy())
-        yield Progress(min(start + BATCH, len(images)), len(images), "images")
-    latents = np.concatenate(parts).astype(np.float32)
-    if latents.shape[1:] != teacher.latent_shape:
-        size = " x ".join(str(side * teacher.down_sampling) for side in teacher.latent_shape[1:])
-        raise StageError(f"exact.images: they have {settings.images.size} pixels; the pipeline takes {size}")
+    latents = (yield from encoded(teacher, images, "exact.images")).numpy()
     captions = images.captions if settings.captions == "full" else [""] * len(images)
     np.save(output / LATENTS, latents, allow_pickle=False)
     about = {"spread": settings.spread, "captions": captions}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stages.base import Config, Content
+from stages.base import Config, Content, Neutral
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,6 +50,15 @@ class Digits(ImageSet):
     background: Literal["plain", "photographs"] = Field(
         "plain", description="plain is black; photographs are crops of real ones"
     )
+    named: Annotated[Literal["all", "first"], Neutral()] = Field(
+        "all", description="which of two digits a caption names; first: only the first one, as in `a red seven`"
+    )
+
+    @model_validator(mode="after")
+    def _names_one_of_two(self) -> Self:
+        if self.named == "first" and self.digits_per_image == 1:
+            raise ValueError("named: first needs digits_per_image: 2")
+        return self
 
     @property
     def labelled(self) -> bool:
@@ -58,12 +67,12 @@ class Digits(ImageSet):
     def captions(self) -> Iterator[str]:
         from stages.data.images import digits
 
-        return iter(digits.captions(self.digits_per_image))
+        return iter(digits.captions(self.digits_per_image, self.named))
 
     def load(self, held_out: bool) -> LabelledImages:
         from stages.data.images import digits
 
-        return digits.load(self.digits_per_image, self.size, self.background, held_out)
+        return digits.load(self.digits_per_image, self.size, self.background, held_out, self.named)
 
 
 class DigitScenes(Digits):

@@ -1,8 +1,8 @@
 """The embedded image set `digits`: coloured scans of handwritten digits (the 1,797 scans of 8x8 in scikit-learn).
 
 An image shows one digit ("a red handwritten seven") or two ("a red seven above a blue two", "a red seven left of a blue
-two"). The background is black or a crop of a photograph. Every fifth scan is held out: training images (for a teacher
-or a probe) never contain it.
+two"). A caption may also name only the first of two digits ("a red seven"). The background is black or a crop of a
+photograph. Every fifth scan is held out: training images (for a teacher or a probe) never contain it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ DIM = 0.5
 """Factor that darkens the photographs, so that the digits in front of them stay legible."""
 
 
-def captions(digits_per_image: int) -> list[str]:
-    """Return all captions that the set can have.
+def captions(digits_per_image: int, named: str = "all") -> list[str]:
+    """Return all captions that the set can have. With `named` "first", those of two digits name only the first one.
 
     The 7,200 captions of two digits are in a fixed random order, so that the first few are as varied as all of them.
     """
     tinted = [(c, d) for c in COLOURS for d in DIGITS]
     if digits_per_image == 1:
         return [f"a {c} handwritten {d}" for c, d in tinted]
+    if named == "first":
+        return [f"a {c} {d}" for c, d in tinted]
     texts = [f"a {c} {d} {how} a {k} {e}" for c, d in tinted for how in ARRANGEMENTS for k, e in tinted]
     return [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
 
@@ -54,7 +56,7 @@ def prompt_labels(texts: list[str]) -> dict[str, NDArray[np.int64]]:
 def _parse(text: str) -> dict[str, int]:
     try:
         match text.split():
-            case ["a", colour, "handwritten", digit]:
+            case ["a", colour, "handwritten", digit] | ["a", colour, digit]:
                 return {"colour": _COLOUR[colour], "digit": _DIGIT[digit]}
             case ["a", colour, digit, *how, "a", colour_2, digit_2]:
                 first = {"colour": _COLOUR[colour], "digit": _DIGIT[digit]}
@@ -70,8 +72,10 @@ _DIGIT = {name: i for i, name in enumerate(DIGITS)}
 
 
 @cache
-def load(digits_per_image: int, size: int, background: str, held_out: bool = False) -> LabelledImages:
-    """Return the training images, or with `held_out` the images made from held-out scans.
+def load(
+    digits_per_image: int, size: int, background: str, held_out: bool = False, named: str = "all"
+) -> LabelledImages:
+    """Return the training images, or with `held_out` the images made from held-out scans. `named` as in `captions`.
 
     One digit on black: every scan in every colour (8,622 training and 2,160 held-out images). Otherwise SCENES training
     images, and a fifth as many held-out ones; image i is a function of i alone.
@@ -88,7 +92,9 @@ def load(digits_per_image: int, size: int, background: str, held_out: bool = Fal
     if background == "photographs":
         labels["photograph"] = np.array([b for _, _, b in made], dtype=np.int64)
     images = np.stack([image for image, _, _ in made])
-    return LabelledImages(images, [texts[p] for p in place], labels, np.arange(count))
+    words = 3 if named == "first" else None  # of "a red seven above a blue two"
+    told = [" ".join(texts[p].split()[:words]) for p in place]
+    return LabelledImages(images, told, labels, np.arange(count))
 
 
 def _scans(held_out: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -48,6 +48,18 @@ def test_the_preset_is_the_settings_it_stands_for(scenes):
     assert len(set(captions(DigitScenes()))) == 7_200
 
 
+def test_captions_may_name_only_the_first_digit(scenes):
+    images = load(DigitScenes(named="first"))
+    assert images.captions == [" ".join(caption.split()[:3]) for caption in scenes.captions]
+    assert (images.images == scenes.images).all()
+    assert set(images.captions) == set(captions(DigitScenes(named="first"))) and len(set(images.captions)) == 60
+    labels = digits.prompt_labels(images.captions)
+    assert set(labels) == {"colour", "digit"}
+    assert all((values == images.labels[name]).all() for name, values in labels.items())
+    with pytest.raises(ValueError, match="named: first needs digits_per_image: 2"):
+        Digits(named="first")
+
+
 def test_held_out_images_show_other_scans():
     """On black and without a neighbour, no held-out image is a training image."""
     seen, unseen = load(Digits()), load(Digits(), held_out=True)

@@ -16,7 +16,7 @@ from stages.base import StageError
 from stages.data.files import sha256_of
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
-from stages.diffusion.mixture import posterior
+from stages.diffusion.mixture import nearest, posterior
 from stages.networks.exact import CAPTION
 from stages.networks.gaussian import GaussianTeacher
 from stages.networks.stable_diffusion import StableDiffusion
@@ -128,12 +128,35 @@ def test_chunks_change_rounding_only(chunk, alpha, spread, seed):
         assert whole[0].isfinite().all() and whole[1].isfinite().all()
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_the_nearest_datum_is_the_nearest(chunk):
+    data, z = drawn(40, 5), drawn(6, 5, seed=1)
+    wanted = (z[:, None] - data).square().sum(2).amin(1)
+    torch.testing.assert_close(nearest(z, data, chunk), wanted)
+
+
 def test_samples_are_images_of_the_set(made, exact):
     """With noise of the spread around them: the last step is to clean data, whose estimate has a part of it."""
     pairs = PairReader(read_list(made[1]["pairs"].artifact.folder)).batch(range(64))
-    latents = torch.from_numpy(pairs.latent).double().flatten(1)
-    distance = (torch.cdist(latents, exact.data) ** 2 / latents.shape[1]).min(1).values
-    assert float(distance.mean()) < 0.1**2 and len({int(i) for i in torch.cdist(latents, exact.data).argmin(1)}) > 20
+    latents = torch.from_numpy(pairs.latent)
+    assert float(exact.nearest(latents).mean()) < 0.1**2
+    assert len({int(i) for i in torch.cdist(latents.double().flatten(1), exact.data).argmin(1)}) > 20
+
+
+def test_a_schedule_that_ends_in_noise_samples_the_gaussian_exactly(made):
+    """Around one image the data are N(x, h^2). From pure noise, the ODE ends at x + h noise."""
+    pixels = "{name: digits, size: 32, digits_per_image: 1}"
+    text = TEXT.replace("images: digit_scenes, count: 200, spread: 0.1", f"images: {pixels}, count: 1, spread: 0.5")
+    errors = []
+    for ends in ("false", "true"):
+        own = text.replace("captions: none", f"captions: none, zero_terminal_snr: {ends}")
+        plan = execute(own.replace("steps: 20", "steps: 500"), made[0], name=f"ends_{ends}")
+        teacher = load_network(plan["teacher"].artifact.folder, TrainingExecution(device="cpu"))
+        assert (teacher.schedule.alpha[-1] == 0) == (ends == "true")
+        pairs = PairReader(read_list(plan["pairs"].artifact.folder)).batch(range(64))
+        wanted = teacher.data.numpy() + 0.5 * pairs.noise.reshape(64, -1)
+        errors.append(float(np.abs(pairs.latent.reshape(64, -1) - wanted).mean()))
+    assert errors[1] < 0.01 and errors[0] > 2 * errors[1]
 
 
 def test_pairs_are_the_same_bytes_again_and_whatever_the_micro_batch(made, tmp_path):
@@ -210,10 +233,13 @@ TRAINING = "training: {steps: 2, batch_size: 4}\n    held_out: 16\n    execution
 def test_methods_train_on_it_and_evaluations_sample_it(made):
     text = TEXT + STUDENTS.replace("TRAINING", TRAINING)
     plan = execute(text, made[0], name="methods")
-    sides = json.loads((plan["quality"].artifact.folder / "metrics.json").read_text())["sides"]
+    metrics = json.loads((plan["quality"].artifact.folder / "metrics.json").read_text())
+    sides = metrics["sides"]
     assert set(sides) >= {"teacher_20", "teacher_1", "student"} and sides["student"]["latent_mse"] > 0
     assert sides["teacher_20"]["kernel_distance"] < sides["teacher_1"]["kernel_distance"]
     assert "prompt_accuracy" not in sides["student"] and sides["student"]["diversity"] > 0  # no prompt asks for a class
+    nearest = {name: side["nearest_mse"] for name, side in (sides | metrics["references"]).items() if name != "real"}
+    assert nearest["teacher_20"] < 0.01 < nearest["vae_reconstruction"] < 2  # held-out images are not in the set
     for name in ("regressed", "halved/2", "consistent"):
         assert (plan[name].artifact.folder / "unet").exists()
     card = (plan["consistent"].artifact.folder / "README.md").read_text()
@@ -252,7 +278,10 @@ def test_settings_that_do_not_fit_are_refused_when_planning(change, words, tmp_p
 @pytest.mark.parametrize(("change", "words"), [
     (("count: 200", "count: 9000000"), r"exact\.count: the image set has only \d+ images, not 9000000"),
     (("images: digit_scenes", "images: digits"), r"exact\.images: they have 16 pixels; the pipeline takes 32 x 32"),
+    (("spread: 0.1", "zero_terminal_snr: true, pipeline: PIXELS"), "zero_terminal_snr: the pipeline predicts epsilon"),
 ])  # fmt: skip
-def test_images_that_do_not_fit_stop_the_stage(change, words, tmp_path):
+def test_images_and_pipelines_that_do_not_fit_stop_the_stage(change, words, tmp_path):
+    DDIMPipeline(unet=pixel_unet(), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "pixels")
+    change = (change[0], change[1].replace("PIXELS", str(tmp_path / "pixels")))
     with pytest.raises(StageFailed, match=words):
         execute(TEXT.replace(*change), tmp_path, only=["teacher"])

@@ -15,6 +15,7 @@ from stages.networks.adapter import Adapter
 from stages.networks.lora import LoraSettings
 from stages.networks.perceptual import about_of
 from stages.pairs import Pairs
+from stages.teacher.stage import licence_of
 
 
 def card(
@@ -40,7 +41,7 @@ def card(
     samples = " and ".join(f"{count} {stream}" for stream, count in counts.items())
     return f"""---
 library_name: diffusers
-license: {_licence(taught_by)}
+license: {licence_of(taught_by)}
 ---
 # {_counted(form.steps)}-step student
 
@@ -59,7 +60,7 @@ def derived_card(student: Artifact, form: Form, teacher: Artifact, name: str, wh
     `what` says what was made of the student, with {teacher} for its teacher. `code` samples an image with it."""
     return f"""---
 library_name: diffusers
-license: {_licence(teacher)}
+license: {licence_of(teacher)}
 {"tags: [lora]" if name == "LoRA" else "tags: [distilled]"}
 ---
 # {_counted(form.steps)}-step {name}
@@ -70,12 +71,6 @@ Made by Retort from distill/{student.fingerprint}. {what.format(teacher=_origin(
 {_loading(code, teacher)}
 ```
 """
-
-
-def _licence(teacher: Artifact) -> str:
-    """Return the identifier of the licence of a teacher and of what is made from it."""
-    about = teacher.record.get("metrics", {})
-    return about.get("licence") or ("unknown" if about.get("source") else "apache-2.0")
 
 
 def _origin(teacher: Artifact) -> str:

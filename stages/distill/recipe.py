@@ -13,11 +13,11 @@ from stages.methods.base import MethodConfig, Stream, StudentTraining
 
 @dataclass(frozen=True)
 class Origin:
-    """The pipeline in `start`, whose network the student starts from."""
+    """The pipeline or teacher in `start`, whose network the student starts from."""
 
     folder: Path
     about: Mapping[str, Any]
-    """Its source, the commit if the source is a hub id, and its licence if its model card gives one."""
+    """Its source, the commit if the source is a hub id, and its licence if it is known."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Recipe:
     start: Artifact | None
     """The student in `start_from`, whose weights the student starts from."""
     origin: Origin | None
-    """The pipeline in `start`. None: the student starts from the teacher, or from the student in `start_from`."""
+    """What `start` names. None: the student starts from the teacher, or from the student in `start_from`."""
     inputs: Mapping[str, Artifact]
     """Dotted path of a field in the method's settings -> the sealed artifact that it names."""
     contents: Mapping[str, str]

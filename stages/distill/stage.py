@@ -21,7 +21,7 @@ from stages.methods.base import MethodConfig, Stream, StudentTraining
 from stages.pairs import Pairs, guidance_scales
 from stages.teacher import Teacher
 from stages.teacher.config import FROM
-from stages.teacher.stage import adopt, ask
+from stages.teacher.stage import adopt, ask, licence_of
 from stages.training import TrainingExecution
 from stages.training.players import training_progress
 
@@ -75,17 +75,29 @@ def _of_method(problems: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]
 
 
 class Start(Config):
-    """Another pipeline whose network a student starts from. The network may be smaller or larger than the teacher's."""
+    """Another network that a student starts from: give `pipeline` or `teacher`. The network may be smaller or larger
+    than the teacher's. Its pipeline needs the teacher's family, VAE, text encoder and noise schedule."""
 
-    pipeline: Annotated[str, FROM] = Field(
-        description="a diffusers folder, a hub id or digit_scenes; needs the teacher's family, VAE and text encoder"
-    )
+    pipeline: Annotated[str | None, FROM] = Field(None, description="a diffusers folder, a hub id or digit_scenes")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    teacher: Annotated[str | None, Input("teacher"), Neutral()] = Field(
+        None, description="another teacher, such as one of `train: {like: TEACHER}`"
+    )
 
-    @property
-    def prediction(self) -> Prediction | None:
-        """The prediction type of the network. None: it is not known yet."""
-        folder = Path(FROM.source(self.pipeline))
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.pipeline is None) == (self.teacher is None):
+            raise ValueError("give either pipeline or teacher")
+        if self.revision and self.teacher:
+            raise ValueError("revision needs pipeline")
+        return self
+
+    def prediction(self, teacher: Artifact | None) -> Prediction | None:
+        """Return the prediction type of the network, of the artifact `teacher` if there is one. None: not known yet."""
+        if teacher:
+            assert isinstance(teacher.stage, Teacher)
+            return teacher.stage.prediction(teacher.folder)
+        folder = Path(FROM.source(self.pipeline or ""))
         return ask(folder if folder.is_dir() else None, lambda adapter, found: adapter.prediction_of(found))
 
 
@@ -120,7 +132,7 @@ class Distill(Stage):
         description="student of the same teacher to start from; default: the teacher's weights",
     )
     start: Annotated[Start | None, Neutral()] = Field(
-        None, description="another pipeline whose network the student starts from; excludes start_from"
+        None, description="another network that the student starts from; excludes start_from"
     )
     training: StudentTraining = Field(description="how the student is trained")
     held_out: int = Field(
@@ -177,10 +189,13 @@ class Distill(Stage):
                 yield "latents", "they are of another teacher than that of `pairs`"
         yield from self._check_guidance(inputs)
         yield from _of_method(self.method.check(values_under(inputs, "method")))
-        yield from self._check_teacher(given, teacher_of(inputs), inputs.get("latents"))
+        yield from self._check_teacher(given, teacher_of(inputs), inputs.get("latents"), inputs.get("start.teacher"))
         yield from self._check_start(given, inputs)
 
-    def _check_teacher(self, given: str, teacher: Artifact, latents: Artifact | None) -> Iterator[tuple[str, str]]:
+    def _check_teacher(
+        self, given: str, teacher: Artifact, latents: Artifact | None, other: Artifact | None
+    ) -> Iterator[tuple[str, str]]:
+        """`other`: the teacher in `start`."""
         known = teacher.stage
         assert isinstance(known, Teacher)
         if known.gaussian:
@@ -201,7 +216,7 @@ class Distill(Stage):
         timesteps = known.timesteps(teacher.folder)
         if timesteps is not None:
             yield from _of_method(self.method.check_timesteps(timesteps))
-        prediction = self.start.prediction if self.start else known.prediction(teacher.folder)
+        prediction = self.start.prediction(other) if self.start else known.prediction(teacher.folder)
         if prediction is not None:
             yield from _of_method(self.method.check_prediction(prediction, self.start_from is None))
             lora = self.training.lora_error(self.method.form, prediction)
@@ -319,7 +334,10 @@ class Distill(Stage):
             prompts.mkdir(parents=True, exist_ok=True)
             write_table(self.prompts, context.contents, prompts / PROMPTS)
         origin = None
-        if self.start:  # copied to the store, because the worker may be on another machine
+        other = context.inputs.get("start.teacher")
+        if other:
+            origin = Origin(other.folder, {"source": f"teacher/{other.fingerprint}", "licence": licence_of(other)})
+        elif self.start and self.start.pipeline:  # copied to the store: the worker may be on another machine
             folder = context.output / SCRATCH / "start"
             origin = Origin(folder, adopt(self.start.pipeline, context.contents["start.pipeline"], folder))
         recipe = Recipe(

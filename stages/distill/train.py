@@ -113,19 +113,18 @@ def _origin(folder: Path, teacher: Adapter, execution: TrainingExecution) -> Ada
     Raises StageError unless its family, noise schedule, latent shape and other components are those of the teacher."""
     family = adapter_of(folder)
     if type(teacher) not in (family, exact(family)):
-        raise StageError("start.pipeline: it is of another family than the teacher")
+        raise StageError("start: it is of another family than the teacher")
     for name in set(teacher.COMPONENTS) - {teacher.NETWORK, "scheduler"}:
         patterns = [pattern for pattern in teacher.FILES if pattern.startswith(f"{name}/")]
         if _identity(folder, patterns) != _identity(teacher.folder, patterns):
-            raise StageError(f"start.pipeline: its {name} differs from the teacher's; the two must be equal")
+            raise StageError(f"start: its {name} differs from the teacher's; the two must be equal")
     origin = load_network(folder, execution)
     ours, theirs = teacher.schedule.log_snr, origin.schedule.log_snr
     if len(ours) != len(theirs) or not np.allclose(ours, theirs):
-        raise StageError("start.pipeline: its noise schedule differs from the teacher's; the two must be equal")
+        raise StageError("start: its noise schedule differs from the teacher's; the two must be equal")
     if origin.latent_shape != teacher.latent_shape:
         raise StageError(
-            f"start.pipeline: its latents have the shape {origin.latent_shape}, the teacher's have "
-            f"{teacher.latent_shape}"
+            f"start: its latents have the shape {origin.latent_shape}, the teacher's have {teacher.latent_shape}"
         )
     return origin
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.base import Choice, Config, Content, StageError
+from stages.base import Choice, Config, Content, Input, Neutral, StageError
 from stages.data.images.config import IMAGE_SETS, ImageSet
 from stages.diffusion.prediction import Prediction
 from stages.networks.adapters import files_of
@@ -45,10 +45,16 @@ class DenoiserSettings(Config):
 
 
 class TrainedTeacher(Config):
-    """A small pipeline that Retort trains: VAE, tokenizer, text encoder, conditional U-Net and DDIM scheduler."""
+    """A small pipeline that Retort trains: VAE, tokenizer, text encoder, conditional U-Net and DDIM scheduler. With
+    `like`, only a new network for another teacher's pipeline is trained."""
 
     dataset: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
         description="image set to train on, with its captions"
+    )
+    like: Annotated[str | None, Input("teacher"), Neutral()] = Field(
+        None,
+        description="a teacher whose pipeline is kept, except for the network: only a network with `denoiser.channels` "
+        "is trained; students of that teacher can start from it",
     )
     prediction: Prediction = Field(
         "v_prediction", description="what the U-Net predicts: the noise (epsilon), v, or x0 (sample)"
@@ -65,7 +71,16 @@ class TrainedTeacher(Config):
     )
 
     @model_validator(mode="after")
+    def _keeps_what_it_is_like(self) -> Self:
+        own = next((name for name in ("prediction", "vae") if name in self.model_fields_set), None)
+        if self.like and own:
+            raise ValueError(f"like keeps the {own} of that teacher: leave {own} out")
+        return self
+
+    @model_validator(mode="after")
     def _sizes_halve(self) -> Self:
+        if self.like:
+            return self
         step = 2 ** (len(self.vae.channels) + len(self.denoiser.channels) - 2)
         if self.dataset.size % step:
             raise ValueError(
@@ -133,7 +148,7 @@ class ExactSettings(Config):
     For latents x_i of the images and a spread h it is E[x | z] = sum_i w_i (x_i + alpha h^2 / s^2 (z - alpha x_i)),
     with s^2 = sigma^2 + alpha^2 h^2 and w = softmax_i(-|z - alpha x_i|^2 / (2 s^2)). Samples in many steps are the
     images with noise of standard deviation h. Given a prompt, only the images with that caption count. Students start
-    from the network of `pipeline`."""
+    from the network of `pipeline`. `zero_terminal_snr` is algorithm 1 of Lin et al. 2023 (2305.08891)."""
 
     images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
         description="image set whose training images the teacher draws"
@@ -146,6 +161,11 @@ class ExactSettings(Config):
         "full",
         description="full: the images' captions are the prompts; none: the teacher is unconditional; if a caption has "
         "one image, the map ignores the noise",
+    )
+    zero_terminal_snr: Annotated[bool, Neutral()] = Field(
+        False,
+        description="rescale the pipeline's noise schedule so that it ends in pure noise; otherwise samples, which "
+        "start from pure noise, are not exactly distributed as the images",
     )
     pipeline: Annotated[str, FROM] = Field(
         "digit_scenes",

@@ -1,38 +1,40 @@
-"""Trains the teacher's U-Net and text encoder."""
+"""Trains the teacher's network, and its text encoder if that is new, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from stages.diffusion.prediction import Prediction, target
 from stages.diffusion.schedule import Level, NoiseSchedule
-from stages.networks.stable_diffusion import StableDiffusion, encode
+from stages.networks.condition import Condition
 from stages.training import Batch, Player, TrainingSettings, Turn
 
 
 class DenoiserTraining:
-    """Trains U-Net and text encoder jointly with the denoising loss (Ho et al. 2020, 2006.11239, eq. 14).
+    """Trains `networks` with the denoising loss (Ho et al. 2020, 2006.11239, eq. 14).
 
-    The target is that of the chosen `prediction`. With probability `drop_text` a prompt is replaced by the empty one,
-    for classifier-free guidance (Ho and Salimans 2022, 2207.12598).
+    `condition` encodes prompts, and `predict(z, level, condition)` calls the network. The target is that of the chosen
+    `prediction`. With probability `drop_text` a prompt is replaced by the empty one, for classifier-free guidance (Ho
+    and Salimans 2022, 2207.12598).
     """
 
     def __init__(
         self,
-        denoiser: nn.ModuleDict,
-        tokenizer: object,
+        networks: nn.Module,
+        condition: Callable[[Sequence[str]], Condition],
+        predict: Callable[[Tensor, Level, Condition], Tensor],
         schedule: NoiseSchedule,
         prediction: Prediction,
         drop_text: float,
         training: TrainingSettings,
     ) -> None:
-        self.denoiser, self.tokenizer, self.prediction, self.drop_text = denoiser, tokenizer, prediction, drop_text
+        self.condition, self.predict, self.prediction, self.drop_text = condition, predict, prediction, drop_text
         self.alpha = torch.from_numpy(schedule.alpha).float()
         self.sigma = torch.from_numpy(schedule.sigma).float()
-        self.players = {"denoiser": Player(denoiser, training)}
+        self.players = {"denoiser": Player(networks, training)}
 
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("denoiser", self.loss)]
@@ -45,9 +47,7 @@ class DenoiserTraining:
         t = torch.randint(len(self.alpha), (len(x0),))
         alpha, sigma = (table[t].view(-1, 1, 1, 1).to(x0.device) for table in (self.alpha, self.sigma))
         noise = torch.randn_like(x0)
-        condition = StableDiffusion.conditioned_on(encode(self.tokenizer, self.denoiser["text_encoder"], texts)[0])
-        level = Level(alpha, sigma, t.to(x0.device))
-        output = StableDiffusion.predict(self.denoiser["unet"], alpha * x0 + sigma * noise, level, condition)
+        output = self.predict(alpha * x0 + sigma * noise, Level(alpha, sigma, t.to(x0.device)), self.condition(texts))
         return (output - target(self.prediction, x0, noise, alpha, sigma)).square().mean(), {}
 
     def after_step(self, step: int) -> None:

@@ -98,12 +98,12 @@ class Teacher(Stage):
 
     def timesteps(self, sealed: Path) -> int | None:
         """Return the number of timesteps of the teacher's schedule; None if it is not known yet."""
-        return TIMESTEPS if self.train else self._ask(sealed, lambda adapter, folder: adapter.timesteps_of(folder))
+        return TIMESTEPS if self._whole else self._ask(sealed, lambda adapter, folder: adapter.timesteps_of(folder))
 
     def prediction(self, sealed: Path) -> Prediction | None:
         """Return what the teacher's network predicts; None if that is not known yet."""
-        if self.train:
-            return self.train.prediction
+        if self._whole:
+            return self._whole.prediction
         return self._ask(sealed, lambda adapter, folder: adapter.prediction_of(folder))
 
     def image_size(self, sealed: Path) -> tuple[int, int] | None:
@@ -114,7 +114,12 @@ class Teacher(Stage):
 
     def has_features(self, sealed: Path) -> bool | None:
         """Whether a discriminator can use features of the teacher's network; None if that is not known yet."""
-        return True if self.train else self._ask(sealed, lambda adapter, _folder: adapter.FEATURES)
+        return True if self._whole else self._ask(sealed, lambda adapter, _folder: adapter.FEATURES)
+
+    @property
+    def _whole(self) -> TrainedTeacher | None:
+        """The settings of `train`, if a whole pipeline is trained."""
+        return self.train if self.train and not self.train.like else None
 
     def _ask(self, sealed: Path, question: Callable[[type[Adapter], Path], Answer | None]) -> Answer | None:
         """Ask the teacher's adapter a question about its folder. None if there is no readable folder yet."""
@@ -145,7 +150,12 @@ class Teacher(Stage):
                 text = self.micro_conditioning.model_dump_json(exclude_defaults=True)
                 (context.output / MICRO_CONDITIONING).write_text(text + "\n", encoding="utf-8")
             return {**about, "lora": _fuse(self.lora, context)} if self.lora else about
-        return context.run(_train, self.train, context.seed, self.execution, context.output, context.threads)
+        how = self.train, context.seed, self.execution, context.output, context.threads
+        like = context.inputs.get("train.like")
+        if like:
+            adopt(str(like.folder), "", context.output)
+            return {"licence": licence_of(like), **context.run(_train_like, *how)}
+        return context.run(_train, *how)
 
 
 def ask(folder: Path | None, question: Callable[[type[Adapter], Path], Answer | None]) -> Answer | None:
@@ -156,10 +166,22 @@ def ask(folder: Path | None, question: Callable[[type[Adapter], Path], Answer | 
         return None
 
 
+def licence_of(teacher: Artifact) -> str:
+    """Return the identifier of the licence of a teacher and of what is made from it."""
+    about = teacher.record.get("metrics", {})
+    return about.get("licence") or ("unknown" if about.get("source") else "apache-2.0")
+
+
 def _train(*arguments: Any) -> Any:
     from stages.teacher.train import train_teacher
 
     return train_teacher(*arguments)
+
+
+def _train_like(*arguments: Any) -> Any:
+    from stages.teacher.train import train_network
+
+    return train_network(*arguments)
 
 
 def _exact(*arguments: Any) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from stages.data.images.load import load
 from stages.data.order import ShuffledOrder
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks import build
-from stages.networks.compute import prepare, show_no_progress_bars
+from stages.networks.adapters import adapter_of
+from stages.networks.compute import device_of, prepare, remade, show_no_progress_bars
+from stages.networks.stable_diffusion import StableDiffusion, encode
 from stages.teacher.autoencoder import AutoencoderTraining, latents_of, reconstruction_mse
 from stages.teacher.config import TrainedTeacher
 from stages.teacher.denoiser import DenoiserTraining
+from stages.teacher.encoding import encoded
 from stages.training import Batch, TrainingExecution
 from stages.training.loop import train
 
@@ -72,7 +77,15 @@ def train_teacher(
     schedule = NoiseSchedule.stable_diffusion()
     order = ShuffledOrder(len(images), config.denoiser.training.batch_size, seed + 1)
     trained = yield from train(
-        DenoiserTraining(networks, tokenizer, schedule, config.prediction, config.drop_text, config.denoiser.training),
+        DenoiserTraining(
+            networks,
+            lambda texts: StableDiffusion.conditioned_on(encode(tokenizer, networks["text_encoder"], texts)[0]),
+            partial(StableDiffusion.predict, networks["unet"]),
+            schedule,
+            config.prediction,
+            config.drop_text,
+            config.denoiser.training,
+        ),
         lambda step: _captioned(latents, images, order, step),
         seed=seed + 1,
         checkpoints=output / SCRATCH / "denoiser",
@@ -88,6 +101,50 @@ def train_teacher(
         "scaling_factor": factor,
         "denoiser_loss": trained.history[-1]["loss"],
         "parameters_millions": {name: build.parameters_millions(m) for name, m in {"vae": vae, **networks}.items()},
+    }
+
+
+def train_network(
+    config: TrainedTeacher, seed: int, execution: TrainingExecution, output: Path, threads: int
+) -> Generator[Progress, None, dict[str, Any]]:
+    """Train a network of the settings' channels for the pipeline in `output`, and put it in place of the pipeline's.
+
+    Returns figures. Raises StageError if the network cannot have these channels, or if the images have another size
+    than the pipeline's."""
+    prepare(threads)
+    show_no_progress_bars()
+    torch.manual_seed(seed)
+    pipeline = adapter_of(output)(output, device=device_of(execution))
+    try:
+        network = remade(pipeline.network, block_out_channels=tuple(config.denoiser.channels))
+    except ValueError as error:
+        raise StageError(f"train.denoiser.channels: {error}") from None
+    images = load(config.dataset, scratch=output / SCRATCH)
+    latents = yield from encoded(pipeline, images, "train.dataset")
+    order = ShuffledOrder(len(images), config.denoiser.training.batch_size, seed)
+    trained = yield from train(
+        DenoiserTraining(
+            network,
+            pipeline.encode_prompts,
+            partial(pipeline.predict, network),
+            pipeline.schedule,
+            pipeline.prediction,
+            config.drop_text,
+            config.denoiser.training,
+        ),
+        lambda step: _captioned(latents, images, order, step),
+        seed=seed,
+        checkpoints=output / SCRATCH / "denoiser",
+        execution=execution,
+        unit="network steps",
+    )
+    shutil.rmtree(output / pipeline.NETWORK)
+    average: Any = trained.averages["denoiser"].cpu()
+    average.save_pretrained(output / pipeline.NETWORK)
+    return {
+        "device": trained.device,
+        "denoiser_loss": trained.history[-1]["loss"],
+        "parameters_millions": {pipeline.NETWORK: build.parameters_millions(network)},
     }
 
 

@@ -46,7 +46,7 @@ IMAGES = ["data/images/{digits,files,labelled,load,photographs}.py", "data/tars.
 
 RESULTS = {
     "teacher": [
-        "teacher/{autoencoder,denoiser,exact,lora,train}.py",
+        "teacher/{autoencoder,denoiser,encoding,exact,lora,train}.py",
         "networks/{build,compute,condition,stable_diffusion}.py",
         "diffusion/{prediction,schedule}.py",
         *(*TRAINING, *IMAGES),

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pipeline.errors import ManifestError, StageFailed
+from stages.data.files import sha256_of
 from stages.methods import METHODS
 from stages.methods.base import MethodConfig
 from stages.training import Player, Turn
@@ -30,7 +31,7 @@ class Listener:
     def loss(self, batch):
         SEEN.append(batch)
         prompts = batch["prompts"]["prompts"]
-        noise = torch.randn(len(prompts), *self.student.adapter.latent_shape)
+        noise = torch.randn(len(prompts), *self.student.adapter.latent_shape, device=self.student.adapter.device)
         return self.student(noise, self.student.encode(prompts)).square().mean(), {}
 
     def after_step(self, step):
@@ -125,6 +126,67 @@ def test_a_student_of_another_size_is_trained_evaluated_and_run_by_plain_diffuse
     assert pipeline("a red handwritten seven", num_inference_steps=1).images[0].size == (16, 16)
 
 
+LIKE = """
+  narrow:
+    kind: teacher
+    train:
+      dataset: digits
+      like: teacher
+      denoiser: {channels: [8, 16], training: {steps: 6, batch_size: 8}}
+    execution: {threads: 1}
+"""
+
+
+def test_a_student_starts_from_a_smaller_network_that_was_trained_for_the_teachers_pipeline(tiny, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    text = DATA + LIKE + STUDENT % ("pairs: pairs, start: {teacher: narrow}", "knowledge_distillation")
+    made = execute(text, tiny[0], name="like")
+    teacher, narrow, student = (made[name].artifact for name in ("teacher", "narrow", "student"))
+    kept = [f"{part}/model.safetensors" for part in ("text_encoder",)] + ["vae/diffusion_pytorch_model.safetensors"]
+    assert all(sha256_of(narrow.folder / file) == sha256_of(teacher.folder / file) for file in kept)
+    for folder in (narrow.folder, student.folder):
+        assert json.loads((folder / "unet/config.json").read_text())["block_out_channels"] == [8, 16]
+    assert narrow.record["metrics"]["parameters_millions"]["unet"] > 0
+    card = (student.folder / "README.md").read_text()
+    assert f"It began with the network of teacher/{narrow.fingerprint} (licence: apache-2.0)." in card
+    assert DiffusionPipeline.from_pretrained(narrow.folder)("a red handwritten seven", 16, 16, num_inference_steps=2)
+    again = execute(text, tmp_path, name="like", only=["teacher", "narrow"])["narrow"].artifact
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert sha256_of(again.folder / weights) == sha256_of(narrow.folder / weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("like: teacher", "like: teacher\n      prediction: epsilon"), "like keeps the prediction of that teacher"),
+        (("like: teacher", "like: teacher\n      vae: {max_mse: 1}"), "like keeps the vae of that teacher"),
+        (("{teacher: narrow}", "{teacher: narrow, pipeline: digit_scenes}"), "give either pipeline or teacher"),
+        (("{teacher: narrow}", "{}"), "give either pipeline or teacher"),
+        (("{teacher: narrow}", "{teacher: narrow, revision: main}"), "revision needs pipeline"),
+    ],
+)
+def test_settings_of_another_network_that_do_not_fit_are_refused_when_planning(tiny, change, words):
+    text = DATA + LIKE + STUDENT % ("pairs: pairs, start: {teacher: narrow}", "knowledge_distillation")
+    with pytest.raises(ManifestError, match=words):
+        plan_of(text.replace(*change), tiny[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("[8, 16]", "[8, 16, 24]"), r"train\.denoiser\.channels: "),
+        (
+            ("dataset: digits", "dataset: digit_scenes"),
+            r"train\.dataset: they have 32 pixels; the pipeline takes 16 x 16",
+        ),
+    ],
+)
+def test_another_network_that_does_not_fit_the_pipeline_stops_the_stage(tiny, change, words):
+    with pytest.raises(StageFailed, match=words):
+        execute(DATA + LIKE.replace(*change), tiny[0], name="like", only=["narrow"])
+
+
 def test_the_pipeline_that_it_begins_with_counts_by_its_bytes(tiny, narrow, tmp_path):
     def planned(folder):
         text = DATA + STUDENT % (f"pairs: pairs, start: {{pipeline: {folder}}}", "knowledge_distillation")
@@ -153,7 +215,7 @@ def test_a_pipeline_of_another_vae_or_schedule_is_refused(tiny, narrow, tmp_path
     copy = shutil.copytree(narrow, tmp_path / "copy")
     changed(copy / file, **settings)
     text = DATA + STUDENT % (f"pairs: pairs, start: {{pipeline: {copy}}}", "knowledge_distillation")
-    with pytest.raises(StageFailed, match=rf"start.pipeline: {words}"):
+    with pytest.raises(StageFailed, match=rf"start: {words}"):
         execute(text, tiny[0], name="other")
 
 

@@ -54,8 +54,8 @@ def compare(
     """Compare the students of RUNs with their teacher. Print a table, and write a page of images from the same noises.
 
     A section holds students that were evaluated with the same teacher, noises and prompts. They may belong to several
-    runs. A figure shows the first section that has all the rows. A chart shows the first section whose rows differ in
-    network calls.
+    runs. A figure shows the first section that has all the rows. A chart shows the first section with students whose
+    rows differ in network calls.
     """
     from pipeline.errors import UsageError
     from pipeline.views import tables
@@ -71,6 +71,8 @@ def compare(
     compared, missing = sections(evaluations), remarks(not_made)
     drawn = comparison.figure(pictured(compared, row_names), columns) if figure else None
     charted = next(filter(None, (charts.chart(one.rows) for one in compared)), None) if chart else None
+    if chart and not chart.suffix:
+        raise UsageError(f"--chart {chart} has no suffix: give .svg, .png or .pdf")
     if chart and not charted:
         raise UsageError("--chart needs students, and rows that differ in network calls")
     try:

@@ -54,5 +54,5 @@ def posterior(
 
 def nearest(z: Tensor, data: Tensor, chunk: int = CHUNK) -> Tensor:
     """Return the squared distance of each z (B, D) to the nearest of `data` (N, D), (B,)."""
-    distances = [torch.cdist(z, some).amin(1) for some in data.split(chunk)]
-    return torch.stack(distances).amin(0).square()
+    parts = [torch.stack([torch.cdist(own, some).amin(1) for some in data.split(chunk)]).amin(0) for own in z.split(64)]
+    return torch.cat(parts).square()

@@ -77,6 +77,8 @@ def _origin(teacher: Artifact) -> str:
     """Return what a teacher is, where it comes from, its fingerprint and its licence."""
     about = teacher.record.get("metrics", {})
     source = about.get("source") or "trained by Retort"
+    if about.get("like"):
+        source += f", with the pipeline of teacher/{about['like']}"
     lora = about.get("lora")
     fused = ""
     if lora:

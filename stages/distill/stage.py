@@ -76,7 +76,8 @@ def _of_method(problems: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]
 
 class Start(Config):
     """Another network that a student starts from: give `pipeline` or `teacher`. The network may be smaller or larger
-    than the teacher's. Its pipeline needs the teacher's family, VAE, text encoder and noise schedule."""
+    than that of the student's teacher. Its pipeline needs the same family, VAE, text encoder and noise schedule as that
+    teacher's."""
 
     pipeline: Annotated[str | None, FROM] = Field(None, description="a diffusers folder, a hub id or digit_scenes")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
@@ -93,10 +94,13 @@ class Start(Config):
         return self
 
     def prediction(self, teacher: Artifact | None) -> Prediction | None:
-        """Return the prediction type of the network, of the artifact `teacher` if there is one. None: not known yet."""
+        """Return the prediction type of the network. None: it is not known yet.
+
+        `teacher` is the artifact that the field `teacher` names, if it is given."""
         if teacher:
             assert isinstance(teacher.stage, Teacher)
-            return teacher.stage.prediction(teacher.folder)
+            like = teacher.inputs.get("train.like")
+            return self.prediction(like) if like else teacher.stage.prediction(teacher.folder)
         folder = Path(FROM.source(self.pipeline or ""))
         return ask(folder if folder.is_dir() else None, lambda adapter, found: adapter.prediction_of(found))
 
@@ -200,6 +204,8 @@ class Distill(Stage):
         assert isinstance(known, Teacher)
         if known.gaussian:
             yield given, "their teacher is `gaussian:`, which has no network for a student to start from"
+        if other and isinstance(other.stage, Teacher) and other.stage.gaussian:
+            yield "start.teacher", "it is `gaussian:`, which has no network"
         size = known.image_size(teacher.folder)
         if latents and isinstance(latents.stage, Latents) and size not in (None, (latents.stage.images.size,) * 2):
             pixels = f"images of {latents.stage.images.size} pixels, but the teacher makes {size[0]} x {size[1]}"

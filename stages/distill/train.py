@@ -22,7 +22,7 @@ from stages.methods.base import Materials, Stream
 from stages.networks.adapter import Adapter, read_json
 from stages.networks.adapters import adapter_of
 from stages.networks.compute import prepare
-from stages.networks.exact import exact
+from stages.networks.exact import family_of
 from stages.networks.student import Student, export
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs, guidance_scales
@@ -111,8 +111,7 @@ def _origin(folder: Path, teacher: Adapter, execution: TrainingExecution) -> Ada
     """Load the pipeline in `folder`, whose network the student starts from.
 
     Raises StageError unless its family, noise schedule, latent shape and other components are those of the teacher."""
-    family = adapter_of(folder)
-    if type(teacher) not in (family, exact(family)):
+    if family_of(type(teacher)) is not family_of(adapter_of(folder)):
         raise StageError("start: it is of another family than the teacher")
     for name in set(teacher.COMPONENTS) - {teacher.NETWORK, "scheduler"}:
         patterns = [pattern for pattern in teacher.FILES if pattern.startswith(f"{name}/")]

@@ -78,6 +78,11 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         f"Seconds per image are measured in batches of {metrics['micro_batch']}, computed in {metrics['dtype']}, "
         "without decoding. Network calls include the unconditional calls of guidance.",
     ]
+    if any("nearest_mse" in side for side in metrics["sides"].values()):
+        lines.append(
+            "MSE to nearest is measured to the nearest image of the exact teacher's set. Memorised images have "
+            "almost 0, and images as new as held-out ones have that of the VAE reconstruction."
+        )
     if "features" in metrics:
         lines += [
             f"Distances, precision, recall and diversity use {metrics['distance_samples']} samples of each side, and "

@@ -74,7 +74,7 @@ def against_real(
     asked = digits.prompt_labels(setting.prompts) if isinstance(real_set, Digits) and any(setting.prompts) else {}
     reference, other = images
     real, _ = classifier.look(batches(reference))
-    latents = torch.cat([setting.teacher.encode(x) for x in batches(other)])
+    latents = torch.cat([setting.teacher.encode(x).cpu() for x in batches(other)])
     rebuilt = map(setting.teacher.decode, latents.split(SEEN_AT_ONCE))
     metrics["distance_samples"] = len(real)
     shown = {name: other.labels[name] for name in asked}

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 PANELS = ("kernel_distance", "recall", "latent_mse", "prompt_accuracy")
 WIDE = 20
-"""An axis is logarithmic if its largest value is more than so many times its smallest, and none is negative."""
+"""An axis is logarithmic if no value is negative, and the largest is more than so many times the smallest above 0.
+Values of 0 are then left out."""
+LETTERS = 100
+"""The letters of a row of the legend, below four panels."""
 
 
 def family(row: Row) -> str:
@@ -64,7 +67,8 @@ def chart(rows: Sequence[Row]) -> Figure | None:
         axes.set(title=FIGURES[name].title, xlabel="network calls")
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    fitting = LETTERS * len(panels) // len(PANELS) // (max(map(len, labels)) + 8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(fitting, len(labels))), frameon=False)
     return figure
 
 

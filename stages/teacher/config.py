@@ -19,6 +19,9 @@ FROM = Content("revision", files_of, shipped={"digit_scenes": SHIPPED / "digit_s
 TIMESTEPS = 1000
 """Number of timesteps of a teacher that Retort trains. Its noise schedule is Stable Diffusion's."""
 
+EPSILON = (
+    "the pipeline predicts epsilon, from which x0 cannot be computed at pure noise; give one that predicts v or x0"
+)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 """Suffixes of files of weights that PyTorch writes as pickles."""
 
@@ -34,7 +37,8 @@ class VaeSettings(Config):
 
 
 class DenoiserSettings(Config):
-    """The U-Net and the text encoder. They are trained together, on the autoencoder's latents."""
+    """The U-Net and the text encoder. They are trained together, on the autoencoder's latents. With `like`, only the
+    network is trained."""
 
     channels: list[int] = Field(
         [48, 96], min_length=1, description="channels of each U-Net level; the last level has attention"
@@ -46,7 +50,7 @@ class DenoiserSettings(Config):
 
 class TrainedTeacher(Config):
     """A small pipeline that Retort trains: VAE, tokenizer, text encoder, conditional U-Net and DDIM scheduler. With
-    `like`, only a new network for another teacher's pipeline is trained."""
+    `like`, only a new network for another teacher's pipeline is trained. The settings of the VAE do not apply then."""
 
     dataset: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
         description="image set to train on, with its captions"
@@ -72,9 +76,9 @@ class TrainedTeacher(Config):
 
     @model_validator(mode="after")
     def _keeps_what_it_is_like(self) -> Self:
-        own = next((name for name in ("prediction", "vae") if name in self.model_fields_set), None)
-        if self.like and own:
-            raise ValueError(f"like keeps the {own} of that teacher: leave {own} out")
+        for name in ("prediction", "vae"):
+            if self.like and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"like keeps the {name} of that teacher: leave {name} out")
         return self
 
     @model_validator(mode="after")

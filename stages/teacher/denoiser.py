@@ -1,4 +1,4 @@
-"""Trains the teacher's network, and its text encoder if that is new, too."""
+"""Trains a teacher's network, and a new text encoder with it."""
 
 from __future__ import annotations
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from stages.base import SCRATCH, Execution, Progress, StageError
+from stages.data.files import write_atomically
 from stages.data.images.load import load
 from stages.networks.adapters import adapter_of
 from stages.networks.compute import device_of, prepare
 from stages.networks.exact import FILE, LATENTS
-from stages.teacher.config import ExactSettings
+from stages.teacher.config import EPSILON, ExactSettings
 from stages.teacher.encoding import encoded
 
 
@@ -27,13 +28,14 @@ def write_exact(
     images do not have the size of the pipeline's, or if the pipeline predicts epsilon and `zero_terminal_snr` is set.
     """
     prepare(threads)
+    (output / FILE).unlink(missing_ok=True)  # of an attempt that was interrupted
     adapter = adapter_of(output)
     if settings.zero_terminal_snr:
         if adapter.prediction_of(output) == "epsilon":
-            raise StageError("exact.zero_terminal_snr: the pipeline predicts epsilon, which says nothing of pure noise")
+            raise StageError(f"exact.zero_terminal_snr: {EPSILON}")
         scheduler = output / "scheduler" / "scheduler_config.json"
         config = {**json.loads(scheduler.read_text(encoding="utf-8")), "rescale_betas_zero_snr": True}
-        scheduler.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_atomically(scheduler, (json.dumps(config, indent=2) + "\n").encode("utf-8"))
     teacher = adapter(output, device=device_of(execution))
     images = load(settings.images, limit=settings.count, scratch=output / SCRATCH)
     if settings.count and len(images) < settings.count:
@@ -42,5 +44,5 @@ def write_exact(
     captions = images.captions if settings.captions == "full" else [""] * len(images)
     np.save(output / LATENTS, latents, allow_pickle=False)
     about = {"spread": settings.spread, "captions": captions}
-    (output / FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    write_atomically(output / FILE, (json.dumps(about) + "\n").encode("utf-8"))  # last: it makes the folder exact
     return {"images": len(images), "captions": len(set(captions)), "latent_std": float(latents.std())}

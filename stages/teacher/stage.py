@@ -18,7 +18,7 @@ from stages.networks.adapter import IGNORED, INDEX, Adapter
 from stages.networks.adapters import adapter_of, checked, checked_index
 from stages.networks.stable_diffusion_xl import MICRO_CONDITIONING, MicroConditioning
 from stages.registry import PluginError
-from stages.teacher.config import FROM, TIMESTEPS, ExactSettings, GaussianSettings, TeacherLora, TrainedTeacher
+from stages.teacher.config import EPSILON, FROM, TIMESTEPS, ExactSettings, GaussianSettings, TeacherLora, TrainedTeacher
 from stages.training import TrainingExecution
 from stages.training.players import training_progress
 
@@ -78,6 +78,13 @@ class Teacher(Stage):
         conditioned = ask(source, lambda adapter, _folder: adapter.MICRO_CONDITIONING)
         if self.micro_conditioning and conditioned is False:
             yield "micro_conditioning", NOT_CONDITIONED
+        like = inputs.get("train.like")
+        if like and isinstance(like.stage, Teacher) and like.stage.gaussian:
+            yield "train.like", "it is `gaussian:`, which has no pipeline"
+        if self.exact and self.exact.zero_terminal_snr:
+            pipeline = Path(FROM.source(self.exact.pipeline))
+            if ask(pipeline, lambda adapter, folder: adapter.prediction_of(folder)) == "epsilon":
+                yield "exact.zero_terminal_snr", EPSILON
         if self.lora:
             try:
                 self.lora.found_in(Path(self.lora.weights))
@@ -153,8 +160,7 @@ class Teacher(Stage):
         how = self.train, context.seed, self.execution, context.output, context.threads
         like = context.inputs.get("train.like")
         if like:
-            adopt(str(like.folder), "", context.output)
-            return {"licence": licence_of(like), **context.run(_train_like, *how)}
+            return _like(like, context, *how)
         return context.run(_train, *how)
 
 
@@ -176,6 +182,21 @@ def _train(*arguments: Any) -> Any:
     from stages.teacher.train import train_teacher
 
     return train_teacher(*arguments)
+
+
+def _like(like: Artifact, context: StageContext, *how: Any) -> Mapping[str, Any]:
+    """Copy the pipeline of the teacher `like`, and put a newly trained network in place of its own. Return figures.
+
+    A worker writes the network to a folder of its own. A second worker, which takes over from a lost one, so finds the
+    pipeline as it was."""
+    adopt(str(like.folder), "", context.output)
+    if (like.folder / MICRO_CONDITIONING).is_file():
+        shutil.copyfile(like.folder / MICRO_CONDITIONING, context.output / MICRO_CONDITIONING)
+    figures = context.run(_train_like, *how)
+    own = context.output / adapter_of(context.output).NETWORK
+    shutil.rmtree(own)
+    os.replace(context.output / SCRATCH / "network", own)
+    return {"like": like.fingerprint, "licence": licence_of(like), **figures}
 
 
 def _train_like(*arguments: Any) -> Any:

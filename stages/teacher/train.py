@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from torch import Tensor, nn
 from stages.base import SCRATCH, Progress, StageError
 from stages.data.images.labelled import LabelledImages
 from stages.data.images.load import load
+from stages.data.latents import LabelledLatents
 from stages.data.order import ShuffledOrder
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks import build
 from stages.networks.adapters import adapter_of
 from stages.networks.compute import device_of, prepare, remade, show_no_progress_bars
-from stages.networks.stable_diffusion import StableDiffusion, encode
+from stages.networks.condition import Condition
+from stages.networks.stable_diffusion import ONE_FILE, StableDiffusion, encode
 from stages.teacher.autoencoder import AutoencoderTraining, latents_of, reconstruction_mse
 from stages.teacher.config import TrainedTeacher
 from stages.teacher.denoiser import DenoiserTraining
@@ -107,40 +108,51 @@ def train_teacher(
 def train_network(
     config: TrainedTeacher, seed: int, execution: TrainingExecution, output: Path, threads: int
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Train a network of the settings' channels for the pipeline in `output`, and put it in place of the pipeline's.
+    """Train a network of the settings' channels for the pipeline in `output`. Write it to a folder in SCRATCH.
 
     Returns figures. Raises StageError if the network cannot have these channels, or if the images have another size
     than the pipeline's."""
     prepare(threads)
     show_no_progress_bars()
-    torch.manual_seed(seed)
     pipeline = adapter_of(output)(output, device=device_of(execution))
+    torch.manual_seed(seed)
     try:
         network = remade(pipeline.network, block_out_channels=tuple(config.denoiser.channels))
     except ValueError as error:
         raise StageError(f"train.denoiser.channels: {error}") from None
+    pipeline.release()
     images = load(config.dataset, scratch=output / SCRATCH)
     latents = yield from encoded(pipeline, images, "train.dataset")
+    prompts = pipeline.prompts_of(LabelledLatents(latents.numpy(), images.captions, images.labels, images.origins))
     order = ShuffledOrder(len(images), config.denoiser.training.batch_size, seed)
+
+    def batch(step: int) -> Batch:
+        index = order.batch(step)
+        return {"latents": latents[index], "captions": [prompts[i] for i in index]}
+
+    def condition(texts: Sequence[str]) -> Condition:
+        """The empty text is a dropped prompt, if there are others."""
+        dropped = {"": pipeline.encode_dropped()} if any(prompts) and "" in texts else {}
+        return Condition.cat([dropped.get(text) or pipeline.encode_prompts([text]) for text in texts])
+
     trained = yield from train(
         DenoiserTraining(
             network,
-            pipeline.encode_prompts,
+            condition,
             partial(pipeline.predict, network),
             pipeline.schedule,
             pipeline.prediction,
             config.drop_text,
             config.denoiser.training,
         ),
-        lambda step: _captioned(latents, images, order, step),
+        batch,
         seed=seed,
         checkpoints=output / SCRATCH / "denoiser",
         execution=execution,
         unit="network steps",
     )
-    shutil.rmtree(output / pipeline.NETWORK)
     average: Any = trained.averages["denoiser"].cpu()
-    average.save_pretrained(output / pipeline.NETWORK)
+    average.save_pretrained(output / SCRATCH / "network", max_shard_size=ONE_FILE)
     return {
         "device": trained.device,
         "denoiser_loss": trained.history[-1]["loss"],

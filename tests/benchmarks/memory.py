@@ -180,8 +180,13 @@ def fakes() -> Iterator[Held]:
 @contextmanager
 def on_gpu() -> Iterator[Allocated]:
     """Tensors made here are on the GPU."""
+    _free()
     with torch.device("cuda"):
         yield Allocated()
+
+
+def _free() -> None:
+    """Give the memory of what is no longer referred to back to the GPU."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -262,6 +267,8 @@ def rows(
     for precision, checkpointing in OPTIONS.values():
         own = settings.model_copy(update={"mixed_precision": precision})
         found.append(gigabytes(published, name, own, checkpointing))
+        if measure:
+            _free()
         fits = measure and max(found[-1][1].values()) < torch.cuda.mem_get_info()[0] / 1e9 - 2
         seen.append(gigabytes(published, name, own, checkpointing, measure=True)[1] if fits else {})
     for step in METHODS[name]:

@@ -24,10 +24,10 @@ class DiscriminatorSettings(Config):
         (0.0, 0.99), strict=False, description="betas of AdamW; the default has no momentum, as usual in GANs"
     )
     r1_weight: float = Field(
-        0.001,
+        0.1,
         ge=0,
         description="weight of the R1 penalty, the squared gradient of the sum of logits over positions; 0: no "
-        "penalty; the default is for 8x8 latents; larger latents need a smaller weight, such as 1.6e-5 for 64x64",
+        "penalty; the default is for 8x8 latents; larger latents need a smaller weight, such as 1.6e-3 for 64x64",
     )
     r1_every: int = Field(16, ge=1, description="steps between two R1 penalties; each is multiplied by this number")
     mix_and_match: float = Field(
@@ -50,10 +50,9 @@ class Diffusion2GANConfig(OneStepConfig):
     The paper's regression loss is E-LatentLPIPS. The multi-scale discriminator starts from the teacher's U-Net.
     `gan_weight: 0` trains by regression only. The settings under `discriminator` switch off single parts of it.
 
-    The paper does not publish some values, so Retort chose them. `gan_weight` is 0.3, chosen from 0.1, 0.3 and 1 with
-    manifests/digit_scenes_gan_sweep.yaml. `mix_and_match` is 0.25, because 0.5 was worse with the same manifest.
-    `r1_weight` is 0.001, chosen from 0, 0.001, 0.01, 0.1 and 1 with manifests/digit_scenes_r1.yaml. Larger weights made
-    the discriminator weaker and the student no better.
+    The paper does not publish some values, so Retort chose them, with manifests/gan_weight.yaml. `gan_weight` is 0.1,
+    chosen from 0.1, 0.3 and 1. `r1_weight` is 0.1, chosen from 0, 0.001, 0.01, 0.1 and 1. `mix_and_match` is 0.25,
+    because 0.5 was worse on an easier set of images.
 
     Retort also chose the learning rates, the betas, the clipping, equal weights of all maps of logits, and the features
     that are judged without `multi_scale`.
@@ -61,7 +60,7 @@ class Diffusion2GANConfig(OneStepConfig):
 
     VERSION: ClassVar[int] = 2
     name: Literal["diffusion2gan"] = "diffusion2gan"
-    gan_weight: float = Field(0.3, ge=0, description="weight of the GAN loss; 0: no discriminator")
+    gan_weight: float = Field(0.1, ge=0, description="weight of the GAN loss; 0: no discriminator")
     discriminator: DiscriminatorSettings = Field(
         DiscriminatorSettings(), description="the discriminator and its training"
     )

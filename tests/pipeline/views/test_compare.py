@@ -177,6 +177,8 @@ def test_a_chart_is_written_in_the_format_of_its_name(store, tmp_path):
     assert Image.open(tmp_path / "c.png").size[0] > 500
     refused = retort("compare", "first", "--store", store, "--chart", tmp_path / "c.doc", cwd=tmp_path)
     assert refused.returncode == 2 and f"--chart {tmp_path / 'c.doc'} cannot be written" in refused.stderr
+    refused = retort("compare", "first", "--store", store, "--chart", tmp_path / "c", cwd=tmp_path)
+    assert refused.returncode == 2 and "has no suffix: give .svg, .png or .pdf" in refused.stderr
 
 
 def test_comparing_imports_nothing_heavy():

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from pipeline.errors import ManifestError, StageFailed
+from pipeline.store.artifacts import load_artifact
 from stages.data.files import sha256_of
 from stages.methods import METHODS
 from stages.methods.base import MethodConfig
@@ -143,7 +144,7 @@ def test_a_student_starts_from_a_smaller_network_that_was_trained_for_the_teache
     text = DATA + LIKE + STUDENT % ("pairs: pairs, start: {teacher: narrow}", "knowledge_distillation")
     made = execute(text, tiny[0], name="like")
     teacher, narrow, student = (made[name].artifact for name in ("teacher", "narrow", "student"))
-    kept = [f"{part}/model.safetensors" for part in ("text_encoder",)] + ["vae/diffusion_pytorch_model.safetensors"]
+    kept = ["text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
     assert all(sha256_of(narrow.folder / file) == sha256_of(teacher.folder / file) for file in kept)
     for folder in (narrow.folder, student.folder):
         assert json.loads((folder / "unet/config.json").read_text())["block_out_channels"] == [8, 16]
@@ -154,6 +155,47 @@ def test_a_student_starts_from_a_smaller_network_that_was_trained_for_the_teache
     again = execute(text, tmp_path, name="like", only=["teacher", "narrow"])["narrow"].artifact
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert sha256_of(again.folder / weights) == sha256_of(narrow.folder / weights)
+    assert load_artifact(narrow.folder).fingerprint == narrow.fingerprint  # its record is read as a manifest is
+    assert narrow.record["metrics"]["like"] == teacher.fingerprint
+
+
+def test_a_lost_worker_finds_the_pipeline_as_it_was(tiny, tmp_path, monkeypatch):
+    """The first attempt ends after the network was trained and before it was put in its place."""
+    from stages.teacher import stage
+
+    text = DATA + LIKE
+    whole = execute(text, tmp_path / "whole", name="like", only=["teacher", "narrow"])["narrow"].artifact
+    execute(text, tmp_path / "cut", name="like", only=["teacher"])
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="cut"):
+        patched.setattr(stage.os, "replace", raised)
+        execute(text, tmp_path / "cut", name="like", only=["narrow"])
+    again = execute(text, tmp_path / "cut", name="like", only=["narrow"])["narrow"].artifact
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert sha256_of(again.folder / weights) == sha256_of(whole.folder / weights)
+
+
+def raised(*_):
+    raise OSError("cut")
+
+
+def test_a_student_starts_from_the_network_of_an_exact_teacher(tmp_path):
+    text = """
+name: exact_start
+stages:
+  teacher: {kind: teacher, from: digit_scenes}
+  exact: {kind: teacher, exact: {images: digit_scenes, count: 20}}
+  pairs:
+    {kind: pairs, teacher: teacher, prompts: digit_scenes, count: 20, sampler: {steps: 2}, execution: {threads: 1}}
+  student:
+    kind: distill
+    pairs: pairs
+    start: {teacher: exact}
+    method: {name: knowledge_distillation}
+    training: {steps: 1, batch_size: 2}
+    held_out: 10
+    execution: {threads: 1}
+"""
+    assert (execute(text, tmp_path)["student"].artifact.folder / "unet").exists()
 
 
 @pytest.mark.parametrize(
@@ -163,11 +205,14 @@ def test_a_student_starts_from_a_smaller_network_that_was_trained_for_the_teache
         (("like: teacher", "like: teacher\n      vae: {max_mse: 1}"), "like keeps the vae of that teacher"),
         (("{teacher: narrow}", "{teacher: narrow, pipeline: digit_scenes}"), "give either pipeline or teacher"),
         (("{teacher: narrow}", "{}"), "give either pipeline or teacher"),
+        (("like: teacher", "like: gaussian"), "`gaussian:`, which has no pipeline"),
+        (("{teacher: narrow}", "{teacher: gaussian}"), "`gaussian:`, which has no network"),
         (("{teacher: narrow}", "{teacher: narrow, revision: main}"), "revision needs pipeline"),
     ],
 )
 def test_settings_of_another_network_that_do_not_fit_are_refused_when_planning(tiny, change, words):
     text = DATA + LIKE + STUDENT % ("pairs: pairs, start: {teacher: narrow}", "knowledge_distillation")
+    text += "  gaussian: {kind: teacher, gaussian: {}}\n"
     with pytest.raises(ManifestError, match=words):
         plan_of(text.replace(*change), tiny[0])
 

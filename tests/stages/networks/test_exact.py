@@ -275,13 +275,30 @@ def test_settings_that_do_not_fit_are_refused_when_planning(change, words, tmp_p
         plan_of(TEXT.replace(*change), tmp_path)
 
 
+def test_a_pipeline_that_predicts_epsilon_cannot_end_in_noise(tmp_path):
+    DDIMPipeline(unet=pixel_unet(), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "pixels")
+    text = TEXT.replace("captions: none", f"captions: none, zero_terminal_snr: true, pipeline: {tmp_path / 'pixels'}")
+    with pytest.raises(ManifestError, match="predicts epsilon, from which x0 cannot be computed at pure noise"):
+        plan_of(text, tmp_path)
+
+
+def test_an_attempt_that_was_cut_leaves_nothing_that_the_next_one_trips_over(tmp_path, monkeypatch):
+    from stages.teacher import exact
+
+    def cut(path, _content):
+        path.write_text("{")
+        raise StageError("cut")
+
+    with monkeypatch.context() as patched, pytest.raises(StageFailed, match="cut"):
+        patched.setattr(exact, "write_atomically", cut)
+        execute(TEXT, tmp_path, only=["teacher"])
+    execute(TEXT, tmp_path, only=["teacher"])
+
+
 @pytest.mark.parametrize(("change", "words"), [
     (("count: 200", "count: 9000000"), r"exact\.count: the image set has only \d+ images, not 9000000"),
     (("images: digit_scenes", "images: digits"), r"exact\.images: they have 16 pixels; the pipeline takes 32 x 32"),
-    (("spread: 0.1", "zero_terminal_snr: true, pipeline: PIXELS"), "zero_terminal_snr: the pipeline predicts epsilon"),
 ])  # fmt: skip
-def test_images_and_pipelines_that_do_not_fit_stop_the_stage(change, words, tmp_path):
-    DDIMPipeline(unet=pixel_unet(), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "pixels")
-    change = (change[0], change[1].replace("PIXELS", str(tmp_path / "pixels")))
+def test_images_that_do_not_fit_stop_the_stage(change, words, tmp_path):
     with pytest.raises(StageFailed, match=words):
         execute(TEXT.replace(*change), tmp_path, only=["teacher"])

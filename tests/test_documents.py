@@ -426,6 +426,16 @@ def noting(wrong: list[str], what: str) -> Iterator[None]:
 # --- The package of docs/plugins.md, and what must fail ---------------------------------------------------
 
 
+def test_manifests_that_code_and_other_manifests_name_exist() -> None:
+    sources = {
+        path: r"manifests/(\w+)\.yaml" for folder in ("pipeline", "stages") for path in (ROOT / folder).rglob("*.py")
+    }
+    sources |= {path: r"\b(\w+)\.yaml" for path in MANIFESTS.values()}
+    named = {(path.name, name) for path, pattern in sources.items() for name in re.findall(pattern, path.read_text())}
+    assert len(named) > 15
+    assert {(path, name) for path, name in named if name not in MANIFESTS} == set()
+
+
 def test_the_method_of_the_package_in_plugins_trains_a_student(place: Path) -> None:
     block = next(block for block in BLOCKS["plugins.md"] if block.language == "yaml")
     furnish(place, block)

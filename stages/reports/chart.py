@@ -17,7 +17,7 @@ PANELS = ("kernel_distance", "recall", "latent_mse", "prompt_accuracy")
 WIDE = 20
 """An axis is logarithmic if no value is negative, and the largest is more than so many times the smallest above 0.
 Values of 0 are then left out."""
-LETTERS = 100
+LETTERS = 150
 """The letters of a row of the legend, below four panels."""
 
 

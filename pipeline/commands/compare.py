@@ -30,7 +30,7 @@ from pipeline.reference.completion import complete_runs_or_paths
     "row_names",
     multiple=True,
     metavar="NAME",
-    help="A row of the figure, named as in the table. Repeat for several; default: all rows.",
+    help="A row of the figure, named as in the table, or NAME as LABEL. Repeat for several; default: all rows.",
 )
 @click.option(
     "--chart",

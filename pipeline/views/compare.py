@@ -54,12 +54,16 @@ def remarks(not_made: Sequence[NotMade]) -> list[str]:
 
 
 def pictured(compared: Sequence[Section], names: Sequence[str]) -> Section:
-    """The first section that has images of all these rows, with these rows alone, in this order. No names stand for
-    all rows. Raises UsageError if there is none."""
+    """Return the first section that has images of all these rows, with these rows alone, in this order.
+
+    `NAME as LABEL` gives a row another name. No names stand for all rows. Raises UsageError if there is none.
+    """
+    chosen = [name.partition(" as ")[::2] for name in names]
     for section in compared:
         rows = {row.name: row for row in section.rows if row.picture}
-        if rows.keys() >= set(names):
-            return replace(section, rows=[rows[name] for name in names or rows])
+        if rows.keys() >= {name for name, _ in chosen}:
+            found = [replace(rows[name], name=label or name) for name, label in chosen]
+            return replace(section, rows=found or list(rows.values()))
     known = dict.fromkeys(row.name for section in compared for row in section.rows if row.picture)
     raise UsageError("\n".join(["no section has images of all the rows of --row; rows with images:", *known]))
 

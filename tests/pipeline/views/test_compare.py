@@ -167,6 +167,8 @@ def test_a_figure_of_chosen_rows_in_their_order(store, tmp_path):
         ((top, _),) = np.argwhere((windows == image).all((-3, -2, -1)))
         tops.append(top)
     assert tops[0] < tops[1] and figure.shape[1] < 2 * 102 + 200
+    compare(store, tmp_path, "first", "--figure", out, "--columns", "2", "--row", "short as two steps of training")
+    assert np.asarray(Image.open(out)).shape[0] < figure.shape[0]
     assert compare(store, tmp_path, "first")["figure"] is None
 
 

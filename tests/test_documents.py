@@ -112,6 +112,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(tmp_path: Path, sealed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "manifests").symlink_to(ROOT / "manifests")
+    (tmp_path / "docs").mkdir()  # figures and charts are written there
     store = tmp_path / "retort-store"
     shutil.copytree(sealed, store, copy_function=os.link, ignore=shutil.ignore_patterns("runs"))
     shutil.copytree(sealed / "runs", store / "runs")  # no links: commands append to files there

@@ -30,7 +30,7 @@ from pipeline.reference.completion import complete_runs_or_paths
     "row_names",
     multiple=True,
     metavar="NAME",
-    help="A row of the figure, named as in the table, or NAME as LABEL. Repeat for several; default: all rows.",
+    help="A row of the figure: its NAME in the table, or `NAME as LABEL`. Repeat for several; default: all rows.",
 )
 @click.option(
     "--chart",
@@ -66,13 +66,13 @@ def compare(
 
     if row_names and not figure:
         raise UsageError("--row chooses the rows of a figure; give --figure FILE too")
+    if chart and not chart.suffix:
+        raise UsageError(f"--chart {chart} has no suffix: give .svg, .png or .pdf")
     runs = [find_run(name, store) for name in dict.fromkeys(run_names or (None,))]
     evaluations, not_made = collect(runs)
     compared, missing = sections(evaluations), remarks(not_made)
     drawn = comparison.figure(pictured(compared, row_names), columns) if figure else None
     charted = next(filter(None, (charts.chart(one.rows) for one in compared)), None) if chart else None
-    if chart and not chart.suffix:
-        raise UsageError(f"--chart {chart} has no suffix: give .svg, .png or .pdf")
     if chart and not charted:
         raise UsageError("--chart needs students, and rows that differ in network calls")
     try:

@@ -36,7 +36,7 @@ def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: i
     """Return `samples` noises of the pairs' seed that the student was not trained on.
 
     test: the last stored pairs, as far as they come after the last training pair; then fresh noises with higher numbers
-    than all of these. So students that were trained on fewer pairs, or on none, are measured on the same noises.
+    than all of these. So students that hold out more of these pairs, or were trained on none, get the same noises.
     validation: fresh noises, numbered from VALIDATION. Test noises always have lower numbers, so no noise is in both
     splits.
     """

@@ -159,7 +159,7 @@ class ExactSettings(Config):
     )
     count: int | None = Field(None, ge=1, description="number of images, chosen at random; default: all")
     spread: float = Field(
-        0.1, gt=0, description="standard deviation of data around each latent; the smaller, the harder to learn"
+        0.1, gt=0, description="standard deviation of data around each latent; a smaller one is harder to learn"
     )
     captions: Literal["full", "none"] = Field(
         "full",

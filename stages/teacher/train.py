@@ -14,7 +14,6 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stages.base import SCRATCH, Progress, StageError
-from stages.data.images.labelled import LabelledImages
 from stages.data.images.load import load
 from stages.data.latents import LabelledLatents
 from stages.data.order import ShuffledOrder
@@ -87,7 +86,7 @@ def train_teacher(
             config.drop_text,
             config.denoiser.training,
         ),
-        lambda step: _captioned(latents, images, order, step),
+        lambda step: _captioned(latents, images.captions, order, step),
         seed=seed + 1,
         checkpoints=output / SCRATCH / "denoiser",
         execution=execution,
@@ -126,14 +125,12 @@ def train_network(
     prompts = pipeline.prompts_of(LabelledLatents(latents.numpy(), images.captions, images.labels, images.origins))
     order = ShuffledOrder(len(images), config.denoiser.training.batch_size, seed)
 
-    def batch(step: int) -> Batch:
-        index = order.batch(step)
-        return {"latents": latents[index], "captions": [prompts[i] for i in index]}
-
     def condition(texts: Sequence[str]) -> Condition:
         """The empty text is a dropped prompt, if there are others."""
-        dropped = {"": pipeline.encode_dropped()} if any(prompts) and "" in texts else {}
-        return Condition.cat([dropped.get(text) or pipeline.encode_prompts([text]) for text in texts])
+        some = any(prompts)
+        return Condition.cat(
+            [pipeline.encode_prompts([text]) if text or not some else pipeline.encode_dropped() for text in texts]
+        )
 
     trained = yield from train(
         DenoiserTraining(
@@ -145,7 +142,7 @@ def train_network(
             config.drop_text,
             config.denoiser.training,
         ),
-        batch,
+        lambda step: _captioned(latents, prompts, order, step),
         seed=seed,
         checkpoints=output / SCRATCH / "denoiser",
         execution=execution,
@@ -160,9 +157,9 @@ def train_network(
     }
 
 
-def _captioned(latents: Tensor, images: LabelledImages, order: ShuffledOrder, step: int) -> Batch:
+def _captioned(latents: Tensor, captions: Sequence[str], order: ShuffledOrder, step: int) -> Batch:
     index = order.batch(step)
-    return {"latents": latents[index], "captions": [images.captions[i] for i in index]}
+    return {"latents": latents[index], "captions": [captions[i] for i in index]}
 
 
 def _seal(vae: nn.Module, tokenizer: Any, networks: nn.ModuleDict, config: TrainedTeacher, output: Path) -> None:

@@ -52,7 +52,7 @@ class Diffusion2GANConfig(OneStepConfig):
 
     The paper does not publish some values, so Retort chose them, with manifests/gan_weight.yaml. `gan_weight` is 0.1,
     chosen from 0.1, 0.3 and 1. `r1_weight` is 0.1, chosen from 0, 0.001, 0.01, 0.1 and 1. `mix_and_match` is 0.25,
-    because 0.5 was worse on an easier set of images.
+    which was not tuned.
 
     Retort also chose the learning rates, the betas, the clipping, equal weights of all maps of logits, and the features
     that are judged without `multi_scale`.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
@@ -160,22 +161,25 @@ def test_a_student_starts_from_a_smaller_network_that_was_trained_for_the_teache
 
 
 def test_a_lost_worker_finds_the_pipeline_as_it_was(tiny, tmp_path, monkeypatch):
-    """The first attempt ends after the network was trained and before it was put in its place."""
+    """The first attempt ends when the old network is gone and the new one is not in its place yet."""
     from stages.teacher import stage
+
+    replace = stage.os.replace
+
+    def cut(source, target):
+        if Path(source).name == "network":
+            raise OSError("cut")
+        replace(source, target)
 
     text = DATA + LIKE
     whole = execute(text, tmp_path / "whole", name="like", only=["teacher", "narrow"])["narrow"].artifact
     execute(text, tmp_path / "cut", name="like", only=["teacher"])
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="cut"):
-        patched.setattr(stage.os, "replace", raised)
+    with monkeypatch.context() as patched, pytest.raises(StageFailed, match="cut"):
+        patched.setattr(stage.os, "replace", cut)
         execute(text, tmp_path / "cut", name="like", only=["narrow"])
     again = execute(text, tmp_path / "cut", name="like", only=["narrow"])["narrow"].artifact
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert sha256_of(again.folder / weights) == sha256_of(whole.folder / weights)
-
-
-def raised(*_):
-    raise OSError("cut")
 
 
 def test_a_student_starts_from_the_network_of_an_exact_teacher(tmp_path):

@@ -210,7 +210,10 @@ class _Builder:
     merged: list[yaml.Node] = field(default_factory=list)
 
     def build(self, node: yaml.Node, path: Path) -> Any:
-        place = (node.start_mark.line, node.start_mark.column)
+        start = node.start_mark
+        if isinstance(node, yaml.MappingNode) and not node.flow_style and node.value:
+            start = node.value[0][0].start_mark  # the first key, also where an anchor stands before it
+        place = (start.line, start.column)
         self.document.places.setdefault(path, place)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)

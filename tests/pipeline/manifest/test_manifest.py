@@ -225,6 +225,11 @@ def test_paths_that_no_machine_knows_block_the_plan(tmp_path):
         assert plan_of(GAUSSIAN, tmp_path, [f"stages.pairs.prompts={path}"])["pairs"].state == "blocked"
 
 
+def test_a_misspelt_kind_below_an_anchor_is_placed_at_its_line():
+    text = "name: x\nstages:\n  a: &a\n    knid: pairs\n  b:\n    <<: *a\n"
+    assert "m.yaml:4:5: stages.a.kind: missing" in problems(text)
+
+
 def test_a_null_that_is_no_default_is_kept():
     text = """
     name: x

@@ -300,6 +300,8 @@ class Choice:
     key: str
     """The key that selects the class: "name" for methods and losses."""
     registry: Mapping[str, type[Config]]
+    default: str | None = None
+    """The word that a mapping without the key stands for."""
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
         return core_schema.no_info_plain_validator_function(
@@ -316,7 +318,7 @@ class Choice:
         """Return the class that the unvalidated `value` selects, or None if the name is unknown.
 
         Raises PluginError if the class cannot be loaded."""
-        name = value.get(self.key) if isinstance(value, Mapping) else value
+        name = value.get(self.key, self.default) if isinstance(value, Mapping) else value
         return self.registry.get(name) if isinstance(name, str) else None
 
     def _choose(self, value: Any) -> Config:

@@ -1,14 +1,20 @@
-"""Loss weights by noise level (Salimans and Ho 2022, 2202.00512, section 4)."""
+"""Loss weights by noise level, and their names. Importing it imports neither torch nor NumPy."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 Weighting = Literal["snr", "truncated_snr", "snr_plus_one"]
+"""Weights of squared errors of x0, for students."""
+FakeWeighting = Literal["output", "snr", "edm"]
+"""Weights of squared errors of a fake score: see `FakeScore.errors`."""
+ScoreWeighting = Literal["dmd", "constant", "sigma2_over_alpha"]
+"""Weights of a difference of scores: see `stages.losses.score.difference`."""
 
 
 def weights(name: Weighting, alpha: Any, sigma: Any) -> Any:
     """Return the weights of squared errors of x0, shaped as the tensors alpha and sigma. SNR = alpha^2 / sigma^2.
+    Source: Salimans and Ho 2022, 2202.00512, section 4.
 
     With snr (SNR), the weighted error is the squared error of the noise. With snr_plus_one (SNR + 1), it is that of v.
     With truncated_snr (max(SNR, 1)), it is the larger of the errors of x0 and of the noise. sigma must not be 0."""

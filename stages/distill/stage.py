@@ -186,6 +186,8 @@ class Distill(Stage):
         if set(self.streams) not in self.method.DATA:
             wanted = " or ".join(" and ".join(sorted(streams)) for streams in self.method.DATA)
             yield given, f"{self.method.name} is trained on {wanted}, not on {' and '.join(self.streams)}"
+        else:
+            yield from _of_method(self.method.check_streams(self.streams))
         if self.pairs:
             yield from self._check_pairs(sources(inputs))
             latents = inputs.get("latents")
@@ -280,7 +282,7 @@ class Distill(Stage):
         assert self.pairs
         if self.held_out >= stages[0].count:
             yield "held_out", f"{self.held_out} pairs held out of {stages[0].count} leave none to train on"
-        if self._needs_pairs and any(s.sampler.timestep_spacing != "trailing" for s in stages):
+        if self.method.learns_pairs and any(s.sampler.timestep_spacing != "trailing" for s in stages):
             yield (
                 "pairs",
                 "a one-step student needs pairs solved with timestep_spacing: trailing, from the last timestep",
@@ -328,6 +330,10 @@ class Distill(Stage):
         if self.pairs and len({source.weight is None for source in self.pairs}) > 1:
             raise ValueError("give each of the pairs a weight, or none of them")
         return self
+
+    def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
+        found = {one.stage.sampler.guidance_scale for one in sources(inputs) if isinstance(one.stage, Pairs)}
+        yield from self.method.warnings(sorted(found))
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         return training_progress(work / SCRATCH)

@@ -69,6 +69,7 @@ def distill(
             recipe.contents,
             _examples(pairs, teacher) if isinstance(pairs, PairSupply) else None,
             origin,
+            seed,
         )
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -66,6 +66,8 @@ class Materials:
     """Returns a batch of a few hundred training pairs. None if there are none."""
     origin: Adapter | None = None
     """The pipeline whose network gives the initial weights, if there is no `start`. None: the teacher."""
+    seed: int = 0
+    """The seed of training, for draws that depend on the step only. Other draws use torch's global generator."""
 
     def distance(self, loss: LossConfig, field: str = "loss") -> Distance:
         """Create the distance from its settings `loss`. `field` is the field of the method that holds them."""
@@ -174,12 +176,25 @@ class MethodConfig(Config):
         """Whether training listens to the features of the teacher's network."""
         return False
 
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether the student learns the map of stored pairs, from the noise to the latent."""
+        return all("pairs" in streams for streams in self.DATA)
+
+    def warnings(self, pairs_scales: Sequence[float]) -> Iterator[str]:
+        """Yield warnings for the user. `pairs_scales`: the different guidance scales of the pairs."""
+        yield from ()
+
     def step_count_error(self, steps: int) -> str | None:
         """Say why the student cannot be sampled in `steps` steps, or return None if it can."""
         return None if steps == self.form.steps else f"the student's steps are {self.form.steps}, not {steps}"
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that does not fit `inputs`, the artifacts that fields name."""
+        yield from ()
+
+    def check_streams(self, streams: Collection[Stream]) -> Iterator[tuple[str, str]]:
+        """Yield (field path, problem) for each setting that does not fit `streams`, which are in DATA."""
         yield from ()
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
@@ -203,6 +218,12 @@ class MethodConfig(Config):
     def create(self, materials: Materials) -> Method:
         """Create the method. Torch may be imported only here and below."""
         raise TypeError(f"{type(self).__name__} does not implement create()")
+
+
+def prompts_of(batch: Batch) -> list[str]:
+    """The prompts to be sampled from, of a method with own `prompts`, or else those of `latents` or `pairs`."""
+    found: list[str] = next(batch[stream] for stream in ("prompts", "latents", "pairs") if stream in batch)["prompts"]
+    return found
 
 
 def images_of(batch: Batch) -> Mapping[str, Any]:

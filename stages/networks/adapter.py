@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from stages.diffusion.grid import Grid
     from stages.diffusion.schedule import Level, NoiseSchedule
     from stages.networks.condition import Condition
-    from stages.networks.unet_features import Features
+    from stages.networks.unet_features import Bottleneck, Features
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """The values of `beta_schedule` that diffusers' DDIMScheduler supports."""
@@ -95,7 +95,7 @@ class Adapter(ABC):
     """The layers that get LoRA weights by default: ends of their names. Names of no layer have no effect. If there are
     no defaults, LoRA students need the setting `targets`."""
     FEATURES: ClassVar[bool] = False
-    """Whether the adapter implements `features`, which a discriminator needs."""
+    """Whether the adapter implements `features` and `bottleneck`, which discriminators need."""
 
     # --- Read from the JSON files of a folder ---
 
@@ -355,6 +355,12 @@ class Adapter(ABC):
 
         It may remove the network's output layers. The network is then of no other use. Raises StageError if features
         of this network are not supported."""
+        raise StageError(f"{type(network).__name__} has no features for a discriminator")
+
+    def bottleneck(self, network: Any) -> Bottleneck:
+        """Return the access to the smallest features of `network`, which stays a denoiser.
+
+        Raises StageError if features of this network are not supported."""
         raise StageError(f"{type(network).__name__} has no features for a discriminator")
 
     def student_scheduler(self, form: Form, grid: Grid) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stages.data.latents import LabelledLatents
     from stages.diffusion.schedule import Level
     from stages.networks.condition import Condition
-    from stages.networks.unet_features import Features
+    from stages.networks.unet_features import Bottleneck, Features
 
 LABELS = "id2label"
 """The optional key of `model_index.json` that maps class numbers to names, as in diffusers' DiTPipeline."""
@@ -150,6 +150,11 @@ class PixelDiffusion(Adapter):
         from stages.networks.unet_features import Features
 
         return Features(network, multi_scale)
+
+    def bottleneck(self, network: Any) -> Bottleneck:
+        from stages.networks.unet_features import Bottleneck
+
+        return Bottleneck(network)
 
     def usage(self, form: Form, scheduler: str, lora: bool = False) -> str:
         steps = f"timesteps={list(form.levels)}" if form.levels else str(form.steps)

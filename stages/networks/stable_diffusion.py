@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from stages.diffusion.schedule import Level
     from stages.networks.condition import Condition
-    from stages.networks.unet_features import Features
+    from stages.networks.unet_features import Bottleneck, Features
 
 CACHED_PROMPTS = 4096
 """The maximum number of prompts whose text states are cached."""
@@ -247,6 +247,11 @@ class StableDiffusion(Adapter):
         from stages.networks.unet_features import Features
 
         return Features(network, multi_scale)
+
+    def bottleneck(self, network: Any) -> Bottleneck:
+        from stages.networks.unet_features import Bottleneck
+
+        return Bottleneck(network)
 
     def plain_lora_error(self, form: Form) -> str | None:
         return "LoRA weights cannot hold its guidance embedding" if form.w_range else None

@@ -179,7 +179,9 @@ class Student(nn.Module):
             of_x0, of_noise = output.chunk(2, 1)
             x0: Tensor = both_to_x0(of_x0, of_noise, z, alpha, sigma)
         else:
-            x0 = to_x0(self.prediction, output, z, alpha, sigma)
+            if self.prediction == "epsilon":  # divided by alpha, which is small at the noisiest levels
+                (alpha, sigma), output = self.level(i, z.double()), output.double()
+            x0 = to_x0(self.prediction, output, z.to(output.dtype), alpha, sigma).to(z.dtype)
         if self.form.boundary == "none":
             return x0
         skip, out = (column(factor, z) for factor in boundary(self.timesteps[i]))

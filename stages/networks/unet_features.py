@@ -1,4 +1,4 @@
-"""Access for a discriminator to the intermediate features of a diffusers U-Net, in latent or pixel space."""
+"""Access for discriminators to the intermediate features of a diffusers U-Net, in latent or pixel space."""
 
 from __future__ import annotations
 
@@ -84,6 +84,43 @@ class Features:
                     else block.register_forward_hook(lambda _module, _args, output: features.append(output))
                 )
             yield lambda: features[self._judged]
+
+
+class Bottleneck:
+    """The output of a U-Net's middle block, its smallest features. The U-Net is not changed, and stays a denoiser."""
+
+    def __init__(self, unet: Any) -> None:
+        """Raises StageError if the U-Net has no middle block."""
+        if unet.mid_block is None:
+            raise StageError("the teacher's U-Net has no middle block for a discriminator's head")
+        self._middle = unet.mid_block
+        self.channels: int = unet.config["block_out_channels"][-1]
+        """Number of channels."""
+        self.halvings: int = sum(bool(block.downsamplers) for block in unet.down_blocks)
+        """How often the side of z is halved."""
+        self.groups: int = unet.config["norm_num_groups"]
+        """Number of groups of the U-Net's group norms."""
+
+    def of(self, call: Callable[[], Any]) -> Tensor:
+        """Return the features (B, channels, h, w) in `call`, which calls the U-Net. Its decoder is not computed."""
+        found: list[Tensor] = []
+
+        def stop(_block: nn.Module, _args: Any, output: Tensor) -> None:
+            found.append(output)
+            raise _Reached
+
+        hook = self._middle.register_forward_hook(stop)
+        try:
+            call()
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        return found[0]
+
+
+class _Reached(Exception):
+    """The features that are wanted are computed."""
 
 
 def _is_plain(block: Any) -> bool:

@@ -83,7 +83,8 @@ def train(
             rate = (done - start) / (time.monotonic() - started)
             yield Progress(done, total, unit, {**run.history[-1], "per_second": rate})
         if done % execution.checkpoint_every == 0 or done == total:
-            run.save(checkpoints, done, run.checked_figures(checkpoints))
+            run.checked_figures(checkpoints)
+            run.save(checkpoints, done)
     last = run.history[-1]
     losses = {name: last[key] for name in run.players if (key := f"{run.prefix(name)}loss") in last}
     return Trained(run.averages, losses, run.history, device_name(run.accelerator.device.type))
@@ -152,10 +153,9 @@ class _Run:
         invalid = self.figures.first_invalid()
         if invalid is None:
             return self.figures.numbers()
-        name, step, value = invalid
         kept = checkpoint.newest(checkpoints)
         raise StageError(
-            f"the {name.replace('_', ' ')} is {value:.4g} at step {step}"
+            f"{invalid.describe()}"
             f"{f' ({kept} is the last good checkpoint)' if kept else ', before the first checkpoint'}; lower "
             "learning_rate, or check the training data (`retort stats` for pairs)"
         )
@@ -210,7 +210,7 @@ class _Run:
             else:
                 kept.copy_(now)
 
-    def save(self, folder: Path, step: int, figures: dict[str, float]) -> None:
+    def save(self, folder: Path, step: int) -> None:
         """Save a checkpoint after `step` steps."""
         tensors: dict[str, Tensor] = {}
         for name, player in self.players.items():
@@ -218,7 +218,12 @@ class _Run:
             tensors |= checkpoint.optimizer_tensors(f"{name}/optimizer", self.optimizers[name])
         for name, average in self.averages.items():
             tensors |= checkpoint.module_tensors(f"{name}/average", average, self.frozen(name))
-        state = {"figures": figures, "history": self.history, "averaged": self.average_updates, **self._machine()}
+        state = {
+            "figures": self.figures.state(),
+            "history": self.history,
+            "averaged": self.average_updates,
+            **self._machine(),
+        }
         checkpoint.save(folder, step, tensors, state)
 
     def frozen(self, player: str) -> set[str]:

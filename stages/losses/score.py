@@ -1,0 +1,89 @@
+"""The difference of two scores, as a gradient for whatever made the samples: students, images, radiance fields.
+
+mu_real(z, t) and mu_fake(z, t) are estimates of x0 from z = alpha x + sigma noise. The score of noised samples is
+s = (alpha mu - z) / sigma^2. So mu_fake - mu_real = (sigma^2 / alpha) (s_fake - s_real), the gradient of the KL
+divergence of the two distributions up to a weight (Yin et al. 2023, 2311.18828, eq. 7; with noise in place of mu_fake,
+Poole et al. 2022, 2209.14988, eq. 3; with LoRA scores, Wang et al. 2023, 2305.16213, eq. 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stages.diffusion.schedule import Level
+from stages.diffusion.weighting import ScoreWeighting
+from stages.networks.denoiser import Denoiser
+from stages.networks.fake_score import FakeScore
+
+EPSILON = 1e-6
+"""Added to the mean that `dmd` divides by. It is 0 if the teacher returns the sample itself."""
+
+
+def difference(x: Tensor, real: Tensor, fake: Tensor, level: Level, weighting: ScoreWeighting = "dmd") -> Tensor:
+    """Return the weighted mu_fake - mu_real (B, C, H, W). It points away from where the teacher expects x.
+
+    dmd: divided by mean|x - mu_real| of each sample (2311.18828, eq. 8, without the factor alpha, as in the paper's
+    listing), in float32 at the least. constant: not weighted. sigma2_over_alpha: multiplied by sigma^2 / alpha, which
+    stresses noisy levels. `level` holds alpha and sigma (B, 1, 1, 1). Only the last weighting reads it."""
+    gradient = fake - real
+    if weighting == "dmd":
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = (x - real).abs().to(wide).mean((1, 2, 3), keepdim=True)
+        return gradient / (scale + EPSILON).to(gradient.dtype)
+    if weighting == "sigma2_over_alpha":
+        return gradient * (level.sigma**2 / level.alpha).to(gradient.dtype)
+    return gradient
+
+
+def weight_on_x0(weight_on_noise: Tensor | float, level: Level) -> Tensor:
+    """Convert a weight of differences of the noise to the weight of differences of x0: (alpha / sigma) w.
+
+    noise = (z - alpha x0) / sigma, so noise_real - noise_fake = (alpha / sigma) (mu_fake - mu_real)."""
+    weight: Tensor = level.alpha / level.sigma * weight_on_noise
+    return weight
+
+
+def matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return 1/2 |x - stopgrad(x - gradient)|^2, averaged over the elements of each sample, (B,).
+
+    The gradient with respect to x (B, C, H, W) is `gradient` / (C H W). No gradient flows to `gradient`."""
+    return 0.5 * (x - (x - gradient).detach()).square().mean((1, 2, 3))
+
+
+def with_gradient(value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    """Return the scalar `value` with the given gradient with respect to x. No other gradient flows from it."""
+    return value.detach() + ((x - x.detach()) * gradient.detach()).sum()
+
+
+class ScoreDifference:
+    """The gradient of distribution matching at samples: the difference of the fake and the real score."""
+
+    def __init__(
+        self,
+        real: Denoiser,
+        fake: FakeScore,
+        weighting: ScoreWeighting = "dmd",
+        time_range: tuple[float, float] = (0.02, 0.98),
+    ) -> None:
+        """`real` is the teacher, guided or not, on the grid of all T timesteps of its schedule.
+
+        Timesteps are drawn uniformly between the two parts of T in `time_range`, both included."""
+        self.real, self.fake, self.weighting = real, fake, weighting
+        count = len(fake.alpha)
+        self.least, self.most = (min(round(part * count), count - 1) for part in time_range)
+
+    def gradient(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the gradient (B, C, H, W) at samples x, at random timesteps and with random noise."""
+        t = torch.randint(self.least, self.most + 1, (len(x),)).to(x.device)
+        return self.at(x, prompts, t, torch.randn_like(x))
+
+    @torch.no_grad()
+    def at(self, x: Tensor, prompts: Sequence[str], t: Tensor, noise: Tensor) -> Tensor:
+        """Return the weighted mu_fake - mu_real (B, C, H, W) at samples x that are noised to timesteps t (B,)."""
+        z = self.fake.noised(x, t, noise)
+        real = self.real.x0(z, t + 1, self.real.encode(prompts))  # point i of the grid is timestep i - 1
+        fake = self.fake.x0(z, t, self.fake.encode(prompts))
+        return difference(x, real, fake, self.fake.level(t), self.weighting)

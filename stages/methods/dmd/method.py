@@ -1,0 +1,74 @@
+"""DMD: a one-step student trained by the difference of two scores, and by regression."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stages.losses.score import matching_loss
+from stages.methods.base import Materials, prompts_of
+from stages.networks.fake_score import FakeScore
+from stages.training import Batch, Player, Turn
+from stages.training.figures import of_samples
+
+if TYPE_CHECKING:
+    from stages.methods.dmd.config import DMDConfig
+
+
+class DMD:
+    """Distribution matching distillation of a one-step student G (Yin et al. 2023, 2311.18828, algorithm 1).
+
+    L_G    = 1/2 |x - stopgrad(x - gradient)|^2 + regression_weight * d(G(z', c'), y')       x = G(z, c)
+    L_fake = w(t) |mu_fake(alpha x + sigma noise, t, c) - stopgrad(x)|^2                     all t
+
+    gradient = (mu_fake - mu_real) / mean|x - mu_real| at x with noise of a random t of `time_range` (eq. 7 and 8). z is
+    new noise and c a prompt of the stream `prompts`. (z', y', c') is a stored pair, d the distance of the setting
+    `loss`. mu_real is guided, mu_fake is not. The fake score's turn reuses the samples of the student's turn.
+    """
+
+    def __init__(self, config: DMDConfig, materials: Materials) -> None:
+        self.config = config
+        self.student = materials.student(config.form)
+        self.fake = FakeScore.from_teacher(materials.teacher, config.fake_score.lora)
+        self.matching = config.matching(materials, self.fake)
+        self.distance = materials.distance(config.loss) if config.regression_weight else None
+        self.shape, self.device = materials.teacher.latent_shape, materials.teacher.device
+        self.players = {
+            "student": Player(self.student, materials.training),
+            "fake_score": Player(self.fake, config.fake_score.training(materials.training), averaged=False),
+        }
+        self._samples: deque[Tensor] = deque()
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("student", self.student_loss), Turn("fake_score", self.fake_loss)]
+
+    def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return L_G and its terms. `batch`: pairs, prompts or both."""
+        prompts, pairs = prompts_of(batch), batch["pairs"] if self.distance else None
+        z = torch.randn(len(prompts), *self.shape, device=self.device)
+        if pairs is None:
+            x = self.student(z, self.student.encode(prompts))
+        else:
+            both = self.student(torch.cat([z, pairs["noise"]]), self.student.encode([*prompts, *pairs["prompts"]]))
+            x, regressed = both.split([len(z), len(pairs["noise"])])
+        self._samples.append(x.detach())
+        matching = matching_loss(x, self.matching.gradient(x, prompts))
+        figures = {"matching": matching, **of_samples(x, pairs and pairs["latent"])}
+        if pairs is None or self.distance is None:
+            return matching.mean(), figures
+        distance = self.distance(regressed, pairs["latent"]).mean()
+        return matching.mean() + self.config.regression_weight * distance, {**figures, "distance": distance}
+
+    def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return L_fake. `batch`: the same as in the student's turn of this step."""
+        x, condition = self._samples.popleft(), self.fake.encode(prompts_of(batch))
+        t = torch.randint(len(self.fake.alpha), (len(x),)).to(x.device)
+        errors = self.fake.errors(x, t, torch.randn_like(x), condition, self.config.fake_score.weighting)
+        return errors.mean(), {}
+
+    def after_step(self, step: int) -> None:
+        pass

@@ -1,0 +1,120 @@
+"""DMD2: a student in one or several steps, trained by the difference of two scores and a GAN term."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stages.losses.adversarial import discriminator_loss, generator_loss, mean_over_maps
+from stages.losses.score import matching_loss, with_gradient
+from stages.methods.base import Materials, prompts_of
+from stages.networks.fake_score import FakeScore
+from stages.training import Batch, Player, Turn
+from stages.training.figures import of_samples
+from stages.training.loop import step_seed
+
+if TYPE_CHECKING:
+    from stages.methods.dmd2.config import DMD2Config
+
+
+LEAST_GRADIENT = 1e-12
+"""The least norm by which the GAN's gradient is divided. With an untrained fake score the norm is 0."""
+
+
+class DMD2:
+    """DMD2 for a student G of one or several steps (Yin et al. 2024, 2405.14867, section 4 and appendix).
+
+    L_G    = 1/2 |x - stopgrad(x - gradient)|^2 + weight * E[-log D(x + noise)]              x = G(z_i, i, c)
+    L_fake = w(t) |mu_fake(alpha x + sigma noise, t, c) - stopgrad(x)|^2
+             + discriminator_weight * (E[-log D(y + noise)] + E[-log(1 - D(x + noise))])     all t
+
+    gradient is that of DMD. z_i is the state of the student's own sampling before its call i: pure noise at the first
+    call. i is the same for the whole batch, a function of the seed and the step. D is a head on the fake score's middle
+    block, y a real latent, and + noise stands for the noise of a random timestep. The fake score has a turn in each
+    step. In every `fake_updates`-th step the student has one before it, with the same samples.
+    """
+
+    def __init__(self, config: DMD2Config, materials: Materials) -> None:
+        self.config, self.gan, self.seed = config, config.gan, materials.seed
+        self.student = materials.student(config.form)
+        self.fake = FakeScore.from_teacher(materials.teacher, config.fake_score.lora, judges=config.gan is not None)
+        self.matching = config.matching(materials, self.fake)
+        self.shape, self.device = materials.teacher.latent_shape, materials.teacher.device
+        self.players = {
+            "student": Player(self.student, materials.training),
+            "fake_score": Player(self.fake, config.fake_score.training(materials.training), averaged=False),
+        }
+        self._samples: deque[Tensor] = deque()
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        calls = step_seed(self.seed, step) % self.config.steps  # that sampling has made before the one that is trained
+        turns = [Turn("fake_score", partial(self.fake_loss, calls=calls))]
+        since = step - self.config.fake_warmup_steps
+        if since >= 0 and since % self.config.fake_updates == 0:
+            turns.insert(0, Turn("student", partial(self.student_loss, calls=calls)))
+        return turns
+
+    def sample(self, batch: Batch, calls: int) -> Tensor:
+        """Return x (B, C, H, W), the student's estimate after `calls` earlier calls. Gradients flow to the last call.
+
+        Without backward simulation, its state is a noised real latent instead, unless it is pure noise."""
+        prompts = prompts_of(batch)
+        condition = self.student.encode(prompts)
+        noise = torch.randn(len(prompts), *self.shape, device=self.device)
+        if calls and not self.config.backward_simulation:
+            i = torch.full((len(noise),), self.config.steps - calls, device=self.device)
+            return self.student.x0(self.student.noised(batch["latents"]["latent"], noise, i), i, condition)
+        states = self.student.states(noise, condition)
+        with torch.no_grad():
+            for _ in range(calls):
+                next(states)
+        _, _, x = next(states)
+        return x
+
+    def student_loss(self, batch: Batch, calls: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return L_G and its terms. `batch`: latents, prompts or both."""
+        prompts, x = prompts_of(batch), self.sample(batch, calls)
+        self._samples.append(x.detach())
+        gradient = self.matching.gradient(x, prompts)
+        matching = matching_loss(x, gradient)
+        if self.gan is None:
+            return matching.mean(), {"matching": matching}
+        at = x.detach().requires_grad_()  # so that the head's activations are freed before the student's backward pass
+        gan = generator_loss(self.fake.logits(at, *self._level(at), self.fake.encode(prompts)))
+        (pull,) = torch.autograd.grad(self.gan.weight * gan, at)
+        ratio = pull.norm() / (gradient.norm() / gradient.numel()).clamp_min(LEAST_GRADIENT)
+        loss = matching.mean() + with_gradient(self.gan.weight * gan, x, pull)
+        return loss, {"matching": matching, "gan": gan, "gan_ratio": ratio}
+
+    def fake_loss(self, batch: Batch, calls: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return L_fake, the mean logits of real and fake latents, and figures of the student's samples.
+
+        `batch`: that of the student's turn, if the student has one in this step. Its samples are then reused."""
+        if self._samples:
+            x = self._samples.popleft()
+        else:
+            with torch.no_grad():
+                x = self.sample(batch, calls)
+        condition = self.fake.encode(prompts_of(batch))
+        loss = self.fake.errors(x, *self._level(x), condition, self.config.fake_score.weighting).mean()
+        real = batch["latents"]["latent"] if "latents" in batch else None
+        figures = of_samples(x, real)
+        if self.gan is None or real is None:
+            return loss, figures
+        real_logits = self.fake.logits(real, *self._level(real), self.fake.encode(batch["latents"]["prompts"]))
+        false_logits = self.fake.logits(x, *self._level(x), condition)
+        judged = {"real": mean_over_maps(real_logits).mean(), "false": mean_over_maps(false_logits).mean()}
+        loss = loss + self.gan.discriminator_weight * discriminator_loss(real_logits, false_logits)
+        return loss, {**figures, **judged}
+
+    def _level(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw timesteps (B,) from all T, and noise shaped as x."""
+        return torch.randint(len(self.fake.alpha), (len(x),)).to(x.device), torch.randn_like(x)
+
+    def after_step(self, step: int) -> None:
+        pass

@@ -1,0 +1,564 @@
+"""DMD and DMD2: whose gradients go where, the terms by hand, the states of backward simulation, turns and resume."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline.errors import ManifestError
+from stages.base import StageError
+from stages.diffusion.schedule import NoiseSchedule
+from stages.losses.config import Regression
+from stages.losses.score import difference
+from stages.methods.base import Materials, StudentTraining
+from stages.methods.dmd.config import DMDConfig
+from stages.methods.dmd2.config import DMD2Config, GanSettings
+from stages.networks import build
+from stages.networks.condition import Condition
+from stages.networks.fake_score import FakeScore
+from stages.networks.lora import LoraSettings
+from stages.training import Player, TrainingExecution, Turn
+from stages.training.figures import PATIENCE
+from stages.training.loop import train
+from tests.support.cli import retort
+from tests.support.networks import adapter_around, shaken, stable_diffusion_layout
+from tests.support.pipelines import TINY, execute, plan_of
+
+PROMPTS = ["a red handwritten seven", "a blue handwritten one", "a green handwritten two"]
+
+
+def batch(teacher, count=6, seed=0):
+    """Six samples of every stream."""
+    generator = torch.Generator().manual_seed(seed)
+    noise, latent, real = torch.randn(3, count, *teacher.latent_shape, generator=generator)
+    prompts = (PROMPTS * count)[:count]
+    return {
+        "pairs": {"noise": noise, "latent": latent, "prompts": prompts},
+        "latents": {"latent": real, "prompts": prompts[::-1]},
+    }
+
+
+def pairs_only(teacher, **options):
+    return {"pairs": batch(teacher, **options)["pairs"]}
+
+
+def latents_only(teacher, **options):
+    return {"latents": batch(teacher, **options)["latents"]}
+
+
+def materials(teacher, steps=3, lora=None, **training):
+    settings = StudentTraining(steps=steps, learning_rate=1e-3, lora=lora, **training)
+    return Materials(teacher, settings, guidance_scale=2.0, seed=3)
+
+
+def dmd(teacher, given=None, **settings):
+    return DMDConfig(**{"loss": Regression(name="mse"), **settings}).create(given or materials(teacher))
+
+
+def dmd2(teacher, given=None, **settings):
+    torch.manual_seed(0)  # the head's weights are random
+    return DMD2Config(**{"guidance_scale": 2.0, **settings}).create(given or materials(teacher))
+
+
+def stirred(method):
+    """With a fake score that is no longer the teacher, and a student that is no longer either."""
+    shaken(method.student).requires_grad_(True)
+    with torch.no_grad():
+        for parameter in method.fake.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.02)
+    return method
+
+
+def gradients(module):
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
+
+METHODS = {
+    "dmd": (dmd, {}, pairs_only),
+    "dmd2": (dmd2, {"fake_updates": 1}, latents_only),
+    "dmd2 in two steps": (dmd2, {"fake_updates": 1, "steps": 2}, latents_only),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_turn_moves_its_own_player_only_and_never_the_teacher(teacher, name):
+    made, settings, given = METHODS[name]
+    method, rows = stirred(made(teacher, **settings)), given(teacher)
+    student, fake = method.turns(0)
+    before = [parameter.clone() for parameter in teacher.network.parameters()]
+    student.loss(rows)[0].backward()
+    assert gradients(method.student)
+    assert not gradients(teacher.network)
+    if name == "dmd":  # DMD2's student hears the head on the fake score, which the loop freezes in its turn
+        assert not gradients(method.fake)
+    for parameter in [*method.student.parameters(), *method.fake.parameters()]:
+        parameter.grad = None
+    fake.loss(rows)[0].backward()
+    assert gradients(method.fake) and not gradients(method.student) and not gradients(teacher.network)
+    assert all(torch.equal(now, then) for now, then in zip(teacher.network.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loop_changes_student_and_fake_score_and_leaves_the_teacher(teacher, name, tmp_path):
+    made, settings, given = METHODS[name]
+    method = made(teacher, materials(teacher, steps=2), **settings)
+    starts = {player: [p.clone() for p in of.module.parameters()] for player, of in method.players.items()}
+    before = [parameter.clone() for parameter in teacher.network.parameters()]
+    run(method, given(teacher), tmp_path)
+    for player, of in method.players.items():
+        changed = [not torch.equal(*pair) for pair in zip(of.module.parameters(), starts[player], strict=True)]
+        assert sum(changed) > 0.9 * len(changed)
+    assert all(torch.equal(now, then) for now, then in zip(teacher.network.parameters(), before, strict=True))
+
+
+def run(method, rows, folder, every=100, stop=None):
+    """Train to the end, or until `stop` reports of progress."""
+    training = train(
+        method,
+        rows if callable(rows) else lambda step: rows,
+        seed=3,
+        checkpoints=folder,
+        execution=TrainingExecution(checkpoint_every=every, threads=1, device="cpu"),
+    )
+    seen = 0
+    while True:
+        try:
+            next(training)
+        except StopIteration as stopped:
+            return stopped.value
+        seen += 1
+        if seen == stop:
+            training.close()
+            return None
+
+
+# --- The gradient of distribution matching ---
+
+
+def test_an_untrained_fake_score_gives_no_gradient_without_guidance(teacher):
+    """The fake score is the teacher. The check also holds for guidance 1 of a real score that could be guided."""
+    method = dmd2(teacher, guidance_scale=1.0, gan=None)
+    x, prompts = torch.randn(4, *teacher.latent_shape), [*PROMPTS, ""]
+    t = torch.tensor([20, 300, 700, 980])
+    assert method.matching.at(x, prompts, t, torch.randn_like(x)).abs().max() < 1e-4
+    guided = dmd2(teacher, gan=None).matching.at(x, prompts, t, torch.randn_like(x))
+    assert guided[:3].abs().max() > 1e-2
+
+
+def test_the_gradient_is_guided_on_the_real_side_only(teacher):
+    """By hand, one sample at a time, from the networks' outputs."""
+    method = stirred(dmd2(teacher, guidance_scale=3.0, gan=None))
+    x, noise = torch.randn(2, 3, *teacher.latent_shape)
+    t = torch.tensor([20, 500, 980])
+    ours = method.matching.at(x, PROMPTS, t, noise)
+    for k in range(3):
+        level = teacher.schedule.at(int(t[k]))
+        z = level.alpha * x[k : k + 1] + level.sigma * noise[k : k + 1]
+
+        def x0(network, prompt, z=z, level=level):
+            with torch.no_grad():
+                v = teacher.predict(network, z, teacher.on_device(level), teacher.encode_prompts([prompt]))
+            return level.alpha * z - level.sigma * v
+
+        dropped, real = (x0(teacher.network, prompt) for prompt in ("", PROMPTS[k]))
+        real = dropped + 3.0 * (real - dropped)
+        wanted = difference(x[k : k + 1], real, x0(method.fake.network, PROMPTS[k]), level)
+        torch.testing.assert_close(ours[k : k + 1], wanted, atol=2e-4, rtol=2e-3)
+
+
+def test_the_students_times_are_from_20_to_980_and_the_fake_scores_from_0_to_999(teacher, monkeypatch):
+    method, seen = dmd2(teacher), {"real": set(), "fake": set()}
+    x = torch.randn(4000, 1, 1, 1)
+    monkeypatch.setattr(method.matching, "at", lambda x, p, t, n: seen["real"].update(t.tolist()))
+    torch.manual_seed(0)
+    for _ in range(5):
+        method.matching.gradient(x, [""])
+        seen["fake"].update(method._level(x)[0].tolist())
+    assert (min(seen["real"]), max(seen["real"])) == (20, 980)
+    assert (min(seen["fake"]), max(seen["fake"])) == (0, 999)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_errors_of_the_fake_score_by_hand(prediction, tmp_path):
+    """output is the error of what the network says, snr that of the noise, edm (snr + 4) times that of x0."""
+    from stages.networks.stable_diffusion import StableDiffusion
+
+    folder = stable_diffusion_layout(tmp_path / "teacher")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": prediction}))
+    fake = FakeScore.from_teacher(StableDiffusion(folder))
+    x, noise = torch.randn(2, 2, 4, 8, 8)
+    t, condition = torch.tensor([100, 999]), fake.encode(["a", "b"])
+    with torch.no_grad():
+        x0 = fake.x0(fake.noised(x, t, noise), t, condition)
+        alpha, sigma = fake.level(t)
+        square, snr = (x0 - x).double().square(), (alpha / sigma) ** 2
+        of_output = square * (snr if prediction == "epsilon" else snr + 1)
+        wanted = {"output": of_output, "snr": snr * square, "edm": (snr + 4) * square}
+        for weighting, values in wanted.items():
+            ours = fake.errors(x, t, noise, condition, weighting)
+            torch.testing.assert_close(ours, values.mean((1, 2, 3)).float(), rtol=1e-3, atol=1e-5)
+
+
+# --- DMD ---
+
+
+def test_dmds_loss_is_the_matching_loss_plus_the_weighted_regression(teacher):
+    method, rows = stirred(dmd(teacher, regression_weight=0.7)), pairs_only(teacher)
+    torch.manual_seed(5)
+    loss, figures = method.student_loss(rows)
+    pairs = rows["pairs"]
+    regressed = method.student(pairs["noise"], teacher.encode_prompts(pairs["prompts"]))
+    distance = (regressed - pairs["latent"]).square().mean()
+    torch.testing.assert_close(figures["distance"], distance)
+    torch.testing.assert_close(loss, figures["matching"].mean() + 0.7 * distance)
+    assert figures["matching"].shape == (6,)
+    alone = stirred(dmd(teacher, regression_weight=0))
+    torch.manual_seed(5)
+    torch.testing.assert_close(alone.student_loss(rows)[0], figures["matching"].mean())
+
+
+def test_prompts_of_their_own_are_sampled_from_in_place_of_those_of_the_pairs(teacher):
+    method, rows = dmd(teacher), pairs_only(teacher)
+    seen = []
+    method.matching.gradient = lambda x, prompts: seen.append(prompts) or torch.zeros_like(x)
+    method.student_loss(rows)
+    method.student_loss({**rows, "prompts": {"prompts": PROMPTS[:2]}})
+    assert seen == [rows["pairs"]["prompts"], PROMPTS[:2]]
+
+
+def test_an_epsilon_student_computes_x0_in_float64(tmp_path):
+    """At the last timestep of Stable Diffusion x0 = (z - sigma epsilon) / alpha multiplies rounding by 14.6."""
+    from stages.networks.stable_diffusion import StableDiffusion
+
+    student = dmd2(StableDiffusion(stable_diffusion_layout(tmp_path / "teacher")), gan=None).student
+    assert student.prediction == "epsilon"
+    noise, condition = torch.randn(2, 4, 8, 8), student.encode(["a", "b"])
+    with torch.no_grad():
+        epsilon = student._output(noise, 1, condition, None)
+        alpha, sigma = student.grid.level(1)
+        wanted = ((noise.double() - sigma * epsilon.double()) / alpha).float()
+        assert torch.equal(student(noise, condition), wanted)
+
+
+# --- DMD2 ---
+
+
+def test_the_student_has_a_turn_before_every_fifth_of_the_fake_score(teacher):
+    method = dmd2(teacher)
+    assert [[turn.player for turn in method.turns(step)] for step in range(7)] == [
+        ["student", "fake_score"] if step in (0, 5) else ["fake_score"] for step in range(7)
+    ]
+    warm = dmd2(teacher, fake_updates=2, fake_warmup_steps=3)
+    assert [len(warm.turns(step)) for step in range(7)] == [1, 1, 1, 2, 1, 2, 1]
+
+
+def test_both_turns_of_a_step_see_the_same_samples(teacher):
+    method = stirred(dmd2(teacher, gan=None))
+    rows, seen = latents_only(teacher), []
+    errors = method.fake.errors
+    method.fake.errors = lambda x, *rest: seen.append(x) or errors(x, *rest)
+    student, fake = method.turns(0)
+    gradient = method.matching.gradient
+    method.matching.gradient = lambda x, prompts: seen.append(x.detach()) or gradient(x, prompts)
+    student.loss(rows)
+    fake.loss(rows)
+    assert torch.equal(*seen)
+    (alone,) = method.turns(1)
+    alone.loss(rows)
+    assert not torch.equal(seen[2], seen[1]) and not seen[2].requires_grad
+
+
+def test_backward_simulation_visits_the_states_of_sampling(teacher):
+    """With the same random numbers, the estimate after k calls is that of the student's own sampling."""
+    method, rows = stirred(dmd2(teacher, steps=4)), latents_only(teacher, count=2)
+    condition = method.student.encode(rows["latents"]["prompts"])
+    for calls in range(4):
+        torch.manual_seed(calls)
+        x = method.sample(rows, calls)
+        torch.manual_seed(calls)
+        noise = torch.randn(2, *teacher.latent_shape)
+        with torch.no_grad():
+            states = list(method.student.states(noise, condition))
+        assert torch.equal(x.detach(), states[calls][2]) and x.requires_grad
+        assert calls or torch.equal(states[0][1], noise)  # the first state is the noise itself
+
+
+def test_a_state_is_the_last_estimate_with_the_noise_of_its_level(teacher):
+    """Over many samples: mean alpha x0 and deviation sigma."""
+    method = stirred(dmd2(teacher, steps=2))
+    student, count = method.student, 512
+    x0 = torch.randn(1, *teacher.latent_shape)
+    student.x0 = lambda z, i, condition, w=None: x0.expand(len(z), -1, -1, -1)
+    torch.manual_seed(0)
+    states = list(student.states(torch.randn(count, *teacher.latent_shape), Condition(count)))
+    rest = states[1][1] - student.grid.level(1).alpha * x0
+    assert rest.mean().abs() < 0.01
+    assert float(rest.std()) == pytest.approx(student.grid.level(1).sigma, rel=0.01)
+
+
+def test_gradients_flow_to_the_last_call_of_a_roll_out_only(teacher):
+    method, called = stirred(dmd2(teacher, steps=4)), []
+    method.student.network.register_forward_hook(lambda *_: called.append(torch.is_grad_enabled()))
+    method.sample(latents_only(teacher), 2)
+    assert called == [False, False, True]
+
+
+def test_the_exit_is_a_function_of_seed_and_step_and_visits_every_step(teacher):
+    exits = [[turn.loss.keywords["calls"] for turn in dmd2(teacher, steps=4).turns(step)] for step in range(40)]
+    assert all(len(set(found)) == 1 for found in exits)
+    again = [dmd2(teacher, steps=4).turns(step)[0].loss.keywords["calls"] for step in range(40)]
+    assert again == [found[0] for found in exits] and set(again) == {0, 1, 2, 3}
+
+
+def test_without_backward_simulation_real_latents_are_noised(teacher):
+    method, rows = stirred(dmd2(teacher, steps=4, backward_simulation=False)), latents_only(teacher)
+    real, student = rows["latents"], method.student
+    torch.manual_seed(2)
+    x = method.sample(rows, 3)
+    torch.manual_seed(2)
+    noise = torch.randn_like(real["latent"])
+    alpha, sigma = student.grid.level(1)
+    z = alpha * real["latent"] + sigma * noise
+    torch.testing.assert_close(x, student.x0(z, 1, student.encode(real["prompts"])))
+    torch.manual_seed(2)
+    pure = method.sample(rows, 0)
+    torch.testing.assert_close(pure, student.x0(noise, 4, student.encode(real["prompts"])))
+
+
+def test_the_gan_term_has_the_gradient_of_plain_autograd(teacher):
+    """The loss cuts the graph at the samples. The gradient is the one without the cut."""
+    method, rows = stirred(dmd2(teacher, gan=GanSettings(weight=0.5))), latents_only(teacher)
+    torch.manual_seed(1)
+    loss, figures = method.student_loss(rows, calls=0)
+    loss.backward()
+    ours = [grad.clone() for grad in gradients(method.student)]
+    method.student.zero_grad()
+    torch.manual_seed(1)
+    x = method.sample(rows, 0)
+    gradient = method.matching.gradient(x, rows["latents"]["prompts"])
+    (logits,) = method.fake.logits(x, *method._level(x), method.fake.encode(rows["latents"]["prompts"]))
+    gan = -logits.sigmoid().log().mean()
+    plain = 0.5 * (x - (x - gradient).detach()).square().mean() + 0.5 * gan
+    pull, push = (torch.autograd.grad(part, x, retain_graph=True)[0] for part in (0.5 * gan, plain - 0.5 * gan))
+    assert float(figures["gan_ratio"]) == pytest.approx(float(pull.norm() / push.norm()), rel=1e-4)
+    plain.backward()
+    for mine, theirs in zip(ours, gradients(method.student), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(loss.detach(), plain.detach())
+
+
+def test_the_head_reads_the_middle_block_of_the_noised_sample(teacher):
+    fake = FakeScore.from_teacher(teacher, judges=True)
+    x, noise = torch.randn(2, 2, *teacher.latent_shape)
+    t, condition = torch.tensor([10, 900]), fake.encode(PROMPTS[:2])
+    seen, read = [], []
+    hook = fake.network.mid_block.register_forward_hook(lambda _m, _a, output: seen.append(output))
+    output = fake.x0(fake.noised(x, t, noise), t, condition)
+    hook.remove()
+    fake.head.register_forward_pre_hook(lambda _m, given: read.append(given[0]))
+    decoded = []
+    fake.network.up_blocks[0].register_forward_hook(lambda *_: decoded.append(1))
+    (logits,) = fake.logits(x, t, noise, condition)
+    assert torch.equal(read[0], seen[0]) and logits.shape == (2, 1, 1) and not decoded
+    assert torch.equal(fake.x0(fake.noised(x, t, noise), t, condition), output)  # it is a denoiser as before
+
+
+@pytest.mark.parametrize("side", [2, 4, 8, 16, 32])
+def test_the_head_gives_one_logit_at_every_size(side):
+    unet = build.unet(2 * side, 12, (8, 16))
+    adapter = adapter_around(unet)
+    adapter.latent_shape, adapter.prediction = (4, 2 * side, 2 * side), "epsilon"
+    adapter.schedule = NoiseSchedule.stable_diffusion()
+    fake = FakeScore(adapter, unet, judges=True)
+    x, noise = torch.randn(2, 1, 4, 2 * side, 2 * side)
+    (logits,) = fake.logits(x, torch.tensor([5]), noise, Condition(1, {"text": torch.randn(1, 3, 12)}))
+    assert logits.shape == (1, 1, 1)
+
+
+def test_a_discriminators_loss_is_weighed_against_the_fake_scores(teacher):
+    rows = latents_only(teacher)
+    losses = []
+    for weight in (1e-9, 0.5):
+        method = stirred(dmd2(teacher, gan=GanSettings(discriminator_weight=weight)))
+        torch.manual_seed(4)
+        loss, figures = method.fake_loss(rows, calls=0)
+        losses.append(float(loss.detach()))
+    real, false = (float(figures[name].detach()) for name in ("real", "false"))
+    assert losses[1] > losses[0]
+    assert -5 < real < 5 and -5 < false < 5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, name, tmp_path):
+    """Also where the kill falls between two turns of the student."""
+    made, settings, given = METHODS[name]
+    settings = {**settings, **({"fake_updates": 3} if made is dmd2 else {})}
+
+    def rows(step):
+        return given(teacher, seed=step)
+
+    whole = run(made(teacher, materials(teacher, steps=25), **settings), rows, tmp_path / "whole", every=8)
+    run(made(teacher, materials(teacher, steps=25), **settings), rows, tmp_path / "killed", every=8, stop=1)
+    again = run(made(teacher, materials(teacher, steps=25), **settings), rows, tmp_path / "killed", every=8)
+    assert again.history == whole.history
+    ours, theirs = (result.averages["student"].state_dict() for result in (again, whole))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_lora_weights_of_student_and_fake_score_share_the_teachers(teacher, name, tmp_path):
+    made, settings, given = METHODS[name]
+    lora = LoraSettings(rank=2)
+    method = made(
+        teacher,
+        materials(teacher, steps=2, lora=lora),
+        **settings,
+        fake_score={"lora": {"rank": 3}, "weighting": "snr"},
+    )
+    own = {id(parameter) for parameter in teacher.network.parameters()}
+    for player in method.players.values():
+        shared = [parameter for parameter in player.module.parameters() if id(parameter) in own]
+        assert len(shared) > 20 and not any(parameter.requires_grad for parameter in shared)
+    run(method, given(teacher), tmp_path)
+
+
+def test_halves_accumulated_are_paired_with_their_own_samples(teacher, tmp_path):
+    method = dmd2(teacher, materials(teacher, steps=4, accumulate=2), fake_updates=2)
+    run(method, lambda i: latents_only(teacher, seed=i), tmp_path)
+    assert not method._samples
+
+
+# --- Seen early ---
+
+
+class Scripted:
+    """A method whose samples have the variance that a script says."""
+
+    def __init__(self, variances):
+        self.variances = variances
+        module = torch.nn.Linear(1, 1)
+        self.players = {"student": Player(module, StudentTraining(steps=len(variances), learning_rate=1e-9))}
+        self.module = module
+
+    def turns(self, step):
+        value = torch.tensor(self.variances[step])
+        return [Turn("student", lambda batch: (self.module.weight.sum() * 0, {"variance_ratio": value}))]
+
+    def after_step(self, step):
+        pass
+
+
+def test_a_collapsed_student_is_stopped_after_50_steps(tmp_path):
+    message = "the student has collapsed: from step 30 on, its samples had less than 1% of the variance of the data"
+    with pytest.raises(StageError, match=message):
+        run(Scripted([0.5] * 30 + [0.009] * 60), {}, tmp_path / "a")
+    run(Scripted([0.5] * 30 + [0.009] * (PATIENCE - 1) + [0.02] + [0.009] * 20), {}, tmp_path / "b")
+    folder = tmp_path / "c"  # the count goes on over a kill
+    run(Scripted([0.5] * 30 + [0.009] * 60), {}, folder, every=40, stop=5)
+    with pytest.raises(StageError, match="from step 30 on"):
+        run(Scripted([0.5] * 30 + [0.009] * 60), {}, folder, every=40)
+
+
+def test_a_sample_that_is_not_finite_is_named(teacher, tmp_path):
+    method = dmd(teacher, materials(teacher, steps=20))
+    gradient = method.matching.gradient
+    calls = []
+
+    def broken(x, prompts):
+        calls.append(1)
+        found = gradient(x, prompts)
+        if len(calls) == 5:
+            found[4] = float("nan")
+        return found
+
+    method.matching.gradient = broken
+    with pytest.raises(StageError, match="the student matching is nan at step 4, sample 4 of the batch"):
+        run(method, pairs_only(teacher), tmp_path)
+
+
+# --- The stage ---
+
+PROMPTS_ONLY = (
+    TINY.partition("  student:")[0]
+    + """
+  latents: {kind: latents, teacher: teacher, images: digits, execution: {threads: 1}}
+  student:
+    kind: distill
+    latents: latents
+    method: {name: dmd2, guidance_scale: 2.0, steps: 4, fake_updates: 2}
+    training: {steps: 4, batch_size: 8, learning_rate: 1e-4}
+    execution: {threads: 1}
+"""
+)
+
+
+def test_a_student_in_four_steps_is_exported_with_its_timesteps(tiny):
+    folder = execute(PROMPTS_ONLY, tiny[0], name="dmd2")["student"].artifact.folder
+    about = json.loads((folder / "student.json").read_text())
+    assert about["timesteps"] == [999, 749, 499, 249] and about["sampler"] == "consistency"
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
+    assert "Not for plain diffusers" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("latents: latents\n    method", "prompts: digits\n    teacher: teacher\n    method"),
+         "method.gan: the GAN term compares with real images: give `latents`, or set gan: null"),
+        (("guidance_scale: 2.0, steps: 4", "steps: 4"), "latents have no guidance_scale: set it in the method"),
+        (("steps: 4, fake", "steps: 4, levels: [1000, 3, 2, 1], fake"), "1000 is not one of the teacher's 1000"),
+        (("steps: 4, fake", "steps: 4, levels: [3, 2, 1], fake"), "steps: 4 needs as many levels, not 3"),
+        (("steps: 4, fake", "backward_simulation: false, fake"), "in one step there is nothing to simulate"),
+        (("name: dmd2, guidance_scale: 2.0, steps: 4, fake_updates: 2", "name: dmd, guidance_scale: 2.0"),
+         "dmd is trained on pairs or pairs and prompts or prompts, not on latents"),
+        (("fake_updates: 2", "fake_updates: 2, time_range: [0.5, 0.2]"), "the first less than the second"),
+    ],
+)  # fmt: skip
+def test_a_plan_refuses(tiny, change, words):
+    text = PROMPTS_ONLY.replace(*change)
+    assert text != PROMPTS_ONLY
+    with pytest.raises(ManifestError, match=words.replace("[", r"\[").replace("(", r"\(")):
+        plan_of(text, tiny[0])
+
+
+DMD = (
+    TINY.partition("  student:")[0]
+    + """
+  student:
+    kind: distill
+    pairs: pairs
+    prompts: digits
+    method: {name: dmd, guidance_scale: 2.0}
+    training: {steps: 3, batch_size: 8, learning_rate: 1e-4}
+    held_out: 32
+    execution: {threads: 1}
+"""
+)
+
+
+def test_pairs_of_another_guidance_scale_are_warned_of(tiny, tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(DMD.replace("guidance_scale: 2.0}\n    training", "guidance_scale: 4.0}\n    training"))
+    said = retort("plan", str(path), "--store", str(tiny[0])).stderr
+    assert "the real score has guidance_scale: 4" in said and "pairs of 2" in said
+    path.write_text(DMD)
+    assert "real score" not in retort("plan", str(path), "--store", str(tiny[0])).stderr
+
+
+def test_a_regression_needs_pairs_and_no_regression_needs_none(tiny):
+    with pytest.raises(ManifestError, match="without a regression, `pairs` are not used"):
+        plan_of(DMD.replace("guidance_scale: 2.0}\n    tr", "regression_weight: 0}\n    tr"), tiny[0])
+    prompts = DMD.replace("pairs: pairs\n    prompts: digits", "prompts: digits\n    teacher: teacher")
+    with pytest.raises(ManifestError, match="the regression needs `pairs`"):
+        plan_of(prompts.replace("    held_out: 32\n", ""), tiny[0])
+
+
+def test_a_loss_without_a_name_is_e_latent_lpips():
+    assert DMDConfig.model_validate({"loss": {"perceptual": "vgg"}}).loss.name == "e_latent_lpips"
+    assert DMDConfig().loss == Regression(name="mse")
+
+
+def test_dmd_is_trained_on_pairs_and_prompts_from_a_manifest(tiny):
+    record = execute(DMD, tiny[0], name="dmd")["student"].artifact.record
+    assert record["metrics"]["held_out_mse"] > 0

@@ -22,7 +22,7 @@ from stages.pairs import Pairs, guidance_scales
 from stages.teacher import Teacher
 from stages.teacher.config import FROM
 from stages.teacher.stage import adopt, ask, licence_of
-from stages.training import TrainingExecution
+from stages.training import StudentExecution
 from stages.training.players import training_progress
 
 
@@ -144,8 +144,8 @@ class Distill(Stage):
         ge=1,
         description="number of pairs kept for held-out loss and evaluation: the last ones of the first source",
     )
-    execution: TrainingExecution = Field(
-        TrainingExecution(), description="how the stage is run; changing it makes nothing stale"
+    execution: StudentExecution = Field(
+        StudentExecution(), description="how the stage is run; changing it makes nothing stale"
     )
 
     @classmethod

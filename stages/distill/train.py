@@ -17,8 +17,9 @@ from stages.data.files import files_of, sha256_of
 from stages.data.supply import LatentSupply, PairSupply, PromptSupply, Supply
 from stages.distill.card import card
 from stages.distill.held_out import comparable, mean_square, sampled
+from stages.distill.preview import Previews
 from stages.distill.recipe import Recipe
-from stages.methods.base import Materials, Stream
+from stages.methods.base import Materials, Stream, prompts_of
 from stages.networks.adapter import Adapter, read_json
 from stages.networks.adapters import adapter_of
 from stages.networks.compute import prepare
@@ -26,7 +27,7 @@ from stages.networks.exact import family_of
 from stages.networks.student import Student, export
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs, guidance_scales
-from stages.training import Batch, TrainingExecution
+from stages.training import Batch, StudentExecution, TrainingExecution
 from stages.training.loop import step_seed, train
 
 SAVED_BY = ("transformers_version", "torch_dtype", "dtype")
@@ -36,12 +37,12 @@ EXAMPLES = 512
 
 
 def distill(
-    recipe: Recipe, execution: TrainingExecution, seed: int, output: Path, threads: int, fingerprint: str
+    recipe: Recipe, execution: StudentExecution, seed: int, output: Path, threads: int, fingerprint: str
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Train the student and export it to `output`. Returns its figures.
 
-    `output` also gets history.jsonl, a line for each logged step, and the checkpoints. Raises StageError if the student
-    cannot be trained."""
+    `output` also gets history.jsonl, a line for each logged step, the previews and the checkpoints. Raises StageError
+    if the student cannot be trained."""
     prepare(threads)
     if recipe.generation:  # each link of a chain draws different images and noises
         seed = step_seed(seed, recipe.generation)
@@ -76,7 +77,11 @@ def distill(
     def batch(step: int) -> Batch:
         return {stream: _tensors(supply.batch(step)) for stream, supply in supplies.items()}
 
-    trained = yield from train(method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution)
+    previews = Previews(output, teacher, prompts_of(batch(0)), recipe.training.steps, execution.previews)
+    trained = yield from train(
+        method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution, watch=previews
+    )
+    previews.draw()
     student = trained.averages["student"]
     assert isinstance(student, Student)
     if scales:

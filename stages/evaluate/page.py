@@ -32,7 +32,11 @@ def columns(samples: int, width: int) -> list[int]:
 
 
 def write(
-    output: Path, metrics: Mapping[str, Any], images: Mapping[str, NDArray[np.float32]], shown: Mapping[str, Any]
+    output: Path,
+    metrics: Mapping[str, Any],
+    images: Mapping[str, NDArray[np.float32]],
+    shown: Mapping[str, Any],
+    previews: Path | None = None,
 ) -> None:
     """Write the images and the page of an evaluation to `output`.
 
@@ -40,6 +44,7 @@ def write(
     labels. `shown.json` names the noises and prompts. `index.html` is the page.
 
     images: name of a side -> (N, 3, H, W) in [-1, 1], made from the N prompts in `shown["prompts"]`.
+    previews: the figure of the student's samples while it was trained. It need not exist.
     """
     (output / "rows").mkdir(exist_ok=True)
     rows = []
@@ -55,10 +60,18 @@ def write(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: student and teacher</title>
 <style>{pictures.STYLE}{STYLE}</style><h1>Student and teacher</h1>
 <p>Each column shows one noise and one prompt, the same in all rows.</p>
-{pictures.table(rows, shown["prompts"])}{_table(metrics)}{_legend(metrics)}</html>
+{pictures.table(rows, shown["prompts"])}{_table(metrics)}{_legend(metrics)}{_trained(previews)}</html>
 """,
         encoding="utf-8",
     )
+
+
+def _trained(previews: Path | None) -> str:
+    """Return the section on the student's samples while it was trained. Empty if there is no figure of them."""
+    if previews is None or not previews.exists():
+        return ""
+    image = f'<img alt="samples by training step" src="{pictures.data_url(Image.open(previews))}">'
+    return f"<h2>While it was trained</h2><p>The averaged student, with the same noises in all rows.</p>{image}"
 
 
 def _table(metrics: Mapping[str, Any]) -> str:

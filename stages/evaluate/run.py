@@ -11,6 +11,7 @@ from stages.base import SCRATCH, Artifact, Progress, StageError
 from stages.evaluate.config import EvaluationExecution, Split
 from stages.evaluate.noises import Noises
 from stages.probe import Probe
+from stages.training.players import PREVIEWS
 
 
 def evaluate(
@@ -62,5 +63,5 @@ def evaluate(
         "samples": [setting.samples[i] for i in shown],
         "prompts": [setting.prompts[i] for i in shown],
     }
-    page.write(output, metrics, pictures, same)
+    page.write(output, metrics, pictures, same, student.folder / PREVIEWS if student else None)
     return {**metrics, "device": setting.teacher.device_name}

@@ -5,6 +5,6 @@ and `figures` collects the scalars that it logs. Distillation methods are in `st
 does not import torch.
 """
 
-from stages.training.players import Batch, Method, Player, TrainingExecution, TrainingSettings, Turn
+from stages.training.players import Batch, Method, Player, StudentExecution, TrainingExecution, TrainingSettings, Turn
 
-__all__ = ["Batch", "Method", "Player", "TrainingExecution", "TrainingSettings", "Turn"]
+__all__ = ["Batch", "Method", "Player", "StudentExecution", "TrainingExecution", "TrainingSettings", "Turn"]

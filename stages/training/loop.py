@@ -57,11 +57,13 @@ def train(
     checkpoints: Path,
     execution: TrainingExecution,
     unit: str = "steps",
+    watch: Callable[[int, Mapping[str, nn.Module]], None] = lambda step, averages: None,
 ) -> Generator[Progress, None, Trained]:
     """Train `method.players`, starting from the newest checkpoint if there is one.
 
     `batches(i)` returns batch i. Yields progress every LOG_EVERY steps. The settings of the first player give the
-    number of steps. A resumed training gives the same result bit for bit as an uninterrupted one, if both run on the
+    number of steps. `watch` is called whenever figures are logged, with the number of finished steps and the averaged
+    networks. A resumed training gives the same result bit for bit as an uninterrupted one, if both run on the
     CPU with the same number of threads. Raises StageError if a figure is not finite, or if a loss is above 1e6.
     """
     run = _Run(method, execution)
@@ -80,6 +82,7 @@ def train(
         done = step + 1
         if done % LOG_EVERY == 0 or done == total:
             run.history.append({"step": done, **run.checked_figures(checkpoints)})
+            watch(done, run.averages)
             rate = (done - start) / (time.monotonic() - started)
             yield Progress(done, total, unit, {**run.history[-1], "per_second": rate})
         if done % execution.checkpoint_every == 0 or done == total:

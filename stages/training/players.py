@@ -76,6 +76,18 @@ class TrainingExecution(Execution):
     )
 
 
+PREVIEWS = "previews.png"
+"""The figure in a student's folder that shows its samples while it was trained. A short training has none."""
+
+
+class StudentExecution(TrainingExecution):
+    """How a student is trained."""
+
+    previews: int = Field(
+        10, ge=0, description="how often images of fixed noises are drawn during training, about; 0: never"
+    )
+
+
 def training_progress(checkpoints: Path) -> str | None:
     """Describe the newest checkpoint in `checkpoints` or its subfolders, or return None if there is none."""
     newest = max(checkpoints.rglob("step-*"), key=lambda path: path.stat().st_mtime, default=None)

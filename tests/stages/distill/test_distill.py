@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.errors import ManifestError
 from stages.data.files import sha256_of
@@ -257,3 +258,22 @@ def test_one_step_methods_take_pairs_only(tmp_path):
     with pytest.raises(ManifestError, match="knowledge_distillation is trained on pairs, not on latents") as refusal:
         plan_of(text, tmp_path)
     assert "guidance_scale" not in str(refusal.value)
+
+
+def test_previews_show_fixed_noises_while_a_student_is_trained(tiny):
+    """One strip for each preview, from the same noises; the evaluation's page shows them all."""
+    text = TINY.replace("execution: {threads: 1, checkpoint_every: 7}", "execution: {threads: 1, previews: PREVIEWS}")
+    text += "  quality: {kind: evaluate, student: student, samples: 20, teacher_steps: [], execution: {threads: 1}}\n"
+    plan = execute(text.replace("PREVIEWS", "2").replace("steps: 24,", "steps: 23,"), tiny[0], name="previews")
+    folder = plan["student"].artifact.folder
+    strips = sorted(path.name for path in (folder / "previews").iterdir())
+    assert strips == ["step-0000010.png", "step-0000020.png", "step-0000023.png"]
+    sizes = {Image.open(folder / "previews" / name).size for name in strips}
+    assert sizes == {(8 * 16, 16)}
+    pixels = [np.asarray(Image.open(folder / "previews" / name)) for name in strips]
+    assert not np.array_equal(pixels[0], pixels[1])
+    page = (plan["quality"].artifact.folder / "index.html").read_text()
+    assert "While it was trained" in page
+    none = execute(text.replace("PREVIEWS", "0").replace("steps: 24,", "steps: 22,"), tiny[0], name="none")
+    assert not (none["student"].artifact.folder / "previews").exists()
+    assert "While it was trained" not in (none["quality"].artifact.folder / "index.html").read_text()

@@ -24,7 +24,7 @@ from stages.latents.encoding import encode_images
 from stages.latents.stage import REACHED
 from stages.methods.base import StudentTraining
 from stages.methods.consistency.config import ConsistencyConfig
-from stages.training import TrainingExecution
+from stages.training import StudentExecution
 from tests.support.networks import pixel_unet
 from tests.support.pipelines import GAUSSIAN, TINY, execute, plan_of
 
@@ -168,7 +168,7 @@ def test_images_of_ones_own_and_of_another_size(teacher, folder, tmp_path):
         origin=None, inputs={}, contents={},
     )  # fmt: skip
     with pytest.raises(StageError, match="encode images of 16 pixels"):  # what a hub holds is not known before
-        finish(distill(recipe, TrainingExecution(), 0, tmp_path, 1, ""))
+        finish(distill(recipe, StudentExecution(), 0, tmp_path, 1, ""))
     assert made.record["identity"]["contents"]["images.path"].startswith("sha256:")
 
 

@@ -12,6 +12,7 @@ seconds a step of both and their ratio, medians over the rounds.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,11 +50,13 @@ def scores(teacher: StableDiffusion, fake: FakeScore, z: Tensor, c: Tensor, guid
         output(fake.network, z, c)
 
 
-def bare(method: DMD | DMD2, teacher: StableDiffusion, batch: dict, guided: bool, step: int) -> None:
+def bare(
+    method: DMD | DMD2, teacher: StableDiffusion, batch: Mapping[str, Any], guided: bool, student_turn: bool
+) -> None:
     z, c = batch["latent"], teacher.text_states(batch["prompts"])
     judges = isinstance(method, DMD2)
     student, fake = method.student.network.requires_grad_(True), method.fake.requires_grad_(False)
-    if not judges or step % method.config.fake_updates == 0:
+    if student_turn:
         made = output(student, z, c, 1 if judges else 2)
         scores(teacher, fake, z, c, guided)
         if judges:
@@ -93,8 +96,12 @@ def main() -> None:
         "prompts": [prompts[i % 2] for i in range(given.batch)],
     }
     guided = given.guidance_scale > 1
-    stream = "pairs" if isinstance(method, DMD) else "latents"
-    compare(method, {stream: batch}, lambda step: bare(method, teacher, batch, guided, step), given.rounds)
+    stream, every = ("pairs", 1) if isinstance(method, DMD) else ("latents", method.config.fake_updates)
+
+    def passes(step: int) -> None:
+        bare(method, teacher, batch, guided, student_turn=step % every == 0)
+
+    compare(method, {stream: batch}, passes, given.rounds)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ Diffusion2GAN), the most that is held at once, and in brackets the smallest GPU 
 holds the text encoders and the VAE, and 5 % are added for the allocator's slack and the kernels' workspaces. Also
 prints the size of pairs on disk.
 
+In each step of DMD and DMD2, the student and the fake score have a turn. Both train all weights, or both a LoRA. The
+teacher is guided. DMD has as many pairs as new samples, and their distance is mse. DMD2 has its GAN head.
+
 With `--measure`, the same steps also run on the GPU of this machine, if they fit. Each figure is followed by the most
 that PyTorch's allocator held there.
 
@@ -46,7 +49,10 @@ from stages.losses.config import Regression
 from stages.losses.perceptual import PerceptualLoss
 from stages.methods.base import Materials, StudentTraining
 from stages.methods.diffusion2gan.config import Diffusion2GANConfig
+from stages.methods.dmd.config import DMDConfig
+from stages.methods.dmd2.config import DMD2Config
 from stages.methods.knowledge_distillation.config import KnowledgeDistillationConfig
+from stages.methods.matching import FakeScoreSettings
 from stages.networks.condition import Condition
 from stages.networks.lora import LoraSettings
 from stages.networks.perceptual import LPIPS, About
@@ -98,7 +104,12 @@ OPTIONS = {
     "bf16, checkpointing": ("bf16", True),
 }
 """Precision, and whether activations are recomputed."""
-METHODS = {"knowledge_distillation": (WITHOUT,), "diffusion2gan": (WITHOUT, WITH)}
+METHODS = {
+    "knowledge_distillation": (WITHOUT,),
+    "diffusion2gan": (WITHOUT, WITH),
+    "dmd": (WITHOUT,),
+    "dmd2": (WITHOUT,),
+}
 """Method -> the steps that are measured."""
 
 
@@ -151,15 +162,16 @@ class Teacher(StableDiffusion):
 
     def __init__(self, published: Published) -> None:
         self.published, self.network = published, published.network().requires_grad_(False)
+        self._called, self.latent_shape = self.network, (CHANNELS, published.side, published.side)
         self.schedule, self.device = NoiseSchedule.stable_diffusion(), torch.get_default_device()
-        self.prediction, self._timesteps = "epsilon", {}
+        self.prediction, self._timesteps, self.dtype = "epsilon", {}, torch.float32
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         rows, shapes = len(prompts), self.published.condition
         return Condition(rows, {name: torch.zeros(rows, *shape) for name, shape in shapes.items()})
 
     def release(self) -> None:
-        del self.network  # its place on the device is given back, but for what LoRA networks share
+        del self.network, self._called  # its place on the device is given back, but for what LoRA networks share
 
 
 @contextmanager
@@ -212,11 +224,12 @@ def gigabytes(
             optimizer.param_groups[0]["foreach"] = True  # the default on a GPU
         shape = (training.batch_size, CHANNELS, published.side, published.side)
         pairs = {"noise": torch.randn(shape), "latent": torch.randn(shape), "prompts": [""] * training.batch_size}
+        batch = {"pairs": pairs, "latents": pairs}
         most = {}
         for step in (WITHOUT - 1, *METHODS[name]):  # the first makes the averages of AdamW
             held.most = held.now
             for turn in method.turns(step):
-                run.run_turn(turn, lambda _: {"pairs": pairs}, step, 0)
+                run.run_turn(turn, lambda _: batch, step, 0)
             most[step] = held.most / 1e9
         return held.now / 1e9, most
 
@@ -225,6 +238,11 @@ def _method(published: Published, name: str, training: StudentTraining) -> Any:
     materials, plain = Materials(Teacher(published), training), Regression(name="l1")
     if name == "knowledge_distillation":
         return KnowledgeDistillationConfig(loss=plain, prediction="epsilon").create(materials)
+    matching: dict[str, Any] = {"fake_score": FakeScoreSettings(lora=training.lora), "guidance_scale": 2.0}
+    if name == "dmd":
+        return DMDConfig(loss=Regression(name="mse"), **matching).create(materials)
+    if name == "dmd2":
+        return DMD2Config(fake_updates=1, **matching).create(materials)
     method: Any = Diffusion2GANConfig(loss=plain, prediction="epsilon").create(materials)
     vgg = VGG(CHANNELS, 64, "latents")
     heads = [torch.ones(n) for n in vgg.tap_channels]

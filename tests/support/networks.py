@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -16,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stages.networks import build
@@ -159,6 +163,20 @@ def pixel_unet(classes: int | None = None) -> UNet2DModel:
         norm_num_groups=8,
         num_class_embeds=classes,
     )
+
+
+def photographs(path: Path, size: int = 16) -> Path:
+    """Write a tar of twelve noisy images with captions and classes, in webdataset format."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i in range(12):
+            png = BytesIO()
+            Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(png, "PNG")
+            for suffix, content in (("png", png.getvalue()), ("txt", b"a b"), ("cls", b"%d" % (i % 2))):
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, BytesIO(content))
+    return path
 
 
 def shaken(student: Student) -> Student:

@@ -75,11 +75,11 @@ RESULTS = {
     ],
     "distill": [
         "distill/{held_out,recipe,train}.py",
-        "methods/base.py",
+        "methods/{base,matching}.py",
         "methods/*/method.py",
         "methods/diffusion2gan/{config,mix_and_match}.py",  # config: how its discriminator is optimised
         "losses/*.py",
-        "networks/{denoiser,discriminator,exporting,head,perceptual,tiny,unet_features,vgg}.py",
+        "networks/{denoiser,discriminator,exporting,fake_score,head,perceptual,tiny,unet_features,vgg}.py",
         "diffusion/{halving,weighting}.py",
         "data/{latents,reader,supply}.py",
         "data/prompts/{read,table}.py",

@@ -17,7 +17,7 @@ from stages.networks.student import Student
 from stages.networks.teachers import load_network
 from stages.training import TrainingExecution
 from tests.support.cli import ROOT
-from tests.support.networks import pixel_unet, stable_diffusion_layout, stable_diffusion_xl_layout
+from tests.support.networks import photographs, pixel_unet, stable_diffusion_layout, stable_diffusion_xl_layout
 from tests.support.pipelines import execute
 
 PROMPTS = ["a b", "b", "a"]
@@ -27,8 +27,11 @@ METHODS = {
     "progressive": "start_steps: 4, end_steps: 2, match_first: EPSILON",
     "guided": "start_steps: 4, end_steps: 2, w_range: [0.0, 4.0]",
     "consistency": "steps: 1, solver_steps: 4",
+    "dmd": "loss: l1, fake_score: {LORA}",
+    "dmd2": "guidance_scale: 2.0, fake_updates: 1, fake_score: {LORA}",
 }
-"""Method -> its settings. TYPE is the teacher's prediction type, EPSILON whether it is epsilon."""
+"""Method -> its settings. TYPE is the teacher's prediction type, EPSILON whether it is epsilon, LORA the LoRA of the fake
+score. DMD2 reads latents, all others pairs."""
 FULL = [(family, method) for family in ("stable_diffusion", "sdxl", "pixels") for method in METHODS]
 FULL.remove(("pixels", "guided"))  # a UNet2DModel cannot take w
 LORA = [(family + ("_v" if method in ("progressive", "guided") else ""), method) for family, method in FULL]
@@ -55,7 +58,7 @@ FAMILIES = {"stable_diffusion": stable_diffusion, "sdxl": stable_diffusion_xl_la
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A function from the name of a family to (the plan of its teacher and pairs, its prediction type)."""
+    """A function from the name of a family to (the plan of its teacher, pairs and latents, its prediction type)."""
     made = {}
 
     def of(name):
@@ -65,6 +68,8 @@ def pairs(tmp_path_factory):
             family = name.removesuffix("_v")
             known = PROMPTS if family != "pixels" else PROMPTS[:2]
             (folder / "prompts.txt").write_text("\n".join(known) + "\n")
+            size = 8 if family == "pixels" else 16
+            photographs(folder / "images.tar", size)
             text = f"""
 name: {name}
 stages:
@@ -75,6 +80,11 @@ stages:
     prompts: {folder / "prompts.txt"}
     count: 16
     sampler: {{steps: 2, guidance_scale: 2.0}}
+    execution: {{threads: 1}}
+  latents:
+    kind: latents
+    teacher: teacher
+    images: {{name: webdataset, path: {folder / "images.tar"}, size: {size}, label: cls}}
     execution: {{threads: 1}}
 """
             made[name] = execute(text, folder / "store"), prediction
@@ -112,7 +122,7 @@ def checkpointed(store):
 
 def is_trained(name):
     """Whether a LoRA student or its discriminator trains this tensor of a checkpoint: the LoRA, and what it adds."""
-    added = ("cond_proj", "/module/noise", "/module/resized", "/module/heads")
+    added = ("cond_proj", "/module/noise", "/module/resized", "/module/heads", "/module/head.")
     return ".lora_" in name or "/optimizer/" in name or any(part in name for part in added)
 
 
@@ -128,6 +138,8 @@ def test_the_table_in_the_documents_has_every_case():
 def test_a_student_is_trained_resumed_and_run_by_diffusers(family, method, lora, pairs, tmp_path):
     made, prediction = pairs(family)
     settings = METHODS[method].replace("TYPE", prediction).replace("EPSILON", str(prediction == "epsilon").lower())
+    settings = settings.replace("LORA", "lora: {rank: 2}" if lora == "lora" else "")
+    stream = "latents" if method == "dmd2" else "pairs"
     merged = str(method == "guided" or family.startswith("pixels")).lower()
     training = "steps: 2, batch_size: 4, learning_rate: 1e-3"
     if lora == "lora":
@@ -137,7 +149,7 @@ name: trained
 stages:
   student:
     kind: distill
-    pairs: {made["pairs"].artifact.folder}
+    {stream}: {made[stream].artifact.folder}
     method: {{name: {method}, {settings}}}
     training: {{{training}}}
     held_out: 4

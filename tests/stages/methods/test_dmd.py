@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import ManifestError
+from pipeline.manifest import loads
 from stages.base import StageError
 from stages.diffusion.schedule import NoiseSchedule
 from stages.losses.config import Regression
@@ -20,8 +21,14 @@ from stages.networks.lora import LoraSettings
 from stages.training import Player, TrainingExecution, Turn
 from stages.training.figures import PATIENCE
 from stages.training.loop import train
-from tests.support.cli import retort
-from tests.support.networks import adapter_around, shaken, stable_diffusion_layout
+from tests.support.cli import ROOT, retort
+from tests.support.networks import (
+    adapter_around,
+    photographs,
+    shaken,
+    stable_diffusion_layout,
+    stable_diffusion_xl_layout,
+)
 from tests.support.pipelines import TINY, execute, plan_of
 
 PROMPTS = ["a red handwritten seven", "a blue handwritten one", "a green handwritten two"]
@@ -562,3 +569,45 @@ def test_a_loss_without_a_name_is_e_latent_lpips():
 def test_dmd_is_trained_on_pairs_and_prompts_from_a_manifest(tiny):
     record = execute(DMD, tiny[0], name="dmd")["student"].artifact.record
     assert record["metrics"]["held_out_mse"] > 0
+
+
+# --- The manifests with published settings ---
+
+SMALL = """
+pairs.count=32
+pairs.shard_size=8
+pairs.sampler.steps=2
+pairs.execution.threads=1
+student.training.steps=3
+student.training.batch_size=2
+student.training.accumulate=2
+student.execution.threads=1
+quality.samples=20
+quality.execution.threads=1
+"""
+"""Sizes only: bf16, checkpointing, accumulation, weights and turns are as published."""
+PUBLISHED = {
+    "sd15_dmd": ["pairs.execution.compile=false", "student.method.loss=mse", "student.held_out=20"],
+    "sd15_dmd2": ["student.method.fake_warmup_steps=1", "matched.training.steps=2", "matched.training.batch_size=2",
+                  "matched.training.accumulate=2", "matched.execution.threads=1", "latents.images.size=16"],
+    "sdxl_dmd2_4step": ["latents.images.size=16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_manifests_run_as_they_are_but_small(name, tmp_path):
+    layout = stable_diffusion_xl_layout if name.startswith("sdxl") else stable_diffusion_layout
+    sets = [*PUBLISHED[name], f"teacher.from={layout(tmp_path / 'teacher')}", *SMALL.split()]
+    if name != "sd15_dmd":
+        sets.append(f"latents.images.path={photographs(tmp_path / 'images.tar')}")
+        sets.append("latents.execution.threads=1")
+    text = (ROOT / "manifests" / f"{name}.yaml").read_text()
+    text = text.replace("manifests/prompts", f"{ROOT}/manifests/prompts")
+    stages = loads(text, "m.yaml").manifest.stages
+    chosen = [stage for stage in stages if stage != "latent_vgg"]  # mse looks through no network
+    plan = execute(text, tmp_path / "store", [f"stages.{line}" for line in sets], only=chosen)
+    student = plan["student"].artifact
+    (line,) = (json.loads(line) for line in (student.folder / "history.jsonl").read_text().splitlines())
+    assert {"student_matching", "fake_score_loss"} <= set(line)
+    assert ("student_gan_ratio" in line) == (name != "sd15_dmd")
+    assert "Not for plain diffusers" not in (student.folder / "README.md").read_text()

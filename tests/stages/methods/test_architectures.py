@@ -30,8 +30,8 @@ METHODS = {
     "dmd": "loss: l1, fake_score: {LORA}",
     "dmd2": "guidance_scale: 2.0, fake_updates: 1, fake_score: {LORA}",
 }
-"""Method -> its settings. TYPE is the teacher's prediction type, EPSILON whether it is epsilon, LORA the LoRA of the fake
-score. DMD2 reads latents, all others pairs."""
+"""Method -> its settings. TYPE is the teacher's prediction type, EPSILON whether it is epsilon, LORA the fake score's.
+DMD2 reads latents, all others pairs."""
 FULL = [(family, method) for family in ("stable_diffusion", "sdxl", "pixels") for method in METHODS]
 FULL.remove(("pixels", "guided"))  # a UNet2DModel cannot take w
 LORA = [(family + ("_v" if method in ("progressive", "guided") else ""), method) for family, method in FULL]

@@ -105,7 +105,7 @@ def _method(name: str) -> dict[str, str]:
         raise UsageError(f"--method {name}: init writes manifests that train on pairs, but {name} needs {wanted}")
     own = [_setting(setting) for setting in settings_of(config)]
     text = "\n".join(["    method:", f"      name: {name} # retort explain {name}", *own])
-    few = not all("pairs" in streams for streams in config.DATA)
+    few = not {"steps", "end_steps"}.isdisjoint(config.model_fields)
     return {
         "method": text,
         "calls": "a few network calls" if few else "one network call",

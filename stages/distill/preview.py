@@ -19,6 +19,8 @@ FOLDER = "previews"
 """A folder of strips, one for each preview."""
 COLUMNS, LARGEST = 8, 256
 """Number of noises, and the largest width of their images in pixels."""
+MOST_CALLS = 16
+"""Students of more steps are not drawn, because that takes long."""
 
 
 class Previews:
@@ -27,26 +29,26 @@ class Previews:
     Each preview is a strip of images, `previews/step-NUMBER.png`. An interrupted training keeps its strips."""
 
     def __init__(self, output: Path, teacher: Adapter, prompts: Sequence[str], steps: int, count: int) -> None:
-        """`steps` is the number of training steps, `count` the number of previews."""
-        self.output, self.teacher, self.steps = output, teacher, steps
-        self.prompts = list(prompts[:COLUMNS])
+        """`prompts` has one for each noise. `steps` is the number of training steps, `count` that of previews."""
+        self.output, self.teacher, self.steps, self.count = output, teacher, steps, count
+        self.prompts = list(prompts)
         self.every = max(1, round(steps / max(count, 1) / LOG_EVERY)) * LOG_EVERY
         self.noise = torch.randn(len(self.prompts), *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
-        if count:
-            (output / FOLDER).mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
     def __call__(self, step: int, averages: Mapping[str, nn.Module]) -> None:
         """Write the strip of `step`, a multiple of LOG_EVERY or the last step, if a preview is due."""
-        if not (self.output / FOLDER).exists() or (step % self.every and step != self.steps):
-            return
         student = averages["student"]
         assert isinstance(student, Student)
+        due = step % self.every == 0 or step == self.steps
+        if not (self.count and due and student.form.steps <= MOST_CALLS):
+            return
         noise = self.noise.to(self.teacher.device)
         w = noise.new_full((len(noise),), sum(student.form.w_range) / 2 if student.form.w_range else 0.0)
         x0 = student(noise, student.encode(self.prompts), w, torch.Generator().manual_seed(0))
         strip = Image.fromarray(pictures.strip(self.teacher.decode(x0).numpy()))
         strip.thumbnail((LARGEST * len(noise), strip.height))
+        (self.output / FOLDER).mkdir(exist_ok=True)
         strip.save(self.output / FOLDER / f"step-{step:07}.png")
 
     def draw(self) -> None:

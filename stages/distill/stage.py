@@ -187,7 +187,7 @@ class Distill(Stage):
             wanted = " or ".join(" and ".join(sorted(streams)) for streams in self.method.DATA)
             yield given, f"{self.method.name} is trained on {wanted}, not on {' and '.join(self.streams)}"
         else:
-            yield from _of_method(self.method.check_streams(self.streams))
+            yield from _of_method(self.method.check_training(self.streams, self.training.steps))
         if self.pairs:
             yield from self._check_pairs(sources(inputs))
             latents = inputs.get("latents")

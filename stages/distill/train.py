@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stages.data.files import files_of, sha256_of
 from stages.data.supply import LatentSupply, PairSupply, PromptSupply, Supply
 from stages.distill.card import card
 from stages.distill.held_out import comparable, mean_square, sampled
-from stages.distill.preview import Previews
+from stages.distill.preview import COLUMNS, Previews
 from stages.distill.recipe import Recipe
 from stages.methods.base import Materials, Stream, prompts_of
 from stages.networks.adapter import Adapter, read_json
@@ -77,7 +78,8 @@ def distill(
     def batch(step: int) -> Batch:
         return {stream: _tensors(supply.batch(step)) for stream, supply in supplies.items()}
 
-    previews = Previews(output, teacher, prompts_of(batch(0)), recipe.training.steps, execution.previews)
+    first = (prompt for step in range(COLUMNS) for prompt in prompts_of(batch(step)))
+    previews = Previews(output, teacher, list(islice(first, COLUMNS)), recipe.training.steps, execution.previews)
     trained = yield from train(
         method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution, watch=previews
     )

@@ -2,7 +2,7 @@
 
 mu_real(z, t) and mu_fake(z, t) are estimates of x0 from z = alpha x + sigma noise. The score of noised samples is
 s = (alpha mu - z) / sigma^2. So mu_fake - mu_real = (sigma^2 / alpha) (s_fake - s_real), the gradient of the KL
-divergence of the two distributions up to a weight (Yin et al. 2023, 2311.18828, eq. 7; with noise in place of mu_fake,
+divergence of the two distributions up to a weight (Yin et al. 2023, 2311.18828, eq. 7; with x in place of mu_fake,
 Poole et al. 2022, 2209.14988, eq. 3; with LoRA scores, Wang et al. 2023, 2305.16213, eq. 9).
 """
 
@@ -25,13 +25,14 @@ EPSILON = 1e-6
 def difference(x: Tensor, real: Tensor, fake: Tensor, level: Level, weighting: ScoreWeighting = "dmd") -> Tensor:
     """Return the weighted mu_fake - mu_real (B, C, H, W). It points away from where the teacher expects x.
 
-    dmd: divided by mean|x - mu_real| of each sample (2311.18828, eq. 8, without the factor alpha, as in the paper's
-    listing), in float32 at the least. constant: not weighted. sigma2_over_alpha: multiplied by sigma^2 / alpha, which
-    stresses noisy levels. `level` holds alpha and sigma (B, 1, 1, 1). Only the last weighting reads it."""
+    dmd: divided by mean|x - mu_real| of each sample, computed in float32 at the least (2311.18828, eq. 8, without the
+    factor alpha, as in the paper's listing). constant: not weighted, which is w_t = sigma^2 / alpha^2 in the paper's
+    w_t alpha (s_fake - s_real). sigma2_over_alpha: multiplied by sigma^2 / alpha, which stresses noisy levels. `level`
+    holds alpha and sigma (B, 1, 1, 1). Only the last weighting reads it."""
     gradient = fake - real
     if weighting == "dmd":
         wide = torch.promote_types(x.dtype, torch.float32)
-        scale = (x - real).abs().to(wide).mean((1, 2, 3), keepdim=True)
+        scale = (x.to(wide) - real.to(wide)).abs().mean((1, 2, 3), keepdim=True)
         return gradient / (scale + EPSILON).to(gradient.dtype)
     if weighting == "sigma2_over_alpha":
         return gradient * (level.sigma**2 / level.alpha).to(gradient.dtype)

@@ -193,8 +193,9 @@ class MethodConfig(Config):
         """Yield (field path, problem) for each setting that does not fit `inputs`, the artifacts that fields name."""
         yield from ()
 
-    def check_streams(self, streams: Collection[Stream]) -> Iterator[tuple[str, str]]:
-        """Yield (field path, problem) for each setting that does not fit `streams`, which are in DATA."""
+    def check_training(self, streams: Collection[Stream], steps: int) -> Iterator[tuple[str, str]]:
+        """Yield (field path, problem) for each setting that does not fit `streams`, which are in DATA, or the number of
+        training steps."""
         yield from ()
 
     def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:

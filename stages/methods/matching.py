@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, Field, Strict, model_validator
 
 from stages.base import Config
 from stages.diffusion.form import Form
@@ -39,6 +39,12 @@ class FakeScoreSettings(Config):
         "DMD for Stable Diffusion; edm, (snr + 4) times that of x0, as DMD for EDM's teachers",
     )
 
+    @model_validator(mode="after")
+    def _is_not_exported(self) -> Self:
+        if self.lora and self.lora.merged:
+            raise ValueError("lora.merged has no effect: the fake score is not exported")
+        return self
+
     def training(self, student: TrainingSettings) -> TrainingSettings:
         """Return the fake score's training settings: the student's, with another learning rate."""
         return student.model_copy(update={"learning_rate": self.learning_rate or student.learning_rate})
@@ -53,7 +59,7 @@ class MatchingConfig(MethodConfig):
         None,
         ge=1,
         description="guidance scale of the real score, which the student learns; the fake score has none; default: the "
-        "scale of the pairs",
+        "scale of the pairs; required without pairs",
     )
     weighting: ScoreWeighting = Field(
         "dmd",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.base import StageError
 from stages.diffusion.prediction import target, to_noise, to_x0
 from stages.diffusion.schedule import Level
 from stages.diffusion.weighting import FakeWeighting
@@ -36,14 +37,16 @@ class FakeScore(nn.Module):
     sigma: Tensor
 
     def __init__(self, adapter: Adapter, network: Any, judges: bool = False) -> None:
-        """Raises StageError if the network has no features for a head."""
+        """Raises StageError if the network has no features for a head, or if x0 cannot be computed at a timestep."""
         super().__init__()
+        if adapter.prediction == "epsilon" and adapter.schedule.alpha[-1] == 0:
+            raise StageError("the schedule ends in pure noise, where a fake score of epsilon gives no x0")
         self.adapter, self.network = adapter, network
         for name in ("alpha", "sigma"):
             self.register_buffer(name, torch.from_numpy(getattr(adapter.schedule, name)), persistent=False)
         if judges:
             self._bottleneck = adapter.bottleneck(network)
-            side = min(adapter.latent_shape[1:]) >> self._bottleneck.halvings
+            side = max(1, min(adapter.latent_shape[1:]) >> self._bottleneck.halvings)
             self.head = _head(self._bottleneck.channels, self._bottleneck.groups, side)
 
     @classmethod
@@ -60,6 +63,10 @@ class FakeScore(nn.Module):
     def level(self, t: Tensor) -> Level:
         """Return the levels at timesteps t. alpha and sigma are (B, 1, 1, 1), float64."""
         return Level(self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1), t)
+
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw timesteps (B,) uniformly from all T, and noise shaped as x."""
+        return torch.randint(len(self.alpha), (len(x),)).to(x.device), torch.randn_like(x)
 
     def noised(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return z = alpha x + sigma noise, in the dtype of x."""
@@ -87,7 +94,7 @@ class FakeScore(nn.Module):
         output = self.adapter.predict(self.network, z, level, condition)
         if weighting == "output":
             wanted = target(prediction, x, noise, alpha, sigma)
-            return (output - wanted.to(output.dtype)).float().square().mean((1, 2, 3))
+            return (output.double() - wanted).float().square().mean((1, 2, 3))
         output, z = output.double(), z.double()
         error = (to_noise(prediction, output, z, alpha, sigma) - noise).square()
         if weighting == "edm":

@@ -96,12 +96,12 @@ def _found(network: Any, targets: Sequence[str] | None, defaults: Sequence[str])
     found = [target for target in wanted if any(f".{name}".endswith(f".{target}") for name in names)]
     missing = [target for target in wanted if target not in found]
     if not found and targets is None:
-        raise StageError(f"training.lora.targets: give them; there are no defaults for a {type(network).__name__}")
+        raise StageError(f"lora.targets: give them; there are no defaults for a {type(network).__name__}")
     if missing and targets is not None:
         parts = (name.split(".") for name in names)
         ends = sorted({".".join(part[-2:]) if part[-1].isdigit() else part[-1] for part in parts})
         raise StageError(
-            f"training.lora.targets: no linear or convolution layer of the {type(network).__name__} is called "
+            f"lora.targets: no linear or convolution layer of the {type(network).__name__} is called "
             f"{', '.join(missing)}; it has {', '.join(ends)}"
         )
     return found

@@ -178,10 +178,10 @@ class Student(nn.Module):
         if self.prediction == "both":
             of_x0, of_noise = output.chunk(2, 1)
             x0: Tensor = both_to_x0(of_x0, of_noise, z, alpha, sigma)
+        elif self.prediction == "epsilon":  # it is divided by alpha, which is small at the noisiest levels
+            x0 = to_x0("epsilon", output.double(), z.double(), *self.level(i, z.double())).to(z.dtype)
         else:
-            if self.prediction == "epsilon":  # divided by alpha, which is small at the noisiest levels
-                (alpha, sigma), output = self.level(i, z.double()), output.double()
-            x0 = to_x0(self.prediction, output, z.to(output.dtype), alpha, sigma).to(z.dtype)
+            x0 = to_x0(self.prediction, output, z, alpha, sigma)
         if self.form.boundary == "none":
             return x0
         skip, out = (column(factor, z) for factor in boundary(self.timesteps[i]))

@@ -17,10 +17,10 @@ MAX_LOSS = 1e6
 """A loss with a larger magnitude counts as diverged. All of Retort's losses are averages of order one."""
 NEVER = -1
 """The step of a figure that was never invalid, and the sample of a figure without samples."""
-VARIANCE = "variance_ratio"
-"""The figure that is the variance of a student's samples over a batch, relative to that of the data."""
+VARIANCE, OF_DATA = "variance", "data_variance"
+"""The variance of a student's samples over a batch, averaged over elements, and that of the data."""
 LEAST_VARIANCE, PATIENCE = 0.01, 50
-"""A student whose VARIANCE stays below the first number for this many steps has collapsed."""
+"""A student has collapsed if its VARIANCE is below this part of OF_DATA in so many turns, one after the other."""
 
 
 class Invalid(NamedTuple):
@@ -37,36 +37,40 @@ class Invalid(NamedTuple):
         name = self.name.replace("_", " ")
         if self.name.endswith(VARIANCE) and math.isfinite(self.value):
             return (
-                f"the student has collapsed: from step {self.step} on, its samples had less than {LEAST_VARIANCE:.0%} "
-                f"of the variance of the data for {PATIENCE} steps (the {name} was {self.value:.2g})"
+                f"the student has collapsed: in {PATIENCE} turns to step {self.step}, its samples had less than "
+                f"{LEAST_VARIANCE:.0%} of the variance of the data (the {name} is {self.value:.2g})"
             )
-        sample = "" if self.sample is None else f", sample {self.sample} of the batch"
+        sample = "" if self.sample is None else f", sample {self.sample} of a batch"
         return f"the {name} is {self.value:.4g} at step {self.step}{sample}"
 
 
 def of_samples(x: Tensor, data: Tensor | None) -> dict[str, Tensor]:
-    """Return figures of a student's samples x (B, C, H, W): VARIANCE, and the share of saturated values.
+    """Return figures of a student's samples x (B, C, H, W): VARIANCE, OF_DATA and `saturated`.
 
-    The variance is that over the batch, averaged over elements. A value is saturated if it is outside the range of
-    `data`, real latents or the teacher's. Without data, the variance is compared with 1, about that of the latents of
-    a VAE, and no value counts as saturated."""
+    `saturated` is the share of values outside the range of `data` (B, C, H, W), real latents or the teacher's. Without
+    data, OF_DATA is 1, about that of the latents of a VAE, and the range is that of 4 standard deviations. A batch of
+    one sample has no variance."""
     x = x.detach().float()
-    variance = x.var(0, unbiased=False).mean()
-    if data is None:
-        return {VARIANCE: variance}
-    outside = (x < data.min()) | (x > data.max())
-    return {VARIANCE: variance / data.float().var(0, unbiased=False).mean(), "saturated": outside.float().mean()}
+    least, most = (-4.0, 4.0) if data is None else (data.min(), data.max())
+    figures = {"saturated": ((x < least) | (x > most)).float().mean()}
+    if len(x) > 1:
+        figures[VARIANCE] = x.var(0).mean()
+        figures[OF_DATA] = torch.ones_like(figures[VARIANCE]) if data is None else data.float().var(0).mean()
+    return figures
 
 
 class Figures:
     """Keeps the last value and the first invalid value of each figure. A step may omit figures."""
 
-    def __init__(self) -> None:
+    def __init__(self, warmup_steps: int = 0) -> None:
+        """`warmup_steps`: the first steps, in which a low VARIANCE is no collapse. The mean of the data is where many
+        students start."""
+        self._warmup = warmup_steps
         self._last: dict[str, Tensor] = {}
         self._invalid: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         """Name -> (first step at which the figure was invalid, or NEVER; value and sample at that step)."""
         self._low: dict[str, Tensor] = {}
-        """Name of a VARIANCE -> the step since which it is too low, or NEVER."""
+        """Name of a VARIANCE -> in how many of its last turns, one after the other, it was too low."""
 
     def add(self, figures: Mapping[str, Tensor], step: int) -> None:
         """Add the figures of one step. This method does not wait for the GPU."""
@@ -75,18 +79,15 @@ class Figures:
             never = torch.full_like(value, NEVER)
             since, was, whose = self._invalid.get(name, (never, value, never))
             valid = value.isfinite() & (value.abs() <= MAX_LOSS) if name.endswith("loss") else value.isfinite()
-            first: Tensor | int = step
-            if name.endswith(VARIANCE):
-                low = self._low.get(name, never).to(value)
-                self._low[name] = low = torch.where(
-                    value >= LEAST_VARIANCE, NEVER, torch.where(low == NEVER, step, low)
-                )
-                valid = valid & ((low == NEVER) | (step - low < PATIENCE))
-                first = torch.where(value.isfinite(), low, step)
+            of_data = figures.get(name.removesuffix(VARIANCE) + OF_DATA)
+            if name.endswith(VARIANCE) and of_data is not None and of_data is not values and step >= self._warmup:
+                low = self._low.get(name, torch.zeros_like(value)).to(value)
+                self._low[name] = low = torch.where(value < LEAST_VARIANCE * of_data, low + 1, 0)
+                valid = valid & (low < PATIENCE)
             sample = (~values.isfinite()).float().argmax() if values.ndim else never
             now = (since == NEVER) & ~valid
             self._invalid[name] = (
-                torch.where(now, first, since),
+                torch.where(now, step, since),
                 torch.where(now, value, was),
                 torch.where(now, sample, whose),
             )
@@ -109,9 +110,9 @@ class Figures:
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs, as JSON values. This method waits for the GPU."""
-        return {"last": self.numbers(), "low": {name: int(since) for name, since in self._low.items()}}
+        return {"last": self.numbers(), "low": {name: int(count) for name, count in self._low.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint."""
         self._last = {name: torch.tensor(number) for name, number in state["last"].items()}
-        self._low = {name: torch.tensor(float(since)) for name, since in state["low"].items()}
+        self._low = {name: torch.tensor(float(count)) for name, count in state["low"].items()}

@@ -146,7 +146,7 @@ class _Run:
         }
         self.average_updates = dict.fromkeys(self.averages, 0)
         """The number of updates of each average."""
-        self.figures = Figures()
+        self.figures = Figures(settings.warmup_steps)
         self.history: list[dict[str, float]] = []
 
     def checked_figures(self, checkpoints: Path) -> dict[str, float]:
@@ -160,7 +160,7 @@ class _Run:
         raise StageError(
             f"{invalid.describe()}"
             f"{f' ({kept} is the last good checkpoint)' if kept else ', before the first checkpoint'}; lower "
-            "learning_rate, or check the training data (`retort stats` for pairs)"
+            "learning_rate, or check the training data (for pairs, with `retort stats`)"
         )
 
     def run_turn(self, turn: Turn, batches: Callable[[int], Batch], step: int, seed: int) -> dict[str, Tensor]:

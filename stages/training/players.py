@@ -77,7 +77,7 @@ class TrainingExecution(Execution):
 
 
 PREVIEWS = "previews.png"
-"""The figure in a student's folder that shows its samples while it was trained. A short training has none."""
+"""The figure in a student's folder that shows its samples while it was trained. It may be missing."""
 
 
 class StudentExecution(TrainingExecution):

@@ -48,7 +48,7 @@ class DMDConfig(MatchingConfig):
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         yield from ((f"loss.{path}", problem) for path, problem in self.loss.check(values_under(inputs, "loss")))
 
-    def check_streams(self, streams: Collection[Stream]) -> Iterator[tuple[str, str]]:
+    def check_training(self, streams: Collection[Stream], steps: int) -> Iterator[tuple[str, str]]:
         if self.regression_weight and "pairs" not in streams:
             yield "regression_weight", "the regression needs `pairs`; give them, or set regression_weight: 0"
         if not self.regression_weight and "pairs" in streams:

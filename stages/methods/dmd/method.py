@@ -48,27 +48,29 @@ class DMD:
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L_G and its terms. `batch`: pairs, prompts or both."""
-        prompts, pairs = prompts_of(batch), batch["pairs"] if self.distance else None
+        prompts = prompts_of(batch)
         z = torch.randn(len(prompts), *self.shape, device=self.device)
-        if pairs is None:
+        if self.distance is None:
             x = self.student(z, self.student.encode(prompts))
-        else:
-            both = self.student(torch.cat([z, pairs["noise"]]), self.student.encode([*prompts, *pairs["prompts"]]))
-            x, regressed = both.split([len(z), len(pairs["noise"])])
+            matching, figures = self._matching(x, prompts, None)
+            return matching, figures
+        pairs = batch["pairs"]
+        both = self.student(torch.cat([z, pairs["noise"]]), self.student.encode([*prompts, *pairs["prompts"]]))
+        x, regressed = both.split([len(z), len(pairs["noise"])])
+        matching, figures = self._matching(x, prompts, pairs["latent"])
+        distance = self.distance(regressed, pairs["latent"]).mean()
+        return matching + self.config.regression_weight * distance, {**figures, "distance": distance}
+
+    def _matching(self, x: Tensor, prompts: list[str], data: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Keep the samples x for the fake score's turn. Return the loss of distribution matching, and figures."""
         self._samples.append(x.detach())
         matching = matching_loss(x, self.matching.gradient(x, prompts))
-        figures = {"matching": matching, **of_samples(x, pairs and pairs["latent"])}
-        if pairs is None or self.distance is None:
-            return matching.mean(), figures
-        distance = self.distance(regressed, pairs["latent"]).mean()
-        return matching.mean() + self.config.regression_weight * distance, {**figures, "distance": distance}
+        return matching.mean(), {"matching": matching, **of_samples(x, data)}
 
     def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L_fake. `batch`: the same as in the student's turn of this step."""
         x, condition = self._samples.popleft(), self.fake.encode(prompts_of(batch))
-        t = torch.randint(len(self.fake.alpha), (len(x),)).to(x.device)
-        errors = self.fake.errors(x, t, torch.randn_like(x), condition, self.config.fake_score.weighting)
-        return errors.mean(), {}
+        return self.fake.errors(x, *self.fake.draw(x), condition, self.config.fake_score.weighting).mean(), {}
 
     def after_step(self, step: int) -> None:
         pass

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from stages.base import Config
 from stages.diffusion.form import Form
-from stages.methods.base import Materials, Stream
+from stages.methods.base import Materials, MethodConfig, Stream, form_mismatches
 from stages.methods.matching import MatchingConfig
 from stages.training import Method
 
@@ -92,7 +92,13 @@ class DMD2Config(MatchingConfig):
         elif self.steps > count:
             yield "steps", f"{self.steps} are more than the teacher's {count} timesteps"
 
-    def check_streams(self, streams: Collection[Stream]) -> Iterator[tuple[str, str]]:
+    def check_start(self, start: MethodConfig | None) -> Iterator[tuple[str, str]]:
+        if start is not None:  # in one step, all samplers are the same
+            yield from form_mismatches(start.form, self.form, ignore=("sampler",) if self.steps == 1 else ())
+
+    def check_training(self, streams: Collection[Stream], steps: int) -> Iterator[tuple[str, str]]:
+        if self.fake_warmup_steps >= steps:
+            yield "fake_warmup_steps", f"the student has no turn in {steps} training steps: lower it"
         if self.gan and "latents" not in streams:
             yield "gan", "the GAN term compares with real images: give `latents`, or set gan: null"
         if self.backward_simulation:

@@ -29,14 +29,15 @@ LEAST_GRADIENT = 1e-12
 class DMD2:
     """DMD2 for a student G of one or several steps (Yin et al. 2024, 2405.14867, section 4 and appendix).
 
-    L_G    = 1/2 |x - stopgrad(x - gradient)|^2 + weight * E[-log D(x + noise)]              x = G(z_i, i, c)
-    L_fake = w(t) |mu_fake(alpha x + sigma noise, t, c) - stopgrad(x)|^2
-             + discriminator_weight * (E[-log D(y + noise)] + E[-log(1 - D(x + noise))])     all t
+    L_G    = 1/2 |x - stopgrad(x - gradient)|^2 + weight * softplus(-D(x_t))                 x = G(z_i, i, c)
+    L_fake = w(t) |mu_fake(x_t, t, c) - stopgrad(x)|^2
+             + discriminator_weight * (softplus(-D(y_t)) + softplus(D(x_t)))                 all t
 
     gradient is that of DMD. z_i is the state of the student's own sampling before its call i: pure noise at the first
-    call. i is the same for the whole batch, a function of the seed and the step. D is a head on the fake score's middle
-    block, y a real latent, and + noise stands for the noise of a random timestep. The fake score has a turn in each
-    step. In every `fake_updates`-th step the student has one before it, with the same samples.
+    call. i is the same for the whole batch, a function of the seed and the step. x_t = alpha x + sigma noise at a
+    random timestep t, drawn anew for each term, and y_t the same of a real latent y. D is the logit of a head on the
+    fake score's middle block. The fake score has a turn in each step. In every `fake_updates`-th step the student has
+    one before it, with the same samples.
     """
 
     def __init__(self, config: DMD2Config, materials: Materials) -> None:
@@ -82,17 +83,20 @@ class DMD2:
         self._samples.append(x.detach())
         gradient = self.matching.gradient(x, prompts)
         matching = matching_loss(x, gradient)
+        figures = {"matching": matching}
+        if not calls:  # later states of sampling are spread by new noise
+            figures |= of_samples(x, batch["latents"]["latent"] if "latents" in batch else None)
         if self.gan is None:
-            return matching.mean(), {"matching": matching}
+            return matching.mean(), figures
         at = x.detach().requires_grad_()  # so that the head's activations are freed before the student's backward pass
-        gan = generator_loss(self.fake.logits(at, *self._level(at), self.fake.encode(prompts)))
+        gan = generator_loss(self.fake.logits(at, *self.fake.draw(at), self.fake.encode(prompts)))
         (pull,) = torch.autograd.grad(self.gan.weight * gan, at)
         ratio = pull.norm() / (gradient.norm() / gradient.numel()).clamp_min(LEAST_GRADIENT)
         loss = matching.mean() + with_gradient(self.gan.weight * gan, x, pull)
-        return loss, {"matching": matching, "gan": gan, "gan_ratio": ratio}
+        return loss, {**figures, "gan": gan, "gan_ratio": ratio}
 
     def fake_loss(self, batch: Batch, calls: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L_fake, the mean logits of real and fake latents, and figures of the student's samples.
+        """Return L_fake, and the mean logits of real latents and of samples.
 
         `batch`: that of the student's turn, if the student has one in this step. Its samples are then reused."""
         if self._samples:
@@ -101,20 +105,14 @@ class DMD2:
             with torch.no_grad():
                 x = self.sample(batch, calls)
         condition = self.fake.encode(prompts_of(batch))
-        loss = self.fake.errors(x, *self._level(x), condition, self.config.fake_score.weighting).mean()
-        real = batch["latents"]["latent"] if "latents" in batch else None
-        figures = of_samples(x, real)
-        if self.gan is None or real is None:
-            return loss, figures
-        real_logits = self.fake.logits(real, *self._level(real), self.fake.encode(batch["latents"]["prompts"]))
-        false_logits = self.fake.logits(x, *self._level(x), condition)
-        judged = {"real": mean_over_maps(real_logits).mean(), "false": mean_over_maps(false_logits).mean()}
+        loss = self.fake.errors(x, *self.fake.draw(x), condition, self.config.fake_score.weighting).mean()
+        if self.gan is None:
+            return loss, {}
+        real = batch["latents"]["latent"]
+        real_logits = self.fake.logits(real, *self.fake.draw(real), self.fake.encode(batch["latents"]["prompts"]))
+        false_logits = self.fake.logits(x, *self.fake.draw(x), condition)
         loss = loss + self.gan.discriminator_weight * discriminator_loss(real_logits, false_logits)
-        return loss, {**figures, **judged}
-
-    def _level(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw timesteps (B,) from all T, and noise shaped as x."""
-        return torch.randint(len(self.fake.alpha), (len(x),)).to(x.device), torch.randn_like(x)
+        return loss, {"real": mean_over_maps(real_logits).mean(), "false": mean_over_maps(false_logits).mean()}
 
     def after_step(self, step: int) -> None:
         pass

@@ -1,6 +1,7 @@
 """DMD and DMD2: whose gradients go where, the terms by hand, the states of backward simulation, turns and resume."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from pipeline.errors import ManifestError
 from pipeline.manifest import loads
 from stages.base import StageError
+from stages.diffusion.grid import Grid
 from stages.diffusion.schedule import NoiseSchedule
 from stages.losses.config import Regression
 from stages.losses.score import difference
@@ -15,15 +17,19 @@ from stages.methods.base import Materials, StudentTraining
 from stages.methods.dmd.config import DMDConfig
 from stages.methods.dmd2.config import DMD2Config, GanSettings
 from stages.networks import build
+from stages.networks.compute import checkpoint_activations
 from stages.networks.condition import Condition
+from stages.networks.denoiser import TeacherDenoiser
 from stages.networks.fake_score import FakeScore
 from stages.networks.lora import LoraSettings
+from stages.networks.student import Student
 from stages.training import Player, TrainingExecution, Turn
 from stages.training.figures import PATIENCE
 from stages.training.loop import train
 from tests.support.cli import ROOT, retort
 from tests.support.networks import (
     adapter_around,
+    drawn,
     photographs,
     shaken,
     stable_diffusion_layout,
@@ -95,9 +101,7 @@ def test_a_turn_moves_its_own_player_only_and_never_the_teacher(teacher, name):
     before = [parameter.clone() for parameter in teacher.network.parameters()]
     student.loss(rows)[0].backward()
     assert gradients(method.student)
-    assert not gradients(teacher.network)
-    if name == "dmd":  # DMD2's student hears the head on the fake score, which the loop freezes in its turn
-        assert not gradients(method.fake)
+    assert not gradients(teacher.network) and not gradients(method.fake)
     for parameter in [*method.student.parameters(), *method.fake.parameters()]:
         parameter.grad = None
     fake.loss(rows)[0].backward()
@@ -173,38 +177,78 @@ def test_the_gradient_is_guided_on_the_real_side_only(teacher):
         torch.testing.assert_close(ours[k : k + 1], wanted, atol=2e-4, rtol=2e-3)
 
 
-def test_the_students_times_are_from_20_to_980_and_the_fake_scores_from_0_to_999(teacher, monkeypatch):
-    method, seen = dmd2(teacher), {"real": set(), "fake": set()}
-    x = torch.randn(4000, 1, 1, 1)
-    monkeypatch.setattr(method.matching, "at", lambda x, p, t, n: seen["real"].update(t.tolist()))
+@pytest.mark.parametrize("name", ["dmd", "dmd2"])
+def test_the_students_times_are_from_20_to_980_and_the_fake_scores_from_0_to_999(teacher, monkeypatch, name):
+    made, settings, _ = METHODS[name]
+    method, seen = made(teacher, **settings), {"real": set(), "fake": set()}
+    monkeypatch.setattr(method.matching, "at", lambda x, prompts, t, noise: seen["real"].update(t.tolist()))
     torch.manual_seed(0)
     for _ in range(5):
-        method.matching.gradient(x, [""])
-        seen["fake"].update(method._level(x)[0].tolist())
+        method.matching.gradient(torch.randn(4000, 1, 1, 1), [""])
+        seen["fake"].update(method.fake.draw(torch.randn(4000, 1, 1, 1))[0].tolist())
     assert (min(seen["real"]), max(seen["real"])) == (20, 980)
     assert (min(seen["fake"]), max(seen["fake"])) == (0, 999)
+    errors, drawn = method.fake.errors, []
+    method.fake.errors = lambda x, t, *rest: drawn.append(t) or errors(x, t, *rest)
+    monkeypatch.setattr(method.fake, "draw", lambda x: (torch.full((len(x),), 999), torch.zeros_like(x)))
+    method.matching.at = lambda x, prompts, t, noise: torch.zeros_like(x)
+    for turn in method.turns(0):
+        turn.loss(METHODS[name][2](teacher))
+    assert drawn[0].tolist() == [999] * 6  # the fake score draws its own times
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_errors_of_the_fake_score_by_hand(prediction, tmp_path):
-    """output is the error of what the network says, snr that of the noise, edm (snr + 4) times that of x0."""
-    from stages.networks.stable_diffusion import StableDiffusion
-
-    folder = stable_diffusion_layout(tmp_path / "teacher")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": prediction}))
-    fake = FakeScore.from_teacher(StableDiffusion(folder))
-    x, noise = torch.randn(2, 2, 4, 8, 8)
-    t, condition = torch.tensor([100, 999]), fake.encode(["a", "b"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+@pytest.mark.parametrize("schedule", ["stable_diffusion", "flow", "zero_terminal_snr"])
+def test_any_prediction_type_and_schedule_by_hand(prediction, schedule):
+    """Real and fake score at a network's output, converted by hand; and errors: output is the error of what the network
+    says, snr that of the noise, edm (snr + 4) times that of x0."""
+    adapter = of_schedule(prediction, schedule)
+    if prediction == "epsilon" and adapter.schedule.alpha[-1] == 0:
+        with pytest.raises(StageError, match="ends in pure noise"):
+            FakeScore(adapter, adapter.network)
+        return
+    fake = FakeScore(adapter, adapter.network)
+    real = TeacherDenoiser(adapter, Grid.trailing(adapter.schedule, 1000))
+    x, noise = torch.randn(2, 3, 4, 8, 8)
+    t, condition = torch.tensor([100, 700, 998]), Condition(3, {"text": torch.randn(3, 5, 12)})
     with torch.no_grad():
-        x0 = fake.x0(fake.noised(x, t, noise), t, condition)
         alpha, sigma = fake.level(t)
-        square, snr = (x0 - x).double().square(), (alpha / sigma) ** 2
-        of_output = square * (snr if prediction == "epsilon" else snr + 1)
-        wanted = {"output": of_output, "snr": snr * square, "edm": (snr + 4) * square}
+        z = fake.noised(x, t, noise)
+        torch.testing.assert_close(z, (alpha * x + sigma * noise).float())
+        said = adapter.predict(adapter.network, z, fake.level(t), condition).double()
+        power = alpha**2 + sigma**2
+        x0, noise_said = {
+            "epsilon": lambda: ((z - sigma * said) / alpha, said),
+            "v_prediction": lambda: ((alpha * z - sigma * said) / power, (sigma * z + alpha * said) / power),
+            "sample": lambda: (said, (z - alpha * said) / sigma),
+            "flow_prediction": lambda: ((z - sigma * said) / (alpha + sigma), (z + alpha * said) / (alpha + sigma)),
+        }[prediction]()
+        torch.testing.assert_close(fake.x0(z, t, condition), x0.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(real.x0(z, t + 1, condition), x0.float(), rtol=1e-3, atol=1e-3)
+        target = {
+            "epsilon": noise,
+            "v_prediction": alpha * noise - sigma * x,
+            "sample": x,
+            "flow_prediction": noise - x,
+        }
+        of_noise, of_x0 = (noise_said - noise).square(), (x0 - x).square()
+        wanted = {"output": (said - target[prediction]).square(), "snr": of_noise, "edm": of_noise + 4 * of_x0}
         for weighting, values in wanted.items():
             ours = fake.errors(x, t, noise, condition, weighting)
-            torch.testing.assert_close(ours, values.mean((1, 2, 3)).float(), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(ours, values.mean((1, 2, 3)).float(), rtol=1e-3, atol=1e-4)
+
+
+def of_schedule(prediction, schedule):
+    """A teacher around a small U-Net, of a prediction type and a schedule."""
+    torch.manual_seed(0)
+    adapter = adapter_around(build.unet(8, 12, (8, 16)))
+    known = NoiseSchedule.flow(shift=3.0) if schedule == "flow" else NoiseSchedule.stable_diffusion()
+    if schedule == "zero_terminal_snr":
+        alpha = (known.alpha - known.alpha[-1]) * known.alpha[0] / (known.alpha[0] - known.alpha[-1])
+        known = NoiseSchedule(alpha, (1 - alpha**2) ** 0.5)
+    adapter.schedule, adapter.prediction, adapter.latent_shape = known, prediction, (4, 8, 8)
+    adapter.dtype, adapter._called = torch.float32, adapter.network
+    return adapter
 
 
 # --- DMD ---
@@ -344,7 +388,7 @@ def test_the_gan_term_has_the_gradient_of_plain_autograd(teacher):
     torch.manual_seed(1)
     x = method.sample(rows, 0)
     gradient = method.matching.gradient(x, rows["latents"]["prompts"])
-    (logits,) = method.fake.logits(x, *method._level(x), method.fake.encode(rows["latents"]["prompts"]))
+    (logits,) = method.fake.logits(x, *method.fake.draw(x), method.fake.encode(rows["latents"]["prompts"]))
     gan = -logits.sigmoid().log().mean()
     plain = 0.5 * (x - (x - gradient).detach()).square().mean() + 0.5 * gan
     pull, push = (torch.autograd.grad(part, x, retain_graph=True)[0] for part in (0.5 * gan, plain - 0.5 * gan))
@@ -383,17 +427,44 @@ def test_the_head_gives_one_logit_at_every_size(side):
     assert logits.shape == (1, 1, 1)
 
 
-def test_a_discriminators_loss_is_weighed_against_the_fake_scores(teacher):
+def test_the_discriminators_loss_by_hand(teacher):
+    """softplus(-D(real)) + softplus(D(false)), each with its own prompts and noise, weighed against the errors."""
     rows = latents_only(teacher)
-    losses = []
-    for weight in (1e-9, 0.5):
-        method = stirred(dmd2(teacher, gan=GanSettings(discriminator_weight=weight)))
-        torch.manual_seed(4)
-        loss, figures = method.fake_loss(rows, calls=0)
-        losses.append(float(loss.detach()))
-    real, false = (float(figures[name].detach()) for name in ("real", "false"))
-    assert losses[1] > losses[0]
-    assert -5 < real < 5 and -5 < false < 5
+    method = stirred(dmd2(teacher, gan=GanSettings(discriminator_weight=0.5)))
+    asked = []
+
+    def logits(x, t, noise, condition):
+        asked.append((x, condition))
+        return [torch.full((len(x), 1, 1), 0.3 if len(asked) == 1 else -0.7)]
+
+    method.fake.logits = logits
+    torch.manual_seed(4)
+    loss, figures = method.fake_loss(rows, calls=0)
+    torch.manual_seed(4)
+    x = method.sample(rows, 0).detach()
+    condition = method.fake.encode(rows["latents"]["prompts"])
+    errors = method.fake.errors(x, *method.fake.draw(x), condition).mean()
+    expected = math.log(1 + math.exp(-0.3)) + math.log(1 + math.exp(-0.7))
+    assert float(loss.detach() - errors.detach()) == pytest.approx(0.5 * expected, rel=1e-4)
+    assert torch.equal(asked[0][0], rows["latents"]["latent"]) and torch.equal(asked[1][0], x)
+    assert [float(figures[name]) for name in ("real", "false")] == pytest.approx([0.3, -0.7])
+
+
+def test_checkpointed_activations_give_the_head_the_same_gradients(teacher):
+    """The decoder is never computed: an exception leaves the network at its middle block."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        fake = FakeScore.from_teacher(teacher, judges=True).train()
+        if checkpointed:
+            checkpoint_activations(fake)
+        x, noise = torch.randn(2, 2, *teacher.latent_shape, generator=torch.Generator().manual_seed(1))
+        (logits,) = fake.logits(x.requires_grad_(), torch.tensor([10, 900]), noise, fake.encode(PROMPTS[:2]))
+        logits.sum().backward()
+        found.append([x.grad, *gradients(fake)])
+        assert not gradients(fake.network.up_blocks)
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -440,31 +511,53 @@ def test_halves_accumulated_are_paired_with_their_own_samples(teacher, tmp_path)
 
 
 class Scripted:
-    """A method whose samples have the variance that a script says."""
+    """A method whose samples have the variance that a script says. None: the student has no turn."""
 
-    def __init__(self, variances):
-        self.variances = variances
-        module = torch.nn.Linear(1, 1)
-        self.players = {"student": Player(module, StudentTraining(steps=len(variances), learning_rate=1e-9))}
-        self.module = module
+    def __init__(self, variances, warmup=0):
+        self.variances, self.module = variances, torch.nn.Linear(1, 1)
+        settings = StudentTraining(steps=len(variances), learning_rate=1e-9, warmup_steps=warmup)
+        self.players = {"student": Player(self.module, settings), "other": Player(torch.nn.Linear(1, 1), settings)}
 
     def turns(self, step):
-        value = torch.tensor(self.variances[step])
-        return [Turn("student", lambda batch: (self.module.weight.sum() * 0, {"variance_ratio": value}))]
+        value = self.variances[step]
+        if value is None:
+            return [Turn("other", lambda batch: (self.players["other"].module.weight.sum() * 0, {}))]
+        figures = {"variance": torch.tensor(value), "data_variance": torch.tensor(2.0)}
+        return [Turn("student", lambda batch: (self.module.weight.sum() * 0, figures))]
 
     def after_step(self, step):
         pass
 
 
-def test_a_collapsed_student_is_stopped_after_50_steps(tmp_path):
-    message = "the student has collapsed: from step 30 on, its samples had less than 1% of the variance of the data"
+def test_a_collapsed_student_is_stopped_after_50_turns(tmp_path):
+    low, high = 0.019, 0.021  # around 1 % of the data's 2.0
+    message = "the student has collapsed: in 50 turns to step 79, its samples had less than 1% of the variance"
     with pytest.raises(StageError, match=message):
-        run(Scripted([0.5] * 30 + [0.009] * 60), {}, tmp_path / "a")
-    run(Scripted([0.5] * 30 + [0.009] * (PATIENCE - 1) + [0.02] + [0.009] * 20), {}, tmp_path / "b")
+        run(Scripted([high] * 30 + [low] * 60), {}, tmp_path / "a")
+    run(Scripted([high] * 30 + [low] * (PATIENCE - 1) + [high] + [low] * 20), {}, tmp_path / "b")
     folder = tmp_path / "c"  # the count goes on over a kill
-    run(Scripted([0.5] * 30 + [0.009] * 60), {}, folder, every=40, stop=5)
-    with pytest.raises(StageError, match="from step 30 on"):
-        run(Scripted([0.5] * 30 + [0.009] * 60), {}, folder, every=40)
+    run(Scripted([high] * 30 + [low] * 60), {}, folder, every=40, stop=5)
+    with pytest.raises(StageError, match="to step 79"):
+        run(Scripted([high] * 30 + [low] * 60), {}, folder, every=40)
+
+
+def test_only_the_students_turns_after_the_warm_up_count_as_collapsed(tmp_path):
+    turns = [value for _ in range(49) for value in (0.001, None, None)]
+    run(Scripted(turns), {}, tmp_path / "a")
+    with pytest.raises(StageError, match="collapsed"):
+        run(Scripted([*turns, 0.001]), {}, tmp_path / "b")
+    run(Scripted([0.001] * 60, warmup=20), {}, tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_of_one_sample_is_trained(teacher, name, tmp_path):
+    """It has no variance. Two equal real latents have none either, and stop nothing."""
+    made, settings, given = METHODS[name]
+    run(made(teacher, materials(teacher, steps=2), **settings), given(teacher, count=1), tmp_path / "one")
+    rows = given(teacher, count=2)
+    for stream in rows.values():
+        stream["latent"][1] = stream["latent"][0]
+    run(made(teacher, materials(teacher, steps=2), **settings), rows, tmp_path / "two")
 
 
 def test_a_sample_that_is_not_finite_is_named(teacher, tmp_path):
@@ -480,7 +573,7 @@ def test_a_sample_that_is_not_finite_is_named(teacher, tmp_path):
         return found
 
     method.matching.gradient = broken
-    with pytest.raises(StageError, match="the student matching is nan at step 4, sample 4 of the batch"):
+    with pytest.raises(StageError, match="the student matching is nan at step 4, sample 4 of a batch"):
         run(method, pairs_only(teacher), tmp_path)
 
 
@@ -500,12 +593,19 @@ PROMPTS_ONLY = (
 )
 
 
-def test_a_student_in_four_steps_is_exported_with_its_timesteps(tiny):
+def test_plain_diffusers_runs_a_student_in_four_steps(tiny, teacher):
     folder = execute(PROMPTS_ONLY, tiny[0], name="dmd2")["student"].artifact.folder
     about = json.loads((folder / "student.json").read_text())
     assert about["timesteps"] == [999, 749, 499, 249] and about["sampler"] == "consistency"
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
     assert "Not for plain diffusers" not in (folder / "README.md").read_text()
+    student = Student.load(folder, teacher)
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = student(noise, student.encode(PROMPTS[:2]), None, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    theirs = drawn(folder, noise, PROMPTS[:2], num_inference_steps=4, guidance_scale=0.0, generator=generator)
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -519,6 +619,8 @@ def test_a_student_in_four_steps_is_exported_with_its_timesteps(tiny):
         (("steps: 4, fake", "backward_simulation: false, fake"), "in one step there is nothing to simulate"),
         (("name: dmd2, guidance_scale: 2.0, steps: 4, fake_updates: 2", "name: dmd, guidance_scale: 2.0"),
          "dmd is trained on pairs or pairs and prompts or prompts, not on latents"),
+        (("fake_updates: 2", "fake_updates: 2, fake_warmup_steps: 4"), "the student has no turn in 4 training steps"),
+        (("fake_updates: 2", "fake_updates: 2, fake_score: {lora: {merged: true}}"), "the fake score is not exported"),
         (("fake_updates: 2", "fake_updates: 2, time_range: [0.5, 0.2]"), "the first less than the second"),
     ],
 )  # fmt: skip
@@ -561,7 +663,11 @@ def test_a_regression_needs_pairs_and_no_regression_needs_none(tiny):
         plan_of(prompts.replace("    held_out: 32\n", ""), tiny[0])
 
 
-def test_a_loss_without_a_name_is_e_latent_lpips():
+def test_a_loss_without_a_name_finds_its_perceptual_network(tiny):
+    """The short form is read everywhere: by the plan, which finds the stage, and by validation."""
+    vgg = "  vgg: {kind: perceptual, from: nowhere}\n  student:"
+    text = DMD.replace("  student:", vgg, 1).replace("name: dmd,", "name: dmd, loss: {perceptual: vgg},")
+    assert plan_of(text, tiny[0])["student"].reads == ["pairs", "vgg"]
     assert DMDConfig.model_validate({"loss": {"perceptual": "vgg"}}).loss.name == "e_latent_lpips"
     assert DMDConfig().loss == Regression(name="mse")
 
@@ -578,26 +684,28 @@ pairs.count=32
 pairs.shard_size=8
 pairs.sampler.steps=2
 pairs.execution.threads=1
-student.training.steps=3
+student.training.steps=6
 student.training.batch_size=2
 student.training.accumulate=2
 student.execution.threads=1
 quality.samples=20
 quality.execution.threads=1
 """
-"""Sizes only: bf16, checkpointing, accumulation, weights and turns are as published."""
+"""Sizes only: bf16, checkpointing, accumulation and weights are as published. The student has several turns."""
 PUBLISHED = {
-    "sd15_dmd": ["pairs.execution.compile=false", "student.method.loss=mse", "student.held_out=20"],
-    "sd15_dmd2": ["student.method.fake_warmup_steps=1", "matched.training.steps=2", "matched.training.batch_size=2",
-                  "matched.training.accumulate=2", "matched.execution.threads=1", "latents.images.size=16"],
-    "sdxl_dmd2_4step": ["latents.images.size=16"],
-}  # fmt: skip
+    "sd15_dmd": "pairs.execution.compile=false student.method.loss=mse student.held_out=20",
+    "sd15_dmd2": """
+        latents.images.size=16 matched.training.steps=2 matched.training.batch_size=2 matched.training.accumulate=2
+        matched.execution.threads=1 student.method.fake_updates=2 student.method.fake_warmup_steps=1""",
+    "sdxl_dmd2_4step": "latents.images.size=16 student.method.fake_updates=1",
+}
+"""Manifest -> its own settings."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_manifests_run_as_they_are_but_small(name, tmp_path):
     layout = stable_diffusion_xl_layout if name.startswith("sdxl") else stable_diffusion_layout
-    sets = [*PUBLISHED[name], f"teacher.from={layout(tmp_path / 'teacher')}", *SMALL.split()]
+    sets = [*PUBLISHED[name].split(), f"teacher.from={layout(tmp_path / 'teacher')}", *SMALL.split()]
     if name != "sd15_dmd":
         sets.append(f"latents.images.path={photographs(tmp_path / 'images.tar')}")
         sets.append("latents.execution.threads=1")

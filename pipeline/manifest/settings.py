@@ -77,7 +77,7 @@ def words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " | ".join(words(one, metadata) for one in inside if one is not NoneType)
     if origin is Literal:
         return " | ".join(one if isinstance(one, str) else json.dumps(one) for one in inside)
-    if origin is list:
+    if origin is list or (origin is tuple and inside[1:] == (...,)):
         return _list_words(words(inside[0]), metadata)
     if origin is tuple:
         return f"[{', '.join(map(words, inside))}]"

@@ -47,7 +47,8 @@ def _heading(topics: list[Topic], sections: dict[type[Config], list[Topic]]) -> 
     counts = Counter(topic.name for several in sections.values() for topic in several)
     if topics[0].what != GROUPS or counts[name] == 1:
         return name
-    return f"{name} of {', '.join(path.split('.')[-2] for path in topics[0].used.split(', '))}"
+    owners = dict.fromkeys(path.split(".")[-2] for path in topics[0].used.split(", "))
+    return f"{name} of {', '.join(owners)}"
 
 
 def _chapter(topic: Topic) -> str:

@@ -61,7 +61,9 @@ class DMD2Config(MatchingConfig):
     fake_warmup_steps: int = Field(
         0, ge=0, description="first steps in which only the fake score is trained; useful with start_from"
     )
-    gan: GanSettings | None = Field(GanSettings(), description="the GAN term, which needs latents; null: none")
+    gan: GanSettings | None = Field(
+        GanSettings(), description="the GAN term, which needs latents; on by default; null: none"
+    )
 
     @property
     def form(self) -> Form:

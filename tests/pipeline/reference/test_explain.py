@@ -56,6 +56,7 @@ def of(path):
         ("evaluate.teacher_steps", "list: integer >= 1", None),
         ("gaussian.shape", "list of 3: integer", [4, 8, 8]),
         ("vae.channels", "list: integer; at least 2", [32, 64]),
+        ("dmd2.levels", "list: integer", None),
         ("teacher.train.vae.max_mse", "number > 0", 0.01),
         ("pairs.text_embeddings", "true | false", False),
         ("digits.size", "16 | 32", 16),

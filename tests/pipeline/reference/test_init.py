@@ -62,6 +62,7 @@ def test_teachers_that_need_no_download(teacher, tmp_path):
     ("digits", "knowledge_distillation", ["a one-step student", "# one network call from noise"]),
     ("digits", "progressive", ["a few-step student", "# a few network calls from noise"]),
     ("owner/name", "guided", ["owner/name into few steps", "# a few network calls from noise"]),
+    ("digits", "dmd", ["a one-step student", "# one network call from noise"]),
 ])  # fmt: skip
 def test_what_it_says_of_steps_is_true_of_the_method(teacher, method, words):
     text = retort("init", "-", "--teacher", teacher, "--method", method).stdout

@@ -74,7 +74,7 @@ class Data:
 
 
 class Generator(nn.Module):
-    """z + start + an MLP, whose last layer starts as 0."""
+    """z + start + an MLP of 4 z, which can jump from mode to mode. Its last layer starts as 0."""
 
     def __init__(self, start: float) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Generator(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, z: Tensor) -> Tensor:
-        return z + self.start + self.network(z[..., None])[..., 0]
+        return z + self.start + self.network(4 * z[..., None])[..., 0]
 
 
 class Fake(nn.Module):

@@ -93,7 +93,7 @@ def test_checkpoints_hold_what_is_trained_and_no_more(teacher, tmp_path):
     run = _Run(made, TrainingExecution(device="cpu"))
     latent = noise(teacher)
     run.run_turn(made.turns(0)[0], lambda _: {"latents": {"latent": latent, "prompts": PROMPTS}}, 0, 0)
-    run.save(tmp_path, 1, {})
+    run.save(tmp_path, 1)
     tensors = load_file(tmp_path / "step-00000001" / "tensors.safetensors")
     sizes = [value.numel() for value in run.trainable["student"].values()]
     assert sum(4 * t.numel() for t in tensors.values()) == 4 * (
@@ -105,7 +105,7 @@ def test_checkpoints_hold_what_is_trained_and_no_more(teacher, tmp_path):
 def test_a_student_with_all_weights_is_averaged_and_checkpointed_whole(teacher, tmp_path):
     made = method(ConsistencyConfig(steps=2, solver_steps=4, guidance_scale=2.0), teacher, None)
     run = _Run(made, TrainingExecution(device="cpu"))
-    run.save(tmp_path, 1, {})
+    run.save(tmp_path, 1)
     tensors = load_file(tmp_path / "step-00000001" / "tensors.safetensors")
     assert sum(t.numel() for t in tensors.values()) == 3 * elements(teacher.network.parameters())
     assert not places(run.averages["student"]) & places(made.student)
@@ -238,7 +238,7 @@ def test_settings_that_do_not_fit_are_refused_when_planning(change, words, tmp_p
 
 
 def test_a_target_of_no_layer_stops_the_stage_with_one_sentence(tiny):
-    with pytest.raises(StageFailed, match=r"training\.lora\.targets: no linear or convolution layer .* called to_x"):
+    with pytest.raises(StageFailed, match=r"lora\.targets: no linear or convolution layer .* called to_x"):
         execute(LORA.replace("rank: 4", "rank: 4, targets: [to_x]"), tiny[0], name="refused")
 
 

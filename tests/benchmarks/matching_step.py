@@ -85,7 +85,11 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     teacher = StableDiffusion(SHIPPED)
-    settings = StudentTraining(steps=STEPS * (given.rounds + 1), batch_size=given.batch)
+    settings = StudentTraining(
+        steps=STEPS * (given.rounds + 1),
+        batch_size=given.batch,
+        learning_rate=1e-6,  # regression on random pairs would collapse the student, and end the loop
+    )
     method = METHODS[given.method](guidance_scale=given.guidance_scale).create(Materials(teacher, settings))
     assert isinstance(method, DMD | DMD2)
     prompts = [f"a {colour} handwritten seven" for colour in ("red", "blue")]

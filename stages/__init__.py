@@ -4,6 +4,7 @@ from stages.base import Stage
 from stages.distill import Distill
 from stages.evaluate import Evaluate
 from stages.latents import Latents
+from stages.optimize import Optimize
 from stages.pairs import Pairs
 from stages.perceptual import Perceptual
 from stages.probe import Probe
@@ -20,6 +21,7 @@ KINDS: Registry[Stage] = Registry(
         "pairs": Pairs,
         "perceptual": Perceptual,
         "distill": Distill,
+        "optimize": Optimize,
         "probe": Probe,
         "evaluate": Evaluate,
     },

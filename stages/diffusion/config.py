@@ -1,12 +1,22 @@
-"""Settings of the teacher's ODE solver and of its execution."""
+"""Settings of the teacher's ODE solver and of its execution, and ranges of timesteps."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, Strict, model_validator
 
 from stages.base import Config, Execution
+
+
+def _times(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= value[0] < value[1] <= 1:
+        raise ValueError("should be two numbers between 0 and 1, the first less than the second")
+    return value
+
+
+TimeRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_times)]
+"""Two parts of T, the number of timesteps, between which timesteps are drawn."""
 
 
 class Sampler(Config):

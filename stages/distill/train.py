@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.base import SCRATCH, Artifact, Progress, StageError
@@ -18,7 +19,6 @@ from stages.data.files import files_of, sha256_of
 from stages.data.supply import LatentSupply, PairSupply, PromptSupply, Supply
 from stages.distill.card import card
 from stages.distill.held_out import comparable, mean_square, sampled
-from stages.distill.preview import COLUMNS, Previews
 from stages.distill.recipe import Recipe
 from stages.methods.base import Materials, Stream, prompts_of
 from stages.networks.adapter import Adapter, read_json
@@ -30,11 +30,14 @@ from stages.networks.teachers import load_network
 from stages.pairs import Pairs, guidance_scales
 from stages.training import Batch, StudentExecution, TrainingExecution
 from stages.training.loop import step_seed, train
+from stages.training.preview import COLUMNS, Averages, Previews
 
 SAVED_BY = ("transformers_version", "torch_dtype", "dtype")
 """Settings of a component's config that do not change what it computes."""
 EXAMPLES = 512
 """The number of pairs to which the student's last layer may be fitted before training."""
+MOST_CALLS = 16
+"""Students of more steps are not drawn during training, because that takes long."""
 
 
 def distill(
@@ -78,8 +81,8 @@ def distill(
     def batch(step: int) -> Batch:
         return {stream: _tensors(supply.batch(step)) for stream, supply in supplies.items()}
 
-    first = (prompt for step in range(COLUMNS) for prompt in prompts_of(batch(step)))
-    previews = Previews(output, teacher, list(islice(first, COLUMNS)), recipe.training.steps, execution.previews)
+    first = islice((prompt for step in range(COLUMNS) for prompt in prompts_of(batch(step))), COLUMNS)
+    previews = _previews(output, teacher, list(first), recipe, execution)
     trained = yield from train(
         method, batch, seed=seed, checkpoints=output / SCRATCH, execution=execution, watch=previews
     )
@@ -113,6 +116,24 @@ def _supply(stream: Stream, recipe: Recipe, teacher: Adapter, seed: int) -> Supp
             f"encode images of {teacher.latent_shape[1] * teacher.down_sampling} pixels"
         )
     return supply
+
+
+def _previews(
+    output: Path, teacher: Adapter, prompts: list[str], recipe: Recipe, execution: StudentExecution
+) -> Previews:
+    """Return the previews of the averaged student, from fixed noises and `prompts`, one for each."""
+    noise = torch.randn(len(prompts), *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def images(averages: Averages) -> NDArray[np.float32]:
+        student = averages["student"]
+        assert isinstance(student, Student)
+        z = noise.to(teacher.device)
+        w = z.new_full((len(z),), sum(student.form.w_range) / 2 if student.form.w_range else 0.0)
+        x0 = student(z, student.encode(prompts), w, torch.Generator().manual_seed(0))
+        return teacher.decode(x0).numpy()
+
+    count = execution.previews if recipe.method.form.steps <= MOST_CALLS else 0
+    return Previews(output, prompts, recipe.training.steps, count, images)
 
 
 def _origin(folder: Path, teacher: Adapter, execution: TrainingExecution) -> Adapter:

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.diffusion.levels import Levels
 from stages.diffusion.schedule import Level
-from stages.diffusion.weighting import ScoreWeighting
+from stages.diffusion.weighting import NoiseWeighting, ScoreWeighting, on_noise
+from stages.networks.condition import Condition
 from stages.networks.denoiser import Denoiser
 from stages.networks.fake_score import FakeScore
 
@@ -22,13 +24,15 @@ EPSILON = 1e-6
 """Added to the mean that `dmd` divides by. It is 0 if the teacher returns the sample itself."""
 
 
-def difference(x: Tensor, real: Tensor, fake: Tensor, level: Level, weighting: ScoreWeighting = "dmd") -> Tensor:
+def difference(
+    x: Tensor, real: Tensor, fake: Tensor, level: Level, weighting: ScoreWeighting | NoiseWeighting = "dmd"
+) -> Tensor:
     """Return the weighted mu_fake - mu_real (B, C, H, W). It points away from where the teacher expects x.
 
     dmd: divided by mean|x - mu_real| of each sample, computed in float32 at the least (2311.18828, eq. 8, without the
     factor alpha, as in the paper's listing). constant: not weighted, which is w_t = sigma^2 / alpha^2 in the paper's
-    w_t alpha (s_fake - s_real). sigma2_over_alpha: multiplied by sigma^2 / alpha, which stresses noisy levels. `level`
-    holds alpha and sigma (B, 1, 1, 1). Only the last weighting reads it."""
+    w_t alpha (s_fake - s_real). sigma2_over_alpha: multiplied by sigma^2 / alpha, which stresses noisy levels. The
+    weights of `on_noise` are those of noise_real - noise_fake. `level` holds alpha and sigma (B, 1, 1, 1)."""
     gradient = fake - real
     if weighting == "dmd":
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -36,7 +40,9 @@ def difference(x: Tensor, real: Tensor, fake: Tensor, level: Level, weighting: S
         return gradient / (scale + EPSILON).to(gradient.dtype)
     if weighting == "sigma2_over_alpha":
         return gradient * (level.sigma**2 / level.alpha).to(gradient.dtype)
-    return gradient
+    if weighting == "constant":
+        return gradient
+    return gradient * weight_on_x0(on_noise(weighting, *level), level).to(gradient.dtype)
 
 
 def weight_on_x0(weight_on_noise: Tensor | float, level: Level) -> Tensor:
@@ -65,26 +71,30 @@ class ScoreDifference:
     def __init__(
         self,
         real: Denoiser,
-        fake: FakeScore,
-        weighting: ScoreWeighting = "dmd",
+        fake: FakeScore | None,
+        levels: Levels,
+        weighting: ScoreWeighting | NoiseWeighting = "dmd",
         time_range: tuple[float, float] = (0.02, 0.98),
     ) -> None:
-        """`real` is the teacher, guided or not, on the grid of all T timesteps of its schedule.
+        """`real` is the teacher, guided or not, on the grid of all T timesteps of its schedule, which has `levels`.
 
-        Timesteps are drawn uniformly between the two parts of T in `time_range`, both included."""
-        self.real, self.fake, self.weighting = real, fake, weighting
-        count = len(fake.alpha)
-        self.least, self.most = (min(round(part * count), count - 1) for part in time_range)
+        Without `fake`, mu_fake is the sample itself. That is the score of a distribution which consists of this sample
+        only (2305.16213). Timesteps are drawn uniformly between the two parts of T in `time_range`, both
+        included."""
+        self.real, self.fake, self.levels, self.weighting, self.time_range = real, fake, levels, weighting, time_range
 
-    def gradient(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the gradient (B, C, H, W) at samples x, at random timesteps and with random noise."""
-        t = torch.randint(self.least, self.most + 1, (len(x),)).to(x.device)
-        return self.at(x, prompts, t, torch.randn_like(x))
+    def gradient(self, x: Tensor, prompts: Sequence[str], fake: Condition | None = None) -> Tensor:
+        """Return the gradient (B, C, H, W) at samples x, at random timesteps and with random noise.
+
+        `fake` is the condition of the fake score. By default, it is that of `prompts`."""
+        return self.at(x, prompts, *self.levels.draw(x, self.time_range), fake)
 
     @torch.no_grad()
-    def at(self, x: Tensor, prompts: Sequence[str], t: Tensor, noise: Tensor) -> Tensor:
+    def at(
+        self, x: Tensor, prompts: Sequence[str], t: Tensor, noise: Tensor, condition: Condition | None = None
+    ) -> Tensor:
         """Return the weighted mu_fake - mu_real (B, C, H, W) at samples x that are noised to timesteps t (B,)."""
-        z = self.fake.noised(x, t, noise)
+        z = self.levels.noised(x, t, noise)
         real = self.real.x0(z, t + 1, self.real.encode(prompts))  # point i of the grid is timestep i - 1
-        fake = self.fake.x0(z, t, self.fake.encode(prompts))
-        return difference(x, real, fake, self.fake.level(t), self.weighting)
+        fake = self.fake.x0(z, t, condition or self.fake.encode(prompts)) if self.fake else x
+        return difference(x, real, fake, self.levels.at(t), self.weighting)

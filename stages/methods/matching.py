@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Self
 
-from pydantic import AfterValidator, Field, Strict, model_validator
+from pydantic import Field, model_validator
 
 from stages.base import Config
+from stages.diffusion.config import TimeRange
 from stages.diffusion.form import Form
 from stages.diffusion.weighting import FakeWeighting, ScoreWeighting
 from stages.methods.base import Materials, MethodConfig
@@ -16,12 +17,6 @@ from stages.training import TrainingSettings
 if TYPE_CHECKING:
     from stages.losses.score import ScoreDifference
     from stages.networks.fake_score import FakeScore
-
-
-def _times(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= value[0] < value[1] <= 1:
-        raise ValueError("time_range should be two numbers between 0 and 1, the first less than the second")
-    return value
 
 
 class FakeScoreSettings(Config):
@@ -66,7 +61,7 @@ class MatchingConfig(MethodConfig):
         description="weight of mu_fake - mu_real: dmd, 1 / mean|x - mu_real| of each sample; constant, 1; "
         "sigma2_over_alpha, sigma^2 / alpha",
     )
-    time_range: Annotated[tuple[float, float], Strict(False), AfterValidator(_times)] = Field(
+    time_range: TimeRange = Field(
         (0.02, 0.98), description="parts of T between which the timesteps of the two scores are drawn"
     )
     fake_score: FakeScoreSettings = Field(FakeScoreSettings(), description="the fake score and its training")
@@ -76,4 +71,4 @@ class MatchingConfig(MethodConfig):
         from stages.losses.score import ScoreDifference
 
         every = Form(steps=len(materials.teacher.schedule), guidance_scale=self.guidance_scale)
-        return ScoreDifference(materials.teacher_denoiser(every), fake, self.weighting, self.time_range)
+        return ScoreDifference(materials.teacher_denoiser(every), fake, fake.levels, self.weighting, self.time_range)

@@ -350,6 +350,13 @@ class Adapter(ABC):
         the family has no such networks."""
         raise StageError(f"{type(network).__name__} cannot take the guidance strength w as an input")
 
+    def with_camera(self, network: Any) -> Any:
+        """Give `network` the camera as a further input, with new trainable weights that change nothing at first.
+
+        Its conditions then have the tensor CAMERA of `stages.networks.camera`. Raises StageError if the family has no
+        such networks."""
+        raise StageError(f"{type(network).__name__} cannot take the camera as an input")
+
     def features(self, network: Any, multi_scale: bool) -> Features:
         """Return the access to the intermediate features of `network` that a discriminator needs.
 
@@ -427,6 +434,12 @@ class Adapter(ABC):
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] as latents (B, C, h, w), float32, on the device."""
+
+    def encode_with_gradient(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) on the device as latents (B, C, h, w). Gradients flow to the images.
+
+        It computes what `encode` does, in one batch. Raises StageError if the family does not support it."""
+        raise StageError(f"{type(self).__name__} cannot encode images with gradients")
 
     def prompts_of(self, images: LabelledLatents) -> list[str]:
         """Return the prompt of each image of a set, in the form that `encode_prompts` takes.

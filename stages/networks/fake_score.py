@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stages.base import StageError
+from stages.diffusion.levels import Levels
 from stages.diffusion.prediction import target, to_noise, to_x0
-from stages.diffusion.schedule import Level
 from stages.diffusion.weighting import FakeWeighting
 from stages.networks.adapter import Adapter
 from stages.networks.condition import Condition
@@ -33,17 +32,13 @@ class FakeScore(nn.Module):
     `condition` has B rows and was made by `encode`.
     """
 
-    alpha: Tensor
-    sigma: Tensor
-
     def __init__(self, adapter: Adapter, network: Any, judges: bool = False) -> None:
         """Raises StageError if the network has no features for a head, or if x0 cannot be computed at a timestep."""
         super().__init__()
         if adapter.prediction == "epsilon" and adapter.schedule.alpha[-1] == 0:
             raise StageError("the schedule ends in pure noise, where a fake score of epsilon gives no x0")
         self.adapter, self.network = adapter, network
-        for name in ("alpha", "sigma"):
-            self.register_buffer(name, torch.from_numpy(getattr(adapter.schedule, name)), persistent=False)
+        self.levels = Levels(adapter.schedule, adapter.device)
         if judges:
             self._bottleneck = adapter.bottleneck(network)
             side = max(1, min(adapter.latent_shape[1:]) >> self._bottleneck.halvings)
@@ -60,22 +55,9 @@ class FakeScore(nn.Module):
         """Return the network's condition for `prompts`, one row for each prompt."""
         return self.adapter.encode_prompts(prompts)
 
-    def level(self, t: Tensor) -> Level:
-        """Return the levels at timesteps t. alpha and sigma are (B, 1, 1, 1), float64."""
-        return Level(self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1), t)
-
-    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw timesteps (B,) uniformly from all T, and noise shaped as x."""
-        return torch.randint(len(self.alpha), (len(x),)).to(x.device), torch.randn_like(x)
-
-    def noised(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Return z = alpha x + sigma noise, in the dtype of x."""
-        alpha, sigma = self.level(t)
-        return (alpha * x + sigma * noise).to(x.dtype)
-
     def x0(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Estimate x0 from z: mu_fake(z, t). It is converted in float64, because epsilon is divided by alpha."""
-        level = self.level(t)
+        level = self.levels.at(t)
         output = self.adapter.predict(self.network, z, level, condition)
         return to_x0(self.adapter.prediction, output.double(), z.double(), *level).to(z.dtype)
 
@@ -88,9 +70,9 @@ class FakeScore(nn.Module):
         SNR = alpha^2 / sigma^2 times that of x0; DMD uses it for Stable Diffusion. edm: SNR + 1 / 0.5^2 times the error
         of x0, EDM's weight. No gradient flows to x."""
         x, prediction = x.detach(), self.adapter.prediction
-        level = self.level(t)
+        level = self.levels.at(t)
         alpha, sigma = level
-        z = self.noised(x, t, noise)
+        z = self.levels.noised(x, t, noise)
         output = self.adapter.predict(self.network, z, level, condition)
         if weighting == "output":
             wanted = target(prediction, x, noise, alpha, sigma)
@@ -105,8 +87,8 @@ class FakeScore(nn.Module):
         """Return one map of logits (B, h, w) for latents x that are noised to t. Gradients flow to x.
 
         A positive logit means that the latent looks real. Only the encoder of the network is computed."""
-        z = self.noised(x, t, noise)
-        features = self._bottleneck.of(lambda: self.adapter.predict(self.network, z, self.level(t), condition))
+        z = self.levels.noised(x, t, noise)
+        features = self._bottleneck.of(lambda: self.adapter.predict(self.network, z, self.levels.at(t), condition))
         return [self.head(features).squeeze(1)]
 
 

@@ -107,7 +107,10 @@ class PixelDiffusion(Adapter):
 
     @classmethod
     def predict(cls, network: Any, z: Tensor, level: Level, condition: Condition, w: Tensor | None = None) -> Tensor:
-        output: Tensor = network(z, level.timestep, condition.tensors.get(CLASS)).sample
+        from stages.networks.camera import CAMERA, labels
+
+        seen = labels(*map(condition.to(z).tensors.get, (CLASS, CAMERA)))
+        output: Tensor = network(z, level.timestep, seen).sample
         return output
 
     def prompts_of(self, images: LabelledLatents) -> list[str]:
@@ -132,7 +135,9 @@ class PixelDiffusion(Adapter):
         return latents.expand(-1, 3, -1, -1) if latents.shape[1] == 1 else latents
 
     def encode(self, images: Tensor) -> Tensor:
-        images = images.to(self.device).float()
+        return self.encode_with_gradient(images.to(self.device).float())
+
+    def encode_with_gradient(self, images: Tensor) -> Tensor:
         return images.mean(1, keepdim=True) if self.latent_shape[0] == 1 else images
 
     def save_pipeline(self, network: Any, scheduler: Any, folder: Path) -> None:
@@ -145,6 +150,11 @@ class PixelDiffusion(Adapter):
             path = folder / INDEX
             index = {**json.loads(path.read_text(encoding="utf-8")), LABELS: self.index[LABELS]}
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def with_camera(self, network: Any) -> Any:
+        from stages.networks.camera import add_camera
+
+        return add_camera(network)
 
     def features(self, network: Any, multi_scale: bool) -> Features:
         from stages.networks.unet_features import Features

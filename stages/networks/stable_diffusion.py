@@ -169,13 +169,14 @@ class StableDiffusion(Adapter):
     @classmethod
     def predict(cls, network: Any, z: Tensor, level: Level, condition: Condition, w: Tensor | None = None) -> Tensor:
         from stages.diffusion.guidance import embed
+        from stages.networks.camera import CAMERA, labels
 
         further = {}
         if w is not None:
             further["timestep_cond"] = embed(w, network.config["time_cond_proj_dim"]).to(z.dtype)
         added = dict(condition.to(z).tensors)
-        text = added.pop(TEXT)
-        output: Tensor = network(z, level.timestep, text, added_cond_kwargs=added, **further).sample
+        text, seen = added.pop(TEXT), labels(None, added.pop(CAMERA, None))
+        output: Tensor = network(z, level.timestep, text, seen, added_cond_kwargs=added, **further).sample
         return output
 
     @property
@@ -204,7 +205,13 @@ class StableDiffusion(Adapter):
 
         parts = images.to(self.device, torch.float32).split(_at_once(images, 1))
         with torch.no_grad():
-            return torch.cat([to_network(self.vae.encode(x).latent_dist.mode(), self.vae.config) for x in parts])
+            return torch.cat([self.encode_with_gradient(x) for x in parts])
+
+    def encode_with_gradient(self, images: Tensor) -> Tensor:
+        import torch
+
+        with torch.autocast(self.device.type, enabled=False):
+            return to_network(self.vae.encode(images.float()).latent_dist.mode(), self.vae.config)
 
     def save_pipeline(self, network: Any, scheduler: Any, folder: Path) -> None:
         """Write a pipeline. A U-Net without a guidance embedding gets one with zero weights.
@@ -242,6 +249,11 @@ class StableDiffusion(Adapter):
         layer = embedded.time_embedding.cond_proj
         layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight, device=network.device))
         return embedded
+
+    def with_camera(self, network: Any) -> Any:
+        from stages.networks.camera import add_camera
+
+        return add_camera(network)
 
     def features(self, network: Any, multi_scale: bool) -> Features:
         from stages.networks.unet_features import Features

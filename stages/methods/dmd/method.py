@@ -70,7 +70,7 @@ class DMD:
     def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L_fake. `batch`: the same as in the student's turn of this step."""
         x, condition = self._samples.popleft(), self.fake.encode(prompts_of(batch))
-        return self.fake.errors(x, *self.fake.draw(x), condition, self.config.fake_score.weighting).mean(), {}
+        return self.fake.errors(x, *self.fake.levels.draw(x), condition, self.config.fake_score.weighting).mean(), {}
 
     def after_step(self, step: int) -> None:
         pass

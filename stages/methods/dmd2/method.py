@@ -89,7 +89,7 @@ class DMD2:
         if self.gan is None:
             return matching.mean(), figures
         at = x.detach().requires_grad_()  # so that the head's activations are freed before the student's backward pass
-        gan = generator_loss(self.fake.logits(at, *self.fake.draw(at), self.fake.encode(prompts)))
+        gan = generator_loss(self.fake.logits(at, *self.fake.levels.draw(at), self.fake.encode(prompts)))
         (pull,) = torch.autograd.grad(self.gan.weight * gan, at)
         ratio = pull.norm() / (gradient.norm() / gradient.numel()).clamp_min(LEAST_GRADIENT)
         loss = matching.mean() + with_gradient(self.gan.weight * gan, x, pull)
@@ -105,12 +105,14 @@ class DMD2:
             with torch.no_grad():
                 x = self.sample(batch, calls)
         condition = self.fake.encode(prompts_of(batch))
-        loss = self.fake.errors(x, *self.fake.draw(x), condition, self.config.fake_score.weighting).mean()
+        loss = self.fake.errors(x, *self.fake.levels.draw(x), condition, self.config.fake_score.weighting).mean()
         if self.gan is None:
             return loss, {}
         real = batch["latents"]["latent"]
-        real_logits = self.fake.logits(real, *self.fake.draw(real), self.fake.encode(batch["latents"]["prompts"]))
-        false_logits = self.fake.logits(x, *self.fake.draw(x), condition)
+        real_logits = self.fake.logits(
+            real, *self.fake.levels.draw(real), self.fake.encode(batch["latents"]["prompts"])
+        )
+        false_logits = self.fake.logits(x, *self.fake.levels.draw(x), condition)
         loss = loss + self.gan.discriminator_weight * discriminator_loss(real_logits, false_logits)
         return loss, {"real": mean_over_maps(real_logits).mean(), "false": mean_over_maps(false_logits).mean()}
 

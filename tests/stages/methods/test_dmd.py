@@ -181,17 +181,19 @@ def test_the_gradient_is_guided_on_the_real_side_only(teacher):
 def test_the_students_times_are_from_20_to_980_and_the_fake_scores_from_0_to_999(teacher, monkeypatch, name):
     made, settings, _ = METHODS[name]
     method, seen = made(teacher, **settings), {"real": set(), "fake": set()}
-    monkeypatch.setattr(method.matching, "at", lambda x, prompts, t, noise: seen["real"].update(t.tolist()))
+    monkeypatch.setattr(method.matching, "at", lambda x, prompts, t, noise, fake: seen["real"].update(t.tolist()))
     torch.manual_seed(0)
     for _ in range(5):
         method.matching.gradient(torch.randn(4000, 1, 1, 1), [""])
-        seen["fake"].update(method.fake.draw(torch.randn(4000, 1, 1, 1))[0].tolist())
+        seen["fake"].update(method.fake.levels.draw(torch.randn(4000, 1, 1, 1))[0].tolist())
     assert (min(seen["real"]), max(seen["real"])) == (20, 980)
     assert (min(seen["fake"]), max(seen["fake"])) == (0, 999)
     errors, drawn = method.fake.errors, []
     method.fake.errors = lambda x, t, *rest: drawn.append(t) or errors(x, t, *rest)
-    monkeypatch.setattr(method.fake, "draw", lambda x: (torch.full((len(x),), 999), torch.zeros_like(x)))
-    method.matching.at = lambda x, prompts, t, noise: torch.zeros_like(x)
+    monkeypatch.setattr(
+        method.fake.levels, "draw", lambda x, of=None: (torch.full((len(x),), 999), torch.zeros_like(x))
+    )
+    method.matching.at = lambda x, prompts, t, noise, fake: torch.zeros_like(x)
     for turn in method.turns(0):
         turn.loss(METHODS[name][2](teacher))
     assert drawn[0].tolist() == [999] * 6  # the fake score draws its own times
@@ -212,10 +214,10 @@ def test_any_prediction_type_and_schedule_by_hand(prediction, schedule):
     x, noise = torch.randn(2, 3, 4, 8, 8)
     t, condition = torch.tensor([100, 700, 998]), Condition(3, {"text": torch.randn(3, 5, 12)})
     with torch.no_grad():
-        alpha, sigma = fake.level(t)
-        z = fake.noised(x, t, noise)
+        alpha, sigma = fake.levels.at(t)
+        z = fake.levels.noised(x, t, noise)
         torch.testing.assert_close(z, (alpha * x + sigma * noise).float())
-        said = adapter.predict(adapter.network, z, fake.level(t), condition).double()
+        said = adapter.predict(adapter.network, z, fake.levels.at(t), condition).double()
         power = alpha**2 + sigma**2
         x0, noise_said = {
             "epsilon": lambda: ((z - sigma * said) / alpha, said),
@@ -389,7 +391,7 @@ def test_the_gan_term_has_the_gradient_of_plain_autograd(teacher):
     torch.manual_seed(1)
     x = method.sample(rows, 0)
     gradient = method.matching.gradient(x, rows["latents"]["prompts"])
-    (logits,) = method.fake.logits(x, *method.fake.draw(x), method.fake.encode(rows["latents"]["prompts"]))
+    (logits,) = method.fake.logits(x, *method.fake.levels.draw(x), method.fake.encode(rows["latents"]["prompts"]))
     gan = -logits.sigmoid().log().mean()
     plain = 0.5 * (x - (x - gradient).detach()).square().mean() + 0.5 * gan
     pull, push = (torch.autograd.grad(part, x, retain_graph=True)[0] for part in (0.5 * gan, plain - 0.5 * gan))
@@ -406,14 +408,14 @@ def test_the_head_reads_the_middle_block_of_the_noised_sample(teacher):
     t, condition = torch.tensor([10, 900]), fake.encode(PROMPTS[:2])
     seen, read = [], []
     hook = fake.network.mid_block.register_forward_hook(lambda _m, _a, output: seen.append(output))
-    output = fake.x0(fake.noised(x, t, noise), t, condition)
+    output = fake.x0(fake.levels.noised(x, t, noise), t, condition)
     hook.remove()
     fake.head.register_forward_pre_hook(lambda _m, given: read.append(given[0]))
     decoded = []
     fake.network.up_blocks[0].register_forward_hook(lambda *_: decoded.append(1))
     (logits,) = fake.logits(x, t, noise, condition)
     assert torch.equal(read[0], seen[0]) and logits.shape == (2, 1, 1) and not decoded
-    assert torch.equal(fake.x0(fake.noised(x, t, noise), t, condition), output)  # it is a denoiser as before
+    assert torch.equal(fake.x0(fake.levels.noised(x, t, noise), t, condition), output)  # it is a denoiser as before
 
 
 @pytest.mark.parametrize("side", [2, 4, 8, 16, 32])
@@ -444,7 +446,7 @@ def test_the_discriminators_loss_by_hand(teacher):
     torch.manual_seed(4)
     x = method.sample(rows, 0).detach()
     condition = method.fake.encode(rows["latents"]["prompts"])
-    errors = method.fake.errors(x, *method.fake.draw(x), condition).mean()
+    errors = method.fake.errors(x, *method.fake.levels.draw(x), condition).mean()
     expected = math.log(1 + math.exp(-0.3)) + math.log(1 + math.exp(-0.7))
     assert float(loss.detach() - errors.detach()) == pytest.approx(0.5 * expected, rel=1e-4)
     assert torch.equal(asked[0][0], rows["latents"]["latent"]) and torch.equal(asked[1][0], x)

@@ -1,0 +1,95 @@
+"""Cameras around an object: where they stand, the rays of their pixels, and the words for what they see.
+
+The object is within the unit ball around the origin. z points up. Azimuth 0 looks at the object's front, from +x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from stages.optimize.representations.config import CameraRange
+
+OVERHEAD, FRONT = 60.0, 45.0
+"""Degrees of elevation above which a view is from overhead, and of azimuth up to which it is of the front or the back,
+as in threestudio."""
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """B cameras that look at the origin. All fields are (B,), float32."""
+
+    azimuth: Tensor
+    """Degrees, counter-clockwise from above."""
+    elevation: Tensor
+    """Degrees above the horizon, from -90 to 90."""
+    distance: Tensor
+    """From the origin."""
+    field_of_view: Tensor
+    """Degrees, from the top to the bottom of the image."""
+
+    def __len__(self) -> int:
+        return len(self.azimuth)
+
+    def at(self, rows: Tensor) -> Cameras:
+        """Return the cameras of these numbers, (N,)."""
+        return Cameras(self.azimuth[rows], self.elevation[rows], self.distance[rows], self.field_of_view[rows])
+
+    @classmethod
+    def draw(cls, count: int, among: CameraRange) -> Cameras:
+        """Draw cameras uniformly in each setting of `among`."""
+
+        def uniform(least: float, most: float) -> Tensor:
+            return least + (most - least) * torch.rand(count)
+
+        return cls(*(uniform(*of) for of in (among.azimuth, among.elevation, among.distance, among.field_of_view)))
+
+    @classmethod
+    def turntable(cls, count: int, among: CameraRange, elevation: float = 15.0) -> Cameras:
+        """Return `count` cameras evenly around the object, from the front on, at the middle distance of `among`."""
+
+        def middle(of: Sequence[float]) -> Tensor:
+            return torch.full((count,), sum(of) / 2)
+
+        azimuth = torch.arange(count) * (360.0 / count)
+        height = torch.full((count,), elevation)
+        return cls(azimuth, height, middle(among.distance), middle(among.field_of_view))
+
+    def to_world(self) -> Tensor:
+        """Return the matrices from camera to world, (B, 4, 4). A camera looks along its -z, y is up, as in OpenGL."""
+        azimuth, elevation = self.azimuth.deg2rad(), self.elevation.deg2rad()
+        zero = torch.zeros_like(azimuth)
+        flat = elevation.cos()
+        backward = torch.stack([flat * azimuth.cos(), flat * azimuth.sin(), elevation.sin()], -1)
+        right = torch.stack([-azimuth.sin(), azimuth.cos(), zero], -1)
+        up = torch.linalg.cross(backward, right)
+        matrix = torch.eye(4).to(azimuth).repeat(len(self), 1, 1)
+        matrix[:, :3] = torch.stack([right, up, backward, backward * self.distance[:, None]], -1)
+        return matrix
+
+    def rays(self, side: int) -> tuple[Tensor, Tensor]:
+        """Return origins (B, 3), and unit directions (B, side, side, 3) through the centres of the pixels.
+
+        The first row of pixels is the upper one."""
+        matrix = self.to_world()
+        reach = (self.field_of_view.deg2rad() / 2).tan()
+        steps = (torch.arange(side).to(reach) + 0.5) / side * 2 - 1
+        down, across = torch.meshgrid(steps, steps, indexing="ij")
+        plane = torch.stack([across, -down, torch.zeros_like(down)], -1)
+        local = plane * reach[:, None, None, None] - torch.tensor([0.0, 0.0, 1.0]).to(reach)
+        turned = torch.einsum("bij,bhwj->bhwi", matrix[:, :3, :3], local)
+        return matrix[:, :3, 3], torch.nn.functional.normalize(turned, dim=-1)
+
+    def prompts(self, prompt: str) -> list[str]:
+        """Return `prompt` followed by the words for each view, such as `, side view` (2209.14988, section 3.2)."""
+        words = []
+        for azimuth, elevation in zip(self.azimuth.tolist(), self.elevation.tolist(), strict=True):
+            off = abs((azimuth + 180) % 360 - 180)
+            view = "front" if off < FRONT else "back" if off > 180 - FRONT else "side"
+            words.append(f"{prompt}, {'overhead' if elevation > OVERHEAD else view} view")
+        return words

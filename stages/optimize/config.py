@@ -1,0 +1,89 @@
+"""The base classes of objectives and representations, and the settings of training. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from stages.base import Config
+from stages.training import Method, TrainingSettings
+
+if TYPE_CHECKING:
+    from stages.networks.adapter import Adapter
+    from stages.optimize.representations.base import Representation
+
+
+class ObjectTraining(TrainingSettings):
+    """How the particles are trained. By default, their weights are not averaged."""
+
+    batch_size: int = Field(
+        4, ge=1, description="views in a batch; particles are drawn in turn, and the others stay as they are"
+    )
+    learning_rate: float = Field(3e-2, gt=0, description="peak learning rate, after the warm-up and before the decay")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="decay of the exponential moving average of the particles; 0: the last ones"
+    )
+
+
+@dataclass(frozen=True)
+class RepresentationMaterials:
+    """What a representation is made from."""
+
+    teacher: Adapter
+    """The frozen teacher, whose latents the particles make."""
+    particles: int
+    """How many there are."""
+    folder: Path
+    """The stage's folder, with the files that `RepresentationConfig.prepare` has put there."""
+
+
+class RepresentationConfig(Config):
+    """Base class of the settings of representations."""
+
+    name: str
+
+    @property
+    def solid(self) -> bool:
+        """Whether the particles are seen by cameras, from all sides."""
+        return False
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield (field path, problem) for each setting that cannot work. It may read the files that settings name."""
+        yield from ()
+
+    def prepare(self, folder: Path) -> None:
+        """Copy the files that `create` reads to `folder`. Raises StageError if a file cannot be used."""
+
+    def create(self, materials: RepresentationMaterials) -> Representation:
+        """Create the particles as they are before training. Torch may be imported only here and below."""
+        raise TypeError(f"{type(self).__name__} does not implement create()")
+
+
+@dataclass(frozen=True)
+class ObjectiveMaterials:
+    """What an objective is made from."""
+
+    teacher: Adapter
+    """The frozen teacher. An objective must not change it."""
+    particles: Representation
+    prompt: str
+    training: ObjectTraining
+
+
+class ObjectiveConfig(Config):
+    """Base class of the settings of objectives."""
+
+    name: str
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether the teacher is called both with and without the prompt."""
+        return False
+
+    def create(self, materials: ObjectiveMaterials) -> Method:
+        """Create the method, whose first player is called `particles`. Torch may be imported only here and below."""
+        raise TypeError(f"{type(self).__name__} does not implement create()")

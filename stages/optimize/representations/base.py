@@ -1,0 +1,132 @@
+"""Representation: the base class of what is optimised. `Views` says which particles are seen, and from where."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stages.base import StageError
+from stages.networks.adapter import Adapter
+from stages.optimize.cameras import Cameras
+
+if TYPE_CHECKING:
+    from stages.optimize.representations.config import SolidConfig
+
+WEIGHTS = "particles.safetensors"
+"""The file of the particles' parameters."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """B views of particles."""
+
+    particles: Tensor
+    """The number of the particle in each view, (B,)."""
+    cameras: Cameras | None = None
+    """Where each is seen from. None for particles without sides."""
+
+
+class Rendering(NamedTuple):
+    """Latents x (B, C, h, w) of views, with gradients to the particles, and further terms of the loss, each (B,)."""
+
+    x: Tensor
+    terms: dict[str, Tensor] = {}
+
+
+class Representation(nn.Module, ABC):
+    """N particles of one kind. Each has its own parameters, so that a particle which is not seen is not changed."""
+
+    solid = False
+    """Whether views have cameras."""
+
+    def __init__(self, teacher: Adapter, count: int) -> None:
+        super().__init__()
+        self.teacher, self.count = teacher, count
+
+    def draw(self, particles: Tensor) -> Views:
+        """Return random views of `particles` (B,), with torch's global generator."""
+        return Views(particles)
+
+    def fixed(self, most: int) -> Views:
+        """Return at most `most` views, always the same ones, to be shown and measured: one of each particle."""
+        return Views(torch.arange(min(most, self.count)))
+
+    @abstractmethod
+    def render(self, views: Views) -> Rendering:
+        """Render the views as latents of the teacher."""
+
+    @abstractmethod
+    def images(self, views: Views) -> Tensor:
+        """Return the views as images (B, 3, H, W) in [-1, 1], float32, on the CPU, without gradients."""
+
+    def prompts(self, prompt: str, views: Views) -> list[str]:
+        """Return the prompt of each view for the teacher."""
+        return [prompt] * len(views.particles)
+
+    def save(self, folder: Path) -> None:
+        """Write the parameters to WEIGHTS. Subclasses also write files for other programs."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS)
+
+    def load(self, folder: Path) -> Representation:
+        """Load what `save` wrote. Returns itself."""
+        self.load_state_dict(load_file(folder / WEIGHTS))
+        return self.to(self.teacher.device)
+
+
+class Solid(Representation):
+    """Particles that cameras see from all sides. A subclass renders images by `look`."""
+
+    solid = True
+
+    def __init__(self, teacher: Adapter, count: int, config: SolidConfig) -> None:
+        """Raises StageError if the teacher's images are not square."""
+        super().__init__(teacher, count)
+        self.config = config
+        _, height, width = teacher.latent_shape
+        if height != width:
+            raise StageError(f"{config.name}: cameras make square images, the teacher's latents are {height} x {width}")
+
+    @abstractmethod
+    def look(self, views: Views, side: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return images (B, 3, side, side) in [0, 1] with gradients, and further terms of the loss, each (B,).
+
+        In training mode, the sampling of rays and the background may be random."""
+
+    def draw(self, particles: Tensor) -> Views:
+        return Views(particles, Cameras.draw(len(particles), self.config.cameras))
+
+    def fixed(self, most: int) -> Views:
+        """As in the base class, but each particle is seen from as many sides as there is room for."""
+        particles = torch.arange(min(most, self.count))
+        sides = most // len(particles)
+        around = Cameras.turntable(sides, self.config.cameras)
+        return Views(particles.repeat_interleave(sides), around.at(torch.arange(sides).repeat(len(particles))))
+
+    def render(self, views: Views) -> Rendering:
+        images, terms = self.look(views, self.config.resolution)
+        side = self.teacher.latent_shape[1] * self.teacher.down_sampling
+        if self.config.resolution != side:
+            images = functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        return Rendering(self.teacher.encode_with_gradient(images * 2 - 1), terms)
+
+    @torch.no_grad()
+    def images(self, views: Views) -> Tensor:
+        assert views.cameras
+        training = self.training
+        self.eval()
+        rows = torch.arange(len(views.particles)).split(1)
+        seen = [self.look(Views(views.particles[row], views.cameras.at(row)), self.config.shown)[0] for row in rows]
+        self.train(training)
+        return torch.cat(seen).float().cpu().clamp(0, 1) * 2 - 1
+
+    def prompts(self, prompt: str, views: Views) -> list[str]:
+        assert views.cameras
+        return views.cameras.prompts(prompt) if self.config.view_prompts else super().prompts(prompt, views)

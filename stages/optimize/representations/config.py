@@ -1,0 +1,72 @@
+"""The settings of the representations. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, Strict
+
+from stages.base import Config
+from stages.optimize.config import RepresentationConfig, RepresentationMaterials
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("should be two numbers, the first not above the second")
+    return value
+
+
+Range = Annotated[tuple[float, float], Strict(False), AfterValidator(_ordered)]
+"""The least and the largest value of a number that is drawn uniformly."""
+
+
+class CameraRange(Config):
+    """Where the random cameras stand. The object is within the unit ball around the origin, at which they look."""
+
+    azimuth: Range = Field((-180.0, 180.0), description="degrees around the object; 0 is its front")
+    elevation: Range = Field((-10.0, 45.0), description="degrees above the horizon, -90 to 90")
+    distance: Range = Field((2.5, 3.0), description="distance from the origin")
+    field_of_view: Range = Field((40.0, 50.0), description="degrees from the top to the bottom of the image")
+
+
+class LatentConfig(RepresentationConfig):
+    """Latents of the teacher themselves, as in threestudio's 2dplayground. They start as standard normal noise."""
+
+    name: Literal["latent"] = "latent"
+
+    def create(self, materials: RepresentationMaterials) -> Representation:
+        from stages.optimize.representations.flat import Latents
+
+        return Latents(materials.teacher, materials.particles)
+
+
+class ImageConfig(RepresentationConfig):
+    """Images of the teacher's size, which its VAE encodes. Their values start uniform over the range of images."""
+
+    name: Literal["image"] = "image"
+
+    def create(self, materials: RepresentationMaterials) -> Representation:
+        from stages.optimize.representations.flat import Images
+
+        return Images(materials.teacher, materials.particles)
+
+
+class SolidConfig(RepresentationConfig):
+    """Base class of objects that cameras see from all sides."""
+
+    cameras: CameraRange = Field(CameraRange(), description="where the random cameras stand")
+    view_prompts: bool = Field(
+        True,
+        description="whether `, front view` and so on is added to the prompt; false for teachers that know no views",
+    )
+    resolution: int = Field(
+        64,
+        ge=8,
+        description="side of the rendered images in training, in pixels; they are "
+        "scaled to the size of the teacher's images",
+    )
+    shown: int = Field(128, ge=8, description="side of the images that are written, in pixels")
+
+    @property
+    def solid(self) -> bool:
+        return True

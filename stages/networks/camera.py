@@ -21,9 +21,10 @@ class CameraEmbedding(nn.Module):
         super().__init__()
         self.classes = unet.class_embedding
         width = unet.time_embedding.linear_2.out_features
-        self.layers = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.zeros_(self.layers[2].bias)
+        last = nn.Linear(width, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(nn.Linear(16, width), nn.SiLU(), last)
         self.to(next(unet.parameters()).device)
 
     def forward(self, seen: tuple[Tensor | None, Tensor]) -> Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.base import StageError
+from stages.data.pictures import strip
 from stages.networks.adapter import Adapter
 from stages.optimize.cameras import Cameras
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "particles.safetensors"
 """The file of the particles' parameters."""
+FRAMES, MILLISECONDS = 36, 80
+"""The images of a turntable, and how long each is shown."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,20 @@ class Rendering(NamedTuple):
     """Latents x (B, C, h, w) of views, with gradients to the particles, and further terms of the loss, each (B,)."""
 
     x: Tensor
-    terms: dict[str, Tensor] = {}
+    terms: Mapping[str, Tensor]
+
+
+class Look(NamedTuple):
+    """What B cameras see of solid particles."""
+
+    images: Tensor
+    """(B, 3, side, side) in [0, 1], with gradients."""
+    opacity: Tensor
+    """The share of light that the object stops, (B, 1, side, side) in [0, 1]."""
+    depth: Tensor
+    """The mean distance from the camera of what stops the light, (B, 1, side, side). 0 where nothing does."""
+    terms: Mapping[str, Tensor]
+    """Further terms of the loss, each (B,)."""
 
 
 class Representation(nn.Module, ABC):
@@ -95,10 +113,8 @@ class Solid(Representation):
             raise StageError(f"{config.name}: cameras make square images, the teacher's latents are {height} x {width}")
 
     @abstractmethod
-    def look(self, views: Views, side: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return images (B, 3, side, side) in [0, 1] with gradients, and further terms of the loss, each (B,).
-
-        In training mode, the sampling of rays and the background may be random."""
+    def look(self, views: Views, side: int) -> Look:
+        """Render images of `side` pixels. In training mode, the sampling of rays and the background may be random."""
 
     def draw(self, particles: Tensor) -> Views:
         return Views(particles, Cameras.draw(len(particles), self.config.cameras))
@@ -111,7 +127,7 @@ class Solid(Representation):
         return Views(particles.repeat_interleave(sides), around.at(torch.arange(sides).repeat(len(particles))))
 
     def render(self, views: Views) -> Rendering:
-        images, terms = self.look(views, self.config.resolution)
+        images, _, _, terms = self.look(views, self.config.resolution)
         side = self.teacher.latent_shape[1] * self.teacher.down_sampling
         if self.config.resolution != side:
             images = functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
@@ -119,14 +135,45 @@ class Solid(Representation):
 
     @torch.no_grad()
     def images(self, views: Views) -> Tensor:
+        return torch.cat([look.images.cpu() for look in self._looks(views)]) * 2 - 1
+
+    def _looks(self, views: Views) -> Iterator[Look]:
+        """Yield one view after the other, as they are written: without gradients, in evaluation mode."""
         assert views.cameras
         training = self.training
         self.eval()
-        rows = torch.arange(len(views.particles)).split(1)
-        seen = [self.look(Views(views.particles[row], views.cameras.at(row)), self.config.shown)[0] for row in rows]
+        for row in torch.arange(len(views.particles)).split(1):
+            yield self.look(Views(views.particles[row], views.cameras.at(row)), self.config.shown)
         self.train(training)
-        return torch.cat(seen).float().cpu().clamp(0, 1) * 2 - 1
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        """Also write what cameras around each particle see: `PARTICLE/turntable.webp`, frames and depth images.
+
+        A depth image is white at the nearest point that a camera sees and darker with the distance; black is empty."""
+        super().save(folder)
+        for number in range(self.count):
+            around = Cameras.turntable(FRAMES, self.config.cameras)
+            looks = list(self._looks(Views(torch.full((FRAMES,), number), around)))
+            frames = [Image.fromarray(strip((look.images * 2 - 1).cpu().numpy())) for look in looks]
+            depths = [Image.fromarray(strip(_shade(look).cpu().numpy())) for look in looks]
+            own = folder / f"{number:04}"
+            for name, images in (("frames", frames), ("depth", depths)):
+                (own / name).mkdir(parents=True, exist_ok=True)
+                for place, image in enumerate(images):
+                    image.save(own / name / f"{place:03}.png")
+            frames[0].save(
+                own / "turntable.webp", save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0
+            )
 
     def prompts(self, prompt: str, views: Views) -> list[str]:
         assert views.cameras
         return views.cameras.prompts(prompt) if self.config.view_prompts else super().prompts(prompt, views)
+
+
+def _shade(look: Look) -> Tensor:
+    """Return the depth of one view as a grey image (1, 3, side, side) in [-1, 1]."""
+    seen = look.opacity > 0.5
+    near, far = look.depth[seen].aminmax() if seen.any() else (look.depth.min(), look.depth.max())
+    light = 1 - 0.8 * (look.depth - near) / (far - near).clamp_min(1e-6)
+    return (torch.where(seen, light, 0.0).clamp(0, 1) * 2 - 1).expand(-1, 3, -1, -1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, Strict
 
 from stages.base import Config
 from stages.optimize.config import RepresentationConfig, RepresentationMaterials
+
+if TYPE_CHECKING:
+    from stages.optimize.representations.base import Representation
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:

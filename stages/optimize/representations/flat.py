@@ -42,7 +42,7 @@ class Latents(Flat):
         super().__init__(teacher, torch.randn(count, *teacher.latent_shape))
 
     def render(self, views: Views) -> Rendering:
-        return Rendering(self.chosen(views))
+        return Rendering(self.chosen(views), {})
 
     @torch.no_grad()
     def images(self, views: Views) -> Tensor:
@@ -63,7 +63,7 @@ class Images(Flat):
         super().__init__(teacher, torch.rand(count, 3, height, width) * 2 - 1)
 
     def render(self, views: Views) -> Rendering:
-        return Rendering(self.teacher.encode_with_gradient(self.chosen(views)))
+        return Rendering(self.teacher.encode_with_gradient(self.chosen(views)), {})
 
     @torch.no_grad()
     def images(self, views: Views) -> Tensor:

@@ -12,7 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.runs import Run, status_of
 from pipeline.store import RECORD
 from pipeline.store.artifacts import changed_file
-from stages.evaluate import Evaluate
+from stages.evaluate import Evaluate, figures
 from stages.reports.sections import Evaluated, Section
 
 
@@ -96,13 +96,12 @@ def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
     changed = changed_file(folder, record)
     if changed:
         raise ValueError(f"{folder / changed} is missing or changed")
-    origin = (
-        f"noises of {names.get(shown['pairs'], 'pairs/' + shown['pairs'])}, "
-        f"teacher {names.get(shown['teacher'], 'teacher/' + shown['teacher'])}"
-    )
-    student = metrics["student"]
-    training = _training(folder / record["inputs"]["student"] / RECORD) if student else {}
-    called = _in_steps(names[student], record["settings"].get("steps")) if student in names else name
+    pairs = f"noises of {names.get(shown['pairs'], 'pairs/' + shown['pairs'])}, " if "pairs" in shown else ""
+    origin = f"{pairs}teacher {names.get(shown['teacher'], 'teacher/' + shown['teacher'])}"
+    side = figures.subject(metrics)
+    training = _training(folder / record["inputs"][side] / RECORD) if side else {}
+    measured: str = metrics[side] if side else ""
+    called = _in_steps(names[measured], record["settings"].get("steps")) if measured in names else name
     return Evaluated(called, training, origin, folder, metrics, shown)
 
 
@@ -118,7 +117,7 @@ def _training(path: Path) -> dict[str, Any]:
     """The method, steps and cost of a student's training, from its record."""
     record = _read(path)
     return {
-        "method": record["settings"]["method"]["name"],
+        "method": record["settings"].get("method", record["settings"].get("objective"))["name"],
         "training_steps": record["settings"]["training"]["steps"],
         "trained_seconds": record["seconds"],
         "device_seconds": record["device_seconds"],

@@ -30,6 +30,10 @@ FIGURES = {
     "recall": Figure("recall", "{:.3f}"),
     "diversity": Figure("diversity", "{:.2f}"),
     "nearest_mse": Figure("MSE to nearest", "{:.4f}"),
+    # of particles and of the teacher beside them
+    "image_distance": Figure("image distance", "{:.3f}"),
+    "saturation": Figure("saturation", "{:.3f}"),
+    "contrast": Figure("contrast", "{:.3f}"),
 }
 
 
@@ -69,8 +73,15 @@ def calls(values: Mapping[str, Any]) -> str:
     return f"{count} network call{'s' if count != '1' else ''}" if count else ""
 
 
+def subject(metrics: Mapping[str, Any]) -> str | None:
+    """Return the side that is measured beside the teacher: student or particles. None if it is the teacher alone."""
+    return next((name for name in ("student", "particles") if metrics.get(name)), None)
+
+
 def legend(metrics: Mapping[str, Any]) -> list[str]:
     """Return the lines that explain the columns."""
+    if subject(metrics) == "particles":
+        return _legend_of_particles(metrics)
     lines = [
         f"Each side has {metrics['samples']} samples of the {metrics['split']} split. ± is one standard error.",
         "Latent MSE is measured to the teacher's full-step output from the same noise, so it is 0 for the teacher in "
@@ -92,4 +103,22 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
             "VAE: the lowest distance to expect of a latent model with this VAE.",
             f"The classifier is right on {metrics['probe_accuracy']:.1%} of the images that it was not trained on.",
         ]
+    return lines
+
+
+def _legend_of_particles(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the lines that explain the columns of particles."""
+    lines = [
+        f"Each side has {metrics['samples']} images of the same prompt. ± is one standard error over the images.",
+        "Image distance is the root mean squared difference of two images in [-1, 1], averaged over all pairs of one "
+        "side. Saturation is that of HSV, contrast the standard deviation of the luma in [0, 1].",
+    ]
+    if any("nearest_mse" in side for side in metrics["sides"].values()):
+        lines.append("MSE to nearest is that of the encoded image to the nearest image of the exact teacher's set.")
+    if "features" in metrics:
+        lines.append(
+            f"Prompt accuracy and diversity use {metrics['features']}: a classifier trained on real images, which is "
+            f"right on {metrics['probe_accuracy']:.1%} of those that it was not trained on. Diversity is the mean "
+            "distance between the features of two images."
+        )
     return lines

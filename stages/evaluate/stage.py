@@ -1,4 +1,4 @@
-"""`kind: evaluate`: compares a student with its teacher on the same prompts and noises, as JSON and as an HTML page."""
+"""`kind: evaluate`: compares a student, or particles, with the teacher, as JSON and as an HTML page."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pydantic import Field, model_validator
 
 from stages.base import Artifact, Input, Neutral, Stage, StageContext
 from stages.data.images.config import Digits
+from stages.diffusion.config import Sampler
 from stages.distill import Distill, sources, teacher_of
 from stages.evaluate.config import MIN_SAMPLES, EvaluationExecution, Split
 from stages.evaluate.noises import held_out, overlap
 from stages.pairs import Pairs, guidance_scales
 from stages.probe import Probe
+from stages.teacher import Teacher
 
 
 def subject(inputs: Mapping[str, Artifact]) -> tuple[Artifact, Artifact | None]:
@@ -37,6 +39,8 @@ class Evaluate(Stage):
     test` to report the chosen student. The splits share no sample: validation noises are numbered from 2^50 on, and
     pairs and test noises have lower numbers. All validation noises are fresh, so each evaluation runs the teacher on
     them again.
+
+    With `particles`, it compares the objects of an optimize stage with as many samples of their teacher.
     """
 
     VERSION: ClassVar[int] = 6
@@ -46,6 +50,12 @@ class Evaluate(Stage):
         None,
         description="pairs whose noises, prompts, guidance and images to compare on; default: those of the student; "
         "without a student, the teacher alone is measured",
+    )
+    particles: Annotated[str | None, Input("optimize"), Neutral()] = Field(
+        None, description="objects to measure, in place of a student"
+    )
+    sampler: Annotated[Sampler | None, Neutral()] = Field(
+        None, description="how the teacher beside the particles is sampled; default: 50 steps at guidance_scale 3"
     )
     real: Annotated[str | None, Input("probe")] = Field(
         None, description="probe of the real images to compare with; if left out, nothing is compared with real images"
@@ -74,13 +84,29 @@ class Evaluate(Stage):
 
     @model_validator(mode="after")
     def _a_subject(self) -> Self:
+        if self.particles:
+            own = {"kind", "particles", "sampler", "real", "seed", "execution"}
+            others = sorted(self.model_fields_set - own)
+            if others:
+                raise ValueError(f"with particles, leave {' and '.join(others)} out")
+            return self
+        if self.sampler:
+            raise ValueError("sampler applies to particles; a student is measured with the sampler of its pairs")
         if self.student is None and self.pairs is None:
-            raise ValueError("give student, pairs or both")
+            raise ValueError("give student, pairs or both; or particles")
         if self.student is None and self.steps:
             raise ValueError("steps applies to a student; for the teacher, give teacher_steps")
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        if self.particles:
+            teacher = inputs["particles"].inputs["teacher"]
+            assert isinstance(teacher.stage, Teacher)
+            guided = (self.sampler or Sampler()).guidance_scale > 1
+            unguided = teacher.stage.guidance_error(False, teacher.folder) if guided else None
+            if unguided:
+                yield "sampler", f"it guides the teacher, but {unguided}; set guidance_scale: 1.0"
+            return
         if self.student and not self.pairs and not sources(inputs["student"].inputs):
             yield "student", "it was not trained on pairs; give `pairs`, for noises and prompts to compare on"
             return
@@ -136,6 +162,10 @@ class Evaluate(Stage):
             )
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
+        if self.particles:
+            measured = context.inputs["particles"], self.sampler or Sampler(), context.inputs.get("real")
+            where = self.execution, context.seed, context.output, context.threads
+            return context.run(_particles, *measured, *where)
         from stages.evaluate.run import evaluate
 
         found, student = subject(context.inputs)
@@ -154,3 +184,9 @@ class Evaluate(Stage):
             context.output,
             context.threads,
         )
+
+
+def _particles(*arguments: Any) -> Any:
+    from stages.evaluate.particles import evaluate_particles
+
+    return evaluate_particles(*arguments)

@@ -22,8 +22,9 @@ MEANS = (
 class Evaluated:
     """A sealed evaluation.
 
-    student: name of its student. training: figures of the student's training (keys of FIGURES). origin: names of the
-    pairs and the teacher that its noises come from, as text. metrics, shown: its metrics.json and shown.json.
+    student: name of its student, or of its particles. training: figures of their training (keys of FIGURES). origin:
+    names of the pairs and the teacher that its noises come from, as text. metrics, shown: its metrics.json and
+    shown.json.
     """
 
     student: str
@@ -108,9 +109,10 @@ class _Group:
 
     def add(self, one: Evaluated) -> None:
         self.common = {**dict(_common(one)), **self.common}
-        if one.metrics["student"]:
-            steps = one.metrics["sides"]["student"]["network_calls"]
-            self.students.setdefault((one.metrics["student"], steps), []).append(one)
+        side = figures.subject(one.metrics)
+        if side:
+            steps = one.metrics["sides"][side].get("network_calls", 0)
+            self.students.setdefault((one.metrics[side], steps), []).append(one)
 
     def section(self) -> Section:
         metrics = self.first.metrics
@@ -119,14 +121,14 @@ class _Group:
         legend = figures.legend(metrics)
         if any(row.kind == "mean" for row in students):
             legend.append(MEANS)
-        split = " validation" if metrics["split"] == "validation" else ""
+        split = " validation" if metrics.get("split") == "validation" else ""
         title = f"{self.first.origin}: {metrics['samples']}{split} samples{features}"
         return Section(title, self.first.shown, legend, [*sorted(self.common.values(), key=_place), *students])
 
 
 def _common(one: Evaluated) -> Iterator[tuple[str, Row]]:
     for side, values in one.metrics["sides"].items():
-        if side != "student":
+        if side != figures.subject(one.metrics):
             steps = int(side.removeprefix("teacher_"))
             yield side, Row(figures.title(side, values), "teacher", values, one.picture(side), steps=steps)
     for name, values in one.metrics.get("references", {}).items():
@@ -149,9 +151,11 @@ def _student(evaluations: Sequence[Evaluated]) -> Row:
     """Return the row of one student, which evaluations of several runs may have measured."""
     first, *others = evaluations
     also = ", ".join(dict.fromkeys(one.student for one in others if one.student != first.student))
-    values = {**first.training, **first.metrics["sides"]["student"]}
+    side = figures.subject(first.metrics)
+    assert side
+    values = {**first.training, **first.metrics["sides"][side]}
     note = f"also {also}" if also else ""
-    return Row(first.student, "student", values, first.picture("student"), note, values["network_calls"])
+    return Row(first.student, "student", values, first.picture(side), note, values.get("network_calls"))
 
 
 # --- Means over seeds ---

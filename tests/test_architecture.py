@@ -20,7 +20,7 @@ FLOORS = [
     {"pipeline.errors"},
     {"stages", "stages.reports"},
     {"stages.evaluate"},
-    {"stages.distill", "stages.perceptual"},
+    {"stages.distill", "stages.optimize", "stages.perceptual"},
     {"stages.pairs", "stages.latents", "stages.probe", "stages.methods"},
     {"stages.teacher"},
     {"stages.training", "stages.losses"},
@@ -39,9 +39,17 @@ HOMES = {
     "transformers": {"stages.networks"},
     "accelerate": {"stages.training"},
     "click": {"pipeline.cli", "pipeline.commands", "pipeline.reference"},
+    "trimesh": {"stages.optimize"},
 }
 
-DEFINE = {"pipeline", "stages", "stages.methods", "stages.data.inspection"}
+DEFINE = {
+    "pipeline",
+    "stages",
+    "stages.methods",
+    "stages.optimize.objectives",
+    "stages.optimize.representations",
+    "stages.data.inspection",
+}
 """Packages whose `__init__` defines something: a default, registries of names, `inspect_shards`."""
 
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])

@@ -21,12 +21,16 @@ from stages.data.images.config import IMAGE_SETS
 from stages.data.triplets.config import TRIPLET_SETS
 from stages.losses.config import LOSSES
 from stages.methods import METHODS
+from stages.optimize.objectives import OBJECTIVES
+from stages.optimize.representations import REPRESENTATIONS
 from stages.registry import PluginError, Registry
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "stage kinds": KINDS,
     "methods": METHODS,
     "losses": LOSSES,
+    "objectives": OBJECTIVES,
+    "representations": REPRESENTATIONS,
     "triplet sets": TRIPLET_SETS,
     "image sets": IMAGE_SETS,
 }
@@ -34,6 +38,8 @@ USED_AS = {
     "stage kinds": "kind: {}",
     "methods": "method: {{name: {}}}",
     "losses": "loss: {{name: {}}}",
+    "objectives": "objective: {{name: {}}}",
+    "representations": "representation: {{name: {}}}",
     "triplet sets": "triplets: {{name: {}}}",
     "image sets": "dataset: {0} or images: {0}",
 }

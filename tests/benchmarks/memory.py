@@ -11,6 +11,9 @@ prints the size of pairs on disk.
 In each step of DMD and DMD2, the student and the fake score have a turn. Both train all weights, or both a LoRA. The
 teacher is guided. DMD has as many pairs as new samples, and their distance is mse. DMD2 has its GAN head.
 
+SDS and VSD optimise an image of the teacher's size, which its VAE encodes with gradients. VSD's score trains all
+weights, or a LoRA. The VAE is counted among what is held.
+
 With `--measure`, the same steps also run on the GPU of this machine, if they fit. Each figure is followed by the most
 that PyTorch's allocator held there.
 
@@ -34,7 +37,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -58,6 +61,10 @@ from stages.networks.lora import LoraSettings
 from stages.networks.perceptual import LPIPS, About
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.vgg import VGG
+from stages.optimize.config import ObjectiveMaterials, ObjectTraining
+from stages.optimize.objectives import OBJECTIVES
+from stages.optimize.objectives.config import ParticleScore
+from stages.optimize.representations.flat import Images
 from stages.training import TrainingExecution
 from stages.training.loop import _Run
 from tests.support.networks import SDXL_UNET
@@ -97,6 +104,14 @@ TEACHERS = {
         SDXL_UNET,
     ),
 }
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+"""The config of the VAE of both."""
 OPTIONS = {
     "float32": ("no", False),
     "float32, checkpointing": ("no", True),
@@ -109,6 +124,8 @@ METHODS = {
     "diffusion2gan": (WITHOUT, WITH),
     "dmd": (WITHOUT,),
     "dmd2": (WITHOUT,),
+    "sds": (WITHOUT,),
+    "vsd": (WITHOUT,),
 }
 """Method -> the steps that are measured."""
 
@@ -160,11 +177,12 @@ class Allocated:
 class Teacher(StableDiffusion):
     """Of a published layout, as far as a method asks for it, and without a folder."""
 
-    def __init__(self, published: Published) -> None:
+    def __init__(self, published: Published, encodes: bool = False) -> None:
         self.published, self.network = published, published.network().requires_grad_(False)
         self._called, self.latent_shape = self.network, (CHANNELS, published.side, published.side)
         self.schedule, self.device = NoiseSchedule.stable_diffusion(), torch.get_default_device()
         self.prediction, self._timesteps, self.dtype = "epsilon", {}, torch.float32
+        self.vae = AutoencoderKL(**VAE).requires_grad_(False) if encodes else None
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         rows, shapes = len(prompts), self.published.condition
@@ -224,7 +242,7 @@ def gigabytes(
             optimizer.param_groups[0]["foreach"] = True  # the default on a GPU
         shape = (training.batch_size, CHANNELS, published.side, published.side)
         pairs = {"noise": torch.randn(shape), "latent": torch.randn(shape), "prompts": [""] * training.batch_size}
-        batch = {"pairs": pairs, "latents": pairs}
+        batch = {"pairs": pairs, "latents": pairs, "particles": Firsts(training.batch_size)}
         most = {}
         for step in (WITHOUT - 1, *METHODS[name]):  # the first makes the averages of AdamW
             held.most = held.now
@@ -234,7 +252,28 @@ def gigabytes(
         return held.now / 1e9, most
 
 
+class Firsts:
+    """The numbers of views' particles, all 0, where a fake tensor would have none."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def tolist(self) -> list[int]:
+        return [0] * self.count
+
+
 def _method(published: Published, name: str, training: StudentTraining) -> Any:
+    if name in OBJECTIVES:
+        teacher = Teacher(published, encodes=True)
+        settings = {"score": ParticleScore(lora=training.lora)} if name == "vsd" else {}
+        own = ObjectTraining(
+            steps=training.steps, batch_size=training.batch_size, mixed_precision=training.mixed_precision
+        )
+        particles = Images(teacher, 1)
+        return OBJECTIVES[name](**settings).create(ObjectiveMaterials(teacher, particles, "", own))
     materials, plain = Materials(Teacher(published), training), Regression(name="l1")
     if name == "knowledge_distillation":
         return KnowledgeDistillationConfig(loss=plain, prediction="epsilon").create(materials)

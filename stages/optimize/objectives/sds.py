@@ -62,9 +62,10 @@ class SDS:
         """Return the loss of the particles in `batch["particles"]` (B,), and its terms."""
         views = self.particles.draw(batch["particles"])
         x, terms = self.particles.render(views)
-        late = self.config.anneal is not None and step >= self.config.anneal.after
+        annealed = self.config.anneal is not None and step >= self.config.anneal.after
+        score = self.scores[1 if annealed else 0]
         prompts = self.particles.prompts(self.prompt, views)
-        gradient = self.scores[late].gradient(x, prompts, self.seen(x, views))
+        gradient = score.gradient(x, prompts, self.seen(x, views))
         matching = matching_loss(x, gradient)
         loss = matching + sum(terms.values(), torch.zeros_like(matching))
         return loss.mean(), {"matching": matching, **terms, "saturated": of_samples(x, None)["saturated"]}

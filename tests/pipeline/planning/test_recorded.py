@@ -31,7 +31,8 @@ RECORDED = Path(__file__).parent / "recorded.json"
 REGENERATE = "run `python -m tests.pipeline.planning.test_recorded` and commit recorded.json"
 
 TEACHER = [
-    "networks/{adapter,adapters,compute,condition,exact,lora,pixel,stable_diffusion,stable_diffusion_xl,teachers}.py",
+    "networks/{adapter,adapters,camera,compute,condition,exact,lora,pixel}.py",
+    "networks/{stable_diffusion,stable_diffusion_xl,teachers}.py",
     "diffusion/{guidance,mixture,prediction,schedule}.py",
 ]
 """A teacher's network, asked for its output."""
@@ -80,10 +81,20 @@ RESULTS = {
         "methods/diffusion2gan/{config,mix_and_match}.py",  # config: how its discriminator is optimised
         "losses/*.py",
         "networks/{denoiser,discriminator,exporting,fake_score,head,perceptual,tiny,unet_features,vgg}.py",
-        "diffusion/{halving,weighting}.py",
+        "diffusion/{halving,levels,weighting}.py",
         "data/{latents,reader,supply}.py",
         "data/prompts/{read,table}.py",
         "data/images/{digits,files,load}.py",  # captions
+        *(*TEACHER, *STUDENT, *TRAINING),
+    ],
+    "optimize": [
+        "optimize/{cameras,train}.py",
+        "optimize/objectives/{sds,vsd}.py",
+        "optimize/representations/{base,flat}.py",
+        "optimize/representations/*/*.py",
+        "losses/score.py",
+        "networks/{denoiser,fake_score}.py",
+        "diffusion/{levels,weighting}.py",
         *(*TEACHER, *STUDENT, *TRAINING),
     ],
     "probe": [
@@ -93,8 +104,8 @@ RESULTS = {
         *IMAGES,
     ],
     "evaluate": [
-        "evaluate/{measure,noises,run,sides}.py",
-        "metrics/distances.py",
+        "evaluate/{measure,noises,particles,run,sides}.py",
+        "metrics/{distances,images}.py",
         "networks/probe.py",
         "diffusion/config.py",  # which counts network calls
         "data/{noise,reader}.py",

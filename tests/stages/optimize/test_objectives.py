@@ -34,19 +34,18 @@ from tests.support.networks import adapter_around, pixel_unet
 SCHEDULE = NoiseSchedule.stable_diffusion()
 EVERY = Levels(SCHEDULE, "cpu")
 PROMPT = "a red handwritten seven"
+MEANS = {"": -0.5, "up": 0.3}
 
 
 class Gaussians(StableDiffusion):
     """A teacher of numbers: N(MEANS[prompt], std^2) in closed form."""
-
-    MEANS = {"": -0.5, "up": 0.3}
 
     def __init__(self, std):
         self.std, self.schedule, self.prediction = std, SCHEDULE, "epsilon"
         self.device, self.latent_shape, self.network = torch.device("cpu"), (1, 1, 1), None
 
     def teacher_condition(self, prompts):
-        return Condition(len(prompts), {"mean": torch.tensor([self.MEANS[prompt] for prompt in prompts])})
+        return Condition(len(prompts), {"mean": torch.tensor([MEANS[prompt] for prompt in prompts])})
 
     def teacher_dropped(self):
         return self.teacher_condition([""])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "particles.safetensors"
 """The file of the particles' parameters."""
+BACKGROUNDS = {"white": 1.0, "black": 0.0, "grey": 0.5, "random": 0.5}
+"""The colours behind objects, outside training."""
 FRAMES, MILLISECONDS = 36, 80
 """The images of a turntable, and how long each is shown."""
 
@@ -115,6 +117,13 @@ class Solid(Representation):
     @abstractmethod
     def look(self, views: Views, side: int) -> Look:
         """Render images of `side` pixels. In training mode, the sampling of rays and the background may be random."""
+
+    def background(self, like: Tensor) -> Tensor:
+        """Return the colours behind B images, (B, 3, 1, 1), on the device and in the dtype of `like` (B, ...)."""
+        name = self.config.background
+        if name == "random" and self.training:
+            return torch.rand(len(like), 3, 1, 1).to(like)
+        return like.new_full((len(like), 3, 1, 1), BACKGROUNDS[name])
 
     def draw(self, particles: Tensor) -> Views:
         return Views(particles, Cameras.draw(len(particles), self.config.cameras))

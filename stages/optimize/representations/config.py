@@ -70,6 +70,12 @@ class SolidConfig(RepresentationConfig):
     )
     shown: int = Field(128, ge=8, description="side of the images that are written, in pixels")
 
+    background: Literal["white", "black", "grey", "random"] = Field(
+        "random",
+        description="colour behind the object; random: another one for each view in training, so that the object "
+        "cannot hide in it, and grey otherwise",
+    )
+
     @property
     def solid(self) -> bool:
         return True

@@ -80,7 +80,7 @@ FILLED = view(field_of_view=2 * math.degrees(math.atan(math.sqrt(0.5) / 3)))
 
 def mesh_of(teacher, file, count=1, **changes):
     torch.manual_seed(0)
-    config = MeshConfig(path=str(file), shown=8, resolution=8, **changes)
+    config = MeshConfig(path=str(file), shown=8, resolution=8, **{"background": "white", **changes})
     return Mesh(teacher, count, config, load(file)).double()
 
 

@@ -49,9 +49,6 @@ class MeshConfig(SolidConfig):
         description="weight of the total variation: the mean difference of neighbouring texels or vertices, whose "
         "colours are in [0, 1]",
     )
-    background: Literal["white", "black", "grey", "random"] = Field(
-        "white", description="colour behind the mesh; random: another one for each view in training, grey otherwise"
-    )
 
     def check(self) -> Iterator[tuple[str, str]]:
         if Path(self.path).exists():  # the plan tells of a missing file

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 NOISE = 0.1
 """Standard deviation of the parameters before training. They are colours before the sigmoid."""
-BACKGROUNDS = {"white": 1.0, "black": 0.0, "grey": 0.5, "random": 0.5}
 
 
 class Mesh(Solid):
@@ -61,10 +60,8 @@ class Mesh(Solid):
             camera = _precise(views.cameras.at(torch.tensor([row])), self.corners)
             hits = first_hits(self.corners, camera, side)
             own = colours[number]
-            back = own.new_full((side**2, 3), BACKGROUNDS[self.config.background])
-            if self.config.background == "random" and self.training:
-                back = torch.rand(3).to(own).expand_as(back)
-            images.append(back.index_copy(0, hits.pixels, self._colours(own, hits)))
+            behind = self.background(own[None]).view(1, 3).repeat(side**2, 1)
+            images.append(behind.index_copy(0, hits.pixels, self._colours(own, hits)))
             opacity.append(own.new_zeros(side**2).index_fill(0, hits.pixels, 1.0))
             depth.append(own.new_zeros(side**2).index_copy(0, hits.pixels, hits.distances.to(own)))
             roughness.append(self._variation(own))

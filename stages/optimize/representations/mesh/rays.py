@@ -61,9 +61,7 @@ def first_hits(corners: Tensor, camera: Cameras, side: int) -> Hits:
         before, nearest = nearest, nearest.scatter_reduce(0, pixels, distances, "amin")
         seen[nearest < before] = len(corners)
         found = (distances == nearest[pixels]) & (distances < before[pixels])
-        seen.scatter_reduce_(
-            0, pixels[found], faces[found], "amin"
-        )  # of several at one distance, the first in the file
+        seen.scatter_reduce_(0, pixels[found], faces[found], "amin")  # at equal distances, the first in the file
     (pixels,) = (seen < len(corners)).nonzero(as_tuple=True)
     _, weights, distances = meet(seen[pixels], pixels)
     return Hits(pixels, seen[pixels], weights, distances)

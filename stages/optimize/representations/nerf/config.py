@@ -61,11 +61,6 @@ class NerfConfig(SolidConfig):
         "0: a thin fog, from which often nothing grows",
     )
     blob_radius: float = Field(0.5, gt=0, le=1, description="distance from the middle at which the blob ends")
-    background: Literal["white", "black", "grey", "random"] = Field(
-        "random",
-        description="colour behind the object; random: another one for each view in training, so that the object "
-        "cannot hide in it, and grey otherwise",
-    )
     sparsity: float = Field(
         1e-3,
         ge=0,

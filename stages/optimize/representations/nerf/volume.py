@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 CHUNK = 2**16
 """Samples that are rendered together in evaluation mode, about."""
-COLOURS = {"white": 1.0, "black": 0.0, "grey": 0.5, "random": 0.5}
-"""The backgrounds, in evaluation mode."""
 
 
 class Nerf(Solid):
@@ -47,19 +45,13 @@ class Nerf(Solid):
             seen.append(self._rays(number, origins[own].reshape(-1, 3), directions[own].reshape(-1, 3)))
         images = torch.cat(seen).view(-1, side, side, 5)[torch.cat(rows).argsort()].permute(0, 3, 1, 2)
         colour, opacity, depth = images.split([3, 1, 1], 1)
-        return Look(colour + (1 - opacity) * self._background(colour), opacity, depth, self._terms(opacity))
+        return Look(colour + (1 - opacity) * self.background(colour), opacity, depth, self._terms(opacity))
 
     def _rays(self, number: int, origins: Tensor, directions: Tensor) -> Tensor:
         """Return colour, opacity and depth on rays through one particle, (R, 5)."""
         rays = len(origins) if self.training else max(1, CHUNK // self.config.samples)
         pieces = zip(origins.split(rays), directions.split(rays), strict=True)
         return torch.cat([march(self.fields[number], *piece, self.config.samples, self.training) for piece in pieces])
-
-    def _background(self, colour: Tensor) -> Tensor:
-        name = self.config.background
-        if name == "random" and self.training:
-            return torch.rand(len(colour), 3, 1, 1).to(colour)
-        return torch.full_like(colour[:, :, :1, :1], COLOURS[name])
 
     def _terms(self, opacity: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of opacity, as in threestudio. Those of weight 0 are left out."""

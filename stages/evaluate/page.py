@@ -54,11 +54,12 @@ def write(
         label = f"{figures.title(side, values)}\n{figures.calls(values)}"
         rows.append((label, pictures.cut(strip, len(shown["prompts"]))))
     pictures.figure(rows, shown["prompts"]).save(output / "grid.png")
+    measured = figures.subject(metrics) or "student"
     text = json.dumps(shown, indent=2, ensure_ascii=False)
     (output / "shown.json").write_text(text + "\n", encoding="utf-8")
     (output / "index.html").write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: student and teacher</title>
-<style>{pictures.STYLE}{STYLE}</style><h1>Student and teacher</h1>
+        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: {measured} and teacher</title>
+<style>{pictures.STYLE}{STYLE}</style><h1>{measured.capitalize()} and teacher</h1>
 <p>Each column shows one noise and one prompt, the same in all rows.</p>
 {pictures.table(rows, shown["prompts"])}{_table(metrics)}{_legend(metrics)}{_trained(previews)}</html>
 """,

@@ -13,6 +13,7 @@ from stages.diffusion.config import Sampler
 from stages.distill import Distill, sources, teacher_of
 from stages.evaluate.config import MIN_SAMPLES, EvaluationExecution, Split
 from stages.evaluate.noises import held_out, overlap
+from stages.optimize import Optimize
 from stages.pairs import Pairs, guidance_scales
 from stages.probe import Probe
 from stages.teacher import Teacher
@@ -85,8 +86,8 @@ class Evaluate(Stage):
     @model_validator(mode="after")
     def _a_subject(self) -> Self:
         if self.particles:
-            own = {"kind", "particles", "sampler", "real", "seed", "execution"}
-            others = sorted(self.model_fields_set - own)
+            of_students = ("student", "pairs", "samples", "split", "steps", "teacher_steps")
+            others = [name for name in of_students if getattr(self, name) != type(self).model_fields[name].default]
             if others:
                 raise ValueError(f"with particles, leave {' and '.join(others)} out")
             return self
@@ -106,6 +107,7 @@ class Evaluate(Stage):
             unguided = teacher.stage.guidance_error(False, teacher.folder) if guided else None
             if unguided:
                 yield "sampler", f"it guides the teacher, but {unguided}; set guidance_scale: 1.0"
+            yield from self._check_prompt(inputs["particles"].stage, inputs.get("real"))
             return
         if self.student and not self.pairs and not sources(inputs["student"].inputs):
             yield "student", "it was not trained on pairs; give `pairs`, for noises and prompts to compare on"
@@ -131,6 +133,16 @@ class Evaluate(Stage):
             )
         if self.real and self.samples < MIN_SAMPLES:
             yield "samples", f"distances to real images need at least {MIN_SAMPLES} samples"
+
+    def _check_prompt(self, particles: Stage, probe: Artifact | None) -> Iterator[tuple[str, str]]:
+        if probe and isinstance(probe.stage, Probe) and isinstance(probe.stage.images, Digits):
+            from stages.data.images.digits import prompt_labels  # imports NumPy
+
+            assert isinstance(particles, Optimize)
+            try:
+                prompt_labels([particles.prompt])
+            except ValueError as error:
+                yield "real", f"prompt accuracy needs a prompt that the probe knows: {error}"
 
     def _check_student(
         self, student: Artifact, stage: Distill, found: Artifact, pairs: Pairs

@@ -29,7 +29,7 @@ def contrast(images: Images) -> NDArray[np.float64]:
 
 
 def distance(images: Images, groups: NDArray[np.int64]) -> float | None:
-    """Return the root mean squared difference of values between two images of a group, averaged over all such pairs.
+    """Return the mean distance of two images of a group: the root mean squared difference of their values.
 
     groups: (N,). None if no group has two images."""
     flat = images.astype(np.float64).reshape(len(images), -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -69,11 +69,11 @@ def tie(network: nn.Module, original: nn.Module) -> None:
         setattr(network.get_submodule(module), last, parameter)
 
 
-def checkpoint_activations(module: nn.Module) -> None:
-    """Enable gradient checkpointing in each diffusers model in `module`. Logs a warning if there is none."""
+def checkpoint_activations(modules: Iterable[nn.Module]) -> None:
+    """Enable gradient checkpointing in each diffusers model in `modules`. Logs a warning if there is none."""
     from diffusers import ModelMixin  # takes a second to import
 
-    models = [model for model in module.modules() if isinstance(model, ModelMixin)]
+    models = [model for module in modules for model in module.modules() if isinstance(model, ModelMixin)]
     if not models:
         log.warning("gradient_checkpointing has no effect: no network here supports it")
     for model in models:

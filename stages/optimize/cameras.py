@@ -5,12 +5,13 @@ The object is within the unit ball around the origin. z points up. Azimuth 0 loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from stages.optimize.representations.config import VIEWS
 
 if TYPE_CHECKING:
     from stages.optimize.representations.config import CameraRange
@@ -50,15 +51,15 @@ class Cameras:
         return cls(*(uniform(*of) for of in (among.azimuth, among.elevation, among.distance, among.field_of_view)))
 
     @classmethod
-    def turntable(cls, count: int, among: CameraRange, elevation: float = 15.0) -> Cameras:
-        """Return `count` cameras evenly around the object, from the front on, at the middle distance of `among`."""
+    def spread(cls, count: int, among: CameraRange) -> Cameras:
+        """Return `count` cameras spread evenly over the azimuths of `among`, in the middle of its other ranges.
 
-        def middle(of: Sequence[float]) -> Tensor:
-            return torch.full((count,), sum(of) / 2)
-
-        azimuth = torch.arange(count) * (360.0 / count)
-        height = torch.full((count,), elevation)
-        return cls(azimuth, height, middle(among.distance), middle(among.field_of_view))
+        If the azimuths are a full circle, the first camera sees the front."""
+        least, most = among.azimuth
+        parts = torch.arange(count) + (0.0 if most - least >= 360 else 0.5)
+        azimuth = (0.0 if most - least >= 360 else least) + min(most - least, 360.0) / count * parts
+        rest = (torch.full((count,), sum(of) / 2) for of in (among.elevation, among.distance, among.field_of_view))
+        return cls(azimuth, *rest)
 
     def to_world(self) -> Tensor:
         """Return the matrices from camera to world, (B, 4, 4). A camera looks along its -z, y is up, as in OpenGL."""
@@ -82,7 +83,7 @@ class Cameras:
         down, across = torch.meshgrid(steps, steps, indexing="ij")
         plane = torch.stack([across, -down, torch.zeros_like(down)], -1)
         local = plane * reach[:, None, None, None] - torch.tensor([0.0, 0.0, 1.0]).to(reach)
-        turned = torch.einsum("bij,bhwj->bhwi", matrix[:, :3, :3], local)
+        turned = (matrix[:, None, None, :3, :3] * local[..., None, :]).sum(-1)  # autocast would round an einsum
         return matrix[:, :3, 3], torch.nn.functional.normalize(turned, dim=-1)
 
     def prompts(self, prompt: str) -> list[str]:
@@ -91,5 +92,5 @@ class Cameras:
         for azimuth, elevation in zip(self.azimuth.tolist(), self.elevation.tolist(), strict=True):
             off = abs((azimuth + 180) % 360 - 180)
             view = "front" if off < FRONT else "back" if off > 180 - FRONT else "side"
-            words.append(f"{prompt}, {'overhead' if elevation > OVERHEAD else view} view")
+            words.append(VIEWS["overhead" if elevation > OVERHEAD else view].format(prompt))
         return words

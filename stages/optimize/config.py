@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from stages.base import Config
+from stages.base import Config, Neutral
 from stages.training import Method, TrainingSettings
 
 if TYPE_CHECKING:
@@ -24,6 +24,12 @@ class ObjectTraining(TrainingSettings):
         4, ge=1, description="views in a batch; particles are drawn in turn, and the others stay as they are"
     )
     learning_rate: float = Field(3e-2, gt=0, description="peak learning rate, after the warm-up and before the decay")
+    eps: Annotated[float, Neutral()] = Field(
+        1e-15,
+        gt=0,
+        description="AdamW's epsilon; gradients of a hash grid are small, about 1e-9, because losses are averaged over "
+        "the elements of latents",
+    )
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of the exponential moving average of the particles; 0: the last ones"
     )
@@ -46,14 +52,13 @@ class RepresentationConfig(Config):
 
     name: str
 
-    @property
-    def solid(self) -> bool:
-        """Whether the particles are seen by cameras, from all sides."""
-        return False
-
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (field path, problem) for each setting that cannot work. It may read the files that settings name."""
         yield from ()
+
+    def prompts(self, prompt: str) -> list[str]:
+        """Return all prompts that the teacher gets for views of particles of `prompt`."""
+        return [prompt]
 
     def prepare(self, folder: Path) -> None:
         """Copy the files that `create` reads to `folder`. Raises StageError if a file cannot be used."""
@@ -83,6 +88,10 @@ class ObjectiveConfig(Config):
     def uses_guidance(self) -> bool:
         """Whether the teacher is called both with and without the prompt."""
         return False
+
+    def check(self, steps: int) -> Iterator[tuple[str, str]]:
+        """Yield (field path, problem) for each setting that does not fit the number of training steps."""
+        yield from ()
 
     def create(self, materials: ObjectiveMaterials) -> Method:
         """Create the method, whose first player is called `particles`. Torch may be imported only here and below."""

@@ -48,12 +48,15 @@ class Optimize(Stage):
         if unguided:
             yield "objective", f"it needs guidance, but {unguided}; set guidance_scale: 1.0"
         yield from ((f"representation.{path}", problem) for path, problem in self.representation.check())
+        yield from ((f"objective.{path}", problem) for path, problem in self.objective.check(self.training.steps))
 
     def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
         teacher = inputs["teacher"]
         folder = teacher.stage.known(teacher.folder) if isinstance(teacher.stage, Teacher) else None
         if folder and self.prompt:
-            yield from prompt_warnings(folder, [[self.prompt]])
+            yield from prompt_warnings(folder, [self.representation.prompts(self.prompt)])
+        if self.objective.uses_guidance and not self.prompt:
+            yield "without a prompt, guidance has no effect; give a prompt, or set guidance_scale: 1.0"
 
     def progress_in(self, work: Any, pool: Any) -> str | None:
         return training_progress(work / SCRATCH)

@@ -137,8 +137,8 @@ class _Run:
         }
         for player in self.players.values():
             player.module.to(self.accelerator.device)
-            if execution.gradient_checkpointing:
-                checkpoint_activations(player.module)
+        if execution.gradient_checkpointing:
+            checkpoint_activations([player.module for player in self.players.values()])
         self.averages = {
             name: shared_copy(player.module).eval().requires_grad_(False)
             for name, player in self.players.items()
@@ -271,5 +271,6 @@ def _optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -
         parameters,
         lr=settings.learning_rate,
         betas=settings.betas,
+        eps=settings.eps,
         weight_decay=settings.weight_decay,
     )

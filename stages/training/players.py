@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from stages.base import Config, Execution
+from stages.base import Config, Execution, Neutral
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +33,9 @@ class TrainingSettings(Config):
     )
     betas: tuple[float, float] = Field(
         (0.9, 0.99), strict=False, description="betas of AdamW, for the means of gradients and of squared gradients"
+    )
+    eps: Annotated[float, Neutral()] = Field(
+        1e-8, gt=0, description="AdamW's epsilon, which is added to the root of the mean squared gradient"
     )
     weight_decay: float = Field(
         0.0, ge=0, description="decoupled weight decay of AdamW; each step multiplies it by the learning rate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from stages.diffusion.weighting import NoiseWeighting
 from stages.methods.matching import FakeScoreSettings
 from stages.networks.lora import LoraSettings
 from stages.optimize.config import ObjectiveConfig, ObjectiveMaterials
-from stages.training import Method
+from stages.training import Method, TrainingSettings
 
 
 class Anneal(Config):
@@ -27,11 +28,7 @@ class Anneal(Config):
 class ScoreDistillationConfig(ObjectiveConfig):
     """What SDS and VSD share."""
 
-    guidance_scale: float = Field(
-        ge=1,
-        description="guidance scale s of the teacher, u + s (c - u), as in diffusers and in threestudio's VSD; "
-        "threestudio's SDS writes c + s (c - u), so that its 100 is 101 here",
-    )
+    guidance_scale: float
     weighting: NoiseWeighting = Field(
         "sigma2",
         description="weight of the difference of the noise: sigma2, sigma^2; uniform, 1; alpha_sigma2, alpha sigma^2",
@@ -42,6 +39,10 @@ class ScoreDistillationConfig(ObjectiveConfig):
     @property
     def uses_guidance(self) -> bool:
         return self.guidance_scale > 1
+
+    def check(self, steps: int) -> Iterator[tuple[str, str]]:
+        if self.anneal and self.anneal.after >= steps:
+            yield "anneal.after", f"there are only {steps} training steps"
 
 
 class SDSConfig(ScoreDistillationConfig):
@@ -71,6 +72,10 @@ class ParticleScore(FakeScoreSettings):
         description="train LoRA weights and share all others with the teacher; on by default; null: train all weights",
     )
     turns: int = Field(1, ge=1, description="steps of the score for each step of the particles")
+
+    def training(self, student: TrainingSettings) -> TrainingSettings:
+        """Return the score's training settings: the particles', with another learning rate and a network's epsilon."""
+        return super().training(student).model_copy(update={"eps": TrainingSettings.model_fields["eps"].default})
 
 
 class VSDConfig(ScoreDistillationConfig):

@@ -13,13 +13,13 @@ from stages.base import StageError
 from stages.diffusion.grid import Grid
 from stages.diffusion.levels import Levels
 from stages.losses.score import ScoreDifference, matching_loss
+from stages.networks.adapter import Adapter
 from stages.networks.condition import Condition
 from stages.networks.denoiser import TeacherDenoiser
 from stages.networks.fake_score import FakeScore
 from stages.optimize.config import ObjectiveMaterials
 from stages.optimize.representations.base import Views
 from stages.training import Batch, Player, Turn
-from stages.training.figures import of_samples
 
 if TYPE_CHECKING:
     from stages.optimize.objectives.config import ScoreDistillationConfig
@@ -43,7 +43,7 @@ class SDS:
         Raises StageError if the teacher does not know the prompt."""
         self.config, self.particles, self.prompt = config, materials.particles, materials.prompt
         teacher = materials.teacher
-        teacher.teacher_condition([self.prompt])  # reported now, not after the first checkpoint
+        self._check_prompts(teacher)
         try:
             grid = Grid.trailing(teacher.schedule, len(teacher.schedule))
         except ValueError as error:
@@ -68,11 +68,19 @@ class SDS:
         gradient = score.gradient(x, prompts, self.seen(x, views))
         matching = matching_loss(x, gradient)
         loss = matching + sum(terms.values(), torch.zeros_like(matching))
-        return loss.mean(), {"matching": matching, **terms, "saturated": of_samples(x, None)["saturated"]}
+        return loss.mean(), {"matching": matching, **terms}
 
     def seen(self, x: Tensor, views: Views) -> Condition | None:
         """Return the condition of the particles' score at renders x of `views`. There is none in SDS."""
         return None
+
+    def _check_prompts(self, teacher: Adapter) -> None:
+        """Raise StageError if the teacher does not know the prompt, or the prompts of views."""
+        teacher.teacher_condition([self.prompt])
+        try:
+            teacher.teacher_condition(self.particles.prompts(self.prompt, self.particles.fixed(1)))
+        except StageError as error:
+            raise StageError(f"{error}; set representation.view_prompts: false") from None
 
     def after_step(self, step: int) -> None:
         pass

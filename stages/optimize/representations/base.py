@@ -129,10 +129,12 @@ class Solid(Representation):
         return Views(particles, Cameras.draw(len(particles), self.config.cameras))
 
     def fixed(self, most: int) -> Views:
-        """As in the base class, but each particle is seen from as many sides as there is room for."""
+        """As in the base class, but each particle is seen from as many sides as there is room for.
+
+        The sides are among those that random cameras see."""
         particles = torch.arange(min(most, self.count))
         sides = most // len(particles)
-        around = Cameras.turntable(sides, self.config.cameras)
+        around = Cameras.spread(sides, self.config.cameras)
         return Views(particles.repeat_interleave(sides), around.at(torch.arange(sides).repeat(len(particles))))
 
     def render(self, views: Views) -> Rendering:
@@ -162,7 +164,8 @@ class Solid(Representation):
         A depth image is white at the nearest point that a camera sees and darker with the distance; black is empty."""
         super().save(folder)
         for number in range(self.count):
-            around = Cameras.turntable(FRAMES, self.config.cameras)
+            circle = self.config.cameras.model_copy(update={"azimuth": (0.0, 360.0)})
+            around = Cameras.spread(FRAMES, circle)
             looks = list(self._looks(Views(torch.full((FRAMES,), number), around)))
             frames = [Image.fromarray(strip((look.images * 2 - 1).cpu().numpy())) for look in looks]
             depths = [Image.fromarray(strip(_shade(look).cpu().numpy())) for look in looks]

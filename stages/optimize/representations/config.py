@@ -13,23 +13,36 @@ if TYPE_CHECKING:
     from stages.optimize.representations.base import Representation
 
 
-def _ordered(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError("should be two numbers, the first not above the second")
-    return value
+VIEWS = {view: f"{{}}, {view} view" for view in ("front", "side", "back", "overhead")}
+"""The prompt for each view of an object."""
 
 
-Range = Annotated[tuple[float, float], Strict(False), AfterValidator(_ordered)]
-"""The least and the largest value of a number that is drawn uniformly."""
+def _within(least: float, most: float) -> AfterValidator:
+    """Return a check that a range, from which a number is drawn uniformly, is within [least, most]."""
+
+    def check(value: tuple[float, float]) -> tuple[float, float]:
+        if not least <= value[0] <= value[1] <= most:
+            raise ValueError(f"should be two numbers from {least:g} to {most:g}, the first not above the second")
+        return value
+
+    return AfterValidator(check)
 
 
 class CameraRange(Config):
     """Where the random cameras stand. The object is within the unit ball around the origin, at which they look."""
 
-    azimuth: Range = Field((-180.0, 180.0), description="degrees around the object; 0 is its front")
-    elevation: Range = Field((-10.0, 45.0), description="degrees above the horizon, -90 to 90")
-    distance: Range = Field((2.5, 3.0), description="distance from the origin")
-    field_of_view: Range = Field((40.0, 50.0), description="degrees from the top to the bottom of the image")
+    azimuth: Annotated[tuple[float, float], Strict(False), _within(-360, 360)] = Field(
+        (-180.0, 180.0), description="degrees around the object; 0 is its front"
+    )
+    elevation: Annotated[tuple[float, float], Strict(False), _within(-90, 90)] = Field(
+        (-10.0, 45.0), description="degrees above the horizon"
+    )
+    distance: Annotated[tuple[float, float], Strict(False), _within(0.1, 100)] = Field(
+        (2.5, 3.0), description="distance from the origin"
+    )
+    field_of_view: Annotated[tuple[float, float], Strict(False), _within(1, 170)] = Field(
+        (40.0, 50.0), description="degrees from the top to the bottom of the image"
+    )
 
 
 class LatentConfig(RepresentationConfig):
@@ -76,6 +89,5 @@ class SolidConfig(RepresentationConfig):
         "cannot hide in it, and grey otherwise",
     )
 
-    @property
-    def solid(self) -> bool:
-        return True
+    def prompts(self, prompt: str) -> list[str]:
+        return [view.format(prompt) for view in VIEWS.values()] if self.view_prompts else [prompt]

@@ -236,7 +236,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_second_order_too(layout
     def gradients(checkpointed):
         d = awake(discriminator(layout))
         if checkpointed:
-            checkpoint_activations(d)
+            checkpoint_activations([d])
             calls = []
             d.network.down_blocks[0].resnets[0].register_forward_pre_hook(lambda m, a: calls.append(a))
         x, z, c = inputs(d, layout)

@@ -460,7 +460,7 @@ def test_checkpointed_activations_give_the_head_the_same_gradients(teacher):
         torch.manual_seed(0)
         fake = FakeScore.from_teacher(teacher, judges=True).train()
         if checkpointed:
-            checkpoint_activations(fake)
+            checkpoint_activations([fake])
         x, noise = torch.randn(2, 2, *teacher.latent_shape, generator=torch.Generator().manual_seed(1))
         (logits,) = fake.logits(x.requires_grad_(), torch.tensor([10, 900]), noise, fake.encode(PROMPTS[:2]))
         logits.sum().backward()

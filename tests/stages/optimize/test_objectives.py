@@ -1,6 +1,7 @@
 """SDS and VSD: their fixed points with exact scores, whose gradients go where, cameras, turns and resume."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +23,12 @@ from stages.networks.lora import LoraSettings
 from stages.networks.pixel import PixelDiffusion
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.optimize.cameras import Cameras
-from stages.optimize.config import ObjectiveMaterials, ObjectTraining
+from stages.optimize.config import ObjectiveMaterials, ObjectTraining, RepresentationMaterials
 from stages.optimize.objectives.config import Anneal, SDSConfig, VSDConfig
 from stages.optimize.representations.base import Rendering, Representation, Views
 from stages.optimize.representations.config import CameraRange
 from stages.optimize.representations.flat import Flat, Latents
+from stages.optimize.representations.nerf.config import NerfConfig
 from stages.training import TrainingExecution
 from stages.training.loop import train
 from tests.support.networks import adapter_around, pixel_unet
@@ -351,6 +353,65 @@ def test_resume_gives_the_bits_of_an_uninterrupted_training(teacher, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(whole.state, resumed.state, strict=True))
 
 
+def test_resume_gives_the_same_bits_with_cameras_several_turns_and_accumulation(teacher, tmp_path):
+    """A third particle is first seen after the interruption: its optimizer has no state yet."""
+    config = NerfConfig(resolution=8, levels=2, samples=4, log2_table_size=6, view_prompts=False)
+    seen = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0, 2, 1, 0, 2])[:, None]
+
+    def made():
+        torch.manual_seed(0)
+        particles = config.create(RepresentationMaterials(teacher, 3, tmp_path))
+        own = settings(6, accumulate=2, ema_decay=0.9)
+        objective = VSDConfig(guidance_scale=2.0, score={"turns": 2, "lora": {"rank": 2}})
+        return objective.create(ObjectiveMaterials(teacher, particles, PROMPT, own))
+
+    def batch(number):
+        if number == 8 and halting:
+            raise KeyboardInterrupt
+        return {"particles": seen[number]}
+
+    halting = False
+    whole = run(made(), tmp_path / "whole", 3, batch, every=1).state_dict()
+    halting = True
+    with pytest.raises(KeyboardInterrupt):
+        run(made(), tmp_path / "parts", 3, batch, every=1)
+    halting = False
+    kept = [path.name for path in (tmp_path / "parts").glob("step-*")]
+    assert kept and max(kept) < "step-00000005"
+    resumed = run(made(), tmp_path / "parts", 3, batch, every=1).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_each_turn_of_the_score_sees_every_render_once(teacher):
+    """With two turns of the score and two batches a step: both renders in each turn, in their order."""
+    method = vsd(teacher, score={"turns": 2})
+    seen, errors = [], method.fake.errors
+    method.fake.errors = lambda x, *rest: seen.append(x) or errors(x, *rest)
+    first, *scores = method.turns(0)
+    batches = [{"particles": torch.tensor([number])} for number in (1, 2)]
+    for turn in (first, *scores):
+        for part in batches:
+            turn.loss(part)
+    one, two = (method.particles.state[number][None] for number in (1, 2))
+    assert [torch.equal(x, wanted) for x, wanted in zip(seen, [one, two, one, two], strict=True)] == [True] * 4
+    assert not method._renders
+
+
+def test_views_that_the_teacher_does_not_know_are_reported_with_the_remedy():
+    adapter = adapter_around(pixel_unet(3).requires_grad_(False), PixelDiffusion)
+    adapter.schedule, adapter.prediction, adapter.latent_shape = SCHEDULE, "epsilon", (3, 8, 8)
+    adapter._classes = {"0": 0, "1": 1, "2": 2}
+    for views in (True, False):
+        config = NerfConfig(resolution=8, levels=1, samples=2, view_prompts=views)
+        particles = config.create(RepresentationMaterials(adapter, 1, Path()))
+        materials = ObjectiveMaterials(adapter, particles, "1", settings(1))
+        if views:
+            with pytest.raises(StageError, match=r"set representation\.view_prompts: false"):
+                SDSConfig(guidance_scale=1.0).create(materials)
+        else:
+            SDSConfig(guidance_scale=1.0).create(materials)
+
+
 def test_a_prompt_that_the_teacher_does_not_know_is_one_sentence():
     adapter = adapter_around(pixel_unet(3), PixelDiffusion)
     adapter.schedule, adapter.prediction, adapter.latent_shape = SCHEDULE, "epsilon", (3, 8, 8)
@@ -374,6 +435,9 @@ class Boxes(Representation):
 
     def draw(self, particles):
         return Views(particles, Cameras.draw(len(particles), CameraRange()))
+
+    def fixed(self, most):
+        return Views(torch.arange(most), Cameras.spread(most, CameraRange()))
 
     def render(self, views):
         return Rendering(torch.stack([self.state[n] for n in views.particles.tolist()]), {})
@@ -446,6 +510,22 @@ def test_cameras_look_at_the_origin_and_rays_leave_through_the_centres_of_pixels
     assert (rays[0, :, 3, 1] > rays[0, :, 0, 1]).all()  # from +x, +y is to the right
     edge = torch.tensor([-1.0, 0.75 * 3**-0.5, 0.75 * 3**-0.5])  # the centre of the upper right pixel
     torch.testing.assert_close(rays[0, 0, 3], edge / edge.norm())
+
+
+def test_rays_are_exact_under_autocast():
+    cameras = Cameras.spread(3, CameraRange())
+    with torch.autocast("cpu", torch.bfloat16):
+        _, rays = cameras.rays(5)
+    assert torch.equal(rays, cameras.rays(5)[1])
+
+
+@pytest.mark.parametrize(
+    ("azimuth", "wanted"), [((-180, 180), [0, 90, 180, 270]), ((-40, 40), [-30, -10, 10, 30]), ((20, 20), [20] * 4)]
+)
+def test_fixed_cameras_are_spread_over_the_azimuths_of_the_random_ones(azimuth, wanted):
+    cameras = Cameras.spread(4, CameraRange(azimuth=azimuth, elevation=(0, 20), distance=(2, 3)))
+    assert cameras.azimuth.tolist() == wanted
+    assert cameras.elevation.tolist() == [10] * 4 and cameras.distance.tolist() == [2.5] * 4
 
 
 @pytest.mark.parametrize(

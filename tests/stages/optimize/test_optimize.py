@@ -113,6 +113,11 @@ ONE = (
         ("representation: latent", "representation: marble", "image, latent"),
         ("name: sds", "name: sd", "sds, vsd"),
         ("guidance_scale: 2.0}", "guidance_scale: 2.0, time_range: [0.9, 0.1]}", "the first less than the second"),
+        (
+            "representation: latent",
+            "representation: {name: nerf, cameras: {field_of_view: [100, 200]}}",
+            "two numbers from 1 to 170",
+        ),
     ],
 )
 def test_wrong_settings_are_errors_of_the_manifest(old, new, expected):
@@ -135,6 +140,32 @@ def test_settings_of_an_evaluation_that_do_not_apply_to_particles_are_errors(tmp
     evaluation = "  measured: {kind: evaluate, particles: thing, samples: 50}\n"
     wrong(ONE + evaluation, "with particles, leave samples out")
     wrong(ONE + "  measured: {kind: evaluate, sampler: {steps: 2}}\n", "sampler applies to particles")
+    probed = (
+        ONE + "  probe: {kind: probe, images: digits}\n  measured: {kind: evaluate, particles: thing, real: probe}\n"
+    )
+    plan_of(probed, tmp_path)
+    with pytest.raises(ManifestError, match="prompt accuracy needs a prompt that the probe knows: 'a horse'"):
+        plan_of(probed.replace("prompt: a red handwritten seven", "prompt: a horse"), tmp_path)
+
+
+def test_annealing_after_the_last_step_is_an_error_of_the_plan(tmp_path):
+    annealed = ONE.replace("guidance_scale: 2.0", "guidance_scale: 2.0, anneal: {after: %s}")
+    plan_of(annealed % 1, tmp_path)
+    with pytest.raises(ManifestError, match="there are only 2 training steps"):
+        plan_of(annealed % 2, tmp_path)
+
+
+def test_guidance_without_a_prompt_and_unknown_words_of_views_are_warnings(tiny):
+    store, _ = tiny
+    nerf = ONE.replace("representation: latent", "representation: {name: nerf, view_prompts: %s}")
+
+    def warned(text):
+        stage = plan_of(text, store)["thing"].artifact
+        return " ".join(stage.stage.warnings(stage.inputs))
+
+    assert warned(nerf % "false") == ""
+    assert "does not know" in warned(nerf % "true") and "'view'" in warned(nerf % "true")
+    assert "guidance has no effect" in warned(ONE.replace("a red handwritten seven", '""'))
 
 
 @pytest.mark.parametrize(("name", "thing"), [("sd15_dreamfusion", "hamburger"), ("sd15_prolificdreamer", "pineapple")])
@@ -152,6 +183,8 @@ def test_the_published_manifests_run_as_they_are_but_small(name, thing, tmp_path
         "quality.sampler.steps=2",
         "quality.execution.threads=1",
     ]
+    if thing == "pineapple":
+        sets.append("pineapple.objective.anneal.after=1")
     plan = execute(
         (ROOT / "manifests" / f"{name}.yaml").read_text(), tmp_path / "store", [f"stages.{line}" for line in sets]
     )

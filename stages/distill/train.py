@@ -22,9 +22,8 @@ from stages.distill.held_out import comparable, mean_square, sampled
 from stages.distill.recipe import Recipe
 from stages.methods.base import Materials, Stream, prompts_of
 from stages.networks.adapter import Adapter, read_json
-from stages.networks.adapters import adapter_of
+from stages.networks.adapters import adapter_of, family_of
 from stages.networks.compute import prepare
-from stages.networks.exact import family_of
 from stages.networks.student import Student, export
 from stages.networks.teachers import load_network
 from stages.pairs import Pairs, guidance_scales

@@ -316,6 +316,10 @@ class Adapter(ABC):
             self._timesteps[t] = torch.tensor(t, device=self.device)
         return Level(level.alpha, level.sigma, self._timesteps[t])
 
+    def at(self, timestep: float) -> Adapter:
+        """Return the pipeline whose network the teacher calls at `timestep`. Most teachers have only one."""
+        return self
+
     # --- Students and discriminators ---
 
     def student_network(self) -> Any:

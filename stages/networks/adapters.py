@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.base import StageError
-from stages.networks import exact
+from stages.networks import decoupled, exact
 from stages.networks.adapter import INDEX, Adapter, Unsupported, read_json
+from stages.networks.decoupled import TimeDecoupled
+from stages.networks.exact import Exact
 from stages.networks.pixel import PixelDiffusion
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.stable_diffusion_xl import StableDiffusionXL
@@ -30,11 +32,19 @@ def adapter_of(folder: Path) -> type[Adapter]:
 
     Raises Unsupported if there is no pipeline or no adapter for it, and PluginError if a package's adapter cannot be
     imported."""
+    if (folder / decoupled.FILE).exists():
+        return decoupled.time_decoupled(adapter_of(folder / decoupled.STRUCTURE))
     pipeline = read_json(folder / INDEX).get("_class_name", "pipeline")
     if not isinstance(pipeline, str) or pipeline not in ADAPTERS:
         raise Unsupported(f"{folder} is a {pipeline}")
     family = ADAPTERS[pipeline]
     return exact.exact(family) if (folder / exact.FILE).exists() else family
+
+
+def family_of(adapter: type[Adapter]) -> type[Adapter]:
+    """Return the family of an adapter. That of an exact or a time-decoupled teacher is the family of its pipelines."""
+    family: type[Adapter] = adapter.__bases__[1] if issubclass(adapter, Exact | TimeDecoupled) else adapter
+    return family
 
 
 def checked(folder: Path) -> type[Adapter]:

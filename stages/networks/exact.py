@@ -106,12 +106,6 @@ class Exact(Adapter):
         return alpha, sigma
 
 
-def family_of(adapter: type[Adapter]) -> type[Adapter]:
-    """Return the family of an adapter. That of an exact teacher is the family of its pipeline."""
-    family: type[Adapter] = adapter.__bases__[1] if issubclass(adapter, Exact) else adapter
-    return family
-
-
 @cache
 def exact(family: type[Adapter]) -> type[Adapter]:
     """Return the adapter of exact teachers whose pipeline is of `family`."""

@@ -64,6 +64,7 @@ class Student(nn.Module):
         lora: LoraSettings | None = None,
     ) -> Student:
         """Create a student with the weights of `origin`, by default the teacher. With `lora`, the teacher's are frozen.
+        Of a teacher of several networks, it is the one that is called at the student's noisiest timestep.
 
         If `form.prediction` is None, the student has the prediction type of `origin`. If its type differs, the last
         layer is initialised as `head.FACTORS` says. If the student takes w, its output does not depend on w at first.
@@ -71,9 +72,11 @@ class Student(nn.Module):
 
         Raises ValueError if the teacher's schedule has too few timesteps, or if the student predicts epsilon and the
         schedule ends in pure noise."""
-        origin = origin or teacher
-        form, grid = _resolved(form, origin.prediction, teacher, steps)
+        form, grid = _resolved(form, (origin or teacher).prediction, teacher, steps)
         assert form.prediction
+        half = teacher.at(grid.timesteps[-1])
+        origin, teacher = half if origin in (None, teacher) else origin, half
+        assert origin
         if lora:
             assert origin is teacher and form.prediction == teacher.prediction, "as Distill.check demands"
             return cls(teacher, teacher.lora_network(lora, form.w_range is not None), grid, form, lora)
@@ -97,6 +100,7 @@ class Student(nn.Module):
         there = stored(folder)[0].prediction
         if there != form.prediction:
             raise ValueError(f"the student in start_from predicts {there}, this one predicts {form.prediction}")
+        teacher = teacher.at(grid.timesteps[-1])
         network = _with_lora(folder, teacher, form, lora) if lora else whole_network(folder, teacher)
         return cls(teacher, network.to(teacher.device), grid, form, lora)
 
@@ -107,8 +111,10 @@ class Student(nn.Module):
         `steps` replaces the number of sampling steps in its student.json."""
         form, lora = stored(folder)
         form = form if steps is None else Form.model_validate({**form.model_dump(), "steps": steps})
+        grid = Grid.of(form, teacher.schedule)
+        teacher = teacher.at(grid.timesteps[-1])
         network = _with_lora(folder, teacher, form, lora) if lora else teacher.load_network(folder)
-        student = cls(teacher, network, Grid.of(form, teacher.schedule), form, lora)
+        student = cls(teacher, network, grid, form, lora)
         return student.to(teacher.device).eval().requires_grad_(False)
 
     def compute_in(self, dtype: torch.dtype) -> None:

@@ -20,8 +20,8 @@ from stages.data.records import Pair
 from stages.data.shards import write_shard
 from stages.diffusion.config import PairsExecution, Sampler
 from stages.diffusion.samplers import timesteps
-from stages.networks import teachers
-from stages.networks.adapter import INDEX, Adapter
+from stages.networks import gaussian, teachers
+from stages.networks.adapter import Adapter
 from stages.networks.teachers import Dtype
 
 
@@ -107,7 +107,7 @@ class ShardWorker:
 
     def _prepare(self) -> None:
         """Set the number of threads. Called in every thread that computes, because the setting is per thread."""
-        if (self.teacher_artifact.folder / INDEX).exists():
+        if not (self.teacher_artifact.folder / gaussian.FILE).exists():
             from stages.networks.compute import prepare
 
             prepare(self.threads)

@@ -24,6 +24,7 @@ from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.data.statistics import EDGES
 from stages.data.urls import redacted
+from stages.networks import gaussian
 
 GRID = 32
 """Number of samples on the page."""
@@ -47,7 +48,7 @@ def pictures(target: str, artifact: Artifact | None, count: int) -> Iterator[Pic
 
 def _decoded(artifact: Artifact, count: int) -> Iterator[Picture]:
     folder = artifact.inputs["teacher"].folder
-    if not (folder / "unet").exists():
+    if (folder / gaussian.FILE).exists():
         raise StageError(f"{folder} is an analytic teacher: it makes no images")
     import torch
 

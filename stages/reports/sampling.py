@@ -10,7 +10,7 @@ import numpy as np
 from stages.base import Artifact, Execution, StageError
 from stages.data.prompts.vocabulary import prompt_warnings
 from stages.distill import Distill, teacher_of
-from stages.networks.adapter import INDEX
+from stages.networks import gaussian
 
 TEACHER_STEPS = 50
 
@@ -45,7 +45,7 @@ def draw(
     if artifact.kind not in kinds:
         raise StageError(f"{artifact.folder} is of kind {artifact.kind}; only a teacher or a student makes images")
     folder = kinds[artifact.kind](artifact).folder
-    if not (folder / INDEX).exists():
+    if (folder / gaussian.FILE).exists():
         raise StageError(f"{folder} is an analytic teacher: it makes no images")
     other = artifact.stage.method.step_count_error(steps) if isinstance(artifact.stage, Distill) and steps else None
     if other:

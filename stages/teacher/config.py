@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, field_validator, model_validator
 
 from stages.base import Choice, Config, Content, Input, Neutral, StageError
 from stages.data.images.config import IMAGE_SETS, ImageSet
@@ -26,14 +26,41 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 """Suffixes of files of weights that PyTorch writes as pickles."""
 
 
-class VaeSettings(Config):
-    """The autoencoder between images and latents. The denoiser works on its latents."""
+def _times(value: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= value[0] < value[1] <= TIMESTEPS:
+        raise ValueError(f"should be two integers from 0 to {TIMESTEPS}, the first less than the second")
+    return value
 
+
+Times = Annotated[tuple[int, int], Strict(False), AfterValidator(_times)]
+"""Timesteps from the first number up to the second, which is not included."""
+
+
+def _shared(value: Any) -> Any:
+    """Convert the short form of `vae`, the name of a stage, to settings."""
+    return {"teacher": value} if isinstance(value, str) else value
+
+
+class VaeSettings(Config):
+    """The autoencoder between images and latents. The denoiser works on its latents. The name of a teacher in place of
+    the settings takes the autoencoder of that teacher, with its scaling factor."""
+
+    teacher: Annotated[str | None, Input("teacher"), Neutral()] = Field(
+        None, description="teacher whose autoencoder and scaling factor are taken; default: an own one is trained"
+    )
     channels: list[int] = Field(
         [32, 64], min_length=2, description="channels of each level; each level after the first halves the side"
     )
     training: TrainingSettings = Field(TrainingSettings(steps=400), description="how the autoencoder is trained")
     max_mse: float = Field(0.01, gt=0, description="largest mean squared error allowed on held-out images in [-1, 1]")
+
+    @model_validator(mode="after")
+    def _trained_or_taken(self) -> Self:
+        own = VaeSettings.model_construct() if self.teacher else None
+        for name in ("channels", "training", "max_mse"):
+            if own and getattr(self, name) != getattr(own, name):
+                raise ValueError(f"the autoencoder of another teacher is not trained: leave {name} out")
+        return self
 
 
 class DenoiserSettings(Config):
@@ -69,7 +96,27 @@ class TrainedTeacher(Config):
         lt=1,
         description="share of prompts that training replaces by the empty prompt; guidance needs it above 0",
     )
-    vae: VaeSettings = Field(VaeSettings(), description="the autoencoder; it is trained first")
+    times: Annotated[Times | None, Neutral()] = Field(
+        None,
+        description="timesteps that the network is trained on: [500, 1000] for a structure network (PanGu-Draw, "
+        "2312.16486); default: all",
+    )
+    upscaled: Annotated[float, Neutral()] = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the training images that are scaled to half their size and up again, as if only small "
+        "images of these were there; a structure network can learn from them",
+    )
+    crop: Annotated[int | None, Neutral()] = Field(
+        None,
+        ge=8,
+        description="side of random crops to train on, in pixels: cheaper steps for a texture network, which samples "
+        "whole images; default: whole images",
+    )
+    vae: Annotated[VaeSettings, BeforeValidator(_shared)] = Field(
+        VaeSettings(), description="the autoencoder, which is trained first; or a teacher whose autoencoder is taken"
+    )
     denoiser: DenoiserSettings = Field(
         DenoiserSettings(), description="the U-Net; it is trained on the autoencoder's latents"
     )
@@ -83,13 +130,22 @@ class TrainedTeacher(Config):
 
     @model_validator(mode="after")
     def _sizes_halve(self) -> Self:
-        if self.like:
+        if self.like or self.vae.teacher:
             return self
         step = 2 ** (len(self.vae.channels) + len(self.denoiser.channels) - 2)
         if self.dataset.size % step:
             raise ValueError(
                 f"images of {self.dataset.size} pixels cannot be halved at every level: give a multiple of {step}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_data_of_its_own(self) -> Self:
+        for name in ("times", "upscaled", "crop"):
+            if self.like and getattr(self, name):
+                raise ValueError(f"like trains on all timesteps of whole images: leave {name} out")
+        if self.crop and self.crop > self.dataset.size:
+            raise ValueError(f"crop: {self.crop} is larger than the images of {self.dataset.size} pixels")
         return self
 
     @property

@@ -19,6 +19,10 @@ class DenoiserTraining:
     `condition` encodes prompts, and `predict(z, level, condition)` calls the network. The target is that of the chosen
     `prediction`. With probability `drop_text` a prompt is replaced by the empty one, for classifier-free guidance (Ho
     and Salimans 2022, 2207.12598).
+
+    `times` are the first timestep and the end of the timesteps, by default of all. `crop` is the side of random crops
+    of the latents, the same for a batch. PanGu-Draw trains its texture network on smaller images, but does not say how
+    it makes them (2312.16486, section 3.1): crops keep the scale of textures.
     """
 
     def __init__(
@@ -30,10 +34,14 @@ class DenoiserTraining:
         prediction: Prediction,
         drop_text: float,
         training: TrainingSettings,
+        times: tuple[int, int] | None = None,
+        crop: int | None = None,
     ) -> None:
         self.condition, self.predict, self.prediction, self.drop_text = condition, predict, prediction, drop_text
         self.alpha = torch.from_numpy(schedule.alpha).float()
         self.sigma = torch.from_numpy(schedule.sigma).float()
+        self.first, self.end = times or (0, len(schedule))
+        self.crop = crop
         self.players = {"denoiser": Player(networks, training)}
 
     def turns(self, step: int) -> Sequence[Turn]:
@@ -42,9 +50,12 @@ class DenoiserTraining:
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch`: latents (B, C, H, W), scaled; captions, B strings."""
         x0 = batch["latents"]
+        if self.crop:
+            row, column = (int(torch.randint(side - self.crop + 1, ())) for side in x0.shape[2:])
+            x0 = x0[:, :, row : row + self.crop, column : column + self.crop]
         dropped = torch.rand(len(x0)) < self.drop_text
         texts = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["captions"], strict=True)]
-        t = torch.randint(len(self.alpha), (len(x0),))
+        t = torch.randint(self.first, self.end, (len(x0),))
         alpha, sigma = (table[t].view(-1, 1, 1, 1).to(x0.device) for table in (self.alpha, self.sigma))
         noise = torch.randn_like(x0)
         output = self.predict(alpha * x0 + sigma * noise, Level(alpha, sigma, t.to(x0.device)), self.condition(texts))

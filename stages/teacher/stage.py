@@ -12,10 +12,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from stages.base import SCRATCH, Artifact, Neutral, Stage, StageContext, StageError
+from stages.base import SCRATCH, Artifact, Input, Neutral, Stage, StageContext, StageError
 from stages.diffusion.prediction import Prediction
 from stages.networks.adapter import IGNORED, INDEX, Adapter
 from stages.networks.adapters import adapter_of, checked, checked_index
+from stages.networks.decoupled import FILE as TIME_DECOUPLED
+from stages.networks.decoupled import STRUCTURE, TEXTURE
 from stages.networks.stable_diffusion_xl import MICRO_CONDITIONING, MicroConditioning
 from stages.registry import PluginError
 from stages.teacher.config import EPSILON, FROM, TIMESTEPS, ExactSettings, GaussianSettings, TeacherLora, TrainedTeacher
@@ -24,11 +26,18 @@ from stages.training.players import training_progress
 
 Answer = TypeVar("Answer")
 
+HAND_OVER = """# A time-decoupled teacher
+
+`structure/` and `texture/` are diffusers pipelines. One sample needs both of them: call the network of `structure/` at
+timesteps t >= {switch}, and that of `texture/` at t < {switch}, each with the text encoder of its own folder. The VAE
+and the scheduler are the same in both. `retort sample` draws with it.
+"""
 NOT_CONDITIONED = "only Stable Diffusion XL is conditioned on sizes; leave it out"
 
 
 class Teacher(Stage):
-    """The many-step diffusion model to distil. Give exactly one of `train`, `from`, `exact` and `gaussian`.
+    """The many-step diffusion model to distil. Give exactly one of `train`, `from`, `exact` and `gaussian`, or both
+    `structure` and `texture`.
 
     `from` is a diffusers folder, a hub id, or digit_scenes, a teacher that is installed with Retort. For a folder with
     that name, write ./digit_scenes.
@@ -56,6 +65,17 @@ class Teacher(Stage):
     exact: Annotated[ExactSettings | None, Neutral()] = Field(
         None, description="the optimal denoiser of a set of images, without training"
     )
+    structure: Annotated[str | None, Input("teacher"), Neutral()] = Field(
+        None,
+        description="teacher whose network is called at timesteps from `switch` on; with texture, the two are one "
+        "teacher (PanGu-Draw, 2312.16486)",
+    )
+    texture: Annotated[str | None, Input("teacher"), Neutral()] = Field(
+        None, description="teacher whose network is called at timesteps below `switch`"
+    )
+    switch: Annotated[int, Neutral()] = Field(
+        500, ge=1, lt=TIMESTEPS, description="the least timestep at which the structure network is called"
+    )
     gaussian: GaussianSettings | None = Field(
         None, description="an exact teacher of normal data without a network, for tests"
     )
@@ -65,9 +85,14 @@ class Teacher(Stage):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("train", "from_", "exact", "gaussian") if getattr(self, name) is not None]
+        sources = ("train", "from_", "exact", "structure", "gaussian")
+        given = [name for name in sources if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of train, from, exact and gaussian, not {len(given)} of them")
+            raise ValueError(
+                f"give exactly one of train, from, exact, structure and gaussian, not {len(given)} of them"
+            )
+        if (self.structure is None) != (self.texture is None):
+            raise ValueError("structure and texture need one another")
         for name in ("revision", "lora", "micro_conditioning"):
             if getattr(self, name) and not self.from_:
                 raise ValueError(f"{name} needs `from`")
@@ -78,18 +103,44 @@ class Teacher(Stage):
         conditioned = ask(source, lambda adapter, _folder: adapter.MICRO_CONDITIONING)
         if self.micro_conditioning and conditioned is False:
             yield "micro_conditioning", NOT_CONDITIONED
-        like = inputs.get("train.like")
-        if like and isinstance(like.stage, Teacher) and like.stage.gaussian:
-            yield "train.like", "it is `gaussian:`, which has no pipeline"
+        for field in ("train.like", "train.vae.teacher"):
+            named = inputs.get(field)
+            if named and isinstance(named.stage, Teacher) and named.stage.gaussian:
+                yield field, "it is `gaussian:`, which has no pipeline"
         if self.exact and self.exact.zero_terminal_snr:
             pipeline = Path(FROM.source(self.exact.pipeline))
             if ask(pipeline, lambda adapter, folder: adapter.prediction_of(folder)) == "epsilon":
                 yield "exact.zero_terminal_snr", EPSILON
+        if self.structure:
+            yield from self._check_halves(inputs["structure"], inputs["texture"])
         if self.lora:
             try:
                 self.lora.found_in(Path(self.lora.weights))
             except StageError as error:
                 yield "lora.weights", str(error)
+
+    def _check_halves(self, structure: Artifact, texture: Artifact) -> Iterator[tuple[str, str]]:
+        """Yield a problem for each way in which the two teachers do not meet at `switch`."""
+        halves = {"structure": (structure, (self.switch, TIMESTEPS)), "texture": (texture, (0, self.switch))}
+        for name, (artifact, called) in halves.items():
+            teacher = artifact.stage
+            assert isinstance(teacher, Teacher)
+            if teacher.gaussian or teacher.exact or teacher.structure:
+                yield name, "it has no network of its own; give one of `train` or `from`"
+            times = teacher.train.times if teacher.train else None
+            if times and times != called:
+                yield (
+                    name,
+                    f"it was trained with times: [{times[0]}, {times[1]}], but switch: {self.switch} needs "
+                    f"[{called[0]}, {called[1]}]",
+                )
+        vaes = {_vae_of(artifact) for artifact in (structure, texture)}
+        if None not in vaes and len(vaes) > 1:
+            yield "texture", "its VAE is not that of structure: train both halves with one `train.vae: TEACHER`"
+        for what, asked in (("image size", "image_size"), ("number of timesteps", "timesteps")):
+            known = [getattr(one.stage, asked)(one.folder) for one in (structure, texture)]
+            if None not in known and known[0] != known[1]:
+                yield "texture", f"its {what} is {known[1]}, that of structure {known[0]}"
 
     def guidance_error(self, as_input: bool, sealed: Path) -> str | None:
         """Return why the teacher does not support guidance, as text. None if it does, or if that is not known yet.
@@ -135,7 +186,7 @@ class Teacher(Stage):
     def known(self, sealed: Path) -> Path | None:
         """Return an existing folder of the teacher: `sealed`, or the folder in `from`. None if there is none."""
         source = self.exact.pipeline if self.exact else self.from_
-        folders = [sealed, *([Path(FROM.source(source))] if source else [])]
+        folders = [sealed, sealed / STRUCTURE, *([Path(FROM.source(source))] if source else [])]
         return next((folder for folder in folders if (folder / INDEX).is_file()), None)
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
@@ -149,6 +200,8 @@ class Teacher(Stage):
         if self.exact:
             about = adopt(self.exact.pipeline, context.contents["exact.pipeline"], context.output)
             return {**about, **context.run(_exact, self.exact, self.execution, context.output, context.threads)}
+        if self.structure:
+            return _joined(context, self.switch)
         if self.from_:
             about = adopt(self.from_, context.contents["from_"], context.output)
             if self.micro_conditioning:
@@ -161,7 +214,10 @@ class Teacher(Stage):
         like = context.inputs.get("train.like")
         if like:
             return _like(like, context, *how)
-        return context.run(_train, *how)
+        shared = context.inputs.get("train.vae.teacher")
+        if shared is None:
+            return context.run(_train, *how)
+        return {"vae": shared.fingerprint, "licence": licence_of(shared), **context.run(_train, *how, shared.folder)}
 
 
 def ask(folder: Path | None, question: Callable[[type[Adapter], Path], Answer | None]) -> Answer | None:
@@ -170,6 +226,30 @@ def ask(folder: Path | None, question: Callable[[type[Adapter], Path], Answer | 
         return question(adapter_of(folder), folder) if folder else None
     except (StageError, PluginError, KeyError):  # reported when the stage runs
         return None
+
+
+def _vae_of(teacher: Artifact) -> str | None:
+    """Return the fingerprint of the teacher whose VAE a teacher has: its own, or another's. None if that is unknown.
+
+    Pipelines in folders may have the same VAE."""
+    while shared := teacher.inputs.get("train.vae.teacher") or teacher.inputs.get("train.like"):
+        teacher = shared
+    own = isinstance(teacher.stage, Teacher) and not teacher.stage.from_
+    return teacher.fingerprint if own else None
+
+
+def _joined(context: StageContext, switch: int) -> Mapping[str, Any]:
+    """Copy both halves to the stage's folder, with the timestep at which they meet. Return figures."""
+    halves = {half: context.inputs[half] for half in (STRUCTURE, TEXTURE)}
+    for half, teacher in halves.items():
+        (context.output / half).mkdir(exist_ok=True)
+        adopt(str(teacher.folder), "", context.output / half)
+    text = json.dumps({"switch": switch}) + "\n"
+    (context.output / TIME_DECOUPLED).write_text(text, encoding="utf-8")
+    licences = list(dict.fromkeys(licence_of(teacher) for teacher in halves.values()))
+    (context.output / "README.md").write_text(HAND_OVER.format(switch=switch), encoding="utf-8")
+    found = {half: teacher.fingerprint for half, teacher in halves.items()}
+    return {**found, "switch": switch, "licence": licences[0] if len(licences) == 1 else "unknown"}
 
 
 def licence_of(teacher: Artifact) -> str:

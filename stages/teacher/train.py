@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stages.base import SCRATCH, Progress, StageError
+from stages.data.images.labelled import LabelledImages
 from stages.data.images.load import load
 from stages.data.latents import LabelledLatents
 from stages.data.order import ShuffledOrder
@@ -34,45 +35,53 @@ log = logging.getLogger(__name__)
 
 
 def train_teacher(
-    config: TrainedTeacher, seed: int, execution: TrainingExecution, output: Path, threads: int
+    config: TrainedTeacher,
+    seed: int,
+    execution: TrainingExecution,
+    output: Path,
+    threads: int,
+    shared_vae: Path | None = None,
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Train the VAE, then the denoiser on its latents. Write the pipeline to `output`, and return figures.
 
-    Raises StageError if the VAE's error on held-out images is above `max_mse`.
+    `shared_vae` is the folder of a pipeline whose VAE is taken in place of training one. Raises StageError if it takes
+    images of another size, or if the error of a trained VAE on held-out images is above `max_mse`.
     """
     prepare(threads)
     show_no_progress_bars()
     torch.manual_seed(seed)
     images, unseen = (load(config.dataset, held_out=held_out, scratch=output / SCRATCH) for held_out in (False, True))
+    images = images.upscaled(config.upscaled, seed)
     tokenizer = build.word_tokenizer(images.captions)
+    side = config.latent_size
+    vae: Any = None
+    if shared_vae:
+        vae = AutoencoderKL.from_pretrained(shared_vae, subfolder="vae", use_safetensors=True)
+        side = config.dataset.size >> (len(vae.config["block_out_channels"]) - 1)
+        if vae.config["sample_size"] != config.dataset.size:
+            size = vae.config["sample_size"]
+            raise StageError(f"train.vae: it is of images of {size} pixels, the dataset's have {config.dataset.size}")
     networks = nn.ModuleDict(
         {
             "text_encoder": build.text_encoder(tokenizer),
-            "unet": build.unet(config.latent_size, build.TEXT_WIDTH, config.denoiser.channels),
+            "unet": build.unet(side, build.TEXT_WIDTH, config.denoiser.channels),
         }
     )
-
-    order = ShuffledOrder(len(images), config.vae.training.batch_size, seed)
-    fitted = yield from train(
-        AutoencoderTraining(build.autoencoder(config.dataset.size, config.vae.channels), config.vae.training),
-        lambda step: {"images": torch.from_numpy(images.pixels(order.batch(step)))},
-        seed=seed,
-        checkpoints=output / SCRATCH / "vae",
-        execution=execution,
-        unit="VAE steps",
-    )
-    vae: Any = fitted.averages["vae"].cpu()
+    if vae is None:
+        vae = yield from _train_vae(config, images, seed, execution, output)
     mse = reconstruction_mse(vae, unseen)
     log.info("VAE reconstruction MSE on held-out images: %.5f", mse)
-    if mse > config.vae.max_mse:
+    if mse > config.vae.max_mse and not shared_vae:
         raise StageError(
             f"the VAE reconstructs held-out images with MSE {mse:.4f}, more than train.vae.max_mse = "
             f"{config.vae.max_mse}; raise train.vae.training.steps, or accept it by raising max_mse"
         )
     latents = latents_of(vae, images)
-    factor = float(1.0 / latents.std())
-    vae.register_to_config(scaling_factor=factor)
+    if not shared_vae:
+        vae.register_to_config(scaling_factor=float(1.0 / latents.std()))
+    factor: float = vae.config["scaling_factor"]
     latents = latents * factor
+    crop = config.crop and config.crop * side // config.dataset.size
 
     schedule = NoiseSchedule.stable_diffusion()
     order = ShuffledOrder(len(images), config.denoiser.training.batch_size, seed + 1)
@@ -85,6 +94,8 @@ def train_teacher(
             config.prediction,
             config.drop_text,
             config.denoiser.training,
+            config.times,
+            crop,
         ),
         lambda step: _captioned(latents, images.captions, order, step),
         seed=seed + 1,
@@ -102,6 +113,22 @@ def train_teacher(
         "denoiser_loss": trained.history[-1]["loss"],
         "parameters_millions": {name: build.parameters_millions(m) for name, m in {"vae": vae, **networks}.items()},
     }
+
+
+def _train_vae(
+    config: TrainedTeacher, images: LabelledImages, seed: int, execution: TrainingExecution, output: Path
+) -> Generator[Progress, None, nn.Module]:
+    """Train the VAE. Returns its average, on the CPU."""
+    order = ShuffledOrder(len(images), config.vae.training.batch_size, seed)
+    fitted = yield from train(
+        AutoencoderTraining(build.autoencoder(config.dataset.size, config.vae.channels), config.vae.training),
+        lambda step: {"images": torch.from_numpy(images.pixels(order.batch(step)))},
+        seed=seed,
+        checkpoints=output / SCRATCH / "vae",
+        execution=execution,
+        unit="VAE steps",
+    )
+    return fitted.averages["vae"].cpu()
 
 
 def train_network(

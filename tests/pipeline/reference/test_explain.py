@@ -96,7 +96,9 @@ def test_the_command_explains(tmp_path):
     assert shown.startswith("pairs: a stage kind (kind: pairs)\n\nSolves the teacher's ODE from random noise")
     assert "\n  count            integer >= 1; required\n" in shown
     assert "see: retort explain sampler" in shown and "see: retort explain pairs.execution" in shown
-    assert "\n  steps             integer, 1 to 1000; default 50\n" in retort("explain", "sampler", COLUMNS="100").stdout
+    assert (
+        "\n  steps             integer, 1 to 1000; default 50\n" in retort("explain", "sampler", COLUMNS="100").stdout
+    )
     assert "\n      turns          integer >= 1; default 1\n" in retort("explain", "vsd", COLUMNS="100").stdout
     assert max(map(len, shown.splitlines())) <= 100
     assert "2101.02388" in retort("explain", "knowledge_distillation").stdout

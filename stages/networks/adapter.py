@@ -283,6 +283,14 @@ class Adapter(ABC):
 
         return denoise
 
+    def begin(self, noise: Tensor) -> Tensor:
+        """Return the state of a solver that starts from `noise` (B, C, H, W): for most teachers, the noise itself."""
+        return noise
+
+    def end(self, state: Tensor) -> Tensor:
+        """Return the latents (B, C, H, W) in a solver's state: for most teachers, the state itself."""
+        return state
+
     def output(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
         """Return the teacher's output at z (B, C, H, W), float32: that of its network, computed in its dtype.
 

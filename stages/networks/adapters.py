@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.base import StageError
-from stages.networks import decoupled, exact
+from stages.networks import coop, decoupled, exact
 from stages.networks.adapter import INDEX, Adapter, Unsupported, read_json
+from stages.networks.coop import Coop
 from stages.networks.decoupled import TimeDecoupled
 from stages.networks.exact import Exact
 from stages.networks.pixel import PixelDiffusion
@@ -32,6 +33,8 @@ def adapter_of(folder: Path) -> type[Adapter]:
 
     Raises Unsupported if there is no pipeline or no adapter for it, and PluginError if a package's adapter cannot be
     imported."""
+    if (folder / coop.FILE).exists():
+        return coop.coop(adapter_of(folder / coop.HOST))
     if (folder / decoupled.FILE).exists():
         return decoupled.time_decoupled(adapter_of(folder / decoupled.STRUCTURE))
     pipeline = read_json(folder / INDEX).get("_class_name", "pipeline")
@@ -42,9 +45,11 @@ def adapter_of(folder: Path) -> type[Adapter]:
 
 
 def family_of(adapter: type[Adapter]) -> type[Adapter]:
-    """Return the family of an adapter. That of an exact or a time-decoupled teacher is the family of its pipelines."""
-    family: type[Adapter] = adapter.__bases__[1] if issubclass(adapter, Exact | TimeDecoupled) else adapter
-    return family
+    """Return the family of an adapter. That of an exact, time-decoupled or fused teacher is that of its (first)
+    pipeline."""
+    while issubclass(adapter, Exact | TimeDecoupled | Coop):
+        adapter = adapter.__bases__[1]
+    return adapter
 
 
 def checked(folder: Path) -> type[Adapter]:

@@ -53,6 +53,12 @@ class GaussianTeacher:
 
         return denoise
 
+    def begin(self, noise: NDArray[np.floating]) -> NDArray[np.floating]:
+        return noise
+
+    def end(self, state: NDArray[np.floating]) -> NDArray[np.floating]:
+        return state
+
     def to_device(self, array: NDArray[np.floating]) -> NDArray[np.floating]:
         return array.astype(np.float32)
 

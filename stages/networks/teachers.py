@@ -37,6 +37,12 @@ class Teacher(Protocol):
     def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Array, int], Array]:
         """Return `denoise(z, t)`, the guided output at z (B, C, H, W) and timestep t for B prompts."""
 
+    def begin(self, noise: Array) -> Array:
+        """Return the state of a solver that starts from `noise`."""
+
+    def end(self, state: Array) -> Array:
+        """Return the latents (B, C, H, W) in a solver's state."""
+
     def to_device(self, array: NDArray[np.floating]) -> Array:
         """Convert a NumPy array to the teacher's kind of array, in float32."""
 
@@ -70,9 +76,17 @@ def trajectory(
 
     Yields (t, z_t) at each timestep of the sampler's grid, descending, and finally (-1, x0). z_t and x0 are the
     teacher's kind of array."""
+    states = _states(teacher, noise, prompts, sampler)
+    return ((t, teacher.end(state)) for t, state in states)
+
+
+def _states(
+    teacher: Teacher, noise: NDArray[np.floating], prompts: list[str], sampler: Sampler
+) -> Iterator[tuple[int, Array]]:
+    """Solve the ODE as `trajectory` does. Yields the solver's states in place of latents."""
     grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
     denoise = teacher.denoiser(prompts, sampler.guidance_scale)
-    start = teacher.to_device(noise)
+    start = teacher.begin(teacher.to_device(noise))
     if sampler.name == "ddim":
         return ddim(denoise, start, teacher.schedule, teacher.prediction, grid)
     import torch

@@ -11,6 +11,7 @@ from stages.base import Choice, Config, Content, Input, Neutral, StageError
 from stages.data.images.config import IMAGE_SETS, ImageSet
 from stages.diffusion.prediction import Prediction
 from stages.networks.adapters import files_of
+from stages.networks.coop import CoopSettings
 from stages.training import TrainingSettings
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -233,6 +234,14 @@ class ExactSettings(Config):
         "students start",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+
+
+class CoopTeacher(CoopSettings):
+    """Two teachers in one sampling process (Coop-Diffusion, PanGu-Draw, 2312.16486). The guest's estimate is decoded,
+    encoded by the host's VAE, and mixed into the host's. Their latents may differ, the size of their images may not."""
+
+    host: Annotated[str, Input("teacher")] = Field(description="teacher whose latents are sampled")
+    guest: Annotated[str, Input("teacher")] = Field(description="teacher that steers it")
 
 
 class GaussianSettings(Config):

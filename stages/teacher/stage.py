@@ -16,11 +16,22 @@ from stages.base import SCRATCH, Artifact, Input, Neutral, Stage, StageContext, 
 from stages.diffusion.prediction import Prediction
 from stages.networks.adapter import IGNORED, INDEX, Adapter
 from stages.networks.adapters import adapter_of, checked, checked_index
+from stages.networks.coop import FILE as COOP
+from stages.networks.coop import GUEST, HOST
 from stages.networks.decoupled import FILE as TIME_DECOUPLED
 from stages.networks.decoupled import STRUCTURE, TEXTURE
 from stages.networks.stable_diffusion_xl import MICRO_CONDITIONING, MicroConditioning
 from stages.registry import PluginError
-from stages.teacher.config import EPSILON, FROM, TIMESTEPS, ExactSettings, GaussianSettings, TeacherLora, TrainedTeacher
+from stages.teacher.config import (
+    EPSILON,
+    FROM,
+    TIMESTEPS,
+    CoopTeacher,
+    ExactSettings,
+    GaussianSettings,
+    TeacherLora,
+    TrainedTeacher,
+)
 from stages.training import TrainingExecution
 from stages.training.players import training_progress
 
@@ -76,6 +87,9 @@ class Teacher(Stage):
     switch: Annotated[int, Neutral()] = Field(
         500, ge=1, lt=TIMESTEPS, description="the least timestep at which the structure network is called"
     )
+    coop: Annotated[CoopTeacher | None, Neutral()] = Field(
+        None, description="two teachers in one sampling process, as one teacher"
+    )
     gaussian: GaussianSettings | None = Field(
         None, description="an exact teacher of normal data without a network, for tests"
     )
@@ -85,12 +99,11 @@ class Teacher(Stage):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        sources = ("train", "from_", "exact", "structure", "gaussian")
+        sources = ("train", "from_", "exact", "structure", "coop", "gaussian")
         given = [name for name in sources if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of train, from, exact, structure and gaussian, not {len(given)} of them"
-            )
+            names = "train, from, exact, structure, coop and gaussian"
+            raise ValueError(f"give exactly one of {names}, not {len(given)} of them")
         if (self.structure is None) != (self.texture is None):
             raise ValueError("structure and texture need one another")
         for name in ("revision", "lora", "micro_conditioning"):
@@ -111,6 +124,8 @@ class Teacher(Stage):
             pipeline = Path(FROM.source(self.exact.pipeline))
             if ask(pipeline, lambda adapter, folder: adapter.prediction_of(folder)) == "epsilon":
                 yield "exact.zero_terminal_snr", EPSILON
+        if self.coop:
+            yield from self._check_coop(inputs["coop.host"], inputs["coop.guest"])
         if self.structure:
             yield from self._check_halves(inputs["structure"], inputs["texture"])
         if self.lora:
@@ -118,6 +133,17 @@ class Teacher(Stage):
                 self.lora.found_in(Path(self.lora.weights))
             except StageError as error:
                 yield "lora.weights", str(error)
+
+    def _check_coop(self, host: Artifact, guest: Artifact) -> Iterator[tuple[str, str]]:
+        """Yield a problem for each way in which the two teachers share no images."""
+        for name, artifact in (("coop.host", host), ("coop.guest", guest)):
+            teacher = artifact.stage
+            assert isinstance(teacher, Teacher)
+            if teacher.gaussian or teacher.coop:
+                yield name, "it has no images of its own; give a teacher of one latent space"
+        sizes = [one.stage.image_size(one.folder) for one in (host, guest) if isinstance(one.stage, Teacher)]
+        if None not in sizes and sizes[0] != sizes[1]:
+            yield "coop.guest", f"it makes images of {sizes[1]} pixels, the host of {sizes[0]}"
 
     def _check_halves(self, structure: Artifact, texture: Artifact) -> Iterator[tuple[str, str]]:
         """Yield a problem for each way in which the two teachers do not meet at `switch`."""
@@ -186,7 +212,7 @@ class Teacher(Stage):
     def known(self, sealed: Path) -> Path | None:
         """Return an existing folder of the teacher: `sealed`, or the folder in `from`. None if there is none."""
         source = self.exact.pipeline if self.exact else self.from_
-        folders = [sealed, sealed / STRUCTURE, *([Path(FROM.source(source))] if source else [])]
+        folders = [sealed, sealed / STRUCTURE, sealed / HOST, *([Path(FROM.source(source))] if source else [])]
         return next((folder for folder in folders if (folder / INDEX).is_file()), None)
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
@@ -202,6 +228,8 @@ class Teacher(Stage):
             return {**about, **context.run(_exact, self.exact, self.execution, context.output, context.threads)}
         if self.structure:
             return _joined(context, self.switch)
+        if self.coop:
+            return _fused(context, self.coop)
         if self.from_:
             about = adopt(self.from_, context.contents["from_"], context.output)
             if self.micro_conditioning:
@@ -250,6 +278,18 @@ def _joined(context: StageContext, switch: int) -> Mapping[str, Any]:
     (context.output / "README.md").write_text(HAND_OVER.format(switch=switch), encoding="utf-8")
     found = {half: teacher.fingerprint for half, teacher in halves.items()}
     return {**found, "switch": switch, "licence": licences[0] if len(licences) == 1 else "unknown"}
+
+
+def _fused(context: StageContext, settings: CoopTeacher) -> Mapping[str, Any]:
+    """Copy host and guest to the stage's folder, with the settings of their mixture. Return figures."""
+    teachers = {name: context.inputs[f"coop.{name}"] for name in (HOST, GUEST)}
+    for name, teacher in teachers.items():
+        shutil.copytree(teacher.folder, context.output / name, ignore=shutil.ignore_patterns("artifact.json"))
+    text = json.dumps(settings.model_dump(exclude=set(teachers)), indent=2) + "\n"
+    (context.output / COOP).write_text(text, encoding="utf-8")
+    licences = list(dict.fromkeys(licence_of(teacher) for teacher in teachers.values()))
+    found = {name: teacher.fingerprint for name, teacher in teachers.items()}
+    return {**found, "licence": licences[0] if len(licences) == 1 else "unknown"}
 
 
 def licence_of(teacher: Artifact) -> str:

@@ -31,7 +31,7 @@ RECORDED = Path(__file__).parent / "recorded.json"
 REGENERATE = "run `python -m tests.pipeline.planning.test_recorded` and commit recorded.json"
 
 TEACHER = [
-    "networks/{adapter,adapters,camera,compute,condition,decoupled,exact,lora,pixel}.py",
+    "networks/{adapter,adapters,camera,compute,condition,coop,decoupled,exact,lora,pixel}.py",
     "networks/{stable_diffusion,stable_diffusion_xl,teachers}.py",
     "diffusion/{guidance,mixture,prediction,schedule}.py",
 ]

@@ -1,0 +1,225 @@
+"""Coop-Diffusion: a guest teacher steers a host through images. Closed forms, and a whole pipeline."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import ManifestError
+from pipeline.manifest import loads
+from stages.base import StageError
+from stages.diffusion.config import Sampler
+from stages.diffusion.schedule import NoiseSchedule
+from stages.networks.condition import Condition
+from stages.networks.coop import CoopSettings, coop
+from stages.networks.stable_diffusion import StableDiffusion
+from stages.networks.teachers import load_network, solve
+from stages.training import TrainingExecution
+from tests.support.pipelines import TINY, execute, plan_of
+
+SCHEDULE = NoiseSchedule.stable_diffusion()
+ROTATION = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+
+
+class Normal(StableDiffusion):
+    """The exact denoiser of N(mean, std^2) in every element of an image, whose latents are the image, turned."""
+
+    def __init__(self, mean, std, turn=None, schedule=SCHEDULE):
+        self.mean, self.std, self.turn = mean, std, torch.eye(12, dtype=torch.float64) if turn is None else turn
+        self.schedule, self.prediction, self.latent_shape = schedule, "epsilon", (3, 2, 2)
+        self.device, self.network = torch.device("cpu"), None
+
+    down_sampling = 1
+
+    def teacher_condition(self, prompts):
+        return Condition(len(prompts))
+
+    def teacher_dropped(self):
+        return Condition(1)
+
+    def output(self, z, level, condition):
+        alpha, sigma = level.alpha, level.sigma
+        mean = self.encode(torch.full((1, 3, 2, 2), self.mean, dtype=torch.float64))
+        return sigma / (alpha**2 * self.std**2 + sigma**2) * (z - alpha * mean)
+
+    def decode(self, latents):
+        return (latents.flatten(1).double() @ self.turn).view(latents.shape)
+
+    def encode(self, images):
+        return (images.flatten(1).double() @ self.turn.T).view(images.shape)
+
+    def to_device(self, array):
+        return torch.from_numpy(array)
+
+
+def fused(host, guest, **mixing):
+    made = object.__new__(coop(Normal))
+    made.join(host, guest, CoopSettings(**mixing))
+    return made
+
+
+def noise(count=5, shape=(3, 2, 2)):
+    return np.random.default_rng(1).normal(size=(count, *shape))
+
+
+SAMPLER = Sampler(steps=20, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("refresh", ["own", "re_encode"])
+def test_at_delta_0_the_host_samples_and_at_delta_1_the_guest(refresh):
+    host, guest = Normal(-1.0, 0.5), Normal(2.0, 0.3)
+    alone = [solve(one, noise(), [""] * 5, SAMPLER) for one in (host, guest)]
+    first, last = (solve(fused(host, guest, delta=d, refresh=refresh), noise(), [""] * 5, SAMPLER) for d in (0, 1))
+    assert torch.equal(first, alone[0])
+    torch.testing.assert_close(last, alone[1].double(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_conversion_between_turned_latents_is_exact():
+    """A guest with turned latents and the same images gives the host's own estimate, so any delta gives its sample."""
+    host = Normal(-1.0, 0.5)
+    wanted = solve(host, noise(), [""] * 5, SAMPLER)
+    guest = Normal(-1.0, 0.5, ROTATION)
+    latents = torch.from_numpy(noise())
+    torch.testing.assert_close(host.encode(guest.decode(guest.encode(latents))), latents, atol=1e-12, rtol=0)
+    both = fused(host, guest, delta=1.0)
+    alpha, sigma = SCHEDULE.at(500)
+    z = torch.from_numpy(noise())
+    turned = guest.encode(z)
+    output = both.end(both.denoiser([""] * 5, 1.0)(torch.cat([z.flatten(1), turned.flatten(1)], 1), 500))
+    torch.testing.assert_close(output, host.denoiser([""] * 5, 1.0)(z, 500).double(), atol=1e-5, rtol=1e-5)
+    assert wanted.shape == z.shape and alpha > 0 and sigma > 0
+
+
+@pytest.mark.parametrize("delta", [0.25, 0.5, 0.9])
+def test_two_gaussians_of_one_deviation_end_between_their_means(delta):
+    """As the samples of one Gaussian of mean (1 - delta) m_A + delta m_B. If the guest keeps to its own path, it pulls
+    harder, because the host's estimate follows the state."""
+    host, guest, std = Normal(-1.0, 0.4), Normal(2.0, 0.4), 0.4
+    mean = (1 - delta) * -1.0 + delta * 2.0
+    together, apart, wanted = (
+        solve(one, noise(), [""] * 5, SAMPLER).double()
+        for one in (fused(host, guest, delta=delta), fused(host, guest, delta=delta, refresh="own"), Normal(mean, std))
+    )
+    torch.testing.assert_close(together, wanted, atol=1e-4, rtol=1e-4)
+    assert (apart - wanted).mean() > 0.1
+
+
+def test_one_fused_estimate_is_the_weighted_sum_of_two_at_one_z():
+    host, guest = Normal(-1.0, 0.5), Normal(2.0, 0.3)
+    z, t = torch.from_numpy(noise()), 400
+    alpha, sigma = SCHEDULE.at(t)
+    state = torch.cat([z.flatten(1)] * 2, 1)
+    estimates = [(z - sigma * one.denoiser([""] * 5, 1.0)(z, t)) / alpha for one in (host, guest)]
+    output = fused(host, guest, delta=0.3).denoiser([""] * 5, 1.0)(state, t)[:, :12].view(z.shape)
+    wanted = 0.7 * estimates[0] + 0.3 * estimates[1]
+    torch.testing.assert_close((z - sigma * output) / alpha, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_guest_with_another_schedule_is_called_at_the_same_snr():
+    host = Normal(-1.0, 0.5)
+    other = Normal(2.0, 0.3, schedule=NoiseSchedule.from_alphas_cumprod(SCHEDULE.alpha[::2] ** 2))
+    z, t = torch.from_numpy(noise()), 600
+    state = torch.cat([z.flatten(1)] * 2, 1)
+    same, scheduled = (
+        fused(host, guest, delta=1.0).denoiser([""] * 5, 1.0)(state, t) for guest in (Normal(2.0, 0.3), other)
+    )
+    torch.testing.assert_close(scheduled, same, atol=1e-4, rtol=1e-4)
+
+
+def test_delta_follows_its_schedule_and_stops_at_the_snr():
+    mixing = CoopSettings(delta=0.2, first_delta=1.0, max_snr=4.0)
+    assert mixing.share(0.0, 1.0) == 1.0
+    assert mixing.share(0.8, 0.6) == pytest.approx(0.2 + 0.8 * 0.6)
+    assert mixing.share(0.98**0.5, 0.02**0.5) == 0.0
+    assert CoopSettings(delta=0.3).share(0.999, 0.04) == 0.3
+
+
+def test_a_guest_of_half_the_size_starts_from_white_noise():
+    host, guest = Normal(0.0, 1.0), Normal(0.0, 1.0)
+    host.latent_shape = (3, 64, 64)
+    guest.latent_shape = (3, 32, 32)
+    guest.down_sampling = 2
+    made = fused(host, guest)
+    drawn = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    own = made.begin(drawn)[:, 3 * 64 * 64 :].view(8, 3, 32, 32)
+    assert float(own.var()) == pytest.approx(1.0, abs=0.03)
+    assert abs(float((own[..., 1:] * own[..., :-1]).mean())) < 0.02
+    guest.latent_shape = (4, 32, 32)
+    with pytest.raises(StageError, match="there are no pairs"):
+        made.begin(drawn)
+
+
+HEAD, _, _ = TINY.partition("  pairs:")
+FUSED = f"""{HEAD}
+  other:
+    kind: teacher
+    train:
+      dataset: digits
+      vae: {{channels: [8, 16], max_mse: 1.0, training: {{steps: 10, batch_size: 16}}}}
+      denoiser: {{channels: [16, 32], training: {{steps: 4, batch_size: 8}}}}
+    execution: {{threads: 1}}
+    seed: 1
+  both:
+    kind: teacher
+    coop: {{host: teacher, guest: other, delta: 0.4}}
+    execution: {{threads: 1}}
+  pairs:
+    kind: pairs
+    teacher: both
+    prompts: digits
+    count: 32
+    shard_size: 16
+    sampler: {{steps: 3, guidance_scale: 2.0}}
+    execution: {{micro_batch: 8, threads: 1}}
+  student:
+    kind: distill
+    pairs: pairs
+    method: knowledge_distillation
+    training: {{steps: 4, batch_size: 8}}
+    held_out: 16
+    execution: {{threads: 1}}
+  quality: {{kind: evaluate, student: student, samples: 20, teacher_steps: [], execution: {{threads: 1}}}}
+"""
+
+
+def test_a_fused_teacher_makes_pairs_and_is_distilled_into_one_student(tiny):
+    from diffusers import DiffusionPipeline
+
+    store, _ = tiny
+    plan = execute(FUSED, store, name="coop")
+    folder, student = plan["both"].artifact.folder, plan["student"].artifact.folder
+    assert json.loads((folder / "coop.json").read_text())["delta"] == 0.4
+    assert type(DiffusionPipeline.from_pretrained(student)).__name__ == "StableDiffusionPipeline"
+    metrics = json.loads((plan["quality"].artifact.folder / "metrics.json").read_text())
+    assert metrics["sides"].keys() == {"teacher_3", "student"}
+    both = load_network(folder, TrainingExecution(device="cpu"))
+    drawn = np.random.default_rng(0).normal(size=(6, *both.latent_shape)).astype(np.float32)
+    prompts = ["a red handwritten seven", ""] * 3
+    whole = solve(both, drawn, prompts, Sampler(steps=3, guidance_scale=2.0))
+    part = solve(both, drawn[2:4], prompts[2:4], Sampler(steps=3, guidance_scale=2.0))
+    torch.testing.assert_close(part, whole[2:4], atol=1e-4, rtol=1e-4)
+    with pytest.raises(StageError, match="a method that reads pairs"):
+        both.output(whole, both.schedule.at(5), both.teacher_condition(prompts))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("delta: 0.4", "delta: 1.4", "less than or equal to 1"),
+        ("guest: other", "guest: nothing", "there is no stage"),
+        (
+            "method: knowledge_distillation",
+            "method: {name: consistency, steps: 1, guidance_scale: 2.0}",
+            "a fused teacher has a state only along a trajectory",
+        ),
+        ("dataset: digits\n", "dataset: {name: digits, size: 32}\n", "it makes images of (32, 32) pixels"),
+    ],
+)
+def test_teachers_that_cannot_cooperate_are_errors_of_the_plan(tmp_path, old, new, expected):
+    before, _, after = FUSED.partition("  other:")
+    text = f"{before}  other:{after.replace(old, new)}"
+    with pytest.raises(ManifestError) as error:
+        loads(text, "test.yaml")
+        plan_of(text, tmp_path)
+    assert expected in str(error.value)

@@ -174,7 +174,7 @@ def test_cycles_are_found():
 
 
 def test_a_teacher_has_exactly_one_source():
-    assert "give exactly one of train, from, exact and gaussian, not 0" in problems(
+    assert "give exactly one of train, from, exact, structure, coop and gaussian, not 0" in problems(
         "name: x\nstages: {t: {kind: teacher}}"
     )
 

@@ -530,7 +530,15 @@ def test_fixed_cameras_are_spread_over_the_azimuths_of_the_random_ones(azimuth, 
 
 @pytest.mark.parametrize(
     ("azimuth", "elevation", "view"),
-    [(0, 0, "front"), (-44, 10, "front"), (46, 0, "side"), (180, 0, "back"), (-136, 5, "back"), (400, 61, "overhead")],
+    [
+        (0, 0, "front"),
+        (-44, 10, "front"),
+        (46, 0, "side"),
+        (180, 0, "back"),
+        (-136, 5, "back"),
+        (400, 0, "front"),
+        (0, 61, "overhead"),
+    ],
 )
 def test_words_for_views(azimuth, elevation, view):
     cameras = Cameras(*(torch.tensor([float(value)]) for value in (azimuth, elevation, 3, 40)))

@@ -12,9 +12,9 @@ LUMA = (0.2126, 0.7152, 0.0722)
 
 
 def saturation(images: Images) -> NDArray[np.float64]:
-    """Return the saturation of HSV, (max - min) / max of a pixel's channels in [0, 1], averaged over each image, (N,).
+    """Return the mean HSV saturation of each image, (N,), in [0, 1].
 
-    Black pixels have 0."""
+    The saturation of a pixel is (max - min) / max of its three channels, and 0 if the pixel is black."""
     values = (images.astype(np.float64) + 1) / 2
     most, least = values.max(1), values.min(1)
     mean: NDArray[np.float64] = np.where(most > 0, (most - least) / np.maximum(most, 1e-9), 0.0).mean((1, 2))

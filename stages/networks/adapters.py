@@ -34,7 +34,7 @@ def adapter_of(folder: Path) -> type[Adapter]:
     Raises Unsupported if there is no pipeline or no adapter for it, and PluginError if a package's adapter cannot be
     imported."""
     if (folder / coop.FILE).exists():
-        return coop.coop(adapter_of(folder / coop.HOST))
+        return coop.coop(adapter_of(folder / coop.HOST), adapter_of(folder / coop.GUEST))
     if (folder / decoupled.FILE).exists():
         return decoupled.time_decoupled(adapter_of(folder / decoupled.STRUCTURE))
     pipeline = read_json(folder / INDEX).get("_class_name", "pipeline")
@@ -45,8 +45,8 @@ def adapter_of(folder: Path) -> type[Adapter]:
 
 
 def family_of(adapter: type[Adapter]) -> type[Adapter]:
-    """Return the family of an adapter. That of an exact, time-decoupled or fused teacher is that of its (first)
-    pipeline."""
+    """Return the family of an adapter. For an exact teacher, it is that of its pipeline. For a time-decoupled or fused
+    teacher, it is that of structure or host."""
     while issubclass(adapter, Exact | TimeDecoupled | Coop):
         adapter = adapter.__bases__[1]
     return adapter

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -63,15 +63,16 @@ class Coop(Adapter):
     A state of sampling holds the latents of both: (B, C h w + C' h' w'), at one level of the host's schedule. `begin`
     makes it from the host's noise alone, so that samples are a function of that noise."""
 
+    GUEST_FAMILY: ClassVar[type[Adapter]]
+    """The adapter of the guest."""
+
     def __init__(
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False
     ) -> None:
         """Raises StageError if the images of the two have different sizes."""
-        from stages.networks.adapters import adapter_of
-
+        families = {HOST: type(self).__bases__[1], GUEST: self.GUEST_FAMILY}
         host, guest = (
-            adapter_of(folder / name)(folder / name, device=device, dtype=dtype, compile=compile)
-            for name in (HOST, GUEST)
+            family(folder / name, device=device, dtype=dtype, compile=compile) for name, family in families.items()
         )
         self.join(host, guest, CoopSettings.model_validate_json((folder / FILE).read_text(encoding="utf-8")))
 
@@ -152,7 +153,7 @@ class Coop(Adapter):
 
 
 @cache
-def coop(family: type[Adapter]) -> type[Adapter]:
-    """Return the adapter of fused teachers whose host is of `family`."""
-    made: Any = type(f"Coop{family.__name__}", (Coop, family), {})
+def coop(host: type[Adapter], guest: type[Adapter]) -> type[Adapter]:
+    """Return the adapter of fused teachers whose host and guest have these adapters."""
+    made: Any = type(f"Coop{host.__name__}", (Coop, host), {"GUEST_FAMILY": guest})
     return made

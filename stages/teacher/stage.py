@@ -106,6 +106,8 @@ class Teacher(Stage):
             raise ValueError(f"give exactly one of {names}, not {len(given)} of them")
         if (self.structure is None) != (self.texture is None):
             raise ValueError("structure and texture need one another")
+        if self.switch != type(self).model_fields["switch"].default and not self.structure:
+            raise ValueError("switch needs structure and texture")
         for name in ("revision", "lora", "micro_conditioning"):
             if getattr(self, name) and not self.from_:
                 raise ValueError(f"{name} needs `from`")
@@ -118,8 +120,8 @@ class Teacher(Stage):
             yield "micro_conditioning", NOT_CONDITIONED
         for field in ("train.like", "train.vae.teacher"):
             named = inputs.get(field)
-            if named and isinstance(named.stage, Teacher) and named.stage.gaussian:
-                yield field, "it is `gaussian:`, which has no pipeline"
+            if named and isinstance(named.stage, Teacher) and (named.stage.gaussian or named.stage.of_several):
+                yield field, "it is not one pipeline; give a teacher of `train`, `from` or `exact`"
         if self.exact and self.exact.zero_terminal_snr:
             pipeline = Path(FROM.source(self.exact.pipeline))
             if ask(pipeline, lambda adapter, folder: adapter.prediction_of(folder)) == "epsilon":
@@ -151,7 +153,7 @@ class Teacher(Stage):
         for name, (artifact, called) in halves.items():
             teacher = artifact.stage
             assert isinstance(teacher, Teacher)
-            if teacher.gaussian or teacher.exact or teacher.structure:
+            if teacher.gaussian or teacher.exact or teacher.of_several:
                 yield name, "it has no network of its own; give one of `train` or `from`"
             times = teacher.train.times if teacher.train else None
             if times and times != called:
@@ -215,6 +217,11 @@ class Teacher(Stage):
         folders = [sealed, sealed / STRUCTURE, sealed / HOST, *([Path(FROM.source(source))] if source else [])]
         return next((folder for folder in folders if (folder / INDEX).is_file()), None)
 
+    @property
+    def of_several(self) -> bool:
+        """Whether the teacher consists of several pipelines."""
+        return self.structure is not None or self.coop is not None
+
     def progress_in(self, work: Path, pool: Path) -> str | None:
         return training_progress(work / SCRATCH)
 
@@ -266,12 +273,19 @@ def _vae_of(teacher: Artifact) -> str | None:
     return teacher.fingerprint if own else None
 
 
+def _copy_pipeline(teacher: Artifact, output: Path) -> None:
+    """Copy the pipeline of a sealed teacher to `output`, with the sizes that it is conditioned on."""
+    adopt(str(teacher.folder), "", output)
+    if (teacher.folder / MICRO_CONDITIONING).is_file():
+        shutil.copyfile(teacher.folder / MICRO_CONDITIONING, output / MICRO_CONDITIONING)
+
+
 def _joined(context: StageContext, switch: int) -> Mapping[str, Any]:
     """Copy both halves to the stage's folder, with the timestep at which they meet. Return figures."""
     halves = {half: context.inputs[half] for half in (STRUCTURE, TEXTURE)}
     for half, teacher in halves.items():
         (context.output / half).mkdir(exist_ok=True)
-        adopt(str(teacher.folder), "", context.output / half)
+        _copy_pipeline(teacher, context.output / half)
     text = json.dumps({"switch": switch}) + "\n"
     (context.output / TIME_DECOUPLED).write_text(text, encoding="utf-8")
     licences = list(dict.fromkeys(licence_of(teacher) for teacher in halves.values()))
@@ -284,7 +298,8 @@ def _fused(context: StageContext, settings: CoopTeacher) -> Mapping[str, Any]:
     """Copy host and guest to the stage's folder, with the settings of their mixture. Return figures."""
     teachers = {name: context.inputs[f"coop.{name}"] for name in (HOST, GUEST)}
     for name, teacher in teachers.items():
-        shutil.copytree(teacher.folder, context.output / name, ignore=shutil.ignore_patterns("artifact.json"))
+        ignored = shutil.ignore_patterns("artifact.json")
+        shutil.copytree(teacher.folder, context.output / name, ignore=ignored, dirs_exist_ok=True)
     text = json.dumps(settings.model_dump(exclude=set(teachers)), indent=2) + "\n"
     (context.output / COOP).write_text(text, encoding="utf-8")
     licences = list(dict.fromkeys(licence_of(teacher) for teacher in teachers.values()))
@@ -309,9 +324,7 @@ def _like(like: Artifact, context: StageContext, *how: Any) -> Mapping[str, Any]
 
     A worker writes the network to a folder of its own. A second worker, which takes over from a lost one, so finds the
     pipeline as it was."""
-    adopt(str(like.folder), "", context.output)
-    if (like.folder / MICRO_CONDITIONING).is_file():
-        shutil.copyfile(like.folder / MICRO_CONDITIONING, context.output / MICRO_CONDITIONING)
+    _copy_pipeline(like, context.output)
     figures = context.run(_train_like, *how)
     own = context.output / adapter_of(context.output).NETWORK
     shutil.rmtree(own)

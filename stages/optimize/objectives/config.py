@@ -31,7 +31,8 @@ class ScoreDistillationConfig(ObjectiveConfig):
     guidance_scale: float
     weighting: NoiseWeighting = Field(
         "sigma2",
-        description="weight of the difference of the noise: sigma2, sigma^2; uniform, 1; alpha_sigma2, alpha sigma^2",
+        description="weight of the difference of two noise estimates: sigma2 means sigma^2, uniform means 1, and "
+        "alpha_sigma2 means alpha sigma^2",
     )
     time_range: TimeRange = Field((0.02, 0.98), description="parts of T between which timesteps are drawn")
     anneal: Anneal | None = Field(None, description="another time_range for the later part; default: none")

@@ -54,7 +54,7 @@ class Normal(StableDiffusion):
 
 
 def fused(host, guest, **mixing):
-    made = object.__new__(coop(Normal))
+    made = object.__new__(coop(Normal, Normal))
     made.join(host, guest, CoopSettings(**mixing))
     return made
 

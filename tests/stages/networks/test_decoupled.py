@@ -23,6 +23,7 @@ from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 from stages.networks.teachers import load_network, solve
 from stages.training import TrainingExecution
+from tests.support.networks import stable_diffusion_xl_layout
 from tests.support.pipelines import TINY, execute, plan_of
 
 HEAD, _, _ = TINY.partition("  pairs:")
@@ -212,6 +213,12 @@ def test_up_scaled_images_are_those_of_half_the_size():
         ("times: [0, 500]", "times: [500, 0]", "the first less than the second"),
         ("      vae: teacher\n", "      vae: {teacher: teacher, max_mse: 0.5}\n", "leave max_mse out"),
         ("crop: 8", "crop: 80", "larger than the images"),
+        (
+            "    structure: high\n    texture: low",
+            "    gaussian: {}\n    switch: 300",
+            "switch needs structure and texture",
+        ),
+        ("  both:", "  third: {kind: teacher, train: {dataset: digits, vae: both}}\n  both:", "it is not one pipeline"),
     ],
 )
 def test_halves_that_do_not_meet_are_errors_of_the_plan(tmp_path, old, new, expected):
@@ -223,6 +230,19 @@ def test_halves_that_do_not_meet_are_errors_of_the_plan(tmp_path, old, new, expe
         loads(text, "test.yaml")
         plan_of(text, tmp_path)
     assert expected in str(error.value)
+
+
+def test_halves_of_sdxl_keep_the_sizes_that_they_are_conditioned_on(tmp_path):
+    source = stable_diffusion_xl_layout(tmp_path / "xl")
+    text = f"""
+name: xl
+stages:
+  half: {{kind: teacher, from: {source}, micro_conditioning: {{original_size: [64, 32]}}}}
+  both: {{kind: teacher, structure: half, texture: half}}
+"""
+    folder = execute(text, tmp_path / "store")["both"].artifact.folder
+    for half in (STRUCTURE, TEXTURE):
+        assert json.loads((folder / half / "micro_conditioning.json").read_text())["original_size"] == [64, 32]
 
 
 def test_pipelines_of_different_latents_are_one_sentence(teacher, tmp_path):

@@ -26,9 +26,9 @@ NOISE = 0.1
 
 
 class Mesh(Solid):
-    """Textures (3, T, T), whose first row is the upper one, or vertex colours (V, 3), on one surface.
+    """Particles that colour one surface, each with a texture (3, T, T), top row first, or with vertex colours (V, 3).
 
-    The sigmoid of `state` are colours in [0, 1], seen without light. The geometry has no gradients and is not saved."""
+    Colours are the sigmoid of `state`, in [0, 1]. There is no light. The geometry is not trained, and not saved."""
 
     config: MeshConfig
     corners: Tensor

@@ -29,7 +29,10 @@ class NerfConfig(SolidConfig):
         "frequency: sines and cosines (NeRF, 2003.08934), smoother, but the network needs to be larger",
     )
     levels: int = Field(
-        8, ge=1, le=24, description="grids of different resolutions; with frequency, octaves, the first of period 2"
+        8,
+        ge=1,
+        le=24,
+        description="number of hash grids, each finer than the one before; with frequency: number of octaves",
     )
     features: int = Field(2, ge=1, le=16, description="features of a vertex of a grid; not with frequency")
     log2_table_size: int = Field(

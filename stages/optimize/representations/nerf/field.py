@@ -31,7 +31,7 @@ class Field(nn.Module):
         self.network = nn.Sequential(*hidden, nn.Linear(config.hidden, 4))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return density (N,), not negative, and colour (N, 3) in [0, 1] at positions (N, 3).
+        """Return density (N,) >= 0 and colour (N, 3) in [0, 1] at positions (N, 3).
 
         density = softplus(network + blob (1 - |position| / blob_radius)), and 0 outside the ball. Density is the share
         of light that is stopped, for each unit of length. The blob is that of Magic3D (2211.10440)."""
@@ -107,6 +107,6 @@ class HashGrid(nn.Module):
 
 
 def _corners(ends: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Join numbers of the two ends of a cell along its three axes, (2, 3, N), to one for each corner, (8, N)."""
+    """Combine values at the two ends of a cell along each axis, (2, 3, N), into one for each of its corners, (8, N)."""
     x, y, z = ends.unbind(1)
     return join(join(x[:, None, None], y[:, None]), z).flatten(0, 2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.base import Artifact, Progress, StageError
+from stages.base import Artifact, Progress
 from stages.data.images import digits
 from stages.data.images.config import Digits
 from stages.data.noise import noise_for
@@ -43,7 +43,7 @@ def evaluate_particles(
     output: Path,
     threads: int,
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Write `metrics.json` and the files of `page.write` to `output`. Return the metrics. Raises StageError.
+    """Write `metrics.json` and the files of `page.write` to `output`. Return the metrics.
 
     The teacher's row has as many samples of the same prompt, from noises of `seed`. Diversity and distance are measured
     between particles seen from the same side."""
@@ -79,10 +79,7 @@ def evaluate_particles(
     }
     metrics["sides"][f"teacher_{sampler.steps}"]["network_calls"] = sampler.network_calls
     if probe:
-        try:
-            _of_probe(metrics, shown, side, stage.prompt, probe, adapter)
-        except ValueError as error:
-            raise StageError(f"prompt accuracy: {error}") from error
+        _of_probe(metrics, shown, side, stage.prompt, probe, adapter)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     columns = page.columns(count, next(iter(shown.values())).shape[-1])
     about = {
@@ -133,9 +130,7 @@ def _of_probe(
     probe: Artifact,
     teacher: Adapter,
 ) -> None:
-    """Add the prompt accuracy and the diversity in the probe's features to all sides of `metrics`.
-
-    Raises ValueError if the prompt names no classes of the probe."""
+    """Add the prompt accuracy and the diversity in the probe's features to all sides of `metrics`."""
     assert isinstance(probe.stage, Probe)
     classifier = Classifier.load(probe.folder, teacher.device)
     metrics["features"] = f"{probe.stage.images.name}_probe_{classifier.features}"

@@ -135,10 +135,10 @@ class Evaluate(Stage):
             yield "samples", f"distances to real images need at least {MIN_SAMPLES} samples"
 
     def _check_prompt(self, particles: Stage, probe: Artifact | None) -> Iterator[tuple[str, str]]:
-        if probe and isinstance(probe.stage, Probe) and isinstance(probe.stage.images, Digits):
+        assert isinstance(particles, Optimize)
+        if particles.prompt and probe and isinstance(probe.stage, Probe) and isinstance(probe.stage.images, Digits):
             from stages.data.images.digits import prompt_labels  # imports NumPy
 
-            assert isinstance(particles, Optimize)
             try:
                 prompt_labels([particles.prompt])
             except ValueError as error:

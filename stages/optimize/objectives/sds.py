@@ -44,10 +44,7 @@ class SDS:
         self.config, self.particles, self.prompt = config, materials.particles, materials.prompt
         teacher = materials.teacher
         self._check_prompts(teacher)
-        try:
-            grid = Grid.trailing(teacher.schedule, len(teacher.schedule))
-        except ValueError as error:
-            raise StageError(str(error)) from None
+        grid = Grid.trailing(teacher.schedule, len(teacher.schedule))
         real = TeacherDenoiser(teacher, grid, config.guidance_scale)
         ranges = [config.time_range, *([config.anneal.time_range] if config.anneal else [])]
         levels = Levels(teacher.schedule, teacher.device)

@@ -9,6 +9,10 @@ from stages.diffusion.prediction import Array, Prediction, to_noise, to_x0
 from stages.diffusion.schedule import NoiseSchedule
 
 Spacing = Literal["trailing", "leading"]
+Denoise = Callable[[Array, int], Array]
+"""`denoise(z, t)`: the network's output at z (B, C, H, W) and timestep t, guided if needed."""
+Solver = Callable[[Denoise, Array, NoiseSchedule, Prediction, list[int]], Iterator[tuple[int, Array]]]
+"""`solver(denoise, noise, schedule, prediction, grid)`, such as `ddim`."""
 
 
 def timesteps(train_steps: int, steps: int, spacing: Spacing = "trailing") -> list[int]:
@@ -27,7 +31,7 @@ def timesteps(train_steps: int, steps: int, spacing: Spacing = "trailing") -> li
 
 
 def ddim(
-    denoise: Callable[[Array, int], Array],
+    denoise: Denoise,
     noise: Array,
     schedule: NoiseSchedule,
     prediction: Prediction,

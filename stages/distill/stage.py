@@ -206,7 +206,7 @@ class Distill(Stage):
         assert isinstance(known, Teacher)
         if known.gaussian:
             yield given, "their teacher is `gaussian:`, which has no network for a student to start from"
-        if known.coop and not self._needs_pairs:
+        if known.cooperating and not self._needs_pairs:
             yield "method", "a fused teacher has a state only along a trajectory: use a method that needs pairs"
         if other and isinstance(other.stage, Teacher) and other.stage.gaussian:
             yield "start.teacher", "it is `gaussian:`, which has no network"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from stages.data.latents import LabelledLatents
     from stages.diffusion.grid import Grid
+    from stages.diffusion.samplers import Solver
     from stages.diffusion.schedule import Level, NoiseSchedule
     from stages.networks.condition import Condition
     from stages.networks.unet_features import Bottleneck, Features
@@ -283,13 +284,18 @@ class Adapter(ABC):
 
         return denoise
 
-    def begin(self, noise: Tensor) -> Tensor:
-        """Return the state of a solver that starts from `noise` (B, C, H, W): for most teachers, the noise itself."""
-        return noise
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """The shape of the noise from which a trajectory starts: for most teachers, that of a latent."""
+        return self.latent_shape
 
-    def end(self, state: Tensor) -> Tensor:
-        """Return the latents (B, C, H, W) in a solver's state: for most teachers, the state itself."""
-        return state
+    def trajectory(
+        self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: float, grid: list[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Solve the probability-flow ODE from `noise` (B, C, H, W) at the timesteps of `grid`, in descending order.
+
+        Yields (t, z_t) before the call at t, and finally (-1, x0)."""
+        return solver(self.denoiser(prompts, guidance_scale), noise, self.schedule, self.prediction, grid)
 
     def output(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
         """Return the teacher's output at z (B, C, H, W), float32: that of its network, computed in its dtype.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.base import StageError
-from stages.networks import coop, decoupled, exact
+from stages.networks import decoupled, exact
 from stages.networks.adapter import INDEX, Adapter, Unsupported, read_json
-from stages.networks.coop import Coop
+from stages.networks.coop import GUEST, HOST, Bridge, Coop, Cooperating, cooperating
 from stages.networks.decoupled import TimeDecoupled
 from stages.networks.exact import Exact
 from stages.networks.pixel import PixelDiffusion
@@ -33,8 +33,9 @@ def adapter_of(folder: Path) -> type[Adapter]:
 
     Raises Unsupported if there is no pipeline or no adapter for it, and PluginError if a package's adapter cannot be
     imported."""
-    if (folder / coop.FILE).exists():
-        return coop.coop(adapter_of(folder / coop.HOST), adapter_of(folder / coop.GUEST))
+    for kind in (Coop, Bridge):
+        if (folder / kind.FILE).exists():
+            return cooperating(kind, adapter_of(folder / HOST), adapter_of(folder / GUEST))
     if (folder / decoupled.FILE).exists():
         return decoupled.time_decoupled(adapter_of(folder / decoupled.STRUCTURE))
     pipeline = read_json(folder / INDEX).get("_class_name", "pipeline")
@@ -45,9 +46,9 @@ def adapter_of(folder: Path) -> type[Adapter]:
 
 
 def family_of(adapter: type[Adapter]) -> type[Adapter]:
-    """Return the family of an adapter. For an exact teacher, it is that of its pipeline. For a time-decoupled or fused
-    teacher, it is that of structure or host."""
-    while issubclass(adapter, Exact | TimeDecoupled | Coop):
+    """Return the family of an adapter. For an exact teacher, it is that of its pipeline. For a teacher of several
+    pipelines, it is that of structure or host."""
+    while issubclass(adapter, Exact | TimeDecoupled | Cooperating):
         adapter = adapter.__bases__[1]
     return adapter
 

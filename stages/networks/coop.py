@@ -1,10 +1,12 @@
-"""Coop-Diffusion: a guest teacher steers a host teacher of another latent space, through images.
+"""Coop-Diffusion: two teachers of different latent spaces in one sampling process, which meet as images.
 
-PanGu-Draw, 2312.16486, section 3.2. Planning imports this module, so it imports neither torch nor NumPy."""
+A guest steers the host at each step (`Coop`), or samples the noisy levels, at another resolution (`Bridge`). PanGu-Draw,
+2312.16486, section 3.2. Planning imports this module, so it imports neither torch nor NumPy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,11 +20,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from stages.diffusion.samplers import Solver
     from stages.diffusion.schedule import Level
     from stages.networks.condition import Condition
 
-FILE, HOST, GUEST = "coop.json", "host", "guest"
-"""The file that makes a folder a fused teacher, and the folders of its two pipelines."""
+HOST, GUEST = "host", "guest"
+"""The folders of the two pipelines."""
 
 
 class CoopSettings(Config):
@@ -53,58 +56,105 @@ class CoopSettings(Config):
         return self.delta + (first - self.delta) * sigma
 
 
-class Coop(Adapter):
-    """The host's pipeline, whose estimates of clean data are mixed with those of a guest (2312.16486, eq. 4 to 6).
+class BridgeSettings(Config):
+    """When the host takes over from the guest."""
 
-    The equations mix estimates of the noise, delta eps~ + (1 - delta) eps with eps~ = (z - alpha z~0) / sigma. At one z
-    this is the same as mixing those of clean data, delta z~0 + (1 - delta) z0. z~0 = E(D'(z'0)) is the estimate of the
-    guest, decoded by the guest's VAE and encoded by the host's.
+    switch: int = Field(500, ge=1, description="the least timestep at which the guest is called")
 
-    A state of sampling holds the latents of both: (B, C h w + C' h' w'), at one level of the host's schedule. `begin`
-    makes it from the host's noise alone, so that samples are a function of that noise."""
 
+class Cooperating(Adapter):
+    """A host and a guest. Students, latents and images are those of the host.
+
+    Samples are a function of one noise, of the shape of the larger latents. The other starts from `shrunk` noise."""
+
+    FILE: ClassVar[str]
+    """The file that makes a folder such a teacher. It holds the settings."""
+    SETTINGS: ClassVar[type[Config]]
     GUEST_FAMILY: ClassVar[type[Adapter]]
     """The adapter of the guest."""
 
     def __init__(
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False
     ) -> None:
-        """Raises StageError if the images of the two have different sizes."""
+        """Raises StageError if the two do not fit."""
         families = {HOST: type(self).__bases__[1], GUEST: self.GUEST_FAMILY}
         host, guest = (
             family(folder / name, device=device, dtype=dtype, compile=compile) for name, family in families.items()
         )
-        self.join(host, guest, CoopSettings.model_validate_json((folder / FILE).read_text(encoding="utf-8")))
+        self.join(host, guest, self.SETTINGS.model_validate_json((folder / self.FILE).read_text(encoding="utf-8")))
 
-    def join(self, host: Adapter, guest: Adapter, mixing: CoopSettings) -> None:
-        """Make this the fusion of two loaded teachers. Students and images are those of the host. Raises StageError."""
+    def join(self, host: Adapter, guest: Adapter, settings: Any) -> None:
+        """Make this the teacher of two loaded ones. Raises StageError if they do not fit."""
         self.__dict__.update(vars(host))
-        self.host, self.guest, self.mixing = host, guest, mixing
-        sizes = [[side * one.down_sampling for side in one.latent_shape[1:]] for one in (self, self.guest)]
-        if sizes[0] != sizes[1]:
-            raise StageError(f"host and guest make images of different sizes: {sizes[0]} and {sizes[1]} pixels")
+        self.host, self.guest, self.settings = host, guest, settings
+        self.check_both()
 
-    def begin(self, noise: Tensor) -> Tensor:
-        """Return the state that starts from the host's noise (B, C, h, w).
+    @abstractmethod
+    def check_both(self) -> None:
+        """Raise StageError if host and guest do not fit."""
 
-        A guest of the same shape starts from the same noise. One of half the size starts from the sums of 2x2 blocks
-        over 2, which are white noise again. Raises StageError for other shapes."""
-        from torch.nn import functional
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        return max(self.host.latent_shape, self.guest.latent_shape)
 
-        own = noise
-        if self.guest.latent_shape != self.latent_shape:
-            channels, height, width = self.latent_shape
-            if self.guest.latent_shape != (channels, height // 2, width // 2):
-                raise StageError(
-                    f"the guest's latents are {self.guest.latent_shape}, the host's {self.latent_shape}: the guest's "
-                    "noise cannot be made from the host's, so that there are no pairs"
-                )
-            own = functional.avg_pool2d(noise, 2) * 2
-        return self._state(noise, own)
+    def starts(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the noises of host and guest. Both are white, and a function of `noise` (B, *noise_shape).
 
-    def end(self, state: Tensor) -> Tensor:
-        """Return the host's latents (B, C, h, w) in a state."""
-        return self._split(state)[0]
+        Raises StageError if the shapes of their latents allow none."""
+        return shrunk(noise, self.host.latent_shape), shrunk(noise, self.guest.latent_shape)
+
+    def output(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
+        raise StageError("a fused teacher is called along a whole trajectory: distil it with a method that reads pairs")
+
+    def release(self) -> None:
+        super().release()
+        self.guest.release()
+
+
+def pixels(adapter: Adapter) -> list[int]:
+    """Return height and width of an adapter's images."""
+    return [side * adapter.down_sampling for side in adapter.latent_shape[1:]]
+
+
+def shrunk(noise: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Return white noise (B, *shape) that is a function of white noise (B, C, H, W).
+
+    It is the sum of each block of k x k elements, over k. Raises StageError unless `shape` is (C, H / k, W / k)."""
+    from torch.nn import functional
+
+    channels, height, width = noise.shape[1:]
+    k = height // shape[1]
+    if (channels, height, width) != (shape[0], k * shape[1], k * shape[2]):
+        raise StageError(
+            f"the latents of one teacher are {shape}, of the other {(channels, height, width)}: both cannot start from "
+            "one noise, so that there are no pairs"
+        )
+    return noise if k == 1 else functional.avg_pool2d(noise, k) * k
+
+
+class Coop(Cooperating):
+    """The host's pipeline, whose estimates of clean data are mixed with those of a guest (2312.16486, eq. 4 to 6).
+
+    The equations mix estimates of the noise, delta eps~ + (1 - delta) eps with eps~ = (z - alpha z~0) / sigma. At one z
+    this is the same as mixing those of clean data, delta z~0 + (1 - delta) z0. z~0 = E(D'(z'0)) is the estimate of the
+    guest, decoded by the guest's VAE and encoded by the host's.
+
+    A state of sampling holds the latents of both: (B, C h w + C' h' w'), at one level of the host's schedule."""
+
+    FILE = "coop.json"
+    SETTINGS = CoopSettings
+
+    def check_both(self) -> None:
+        host, guest = (pixels(one) for one in (self.host, self.guest))
+        if host != guest:
+            raise StageError(f"host and guest make images of different sizes: {host} and {guest} pixels")
+
+    def trajectory(
+        self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: float, grid: list[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        start = self._state(*self.starts(noise))
+        for t, state in solver(self.denoiser(prompts, guidance_scale), start, self.schedule, self.prediction, grid):
+            yield t, self._split(state)[0]
 
     def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Tensor, int], Tensor]:
         """Return `denoise(state, t)`, the output for a state in the host's prediction type. Both are guided."""
@@ -120,7 +170,7 @@ class Coop(Adapter):
 
         def denoise(state: Tensor, t: int) -> Tensor:
             alpha, sigma = self.schedule.at(t)
-            delta = self.mixing.share(alpha, sigma)
+            delta = self.settings.share(alpha, sigma)
             z, z_guest = self._split(state)
             output = host(z, t)
             x0 = to_x0(self.prediction, output, z, alpha, sigma)
@@ -128,19 +178,12 @@ class Coop(Adapter):
             if delta:
                 x0 = delta * self.host.encode(self.guest.decode(x0_guest)) + (1 - delta) * x0
                 output = target(self.prediction, x0, (z - alpha * x0) / sigma, alpha, sigma)
-            if self.mixing.refresh == "re_encode":
+            if self.settings.refresh == "re_encode":
                 x0_guest = self.guest.encode(self.host.decode(x0))
             own = target(self.prediction, x0_guest, (z_guest - alpha * x0_guest) / sigma, alpha, sigma)
             return self._state(output, own)
 
         return denoise
-
-    def output(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
-        raise StageError("a fused teacher is called along a whole trajectory: distil it with a method that reads pairs")
-
-    def release(self) -> None:
-        super().release()
-        self.guest.release()
 
     def _state(self, host: Tensor, guest: Tensor) -> Tensor:
         import torch
@@ -152,8 +195,43 @@ class Coop(Adapter):
         return state[:, :own].view(-1, *self.latent_shape), state[:, own:].view(-1, *self.guest.latent_shape)
 
 
+class Bridge(Cooperating):
+    """The guest samples at timesteps from `switch` on, and the host below, at another resolution (2312.16486, sec. 3.2).
+
+    The guest's estimate of clean data is decoded, scaled in pixels to the size of the host's images, encoded by the
+    host's VAE, and noised with the host's noise. Scaling noisy latents would correlate the noise of neighbours."""
+
+    FILE = "bridge.json"
+    SETTINGS = BridgeSettings
+
+    def check_both(self) -> None:
+        host, guest = (len(one.schedule) for one in (self.host, self.guest))
+        if host != guest:
+            raise StageError(f"host and guest have different numbers of timesteps: {host} and {guest}")
+
+    def trajectory(
+        self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: float, grid: list[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Solve the ODE. Yields as other adapters do, but nothing before the host is called."""
+        noisy, rest = ([t for t in grid if (t >= self.settings.switch) == above] for above in (True, False))
+        if not noisy or not rest:
+            raise StageError(f"the sampler has no timestep on one side of switch: {self.settings.switch}; give more")
+        noise, noise_guest = self.starts(noise)
+        *_, (_, x0) = self.guest.trajectory(solver, noise_guest, prompts, guidance_scale, noisy)
+        alpha, sigma = self.schedule.at(rest[0])
+        z = alpha * self.bridged(x0) + sigma * noise
+        yield from self.host.trajectory(solver, z, prompts, guidance_scale, rest)
+
+    def bridged(self, x0: Tensor) -> Tensor:
+        """Return latents of the host (B, C, h, w) of the images in the guest's latents (B, C', h', w')."""
+        from torch.nn import functional
+
+        images = functional.interpolate(self.guest.decode(x0), pixels(self.host), mode="bicubic", antialias=True)
+        return self.host.encode(images.clamp(-1, 1))
+
+
 @cache
-def coop(host: type[Adapter], guest: type[Adapter]) -> type[Adapter]:
-    """Return the adapter of fused teachers whose host and guest have these adapters."""
-    made: Any = type(f"Coop{host.__name__}", (Coop, host), {"GUEST_FAMILY": guest})
+def cooperating(kind: type[Cooperating], host: type[Adapter], guest: type[Adapter]) -> type[Adapter]:
+    """Return the adapter of this kind whose host and guest have these adapters."""
+    made: Any = type(f"{kind.__name__}{host.__name__}", (kind, host), {"GUEST_FAMILY": guest})
     return made

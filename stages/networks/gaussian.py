@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.diffusion.prediction import Prediction
+from stages.diffusion.samplers import Solver
 from stages.diffusion.schedule import NoiseSchedule
 
 FILE = "gaussian.json"
@@ -53,11 +54,19 @@ class GaussianTeacher:
 
         return denoise
 
-    def begin(self, noise: NDArray[np.floating]) -> NDArray[np.floating]:
-        return noise
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        return self.latent_shape
 
-    def end(self, state: NDArray[np.floating]) -> NDArray[np.floating]:
-        return state
+    def trajectory(
+        self,
+        solver: Solver,
+        noise: NDArray[np.floating],
+        prompts: Sequence[str],
+        guidance_scale: float,
+        grid: list[int],
+    ) -> Iterator[tuple[int, NDArray[np.floating]]]:
+        return solver(self.denoiser(prompts, guidance_scale), noise, self.schedule, self.prediction, grid)
 
     def to_device(self, array: NDArray[np.floating]) -> NDArray[np.floating]:
         return array.astype(np.float32)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stages.base import Execution
 from stages.diffusion.config import Sampler
 from stages.diffusion.prediction import Array, Prediction
-from stages.diffusion.samplers import ddim, timesteps
+from stages.diffusion.samplers import Denoise, Solver, ddim, timesteps
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks import gaussian
 from stages.networks.adapters import adapter_of
@@ -29,6 +29,11 @@ class Teacher(Protocol):
 
     latent_shape: tuple[int, int, int]
     """(C, H, W)."""
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """The shape of the noise from which a trajectory starts."""
+
     schedule: NoiseSchedule
     prediction: Prediction
     device_name: str
@@ -37,11 +42,10 @@ class Teacher(Protocol):
     def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Array, int], Array]:
         """Return `denoise(z, t)`, the guided output at z (B, C, H, W) and timestep t for B prompts."""
 
-    def begin(self, noise: Array) -> Array:
-        """Return the state of a solver that starts from `noise`."""
-
-    def end(self, state: Array) -> Array:
-        """Return the latents (B, C, H, W) in a solver's state."""
+    def trajectory(
+        self, solver: Solver, noise: Array, prompts: Sequence[str], guidance_scale: float, grid: list[int]
+    ) -> Iterator[tuple[int, Array]]:
+        """Solve the ODE from `noise` (B, C, H, W) at the timesteps of `grid`. Yields (t, z_t) and finally (-1, x0)."""
 
     def to_device(self, array: NDArray[np.floating]) -> Array:
         """Convert a NumPy array to the teacher's kind of array, in float32."""
@@ -76,32 +80,33 @@ def trajectory(
 
     Yields (t, z_t) at each timestep of the sampler's grid, descending, and finally (-1, x0). z_t and x0 are the
     teacher's kind of array."""
-    states = _states(teacher, noise, prompts, sampler)
-    return ((t, teacher.end(state)) for t, state in states)
-
-
-def _states(
-    teacher: Teacher, noise: NDArray[np.floating], prompts: list[str], sampler: Sampler
-) -> Iterator[tuple[int, Array]]:
-    """Solve the ODE as `trajectory` does. Yields the solver's states in place of latents."""
     grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
-    denoise = teacher.denoiser(prompts, sampler.guidance_scale)
-    start = teacher.begin(teacher.to_device(noise))
-    if sampler.name == "ddim":
-        return ddim(denoise, start, teacher.schedule, teacher.prediction, grid)
+    start = teacher.to_device(noise)
+    return teacher.trajectory(_solver(sampler.name), start, prompts, sampler.guidance_scale, grid)
+
+
+def _solver(name: str) -> Solver:
+    """Return the solver of this name, which takes NumPy arrays too."""
+    if name == "ddim":
+        return ddim
     import torch
 
     from stages.networks import solvers
 
-    solver = {"dpmpp_2m": solvers.dpmpp_2m, "heun": solvers.heun}[sampler.name]
-    if isinstance(start, np.ndarray):  # diffusers' schedulers take only tensors
+    solver = {"dpmpp_2m": solvers.dpmpp_2m, "heun": solvers.heun}[name]
 
-        def on_tensors(z: Array, t: int) -> Array:
+    def on_arrays(
+        denoise: Denoise, noise: Array, schedule: NoiseSchedule, prediction: Prediction, grid: list[int]
+    ) -> Iterator[tuple[int, Array]]:
+        if not isinstance(noise, np.ndarray):
+            return solver(denoise, noise, schedule, prediction, grid)
+
+        def on_tensors(z: Array, t: int) -> Array:  # diffusers' schedulers take only tensors
             return torch.from_numpy(denoise(z.numpy(), t))
 
-        states = solver(on_tensors, torch.from_numpy(start), teacher.schedule, teacher.prediction, grid)
-        return ((t, z.numpy()) for t, z in states)
-    return solver(denoise, start, teacher.schedule, teacher.prediction, grid)
+        return ((t, z.numpy()) for t, z in solver(on_tensors, torch.from_numpy(noise), schedule, prediction, grid))
+
+    return on_arrays
 
 
 def solve(teacher: Teacher, noise: NDArray[np.floating], prompts: list[str], sampler: Sampler) -> Array:

@@ -44,8 +44,8 @@ class Optimize(Stage):
         assert isinstance(teacher.stage, Teacher)
         if teacher.stage.gaussian:
             yield "teacher", "it is `gaussian:`, which makes no images"
-        if teacher.stage.coop:
-            yield "teacher", "it is `coop:`, which has a state only along a trajectory"
+        if teacher.stage.cooperating:
+            yield "teacher", "it fuses two teachers, and has a state only along a trajectory"
         unguided = teacher.stage.guidance_error(False, teacher.folder) if self.objective.uses_guidance else None
         if unguided:
             yield "objective", f"it needs guidance, but {unguided}; set guidance_scale: 1.0"

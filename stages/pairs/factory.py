@@ -77,6 +77,10 @@ class ShardWorker:
     def _solve(self, indices: range) -> Iterator[Pair]:
         """Draw noises of a batch, solve the ODE, and yield the pairs. Raises StageError if one is not finite."""
         teacher = self.teacher
+        if teacher.noise_shape != teacher.latent_shape:
+            raise StageError(
+                f"the teacher makes latents {teacher.latent_shape} from noise {teacher.noise_shape}: no student could"
+            )
         noise = np.stack([noise_for(self.seed, i, teacher.latent_shape, self.storage) for i in indices])
         texts = self.prompts.of(indices)
         kept: dict[int, np.ndarray] = {}
@@ -86,6 +90,9 @@ class ShardWorker:
                     kept[t] = teacher.to_numpy(z).astype(self.storage)
         arrays = {"noise": noise, "latent": kept[-1]}
         if self.path_timesteps:
+            lacking = [t for t in self.path_timesteps if t not in kept]
+            if lacking:
+                raise StageError(f"path_timesteps: {lacking[0]} is not a timestep at which the teacher has latents")
             arrays["path"] = np.stack([kept[t] for t in self.path_timesteps], axis=1)
         if self.text_embeddings:
             arrays["text_embedding"] = self._embedded(texts)

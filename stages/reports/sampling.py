@@ -53,7 +53,8 @@ def draw(
     for text in prompt_warnings(folder, [prompts]):
         warn(text)
     teacher = load_network(folder, Execution())
-    noise = np.stack([noise_for(seed, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(count)])
+    shape = teacher.latent_shape if artifact.kind == "distill" else teacher.noise_shape
+    noise = np.stack([noise_for(seed, i, shape, np.dtype(np.float32)) for i in range(count)])
     student = Student.load(artifact.folder, teacher, steps) if artifact.kind == "distill" else None
     takes = student.form.w_range if student else None
     if takes and not 1 + takes[0] <= guidance_scale <= 1 + takes[1]:

@@ -11,7 +11,7 @@ from stages.base import Choice, Config, Content, Input, Neutral, StageError
 from stages.data.images.config import IMAGE_SETS, ImageSet
 from stages.diffusion.prediction import Prediction
 from stages.networks.adapters import files_of
-from stages.networks.coop import CoopSettings
+from stages.networks.coop import BridgeSettings, CoopSettings
 from stages.training import TrainingSettings
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -242,6 +242,15 @@ class CoopTeacher(CoopSettings):
 
     host: Annotated[str, Input("teacher")] = Field(description="teacher whose latents are sampled")
     guest: Annotated[str, Input("teacher")] = Field(description="teacher that steers it")
+
+
+class BridgeTeacher(BridgeSettings):
+    """Two teachers of images of different sizes along one trajectory (PanGu-Draw, 2312.16486). The guest samples at
+    noisy timesteps. Its estimate is decoded, scaled in pixels, encoded and noised again; the host samples from there.
+    """
+
+    host: Annotated[str, Input("teacher")] = Field(description="teacher that is called below `switch`")
+    guest: Annotated[str, Input("teacher")] = Field(description="teacher that is called from `switch` on")
 
 
 class GaussianSettings(Config):

@@ -16,8 +16,7 @@ from stages.base import SCRATCH, Artifact, Input, Neutral, Stage, StageContext, 
 from stages.diffusion.prediction import Prediction
 from stages.networks.adapter import IGNORED, INDEX, Adapter
 from stages.networks.adapters import adapter_of, checked, checked_index
-from stages.networks.coop import FILE as COOP
-from stages.networks.coop import GUEST, HOST
+from stages.networks.coop import GUEST, HOST, Bridge, Coop
 from stages.networks.decoupled import FILE as TIME_DECOUPLED
 from stages.networks.decoupled import STRUCTURE, TEXTURE
 from stages.networks.stable_diffusion_xl import MICRO_CONDITIONING, MicroConditioning
@@ -26,6 +25,7 @@ from stages.teacher.config import (
     EPSILON,
     FROM,
     TIMESTEPS,
+    BridgeTeacher,
     CoopTeacher,
     ExactSettings,
     GaussianSettings,
@@ -47,8 +47,8 @@ NOT_CONDITIONED = "only Stable Diffusion XL is conditioned on sizes; leave it ou
 
 
 class Teacher(Stage):
-    """The many-step diffusion model to distil. Give exactly one of `train`, `from`, `exact` and `gaussian`, or both
-    `structure` and `texture`.
+    """The many-step diffusion model to distil. Give exactly one of `train`, `from`, `exact`, `coop`, `bridge` and
+    `gaussian`, or both `structure` and `texture`.
 
     `from` is a diffusers folder, a hub id, or digit_scenes, a teacher that is installed with Retort. For a folder with
     that name, write ./digit_scenes.
@@ -90,6 +90,9 @@ class Teacher(Stage):
     coop: Annotated[CoopTeacher | None, Neutral()] = Field(
         None, description="two teachers in one sampling process, as one teacher"
     )
+    bridge: Annotated[BridgeTeacher | None, Neutral()] = Field(
+        None, description="two teachers of images of different sizes along one trajectory, as one teacher"
+    )
     gaussian: GaussianSettings | None = Field(
         None, description="an exact teacher of normal data without a network, for tests"
     )
@@ -99,10 +102,10 @@ class Teacher(Stage):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        sources = ("train", "from_", "exact", "structure", "coop", "gaussian")
+        sources = ("train", "from_", "exact", "structure", "coop", "bridge", "gaussian")
         given = [name for name in sources if getattr(self, name) is not None]
         if len(given) != 1:
-            names = "train, from, exact, structure, coop and gaussian"
+            names = "train, from, exact, structure, coop, bridge and gaussian"
             raise ValueError(f"give exactly one of {names}, not {len(given)} of them")
         if (self.structure is None) != (self.texture is None):
             raise ValueError("structure and texture need one another")
@@ -126,8 +129,8 @@ class Teacher(Stage):
             pipeline = Path(FROM.source(self.exact.pipeline))
             if ask(pipeline, lambda adapter, folder: adapter.prediction_of(folder)) == "epsilon":
                 yield "exact.zero_terminal_snr", EPSILON
-        if self.coop:
-            yield from self._check_coop(inputs["coop.host"], inputs["coop.guest"])
+        if self.cooperating:
+            yield from self._check_cooperating(inputs)
         if self.structure:
             yield from self._check_halves(inputs["structure"], inputs["texture"])
         if self.lora:
@@ -136,16 +139,20 @@ class Teacher(Stage):
             except StageError as error:
                 yield "lora.weights", str(error)
 
-    def _check_coop(self, host: Artifact, guest: Artifact) -> Iterator[tuple[str, str]]:
-        """Yield a problem for each way in which the two teachers share no images."""
-        for name, artifact in (("coop.host", host), ("coop.guest", guest)):
-            teacher = artifact.stage
+    def _check_cooperating(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+        """Yield a problem for each way in which host and guest do not fit."""
+        asked = {"image_size": self.coop, "timesteps": self.bridge}  # what both must share
+        known: dict[str, list[Any]] = {name: [] for name, needed in asked.items() if needed}
+        for field in (f"{self._cooperation}.{name}" for name in (HOST, GUEST)):
+            teacher = inputs[field].stage
             assert isinstance(teacher, Teacher)
-            if teacher.gaussian or teacher.coop:
-                yield name, "it has no images of its own; give a teacher of one latent space"
-        sizes = [one.stage.image_size(one.folder) for one in (host, guest) if isinstance(one.stage, Teacher)]
-        if None not in sizes and sizes[0] != sizes[1]:
-            yield "coop.guest", f"it makes images of {sizes[1]} pixels, the host of {sizes[0]}"
+            if teacher.gaussian or teacher.cooperating:
+                yield field, "it has no images of its own; give a teacher of one latent space"
+            for name, values in known.items():
+                values.append(getattr(teacher, name)(inputs[field].folder))
+        for name, (host, guest) in known.items():
+            if None not in (host, guest) and host != guest:
+                yield f"{self._cooperation}.guest", f"its {name.replace('_', ' ')} is {guest}, that of the host {host}"
 
     def _check_halves(self, structure: Artifact, texture: Artifact) -> Iterator[tuple[str, str]]:
         """Yield a problem for each way in which the two teachers do not meet at `switch`."""
@@ -220,7 +227,17 @@ class Teacher(Stage):
     @property
     def of_several(self) -> bool:
         """Whether the teacher consists of several pipelines."""
-        return self.structure is not None or self.coop is not None
+        return self.structure is not None or self.cooperating
+
+    @property
+    def cooperating(self) -> bool:
+        """Whether the teacher is a host and a guest. It then has a state only along a whole trajectory."""
+        return self._cooperation is not None
+
+    @property
+    def _cooperation(self) -> str | None:
+        """The name of the field that gives host and guest."""
+        return next((name for name in ("coop", "bridge") if getattr(self, name)), None)
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         return training_progress(work / SCRATCH)
@@ -236,7 +253,9 @@ class Teacher(Stage):
         if self.structure:
             return _joined(context, self.switch)
         if self.coop:
-            return _fused(context, self.coop)
+            return _fused(context, Coop.FILE, "coop", self.coop)
+        if self.bridge:
+            return _fused(context, Bridge.FILE, "bridge", self.bridge)
         if self.from_:
             about = adopt(self.from_, context.contents["from_"], context.output)
             if self.micro_conditioning:
@@ -294,14 +313,14 @@ def _joined(context: StageContext, switch: int) -> Mapping[str, Any]:
     return {**found, "switch": switch, "licence": licences[0] if len(licences) == 1 else "unknown"}
 
 
-def _fused(context: StageContext, settings: CoopTeacher) -> Mapping[str, Any]:
-    """Copy host and guest to the stage's folder, with the settings of their mixture. Return figures."""
-    teachers = {name: context.inputs[f"coop.{name}"] for name in (HOST, GUEST)}
+def _fused(context: StageContext, file: str, field: str, settings: CoopTeacher | BridgeTeacher) -> Mapping[str, Any]:
+    """Copy host and guest to the stage's folder, with the settings in `file`. Return figures."""
+    teachers = {name: context.inputs[f"{field}.{name}"] for name in (HOST, GUEST)}
     for name, teacher in teachers.items():
         ignored = shutil.ignore_patterns("artifact.json")
         shutil.copytree(teacher.folder, context.output / name, ignore=ignored, dirs_exist_ok=True)
     text = json.dumps(settings.model_dump(exclude=set(teachers)), indent=2) + "\n"
-    (context.output / COOP).write_text(text, encoding="utf-8")
+    (context.output / file).write_text(text, encoding="utf-8")
     licences = list(dict.fromkeys(licence_of(teacher) for teacher in teachers.values()))
     found = {name: teacher.fingerprint for name, teacher in teachers.items()}
     return {**found, "licence": licences[0] if len(licences) == 1 else "unknown"}

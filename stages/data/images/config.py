@@ -50,14 +50,19 @@ class Digits(ImageSet):
     background: Literal["plain", "photographs"] = Field(
         "plain", description="plain is black; photographs are crops of real ones"
     )
-    named: Annotated[Literal["all", "first"], Neutral()] = Field(
-        "all", description="which of two digits a caption names; first: only the first one, as in `a red seven`"
+    named: Annotated[Literal["all", "first", "digit", "colour"], Neutral()] = Field(
+        "all",
+        description="what a caption names; first: only the first of two digits, as in `a red seven`; digit, colour: only "
+        "this word is true of an image of one digit, and the other is random, so that a teacher knows all words but "
+        "learns only this meaning",
     )
 
     @model_validator(mode="after")
     def _names_one_of_two(self) -> Self:
         if self.named == "first" and self.digits_per_image == 1:
             raise ValueError("named: first needs digits_per_image: 2")
+        if self.named in ("digit", "colour") and self.digits_per_image == 2:
+            raise ValueError(f"named: {self.named} needs digits_per_image: 1")
         return self
 
     @property

@@ -1,12 +1,13 @@
 """The embedded image set `digits`: coloured scans of handwritten digits (the 1,797 scans of 8x8 in scikit-learn).
 
 An image shows one digit ("a red handwritten seven") or two ("a red seven above a blue two", "a red seven left of a blue
-two"). A caption may also name only the first of two digits ("a red seven"). The background is black or a crop of a
-photograph. Every fifth scan is held out: training images (for a teacher or a probe) never contain it.
+two"). A caption may also name only the first of two digits ("a red seven"), or be true of only the digit or only the
+colour. The background is black or a crop of a photograph. Every fifth scan is held out: training images (for a teacher or a probe) never contain it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -34,6 +35,7 @@ DIM = 0.5
 
 def captions(digits_per_image: int, named: str = "all") -> list[str]:
     """Return all captions that the set can have. With `named` "first", those of two digits name only the first one.
+    With "digit" or "colour", they are the same as with "all".
 
     The 7,200 captions of two digits are in a fixed random order, so that the first few are as varied as all of them.
     """
@@ -76,13 +78,14 @@ def load(
     digits_per_image: int, size: int, background: str, held_out: bool = False, named: str = "all"
 ) -> LabelledImages:
     """Return the training images, or with `held_out` the images made from held-out scans. `named` as in `captions`.
+    With "digit" or "colour", only that word of a caption is true of its image. The other is drawn at random.
 
     One digit on black: every scan in every colour (8,622 training and 2,160 held-out images). Otherwise SCENES training
     images, and a fifth as many held-out ones; image i is a function of i alone.
     """
     scans, digit = _scans(held_out)
     if digits_per_image == 1 and background == "plain":
-        return _all_tints(scans, digit, size)
+        return _half_told(_all_tints(scans, digit, size), named, held_out)
     texts = captions(digits_per_image)
     wanted = prompt_labels(texts)
     count = SCENES // HOLD_OUT_EVERY if held_out else SCENES
@@ -94,7 +97,20 @@ def load(
     images = np.stack([image for image, _, _ in made])
     words = 3 if named == "first" else None  # of "a red seven above a blue two"
     told = [" ".join(texts[p].split()[:words]) for p in place]
-    return LabelledImages(images, told, labels, np.arange(count))
+    return _half_told(LabelledImages(images, told, labels, np.arange(count)), named, held_out)
+
+
+def _half_told(images: LabelledImages, named: str, held_out: bool) -> LabelledImages:
+    """Return images of one digit whose captions name a random colour (`named` digit) or a random digit (colour)."""
+    other = {"digit": "colour", "colour": "digit"}.get(named)
+    if other is None:
+        return images
+    words = {"colour": list(COLOURS), "digit": list(DIGITS)}
+    drawn = np.random.default_rng([len(images), held_out]).integers(len(words[other]), size=len(images))
+    told = {**images.labels, other: drawn}
+    pairs = zip(told["colour"], told["digit"], strict=True)
+    texts = [f"a {words['colour'][c]} handwritten {words['digit'][d]}" for c, d in pairs]
+    return replace(images, captions=texts)
 
 
 def _scans(held_out: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

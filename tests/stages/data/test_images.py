@@ -60,6 +60,20 @@ def test_captions_may_name_only_the_first_digit(scenes):
         Digits(named="first")
 
 
+@pytest.mark.parametrize(("named", "other"), [("digit", "colour"), ("colour", "digit")])
+def test_a_caption_may_be_true_of_only_the_digit_or_only_the_colour(named, other):
+    """The other word is as often right as a random one."""
+    config = Digits(named=named)
+    images = load(config)
+    asked = digits.prompt_labels(images.captions)
+    assert set(images.captions) == set(captions(config))
+    assert (asked[named] == images.labels[named]).all()
+    right = (asked[other] == images.labels[other]).mean()
+    assert right == pytest.approx(1 / len(set(images.labels[other])), abs=0.02)
+    with pytest.raises(ValueError, match=f"named: {named} needs digits_per_image: 1"):
+        DigitScenes(named=named)
+
+
 def test_held_out_images_show_other_scans():
     """On black and without a neighbour, no held-out image is a training image."""
     seen, unseen = load(Digits()), load(Digits(), held_out=True)

@@ -1,4 +1,4 @@
-"""Coop-Diffusion: a guest teacher steers a host through images. Closed forms, and a whole pipeline."""
+"""Coop-Diffusion: two teachers in one sampling process. Closed forms, and whole pipelines."""
 
 import json
 
@@ -12,7 +12,7 @@ from stages.base import StageError
 from stages.diffusion.config import Sampler
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks.condition import Condition
-from stages.networks.coop import CoopSettings, coop
+from stages.networks.coop import Bridge, BridgeSettings, Coop, CoopSettings, cooperating
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.teachers import load_network, solve
 from stages.training import TrainingExecution
@@ -40,7 +40,7 @@ class Normal(StableDiffusion):
 
     def output(self, z, level, condition):
         alpha, sigma = level.alpha, level.sigma
-        mean = self.encode(torch.full((1, 3, 2, 2), self.mean, dtype=torch.float64))
+        mean = self.encode(torch.full((1, *self.latent_shape), self.mean, dtype=torch.float64))
         return sigma / (alpha**2 * self.std**2 + sigma**2) * (z - alpha * mean)
 
     def decode(self, latents):
@@ -54,7 +54,7 @@ class Normal(StableDiffusion):
 
 
 def fused(host, guest, **mixing):
-    made = object.__new__(coop(Normal, Normal))
+    made = object.__new__(cooperating(Coop, Normal, Normal))
     made.join(host, guest, CoopSettings(**mixing))
     return made
 
@@ -86,7 +86,8 @@ def test_the_conversion_between_turned_latents_is_exact():
     alpha, sigma = SCHEDULE.at(500)
     z = torch.from_numpy(noise())
     turned = guest.encode(z)
-    output = both.end(both.denoiser([""] * 5, 1.0)(torch.cat([z.flatten(1), turned.flatten(1)], 1), 500))
+    state = torch.cat([z.flatten(1), turned.flatten(1)], 1)
+    output = both.denoiser([""] * 5, 1.0)(state, 500)[:, :12].view(z.shape)
     torch.testing.assert_close(output, host.denoiser([""] * 5, 1.0)(z, 500).double(), atol=1e-5, rtol=1e-5)
     assert wanted.shape == z.shape and alpha > 0 and sigma > 0
 
@@ -142,12 +143,94 @@ def test_a_guest_of_half_the_size_starts_from_white_noise():
     guest.down_sampling = 2
     made = fused(host, guest)
     drawn = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    own = made.begin(drawn)[:, 3 * 64 * 64 :].view(8, 3, 32, 32)
-    assert float(own.var()) == pytest.approx(1.0, abs=0.03)
-    assert abs(float((own[..., 1:] * own[..., :-1]).mean())) < 0.02
+    assert made.noise_shape == (3, 64, 64)
+    own, smaller = made.starts(drawn)
+    assert torch.equal(own, drawn)
+    assert float(smaller.var()) == pytest.approx(1.0, abs=0.03)
+    assert abs(neighbours(smaller)) < 0.02
     guest.latent_shape = (4, 32, 32)
     with pytest.raises(StageError, match="there are no pairs"):
-        made.begin(drawn)
+        made.starts(drawn)
+
+
+def neighbours(noise):
+    """The correlation of horizontal neighbours."""
+    return float((noise[..., 1:] * noise[..., :-1]).mean() / noise.var())
+
+
+class Large(Normal):
+    """As Normal, for images and latents of another size."""
+
+    def __init__(self, size, *arguments):
+        super().__init__(*arguments)
+        self.latent_shape, self.called = (3, size, size), []
+
+    def output(self, z, level, condition):
+        self.called.append((float(level.timestep), z))
+        return Normal.output(self, z, level, condition)
+
+    def encode(self, images):
+        return images.double()
+
+    decode = encode
+
+
+def bridged(host, guest, switch=500):
+    made = object.__new__(cooperating(Bridge, Large, Large))
+    made.join(host, guest, BridgeSettings(switch=switch))
+    return made
+
+
+def test_a_bridge_noises_scaled_images_with_the_hosts_noise():
+    """The guest gives its mean. The host starts from that with its own noise, which is white: bilinear scaling of noisy
+    latents would correlate it."""
+    host, guest = Large(64, 0.0, 0.5), Large(32, 0.7, 1e-6)
+    teacher = bridged(host, guest)
+    drawn = noise(20, (3, 64, 64))
+    solve(teacher, drawn, [""] * 20, SAMPLER)
+    assert [t for t, _ in guest.called] == list(range(999, 499, -50))
+    assert [t for t, _ in host.called] == list(range(499, 0, -50))
+    alpha, sigma = SCHEDULE.at(499)
+    left = (host.called[0][1] - alpha * 0.7) / sigma
+    torch.testing.assert_close(left, torch.from_numpy(drawn), atol=1e-4, rtol=1e-4)
+    assert float(left.var()) == pytest.approx(1.0, abs=0.02)
+    assert abs(neighbours(left)) < 0.02
+    halved = torch.from_numpy(noise(20, (3, 32, 32)))
+    scaled = torch.nn.functional.interpolate(halved, scale_factor=2, mode="bilinear")
+    assert float(scaled.var()) == pytest.approx(0.39, abs=0.01)
+    assert neighbours(scaled) == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_bridge_of_equal_teachers_is_nearly_the_teacher():
+    """At one size, the estimate of clean data of a narrow Gaussian is its sample already."""
+    one, two = Large(8, 0.7, 1e-3), Large(8, 0.7, 1e-3)
+    made = solve(bridged(one, two), noise(5, (3, 8, 8)), [""] * 5, SAMPLER)
+    torch.testing.assert_close(made, torch.full_like(made, 0.7), atol=1e-2, rtol=0)
+
+
+def test_a_constant_image_is_the_same_after_a_bridge_up_and_down():
+    small, large = Large(8, 0.0, 1.0), Large(16, 0.0, 1.0)
+    flat = torch.full((2, 3, 8, 8), 0.3, dtype=torch.float64)
+    torch.testing.assert_close(bridged(small, large).bridged(bridged(large, small).bridged(flat)), flat)
+
+
+def test_a_bridge_down_starts_from_the_noise_of_the_larger_and_makes_no_pairs():
+    host, guest = Large(8, 0.5, 0.1), Large(16, 0.5, 0.1)
+    teacher = bridged(host, guest)
+    assert teacher.noise_shape == (3, 16, 16)
+    made = solve(teacher, noise(400, (3, 16, 16)), [""] * 400, SAMPLER)
+    alone = solve(host, noise(400, (3, 8, 8)), [""] * 400, SAMPLER)
+    assert made.shape == alone.shape
+    assert float(made.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(made.std()) == pytest.approx(float(alone.std()), rel=0.1)
+
+
+def test_a_bridge_needs_timesteps_on_both_sides():
+    with pytest.raises(StageError, match="on one side of switch: 5"):
+        solve(bridged(Large(8, 0.0, 1.0), Large(4, 0.0, 1.0), 5), noise(2, (3, 8, 8)), [""] * 2, SAMPLER)
+    short = Large(4, 0.0, 1.0, None, NoiseSchedule.from_alphas_cumprod(SCHEDULE.alpha[::2] ** 2))
+    with pytest.raises(StageError, match="1000 and 500"):
+        bridged(Large(8, 0.0, 1.0), short)
 
 
 HEAD, _, _ = TINY.partition("  pairs:")
@@ -213,7 +296,11 @@ def test_a_fused_teacher_makes_pairs_and_is_distilled_into_one_student(tiny):
             "method: {name: consistency, steps: 1, guidance_scale: 2.0}",
             "a fused teacher has a state only along a trajectory",
         ),
-        ("dataset: digits\n", "dataset: {name: digits, size: 32}\n", "it makes images of (32, 32) pixels"),
+        (
+            "dataset: digits\n",
+            "dataset: {name: digits, size: 32}\n",
+            "its image size is (32, 32), that of the host (16, 16)",
+        ),
     ],
 )
 def test_teachers_that_cannot_cooperate_are_errors_of_the_plan(tmp_path, old, new, expected):

@@ -132,7 +132,7 @@ def _measure(
         right = accuracy(predicted, wanted)
         spread = (right * (1 - right) / len(features)) ** 0.5
         figures |= {"prompt_accuracy": right, "prompt_accuracy_se": spread}
-        figures["label_accuracy"] = {name: accuracy(predicted, {name: classes}) for name, classes in wanted.items()}
+        figures |= {f"accuracy_of_{name}": accuracy(predicted, {name: classes}) for name, classes in wanted.items()}
     features, captions = features[: len(real)], captions[: len(real)]
     for name in ("frechet_distance", "kernel_distance"):
         distance = getattr(distances, name)

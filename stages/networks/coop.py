@@ -1,7 +1,7 @@
 """Coop-Diffusion: two teachers of different latent spaces in one sampling process, which meet as images.
 
-A guest steers the host at each step (`Coop`), or samples the noisy levels, at another resolution (`Bridge`). PanGu-Draw,
-2312.16486, section 3.2. Planning imports this module, so it imports neither torch nor NumPy."""
+A guest steers the host at each step (`Coop`), or samples the noisy levels, at another resolution (`Bridge`). See
+PanGu-Draw, 2312.16486, section 3.2. Planning imports this module, so it imports neither torch nor NumPy."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ class Coop(Cooperating):
 
 
 class Bridge(Cooperating):
-    """The guest samples at timesteps from `switch` on, and the host below, at another resolution (2312.16486, sec. 3.2).
+    """The guest samples at timesteps from `switch` on, and the host below, at another resolution (2312.16486, 3.2).
 
     The guest's estimate of clean data is decoded, scaled in pixels to the size of the host's images, encoded by the
     host's VAE, and noised with the host's noise. Scaling noisy latents would correlate the noise of neighbours."""

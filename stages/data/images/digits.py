@@ -2,7 +2,8 @@
 
 An image shows one digit ("a red handwritten seven") or two ("a red seven above a blue two", "a red seven left of a blue
 two"). A caption may also name only the first of two digits ("a red seven"), or be true of only the digit or only the
-colour. The background is black or a crop of a photograph. Every fifth scan is held out: training images (for a teacher or a probe) never contain it.
+colour. The background is black or a crop of a photograph. Every fifth scan is held out: training images (for a teacher
+or a probe) never contain it.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ def test_every_side_is_measured_on_the_same_prompts_and_noise(quality):
     for values in (*metrics["sides"].values(), *metrics["references"].values()):
         for name in ("prompt_accuracy", "frechet_distance", "kernel_distance"):
             assert values[f"{name}_se"] >= 0
+        assert values["prompt_accuracy"] <= min(values["accuracy_of_digit"], values["accuracy_of_colour"])
         assert 0 <= values["precision"] <= 1 and 0 <= values["recall"] <= 1 and values["diversity"] > 0
     assert metrics["probe_accuracy"] > 0.9
     assert metrics["references"]["real"]["prompt_accuracy"] > 0.9

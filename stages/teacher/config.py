@@ -88,6 +88,11 @@ class TrainedTeacher(Config):
         description="a teacher whose pipeline is kept, except for the network: only a network with `denoiser.channels` "
         "is trained; students of that teacher can start from it",
     )
+    start: Annotated[str | None, Input("teacher"), Neutral()] = Field(
+        None,
+        description="a teacher of Stable Diffusion's layout whose U-Net, text encoder and tokenizer training starts "
+        "from, on images of any size (a resolution boost); default: random weights",
+    )
     prediction: Prediction = Field(
         "v_prediction", description="what the U-Net predicts: the noise (epsilon), v, or x0 (sample)"
     )
@@ -142,9 +147,9 @@ class TrainedTeacher(Config):
 
     @model_validator(mode="after")
     def _has_data_of_its_own(self) -> Self:
-        for name in ("times", "upscaled", "crop"):
+        for name in ("times", "upscaled", "crop", "start"):
             if self.like and getattr(self, name):
-                raise ValueError(f"like trains on all timesteps of whole images: leave {name} out")
+                raise ValueError(f"like trains a new network on all timesteps of whole images: leave {name} out")
         if self.crop and self.crop > self.dataset.size:
             raise ValueError(f"crop: {self.crop} is larger than the images of {self.dataset.size} pixels")
         return self

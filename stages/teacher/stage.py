@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -121,7 +121,7 @@ class Teacher(Stage):
         conditioned = ask(source, lambda adapter, _folder: adapter.MICRO_CONDITIONING)
         if self.micro_conditioning and conditioned is False:
             yield "micro_conditioning", NOT_CONDITIONED
-        for field in ("train.like", "train.vae.teacher"):
+        for field in ("train.like", "train.vae.teacher", "train.start"):
             named = inputs.get(field)
             if named and isinstance(named.stage, Teacher) and (named.stage.gaussian or named.stage.of_several):
                 yield field, "it is not one pipeline; give a teacher of `train`, `from` or `exact`"
@@ -268,10 +268,14 @@ class Teacher(Stage):
         like = context.inputs.get("train.like")
         if like:
             return _like(like, context, *how)
-        shared = context.inputs.get("train.vae.teacher")
-        if shared is None:
-            return context.run(_train, *how)
-        return {"vae": shared.fingerprint, "licence": licence_of(shared), **context.run(_train, *how, shared.folder)}
+        given = {
+            name: context.inputs.get(f"train.{field}") for name, field in (("vae", "vae.teacher"), ("start", "start"))
+        }
+        folders = {name: teacher and teacher.folder for name, teacher in given.items()}
+        figures = context.run(_train, *how, folders["vae"], folders["start"])
+        taken = [teacher for teacher in given.values() if teacher]
+        sources = {name: teacher.fingerprint for name, teacher in given.items() if teacher}
+        return {**sources, **({"licence": _common_licence(taken)} if taken else {}), **figures}
 
 
 def ask(folder: Path | None, question: Callable[[type[Adapter], Path], Answer | None]) -> Answer | None:
@@ -307,10 +311,9 @@ def _joined(context: StageContext, switch: int) -> Mapping[str, Any]:
         _copy_pipeline(teacher, context.output / half)
     text = json.dumps({"switch": switch}) + "\n"
     (context.output / TIME_DECOUPLED).write_text(text, encoding="utf-8")
-    licences = list(dict.fromkeys(licence_of(teacher) for teacher in halves.values()))
     (context.output / "README.md").write_text(HAND_OVER.format(switch=switch), encoding="utf-8")
     found = {half: teacher.fingerprint for half, teacher in halves.items()}
-    return {**found, "switch": switch, "licence": licences[0] if len(licences) == 1 else "unknown"}
+    return {**found, "switch": switch, "licence": _common_licence(halves.values())}
 
 
 def _fused(context: StageContext, file: str, field: str, settings: CoopTeacher | BridgeTeacher) -> Mapping[str, Any]:
@@ -321,15 +324,20 @@ def _fused(context: StageContext, file: str, field: str, settings: CoopTeacher |
         shutil.copytree(teacher.folder, context.output / name, ignore=ignored, dirs_exist_ok=True)
     text = json.dumps(settings.model_dump(exclude=set(teachers)), indent=2) + "\n"
     (context.output / file).write_text(text, encoding="utf-8")
-    licences = list(dict.fromkeys(licence_of(teacher) for teacher in teachers.values()))
     found = {name: teacher.fingerprint for name, teacher in teachers.items()}
-    return {**found, "licence": licences[0] if len(licences) == 1 else "unknown"}
+    return {**found, "licence": _common_licence(teachers.values())}
 
 
 def licence_of(teacher: Artifact) -> str:
     """Return the identifier of the licence of a teacher and of what is made from it."""
     about = teacher.record.get("metrics", {})
     return about.get("licence") or ("unknown" if about.get("source") else "apache-2.0")
+
+
+def _common_licence(teachers: Iterable[Artifact]) -> str:
+    """Return the licence that all teachers have, or "unknown" if they differ."""
+    licences = {licence_of(teacher) for teacher in teachers}
+    return licences.pop() if len(licences) == 1 else "unknown"
 
 
 def _train(*arguments: Any) -> Any:

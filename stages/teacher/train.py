@@ -18,9 +18,10 @@ from stages.data.images.labelled import LabelledImages
 from stages.data.images.load import load
 from stages.data.latents import LabelledLatents
 from stages.data.order import ShuffledOrder
+from stages.data.prompts.vocabulary import prompt_warnings
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks import build
-from stages.networks.adapters import adapter_of
+from stages.networks.adapters import adapter_of, family_of
 from stages.networks.compute import device_of, prepare, remade, show_no_progress_bars
 from stages.networks.condition import Condition
 from stages.networks.stable_diffusion import ONE_FILE, StableDiffusion, encode
@@ -41,32 +42,30 @@ def train_teacher(
     output: Path,
     threads: int,
     shared_vae: Path | None = None,
+    start: Path | None = None,
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Train the VAE, then the denoiser on its latents. Write the pipeline to `output`, and return figures.
 
-    `shared_vae` is the folder of a pipeline whose VAE is taken in place of training one. Raises StageError if it takes
-    images of another size, or if the error of a trained VAE on held-out images is above `max_mse`.
+    `shared_vae` is the folder of a pipeline whose VAE is taken in place of training one, and `start` that of a pipeline
+    whose U-Net, text encoder and tokenizer training starts from. Raises StageError if they do not fit, or if the error
+    of a trained VAE on held-out images is above `max_mse`.
     """
     prepare(threads)
     show_no_progress_bars()
     torch.manual_seed(seed)
     images, unseen = (load(config.dataset, held_out=held_out, scratch=output / SCRATCH) for held_out in (False, True))
     images = images.upscaled(config.upscaled, seed)
-    tokenizer = build.word_tokenizer(images.captions)
     side = config.latent_size
     vae: Any = None
     if shared_vae:
         vae = AutoencoderKL.from_pretrained(shared_vae, subfolder="vae", use_safetensors=True)
-        side = config.dataset.size >> (len(vae.config["block_out_channels"]) - 1)
-        if vae.config["sample_size"] != config.dataset.size:
-            size = vae.config["sample_size"]
-            raise StageError(f"train.vae: it is of images of {size} pixels, the dataset's have {config.dataset.size}")
-    networks = nn.ModuleDict(
-        {
-            "text_encoder": build.text_encoder(tokenizer),
-            "unet": build.unet(side, build.TEXT_WIDTH, config.denoiser.channels),
-        }
-    )
+        factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        side = config.dataset.size // factor
+        if config.dataset.size % factor or side % 2 ** (len(config.denoiser.channels) - 1):
+            raise StageError(
+                f"train.vae: it and the U-Net cannot halve images of {config.dataset.size} pixels at every level"
+            )
+    tokenizer, networks = _networks(config, images.captions, side, start)
     if vae is None:
         vae = yield from _train_vae(config, images, seed, execution, output)
     mse = reconstruction_mse(vae, unseen)
@@ -79,8 +78,8 @@ def train_teacher(
     latents = latents_of(vae, images)
     if not shared_vae:
         vae.register_to_config(scaling_factor=float(1.0 / latents.std()))
-    factor: float = vae.config["scaling_factor"]
-    latents = latents * factor
+    scaling: float = vae.config["scaling_factor"]
+    latents = latents * scaling
     crop = config.crop and config.crop * side // config.dataset.size
 
     schedule = NoiseSchedule.stable_diffusion()
@@ -109,10 +108,34 @@ def train_teacher(
     return {
         "device": trained.device,
         "vae_reconstruction_mse": mse,
-        "scaling_factor": factor,
+        "scaling_factor": scaling,
         "denoiser_loss": trained.history[-1]["loss"],
         "parameters_millions": {name: build.parameters_millions(m) for name, m in {"vae": vae, **networks}.items()},
     }
+
+
+def _networks(
+    config: TrainedTeacher, captions: Sequence[str], side: int, start: Path | None
+) -> tuple[Any, nn.ModuleDict]:
+    """Return the tokenizer, the text encoder and the U-Net for latents of `side`, new or those of `start`."""
+    if start is None:
+        tokenizer = build.word_tokenizer(captions)
+        text_encoder, unet = build.text_encoder(tokenizer), build.unet(side, build.TEXT_WIDTH, config.denoiser.channels)
+        return tokenizer, nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+    if family_of(adapter_of(start)) is not StableDiffusion:
+        raise StageError("train.start: it is not a Stable Diffusion pipeline")
+    of_start = StableDiffusion(start)
+    found = list(of_start.network.config["block_out_channels"]), of_start.prediction
+    if found != (config.denoiser.channels, config.prediction):
+        raise StageError(
+            f"train.start: its U-Net has denoiser.channels: {found[0]} and prediction: {found[1]}; set these"
+        )
+    for text in prompt_warnings(start, [sorted(set(captions))]):
+        log.warning("train.start: %s", text)
+    unet = of_start.student_network().cpu()
+    unet.register_to_config(sample_size=side)
+    text_encoder = copy.deepcopy(of_start.text_encoder).cpu().requires_grad_(True)
+    return of_start.tokenizer, nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
 
 
 def _train_vae(

@@ -5,16 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, StageFailed
 from pipeline.manifest import loads
 from stages.base import StageError
+from stages.data.pool import read_list
+from stages.data.reader import PairReader
 from stages.diffusion.config import Sampler
+from stages.diffusion.samplers import ddim
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks.condition import Condition
 from stages.networks.coop import Bridge, BridgeSettings, Coop, CoopSettings, cooperating
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.teachers import load_network, solve
+from stages.reports.sampling import draw
 from stages.training import TrainingExecution
 from tests.support.pipelines import TINY, execute, plan_of
 
@@ -310,3 +315,48 @@ def test_teachers_that_cannot_cooperate_are_errors_of_the_plan(tmp_path, old, ne
         loads(text, "test.yaml")
         plan_of(text, tmp_path)
     assert expected in str(error.value)
+
+
+BRIDGED = f"""{HEAD}
+  large:
+    kind: teacher
+    train:
+      dataset: {{name: digits, size: 32}}
+      vae: {{channels: [8, 16], max_mse: 1.0, training: {{steps: 2, batch_size: 8}}}}
+      denoiser: {{channels: [16, 32], training: {{steps: 2, batch_size: 8}}}}
+    execution: {{threads: 1}}
+  up: {{kind: teacher, bridge: {{host: large, guest: teacher, switch: 400}}}}
+  down: {{kind: teacher, bridge: {{host: teacher, guest: large}}}}
+  pairs_up: &pairs
+    kind: pairs
+    teacher: up
+    prompts: digits
+    count: 8
+    shard_size: 8
+    sampler: {{steps: 3, guidance_scale: 2.0}}
+    path_timesteps: [332]
+    execution: {{micro_batch: 8, threads: 1}}
+  pairs_down: {{<<: *pairs, teacher: down, path_timesteps: []}}
+"""
+
+
+def test_a_bridge_makes_pairs_from_the_hosts_noise_if_the_host_is_the_larger(tiny, tmp_path):
+    store, _ = tiny
+    plan = execute(BRIDGED, store, name="bridge", only=["large", "up", "pairs_up", "down"])
+    made = PairReader(read_list(plan["pairs_up"].artifact.folder), ["noise", "latent", "path"]).batch(range(8))
+    assert made.noise.shape == made.latent.shape == (8, 4, 16, 16)
+    teacher = load_network(plan["up"].artifact.folder, TrainingExecution(device="cpu"))
+    smaller = torch.nn.functional.avg_pool2d(torch.from_numpy(made.noise).float(), 2) * 2
+    with teacher.inference():
+        *_, (_, x0) = teacher.guest.trajectory(ddim, smaller, made.prompts, 2.0, [999, 666])
+        scaled = torch.nn.functional.interpolate(teacher.guest.decode(x0), (32, 32), mode="bicubic", antialias=True)
+        wanted = teacher.encode(scaled.clamp(-1, 1)).numpy()
+    alpha, sigma = teacher.schedule.at(332)
+    np.testing.assert_allclose(made.arrays["path"][:, 0], alpha * wanted + sigma * made.noise, atol=1e-2)
+    with pytest.raises(StageFailed, match=r"makes latents \(4, 8, 8\) from noise \(4, 16, 16\): no student could"):
+        execute(BRIDGED, store, name="bridge", only=["pairs_down"])
+    early, picture = "stages.pairs_up.path_timesteps=[999]", tmp_path / "down.png"
+    with pytest.raises(StageFailed, match="999 is not a timestep at which the teacher has latents"):
+        execute(BRIDGED, store, [early], name="bridge", only=["pairs_up"])
+    draw(plan["down"].artifact, ["a red handwritten seven"], 2, 0, 3, 2.0, picture, print)
+    assert Image.open(picture).size == (32, 16)

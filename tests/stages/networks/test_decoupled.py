@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, StageFailed
 from pipeline.manifest import loads
 from stages.base import StageError
 from stages.data.images.config import Digits
@@ -153,6 +154,28 @@ def test_halves_share_one_vae_and_nothing_that_is_trained(made):
         assert (high.folder / name).read_bytes() != (low.folder / name).read_bytes()
 
 
+def test_training_may_start_from_another_teacher_at_another_size(tiny):
+    """With almost no learning, all weights are still those of the start."""
+    store, plan = tiny
+    teacher = plan["teacher"].artifact
+    boosted = f"""{HEAD}
+  boosted: {HALF.replace("digits", "{name: digits, size: 32}").replace("steps: 4", "steps: 1, learning_rate: 1e-9")}
+      start: teacher
+"""
+    made = execute(boosted, store, name="boosted")["boosted"].artifact
+    assert made.record["metrics"]["start"] == teacher.fingerprint
+    assert json.loads((made.folder / "unet/config.json").read_text())["sample_size"] == 16
+    for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        before, after = (load_file(one.folder / name) for one in (teacher, made))
+        assert before.keys() == after.keys()
+        assert all(torch.allclose(after[key], value, atol=1e-6) for key, value in before.items())
+    other = boosted.replace("  boosted:", "  other:").replace(
+        "channels: [16, 32], training: {steps: 1", "channels: [24, 32], training: {steps: 1"
+    )
+    with pytest.raises(StageFailed, match=r"its U-Net has denoiser.channels: \[16, 32\] and prediction: v_prediction"):
+        execute(other, store, name="boosted")
+
+
 def test_a_composed_teacher_is_two_stock_folders_and_its_student_one(made):
     from diffusers import DiffusionPipeline
 
@@ -219,6 +242,11 @@ def test_up_scaled_images_are_those_of_half_the_size():
             "switch needs structure and texture",
         ),
         ("  both:", "  third: {kind: teacher, train: {dataset: digits, vae: both}}\n  both:", "it is not one pipeline"),
+        (
+            "  both:",
+            "  third: {kind: teacher, train: {dataset: digits, start: both}}\n  both:",
+            "it is not one pipeline",
+        ),
     ],
 )
 def test_halves_that_do_not_meet_are_errors_of_the_plan(tmp_path, old, new, expected):

@@ -230,6 +230,12 @@ def test_a_bridge_down_starts_from_the_noise_of_the_larger_and_makes_no_pairs():
     assert float(made.std()) == pytest.approx(float(alone.std()), rel=0.1)
 
 
+def test_the_guest_of_a_bridge_is_called_at_the_switch_itself():
+    host, guest = Large(8, 0.0, 1.0), Large(8, 0.0, 1.0)
+    solve(bridged(host, guest, 499), noise(2, (3, 8, 8)), [""] * 2, SAMPLER)
+    assert (guest.called[-1][0], host.called[0][0]) == (499, 449)
+
+
 def test_a_bridge_needs_timesteps_on_both_sides():
     with pytest.raises(StageError, match="on one side of switch: 5"):
         solve(bridged(Large(8, 0.0, 1.0), Large(4, 0.0, 1.0), 5), noise(2, (3, 8, 8)), [""] * 2, SAMPLER)

@@ -1,8 +1,10 @@
-"""The teacher that ships with Retort: how it was made, and whether training it again comes to the same.
+"""The teachers that ship with Retort: how they were made, and whether training one again comes to the same.
 
-    python -m tests.benchmarks.shipped_teacher [--store FOLDER]            train again, measure both, print JSON
-    python -m tests.benchmarks.shipped_teacher --ship ARTIFACT             make a sealed teacher the shipped one
-    python -m tests.benchmarks.shipped_teacher --draw docs/digit_scenes.png
+    python -m tests.benchmarks.shipped_teacher NAME [--store FOLDER]       train again, measure both, print JSON
+    python -m tests.benchmarks.shipped_teacher NAME --ship ARTIFACT        make a sealed teacher the shipped one
+    python -m tests.benchmarks.shipped_teacher digit_scenes --draw docs/digit_scenes.png
+
+NAME is digits or digit_scenes.
 
 Both are measured by `kind: evaluate` on the same prompts and noises, from 1,024 pairs of 20 steps at guidance 3. Also
 printed: how far the teacher in few steps lies from itself in all, in standard errors, which is what the set is for.
@@ -21,8 +23,19 @@ from pathlib import Path
 from stages.evaluate import figures
 from stages.teacher.config import SHIPPED
 
-NAME = "digit_scenes"
-MANIFEST = Path("manifests/digit_scenes_teacher.yaml")
+ABOUT = {
+    "digits": """# digits: a small teacher, to see the whole method in minutes
+
+A Stable-Diffusion-layout text-to-image pipeline of {millions:.2f} million parameters, 16 x 16 pixels: a handwritten
+digit in one of six colours ("a red handwritten seven").""",
+    "digit_scenes": """# digit_scenes: the teacher on which Retort compares losses and methods
+
+A Stable-Diffusion-layout text-to-image pipeline of {millions:.2f} million parameters, 32 x 32 pixels: two handwritten
+digits in two of six colours, one above or left of the other, before crops of photographs ("a red seven above a blue
+two").""",
+}
+"""The first lines of their cards."""
+PROMPTS = {"digits": "a red handwritten seven", "digit_scenes": "a red seven above a blue two"}
 MEASURE = """
 name: measure_{name}
 store: {store}
@@ -31,10 +44,10 @@ stages:
   pairs:
     kind: pairs
     teacher: teacher
-    prompts: digit_scenes
+    prompts: {images}
     count: 1024
     sampler: {{steps: 20, guidance_scale: 3.0}}
-  probe: {{kind: probe, images: digit_scenes}}
+  probe: {{kind: probe, images: {images}}}
   quality: {{kind: evaluate, pairs: pairs, real: probe, samples: 1024}}
 """
 
@@ -45,9 +58,13 @@ def submit(manifest: Path, store: Path) -> dict[str, Path]:
     return {name: Path(stage["artifact"]) for name, stage in json.loads(done.stdout)["stages"].items()}
 
 
-def measure(name: str, folder: str, store: Path) -> dict:
+def manifest_of(name: str) -> Path:
+    return Path(f"manifests/{name}_teacher.yaml")
+
+
+def measure(name: str, images: str, folder: str, store: Path) -> dict:
     manifest = store / f"{name}.yaml"
-    manifest.write_text(MEASURE.format(name=name, folder=folder, store=store), encoding="utf-8")
+    manifest.write_text(MEASURE.format(name=name, images=images, folder=folder, store=store), encoding="utf-8")
     made = submit(manifest, store)
     metrics = json.loads((made["quality"] / "metrics.json").read_text())
     full = metrics["sides"]["teacher_20"]
@@ -68,7 +85,7 @@ def measure(name: str, folder: str, store: Path) -> dict:
     return result
 
 
-def draw(out: Path) -> None:
+def draw(name: str, out: Path) -> None:
     """Rows: held-out images, the VAE's reconstructions of them, and what the teacher draws from the same captions in
     20, 4, 2 and 1 steps of DDIM, from one noise a column."""
     import numpy as np
@@ -77,15 +94,15 @@ def draw(out: Path) -> None:
 
     from stages.base import Execution
     from stages.data import pictures
-    from stages.data.images.config import DigitScenes
+    from stages.data.images.config import Digits, DigitScenes
     from stages.data.images.load import load
     from stages.data.noise import noise_for
     from stages.diffusion.config import Sampler
     from stages.networks.teachers import load_network, solve
 
     columns = 8
-    teacher = load_network(SHIPPED / NAME, Execution())
-    held_out = load(DigitScenes(), held_out=True, limit=columns)
+    teacher = load_network(SHIPPED / name, Execution())
+    held_out = load({"digits": Digits, "digit_scenes": DigitScenes}[name](), held_out=True, limit=columns)
     real, prompts = torch.from_numpy(held_out.pixels()), held_out.captions
     noise = np.stack([noise_for(0, i, teacher.latent_shape, np.dtype(np.float32)) for i in range(columns)])
     with torch.inference_mode():
@@ -97,7 +114,7 @@ def draw(out: Path) -> None:
     pictures.figure(rows, prompts).save(out)
 
 
-def ship(artifact: Path) -> None:
+def ship(name: str, artifact: Path) -> None:
     """Write the shipped folder: float16, a card that names manifest, seed and commit."""
     import torch
     from diffusers import StableDiffusionPipeline
@@ -105,7 +122,7 @@ def ship(artifact: Path) -> None:
     record = json.loads((artifact / "artifact.json").read_text())
     if not record["commit"] or "dirty" in record["commit"]:
         raise SystemExit(f"{artifact} was made by {record['commit'] or 'no'} commit: train it in a clean checkout")
-    target = SHIPPED / NAME
+    target = SHIPPED / name
     shutil.rmtree(target, ignore_errors=True)
     pipeline = StableDiffusionPipeline.from_pretrained(
         artifact, torch_dtype=torch.float16, safety_checker=None, requires_safety_checker=False
@@ -121,24 +138,21 @@ def ship(artifact: Path) -> None:
 library_name: diffusers
 license: apache-2.0
 ---
-# digit_scenes: the teacher on which Retort compares losses and methods
+{ABOUT[name].format(millions=sum(metrics["parameters_millions"].values()))}
+It predicts v. Its weights are float16, with which Retort computes in float32.
 
-A Stable-Diffusion-layout text-to-image pipeline of {sum(metrics["parameters_millions"].values()):.2f} million
-parameters, 32 x 32 pixels: two handwritten digits in two of six colours, one above or left of the other, before crops
-of photographs ("a red seven above a blue two"). Predicts v; float16 weights, which Retort computes with in float32.
-
-Made by `{MANIFEST}` with seed {record["seed"]} at commit
+Made by `{manifest_of(name)}` with seed {record["seed"]} at commit
 {record["commit"]} in {record["seconds"]:.0f} s on two CPU cores (teacher/{record["fingerprint"]}, before
 rounding to float16). Reconstruction MSE of the VAE on held-out images in [-1, 1]:
-{metrics["vae_reconstruction_mse"]:.4f}. `python -m tests.benchmarks.shipped_teacher` trains it again and compares.
+{metrics["vae_reconstruction_mse"]:.4f}. `python -m tests.benchmarks.shipped_teacher {name}` trains it again and compares.
 
-The digits are scikit-learn's (UCI, Alpaydin and Kaynak 1998); the photographs ship in scikit-learn and scikit-image.
+The digits are scikit-learn's (UCI, Alpaydin and Kaynak 1998); photographs ship in scikit-learn and scikit-image.
 
 ```python
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
-image = pipeline("a red seven above a blue two", num_inference_steps=20, guidance_scale=3.0).images[0]
+image = pipeline("{PROMPTS[name]}", num_inference_steps=20, guidance_scale=3.0).images[0]
 ```
 """,
         encoding="utf-8",
@@ -147,24 +161,25 @@ image = pipeline("a red seven above a blue two", num_inference_steps=20, guidanc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(ABOUT))
     parser.add_argument("--store", type=Path, default=None)
     parser.add_argument("--ship", type=Path, default=None)
     parser.add_argument("--draw", type=Path, default=None, help="reconstructions and samples, as a picture")
     parser.add_argument("--only-shipped", action="store_true", help="measure the shipped one, train nothing")
     arguments = parser.parse_args()
     if arguments.draw:
-        draw(arguments.draw)
+        draw(arguments.name, arguments.draw)
         return
     if arguments.ship:
-        ship(arguments.ship)
+        ship(arguments.name, arguments.ship)
         return
     store = arguments.store or Path(tempfile.mkdtemp())
     store.mkdir(parents=True, exist_ok=True)
-    result = {"shipped": measure("shipped", NAME, store)}
+    result = {"shipped": measure("shipped", arguments.name, arguments.name, store)}
     if not arguments.only_shipped:
-        again = submit(MANIFEST, store)["teacher"]
-        result["again"] = measure("again", str(again), store)
+        again = submit(manifest_of(arguments.name), store)["teacher"]
+        result["again"] = measure("again", arguments.name, str(again), store)
         result["seconds_to_train"] = json.loads((again / "artifact.json").read_text())["seconds"]
         a, b = result["shipped"], result["again"]
         spread = (a["frechet_distance_se"] ** 2 + b["frechet_distance_se"] ** 2) ** 0.5

@@ -10,7 +10,7 @@ import click
 from pipeline.commands.cluster import stop
 from pipeline.commands.compare import compare
 from pipeline.commands.export import export
-from pipeline.commands.help import completion, explain, init
+from pipeline.commands.help import completion, explain, init, print_schema
 from pipeline.commands.runs import gc, logs, runs, status
 from pipeline.commands.sample import sample
 from pipeline.commands.shards import shards, stats, verify
@@ -40,7 +40,7 @@ def cli() -> None:
 
 for _command in (
     *(submit, resume, plan, stop, status, logs, runs, gc),
-    *(stats, verify, shards, compare, sample, export, import_weights, init, explain, completion),
+    *(stats, verify, shards, compare, sample, export, import_weights, init, explain, print_schema, completion),
 ):
     cli.add_command(_command)
 

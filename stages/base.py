@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
 from stages.registry import PluginError
@@ -313,6 +313,23 @@ class Choice:
                 info_arg=True,
             ),
         )
+
+    def __get_pydantic_json_schema__(self, _schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """A word, or a mapping whose key selects its class. Mappings of classes that cannot be loaded are not checked.
+
+        Conditions, in place of alternatives, let an editor report the key that is wrong in the class that is meant."""
+        words, cases = {"enum": list(self.registry)}, []
+        for name in self.registry:
+            try:
+                config = self.registry[name]
+            except PluginError:
+                continue
+            required = [] if name == self.default else [self.key]
+            chosen = {"properties": {self.key: {"const": name}}, "required": required}
+            cases.append({"if": chosen, "then": handler(config.__pydantic_core_schema__)})
+        required = [] if self.default else [self.key]
+        mapping = {"type": "object", "properties": {self.key: words}, "required": required, "allOf": cases}
+        return {"if": {"type": "string"}, "then": words, "else": mapping}
 
     def of(self, value: Any) -> type[Config] | None:
         """Return the class that the unvalidated `value` selects, or None if the name is unknown.

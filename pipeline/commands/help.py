@@ -1,4 +1,4 @@
-"""Commands that help to write manifests and command lines: `retort init`, `explain` and `completion`."""
+"""Commands that help to write manifests and command lines: `retort init`, `explain`, `schema` and `completion`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,12 @@ COMPLETE = "_RETORT_COMPLETE"
 )
 @click.option("--prompts", metavar="FILE", help="A file, folder or glob of prompts, for your own teacher.")
 def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
-    """Write a commented manifest to FILE, by default retort.yaml. With - as FILE, print it."""
+    """Write a commented manifest to FILE, by default retort.yaml. With - as FILE, print it.
+
+    Beside it, retort.schema.json lets editors with the YAML language server complete and check it.
+    """
     from pipeline.errors import UsageError
+    from pipeline.reference import schema
     from pipeline.reference.starter import PLACEHOLDER, manifest_text
 
     printed = str(file) == "-"
@@ -45,6 +49,7 @@ def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
     try:
         with open(file, "x", encoding="utf-8") as opened:
             opened.write(text)
+        (file.parent / schema.FILE).write_text(schema.text(), encoding="utf-8")
     except FileExistsError:
         raise UsageError(f"{file} already exists; give another file, or delete it first") from None
     except OSError as error:
@@ -78,6 +83,22 @@ def explain(name: str | None, markdown: bool, as_json: bool) -> None:
     else:
         found = explained.topics(name)
         print_result(as_json, [t.as_dict() for t in found], lambda: "\n\n".join(map(explained.text, found)))
+
+
+@click.command("schema", short_help="Print the JSON Schema of a manifest, for editors.")
+def print_schema() -> None:
+    """Print the JSON Schema of a manifest, with all methods, losses and image sets that are installed.
+
+    Editors with the YAML language server complete and check a manifest that begins with the line
+
+    \b
+    # yaml-language-server: $schema=retort.schema.json
+
+    if retort.schema.json lies beside it: retort schema > retort.schema.json
+    """
+    from pipeline.reference import schema
+
+    click.echo(schema.text(), nl=False)
 
 
 @click.command(

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import UsageError, suggest
 from pipeline.manifest.settings import Setting, settings_of
+from pipeline.reference.schema import LINE
 from stages.base import StageError
 from stages.data.files import files_of
 from stages.data.prompts.config import PATTERNS, Prompts
@@ -72,7 +73,7 @@ def _for_folder(folder: Path, prompts: str | None, values: dict[str, str]) -> st
 
 
 def _filled(template: str, values: dict[str, str]) -> str:
-    return Template((TEMPLATES / f"{template}.yaml").read_text(encoding="utf-8")).substitute(values)
+    return LINE + Template((TEMPLATES / f"{template}.yaml").read_text(encoding="utf-8")).substitute(values)
 
 
 def _prompts(given: str | None, content: str = "one prompt on each line") -> str:

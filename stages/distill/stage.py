@@ -116,9 +116,9 @@ class Distill(Stage):
 
     VERSION: ClassVar[int] = 3
     kind: Literal["distill"]
-    pairs: Annotated[list[Source] | None, BeforeValidator(_sources)] = Field(
-        None, min_length=1, description="pairs to train on: one stage, or a list of stages and their weights"
-    )
+    pairs: Annotated[
+        list[Source] | None, BeforeValidator(_sources, json_schema_input_type=str | list[str | Source] | None)
+    ] = Field(None, min_length=1, description="pairs to train on: one stage, or a list of stages and their weights")
     latents: Annotated[str | None, Input("latents"), Neutral()] = Field(
         None, description="latents of real images to train on, in place of pairs, for methods that add noise themselves"
     )
@@ -207,7 +207,10 @@ class Distill(Stage):
         if known.gaussian:
             yield given, "their teacher is `gaussian:`, which has no network for a student to start from"
         if known.cooperating and not self._needs_pairs:
-            yield "method", "a fused teacher has a state only along a trajectory: use a method that needs pairs"
+            yield (
+                "method",
+                "a teacher of host and guest has a state only along a trajectory: use a method that needs pairs",
+            )
         if other and isinstance(other.stage, Teacher) and other.stage.gaussian:
             yield "start.teacher", "it is `gaussian:`, which has no network"
         size = known.image_size(teacher.folder)

@@ -24,6 +24,8 @@ FIGURES = {
     "seconds_per_image": Figure("s / image", "{:.4f}"),
     "latent_mse": Figure("latent MSE to teacher", "{:.4f}"),
     "prompt_accuracy": Figure("prompt accuracy", "{:.3f}"),
+    "accuracy_of_digit": Figure("of the digit", "{:.3f}"),
+    "accuracy_of_colour": Figure("of the colour", "{:.3f}"),
     "frechet_distance": Figure("Fréchet distance", "{:.2f}"),
     "kernel_distance": Figure("kernel distance", "{:.4f}"),
     "precision": Figure("precision", "{:.3f}"),

@@ -59,7 +59,14 @@ class CoopSettings(Config):
 class BridgeSettings(Config):
     """When the host takes over from the guest."""
 
-    switch: int = Field(500, ge=1, description="the least timestep at which the guest is called")
+    switch: int = Field(
+        500, ge=1, lt=1000, description="the least timestep at which the guest is called; the host is called below"
+    )
+    finish: bool = Field(
+        False,
+        description="whether the guest first samples its image to the end, as in a cascade; default: the host takes "
+        "over from its estimate of the image",
+    )
 
 
 class Cooperating(Adapter):
@@ -104,7 +111,9 @@ class Cooperating(Adapter):
         return shrunk(noise, self.host.latent_shape), shrunk(noise, self.guest.latent_shape)
 
     def output(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
-        raise StageError("a fused teacher is called along a whole trajectory: distil it with a method that reads pairs")
+        raise StageError(
+            "a teacher of host and guest is called along a whole trajectory: distil it with a method that reads pairs"
+        )
 
     def release(self) -> None:
         super().release()
@@ -127,7 +136,7 @@ def shrunk(noise: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if (channels, height, width) != (shape[0], k * shape[1], k * shape[2]):
         raise StageError(
             f"the latents of one teacher are {shape}, of the other {(channels, height, width)}: both cannot start from "
-            "one noise, so that there are no pairs"
+            "one noise"
         )
     return noise if k == 1 else functional.avg_pool2d(noise, k) * k
 
@@ -174,7 +183,9 @@ class Coop(Cooperating):
             z, z_guest = self._split(state)
             output = host(z, t)
             x0 = to_x0(self.prediction, output, z, alpha, sigma)
-            x0_guest = guest.x0(z_guest, torch.full((len(z),), t + 1, device=z.device), condition)  # t, by its SNR
+            if delta or self.settings.refresh == "own":
+                point = torch.full((len(z),), t + 1, device=z.device)  # t, at which the guest is called by its SNR
+                x0_guest = guest.x0(z_guest, point, condition)
             if delta:
                 x0 = delta * self.host.encode(self.guest.decode(x0_guest)) + (1 - delta) * x0
                 output = target(self.prediction, x0, (z - alpha * x0) / sigma, alpha, sigma)
@@ -205,22 +216,27 @@ class Bridge(Cooperating):
     SETTINGS = BridgeSettings
 
     def check_both(self) -> None:
-        host, guest = (len(one.schedule) for one in (self.host, self.guest))
-        if host != guest:
-            raise StageError(f"host and guest have different numbers of timesteps: {host} and {guest}")
+        if list(self.host.schedule.alpha) != list(self.guest.schedule.alpha):
+            raise StageError("host and guest of a bridge need the same noise schedule")
 
     def trajectory(
         self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: float, grid: list[int]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Solve the ODE. Yields as other adapters do, but nothing before the host is called."""
-        noisy, rest = ([t for t in grid if (t >= self.settings.switch) == above] for above in (True, False))
-        if not noisy or not rest:
-            raise StageError(f"the sampler has no timestep on one side of switch: {self.settings.switch}; give more")
-        noise, noise_guest = self.starts(noise)
-        *_, (_, x0) = self.guest.trajectory(solver, noise_guest, prompts, guidance_scale, noisy)
-        alpha, sigma = self.schedule.at(rest[0])
-        z = alpha * self.bridged(x0) + sigma * noise
-        yield from self.host.trajectory(solver, z, prompts, guidance_scale, rest)
+        """Solve the ODE. Yields as other adapters do, but nothing before the host is called.
+
+        If no timestep of the grid is on one side of `switch`, the other teacher samples alone."""
+        switch = self.settings.switch
+        noisy, rest = [t for t in grid if t >= switch], [t for t in grid if t < switch]
+        z, noise_guest = self.starts(noise)
+        if noisy:
+            called = grid if self.settings.finish else noisy
+            *_, (_, x0) = self.guest.trajectory(solver, noise_guest, prompts, guidance_scale, called)
+            alpha, sigma = self.schedule.at(rest[0] if rest else -1)
+            z = alpha * self.bridged(x0) + sigma * z
+        if rest:
+            yield from self.host.trajectory(solver, z, prompts, guidance_scale, rest)
+        else:
+            yield -1, z
 
     def bridged(self, x0: Tensor) -> Tensor:
         """Return latents of the host (B, C, h, w) of the images in the guest's latents (B, C', h', w')."""

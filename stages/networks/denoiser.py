@@ -77,7 +77,8 @@ class TeacherDenoiser:
         """Estimate x0 (B, C, H, W), without gradients, from z (B, C, H, W) at points i (B,) of the grid.
 
         Points are from 1 to N. w (B,) replaces the guidance of the constructor."""
-        z = z.float() * column(self.scale[i], z.float())
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # float64 stays
+        z = z * column(self.scale[i], z)
         level = Level(column(self.alpha[i], z), column(self.sigma[i], z), self.timesteps[i].float())
         if w is None and self.default_w == 0:
             return to_x0(self.teacher.prediction, self.teacher.output(z, level, condition), z, *level)

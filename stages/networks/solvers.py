@@ -7,7 +7,7 @@ factor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from stages.base import StageError
 from stages.diffusion.prediction import Prediction, power, to_noise, to_x0
+from stages.diffusion.samplers import Denoise
 from stages.diffusion.schedule import NoiseSchedule
-
-Denoise = Callable[[Tensor, int], Tensor]
 
 
 def dpmpp_2m(

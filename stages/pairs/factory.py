@@ -29,7 +29,8 @@ from stages.networks.teachers import Dtype
 class ShardWorker:
     """Makes shards. It loads the teacher once. One thread can write a shard while another solves the next one.
 
-    Raises StageError if `path_timesteps` are not on the sampler's grid.
+    Raises StageError if `path_timesteps` are not on the sampler's grid, or if the teacher's noise is larger than its
+    latents.
     """
 
     teacher_artifact: Artifact
@@ -53,6 +54,12 @@ class ShardWorker:
         )
         self.prompts = PromptTable(self.pool)
         self.storage = np.dtype(self.storage_dtype)
+        noise, latent = self.teacher.noise_shape, self.teacher.latent_shape
+        if noise != latent:
+            raise StageError(
+                f"the teacher samples latents of shape {latent} from noise of shape {noise}, but a student takes noise "
+                "of the shape of its latents; make the teacher of larger latents the host"
+            )
         grid = timesteps(len(self.teacher.schedule), self.sampler.steps, self.sampler.timestep_spacing)
         off = next((t for t in self.path_timesteps if t not in grid), None)
         if off is not None:
@@ -77,10 +84,6 @@ class ShardWorker:
     def _solve(self, indices: range) -> Iterator[Pair]:
         """Draw noises of a batch, solve the ODE, and yield the pairs. Raises StageError if one is not finite."""
         teacher = self.teacher
-        if teacher.noise_shape != teacher.latent_shape:
-            raise StageError(
-                f"the teacher makes latents {teacher.latent_shape} from noise {teacher.noise_shape}: no student could"
-            )
         noise = np.stack([noise_for(self.seed, i, teacher.latent_shape, self.storage) for i in indices])
         texts = self.prompts.of(indices)
         kept: dict[int, np.ndarray] = {}
@@ -90,9 +93,6 @@ class ShardWorker:
                     kept[t] = teacher.to_numpy(z).astype(self.storage)
         arrays = {"noise": noise, "latent": kept[-1]}
         if self.path_timesteps:
-            lacking = [t for t in self.path_timesteps if t not in kept]
-            if lacking:
-                raise StageError(f"path_timesteps: {lacking[0]} is not a timestep at which the teacher has latents")
             arrays["path"] = np.stack([kept[t] for t in self.path_timesteps], axis=1)
         if self.text_embeddings:
             arrays["text_embedding"] = self._embedded(texts)

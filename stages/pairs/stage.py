@@ -79,6 +79,11 @@ class Pairs(Stage):
         if self.prompts is None and self.sampler.guidance_scale != 1:
             yield "sampler.guidance_scale", "guidance needs prompts; give prompts, or set guidance_scale: 1"
 
+        teacher = inputs["teacher"].stage
+        bridge = teacher.bridge if isinstance(teacher, Teacher) else None
+        if bridge and self.path_timesteps and self.path_timesteps[0] >= bridge.switch:
+            yield "path_timesteps", f"a bridge has latents of its host only below switch: {bridge.switch}"
+
     def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
         """Warn about the first prompts of a file. Captions of image sets are not checked: they load slowly."""
         teacher = inputs["teacher"]

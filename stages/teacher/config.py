@@ -120,7 +120,7 @@ class TrainedTeacher(Config):
         description="side of random crops to train on, in pixels: cheaper steps for a texture network, which samples "
         "whole images; default: whole images",
     )
-    vae: Annotated[VaeSettings, BeforeValidator(_shared)] = Field(
+    vae: Annotated[VaeSettings, BeforeValidator(_shared, json_schema_input_type=str | VaeSettings)] = Field(
         VaeSettings(), description="the autoencoder, which is trained first; or a teacher whose autoencoder is taken"
     )
     denoiser: DenoiserSettings = Field(

@@ -133,6 +133,8 @@ class Teacher(Stage):
             yield from self._check_cooperating(inputs)
         if self.structure:
             yield from self._check_halves(inputs["structure"], inputs["texture"])
+        if "train.start" in inputs:
+            yield from self._check_start(inputs["train.start"], inputs.get("train.vae.teacher"))
         if self.lora:
             try:
                 self.lora.found_in(Path(self.lora.weights))
@@ -141,18 +143,36 @@ class Teacher(Stage):
 
     def _check_cooperating(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         """Yield a problem for each way in which host and guest do not fit."""
-        asked = {"image_size": self.coop, "timesteps": self.bridge}  # what both must share
-        known: dict[str, list[Any]] = {name: [] for name, needed in asked.items() if needed}
-        for field in (f"{self._cooperation}.{name}" for name in (HOST, GUEST)):
-            teacher = inputs[field].stage
+        switch = self.bridge.switch if self.bridge else None
+        what = "timesteps" if self.bridge else "image_size"  # they must share it
+        known = []
+        for name, called in ((HOST, (0, switch or TIMESTEPS)), (GUEST, (switch or 0, TIMESTEPS))):
+            field = f"{self._cooperation}.{name}"
+            artifact = inputs[field].inputs.get(STRUCTURE, inputs[field])
+            teacher = artifact.stage
             assert isinstance(teacher, Teacher)
             if teacher.gaussian or teacher.cooperating:
-                yield field, "it has no images of its own; give a teacher of one latent space"
-            for name, values in known.items():
-                values.append(getattr(teacher, name)(inputs[field].folder))
-        for name, (host, guest) in known.items():
-            if None not in (host, guest) and host != guest:
-                yield f"{self._cooperation}.guest", f"its {name.replace('_', ' ')} is {guest}, that of the host {host}"
+                yield field, "give a teacher of `train`, `from` or `exact`, or one of structure and texture"
+            times = teacher.train.times if teacher.train and not inputs[field].inputs.get(STRUCTURE) else None
+            if times and not (times[0] <= called[0] and called[1] <= times[1]):
+                yield field, _untrained(times, called)
+            known.append(getattr(teacher, what)(artifact.folder))
+        if None not in known and known[0] != known[1]:
+            yield (
+                f"{self._cooperation}.guest",
+                f"its {what.replace('_', ' ')} is {known[1]}, that of the host {known[0]}",
+            )
+
+    def _check_start(self, start: Artifact, vae: Artifact | None) -> Iterator[tuple[str, str]]:
+        """Yield a problem for each way in which training cannot go on from the teacher `start`."""
+        assert self.train and isinstance(start.stage, Teacher)
+        if vae is None:
+            yield "train.start", "its U-Net knows the latents of its own VAE: add `vae:` with the same teacher"
+        elif None not in (vaes := {_vae_of(start), _vae_of(vae)}) and len(vaes) > 1:
+            yield "train.vae", "it is not the VAE of train.start, whose latents the U-Net knows"
+        of_start = start.stage.train
+        if of_start and not of_start.like and of_start.denoiser.channels != self.train.denoiser.channels:
+            yield "train.start", f"its U-Net has denoiser.channels: {of_start.denoiser.channels}; set these"
 
     def _check_halves(self, structure: Artifact, texture: Artifact) -> Iterator[tuple[str, str]]:
         """Yield a problem for each way in which the two teachers do not meet at `switch`."""
@@ -164,11 +184,7 @@ class Teacher(Stage):
                 yield name, "it has no network of its own; give one of `train` or `from`"
             times = teacher.train.times if teacher.train else None
             if times and times != called:
-                yield (
-                    name,
-                    f"it was trained with times: [{times[0]}, {times[1]}], but switch: {self.switch} needs "
-                    f"[{called[0]}, {called[1]}]",
-                )
+                yield name, _untrained(times, called)
         vaes = {_vae_of(artifact) for artifact in (structure, texture)}
         if None not in vaes and len(vaes) > 1:
             yield "texture", "its VAE is not that of structure: train both halves with one `train.vae: TEACHER`"
@@ -221,7 +237,8 @@ class Teacher(Stage):
     def known(self, sealed: Path) -> Path | None:
         """Return an existing folder of the teacher: `sealed`, or the folder in `from`. None if there is none."""
         source = self.exact.pipeline if self.exact else self.from_
-        folders = [sealed, sealed / STRUCTURE, sealed / HOST, *([Path(FROM.source(source))] if source else [])]
+        inside = [sealed, sealed / STRUCTURE, sealed / HOST, sealed / HOST / STRUCTURE]
+        folders = [*inside, *([Path(FROM.source(source))] if source else [])]
         return next((folder for folder in folders if (folder / INDEX).is_file()), None)
 
     @property
@@ -268,14 +285,11 @@ class Teacher(Stage):
         like = context.inputs.get("train.like")
         if like:
             return _like(like, context, *how)
-        given = {
-            name: context.inputs.get(f"train.{field}") for name, field in (("vae", "vae.teacher"), ("start", "start"))
-        }
-        folders = {name: teacher and teacher.folder for name, teacher in given.items()}
-        figures = context.run(_train, *how, folders["vae"], folders["start"])
-        taken = [teacher for teacher in given.values() if teacher]
-        sources = {name: teacher.fingerprint for name, teacher in given.items() if teacher}
-        return {**sources, **({"licence": _common_licence(taken)} if taken else {}), **figures}
+        vae, start = (context.inputs.get(f"train.{field}") for field in ("vae.teacher", "start"))
+        figures = context.run(_train, *how, vae and vae.folder, start and start.folder)
+        taken = {name: teacher for name, teacher in (("vae", vae), ("start", start)) if teacher}
+        sources = {name: teacher.fingerprint for name, teacher in taken.items()}
+        return {**sources, **({"licence": _common_licence(taken.values())} if taken else {}), **figures}
 
 
 def ask(folder: Path | None, question: Callable[[type[Adapter], Path], Answer | None]) -> Answer | None:
@@ -284,6 +298,10 @@ def ask(folder: Path | None, question: Callable[[type[Adapter], Path], Answer | 
         return question(adapter_of(folder), folder) if folder else None
     except (StageError, PluginError, KeyError):  # reported when the stage runs
         return None
+
+
+def _untrained(times: tuple[int, int], called: tuple[int, int]) -> str:
+    return f"it was trained with times: {list(times)}, but is called at times: {list(called)}"
 
 
 def _vae_of(teacher: Artifact) -> str | None:

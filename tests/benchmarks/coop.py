@@ -3,8 +3,9 @@
     retort submit manifests/digits_coop.yaml
     python -m tests.benchmarks.coop --store ./retort-store [--run digits_coop] [--figure docs/coop.png]
 
-Prints a table in Markdown of all evaluations of 16-pixel images: accuracy on digit, on colour and on both, and the
-kernel distance to real images. The figure draws them over delta, with the host alone at 0 and the guest alone at 1.
+Prints a table in Markdown of the run's evaluations: accuracy on digit, on colour and on both, and the kernel distance
+to real images. Images of different sizes are measured by different probes. The figure draws the fused teachers over
+delta, with the host alone at 0 and the guest alone at 1.
 """
 
 from __future__ import annotations

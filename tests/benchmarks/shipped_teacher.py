@@ -144,9 +144,9 @@ It predicts v. Its weights are float16, with which Retort computes in float32.
 Made by `{manifest_of(name)}` with seed {record["seed"]} at commit
 {record["commit"]} in {record["seconds"]:.0f} s on two CPU cores (teacher/{record["fingerprint"]}, before
 rounding to float16). Reconstruction MSE of the VAE on held-out images in [-1, 1]:
-{metrics["vae_reconstruction_mse"]:.4f}. `python -m tests.benchmarks.shipped_teacher {name}` trains it again and compares.
+{metrics["vae_reconstruction_mse"]:.4f}. `python -m tests.benchmarks.shipped_teacher {name}` trains it again.
 
-The digits are scikit-learn's (UCI, Alpaydin and Kaynak 1998); photographs ship in scikit-learn and scikit-image.
+The digits are those of scikit-learn (UCI, Alpaydin and Kaynak 1998); photographs ship with it and scikit-image.
 
 ```python
 from diffusers import DiffusionPipeline

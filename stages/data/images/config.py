@@ -52,9 +52,8 @@ class Digits(ImageSet):
     )
     named: Annotated[Literal["all", "first", "digit", "colour"], Neutral()] = Field(
         "all",
-        description="what a caption names; first: only the first of two digits, as in `a red seven`; digit, colour: "
-        "only this word is true of an image of one digit, and the other is random, so that a teacher knows all words "
-        "but learns only this meaning",
+        description="what a caption names; first: only the first of two digits, as in `a red seven`; digit or colour: "
+        "both words, but only this one is true of the image, and the other is random",
     )
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ import os
 from pathlib import PurePath
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from stages.base import Choice, Config, Content
 from stages.data.images.config import EMBEDDED, IMAGE_SETS, ImageSet
@@ -36,6 +36,10 @@ class Prompts(Config):
     images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] | None = Field(
         None, description="image set whose captions are the prompts, in place of a path"
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
 
     @model_validator(mode="before")
     @classmethod

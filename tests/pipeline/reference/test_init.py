@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pipeline.manifest import load
+from pipeline.reference.schema import LINE
 from tests.support.cli import ROOT, retort
 
 
@@ -33,7 +34,7 @@ def planned(folder, *arguments):
     plan = retort("plan", "m.yaml", "--json", cwd=folder)
     assert plan.returncode == 0, plan.stderr
     text = (folder / "m.yaml").read_text()
-    assert "$" not in text and all(len(line) <= 120 for line in text.splitlines() if "/" not in line)
+    assert "$" not in text.removeprefix(LINE) and all(len(line) <= 120 for line in text.splitlines() if "/" not in line)
     stages = {name: (stage["state"], stage["why"]) for name, stage in json.loads(plan.stdout).items()}
     return yaml.safe_load(text), stages
 

@@ -80,21 +80,14 @@ def test_at_delta_0_the_host_samples_and_at_delta_1_the_guest(refresh):
     torch.testing.assert_close(last, alone[1].double(), atol=1e-4, rtol=1e-4)
 
 
-def test_the_conversion_between_turned_latents_is_exact():
-    """A guest with turned latents and the same images gives the host's own estimate, so any delta gives its sample."""
-    host = Normal(-1.0, 0.5)
-    wanted = solve(host, noise(), [""] * 5, SAMPLER)
-    guest = Normal(-1.0, 0.5, ROTATION)
-    latents = torch.from_numpy(noise())
-    torch.testing.assert_close(host.encode(guest.decode(guest.encode(latents))), latents, atol=1e-12, rtol=0)
-    both = fused(host, guest, delta=1.0)
-    alpha, sigma = SCHEDULE.at(500)
+@pytest.mark.parametrize("delta", [0.3, 1.0])
+def test_the_conversion_between_turned_latents_is_exact(delta):
+    """A guest with turned latents of the same images gives the host's own estimate, so any delta gives its output."""
+    host, guest = Normal(-1.0, 0.5), Normal(-1.0, 0.5, ROTATION)
     z = torch.from_numpy(noise())
-    turned = guest.encode(z)
-    state = torch.cat([z.flatten(1), turned.flatten(1)], 1)
-    output = both.denoiser([""] * 5, 1.0)(state, 500)[:, :12].view(z.shape)
-    torch.testing.assert_close(output, host.denoiser([""] * 5, 1.0)(z, 500).double(), atol=1e-5, rtol=1e-5)
-    assert wanted.shape == z.shape and alpha > 0 and sigma > 0
+    state = torch.cat([z.flatten(1), guest.encode(z).flatten(1)], 1)
+    output = fused(host, guest, delta=delta).denoiser([""] * 5, 1.0)(state, 500)[:, :12].view(z.shape)
+    torch.testing.assert_close(output, host.denoiser([""] * 5, 1.0)(z, 500), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("delta", [0.25, 0.5, 0.9])
@@ -154,7 +147,7 @@ def test_a_guest_of_half_the_size_starts_from_white_noise():
     assert float(smaller.var()) == pytest.approx(1.0, abs=0.03)
     assert abs(neighbours(smaller)) < 0.02
     guest.latent_shape = (4, 32, 32)
-    with pytest.raises(StageError, match="there are no pairs"):
+    with pytest.raises(StageError, match="both cannot start from one noise"):
         made.starts(drawn)
 
 
@@ -180,9 +173,9 @@ class Large(Normal):
     decode = encode
 
 
-def bridged(host, guest, switch=500):
+def bridged(host, guest, switch=500, finish=False):
     made = object.__new__(cooperating(Bridge, Large, Large))
-    made.join(host, guest, BridgeSettings(switch=switch))
+    made.join(host, guest, BridgeSettings(switch=switch, finish=finish))
     return made
 
 
@@ -206,11 +199,17 @@ def test_a_bridge_noises_scaled_images_with_the_hosts_noise():
     assert neighbours(scaled) == pytest.approx(0.75, abs=0.01)
 
 
-def test_a_bridge_of_equal_teachers_is_nearly_the_teacher():
-    """At one size, the estimate of clean data of a narrow Gaussian is its sample already."""
-    one, two = Large(8, 0.7, 1e-3), Large(8, 0.7, 1e-3)
-    made = solve(bridged(one, two), noise(5, (3, 8, 8)), [""] * 5, SAMPLER)
-    torch.testing.assert_close(made, torch.full_like(made, 0.7), atol=1e-2, rtol=0)
+@pytest.mark.parametrize("finish", [False, True])
+def test_the_host_goes_on_from_the_guests_estimate_or_from_its_image(finish):
+    host, guest = Large(8, 0.7, 0.5), Large(8, -0.2, 0.1)
+    drawn, grid = torch.from_numpy(noise(5, (3, 8, 8))), list(range(999, 0, -50))
+    made = solve(bridged(host, guest, finish=finish), drawn.numpy(), [""] * 5, SAMPLER)
+    assert [t for t, _ in guest.called] == grid[: 20 if finish else 10]
+    *_, (_, image) = guest.trajectory(ddim, drawn, [""] * 5, 1.0, grid[: 20 if finish else 10])
+    alpha, sigma = SCHEDULE.at(499)
+    *_, (_, wanted) = host.trajectory(ddim, alpha * image + sigma * drawn, [""] * 5, 1.0, grid[10:])
+    torch.testing.assert_close(made, wanted)
+    assert (wanted - 0.7).abs().mean() > 0.1  # so it depends on what the host was given
 
 
 def test_a_constant_image_is_the_same_after_a_bridge_up_and_down():
@@ -236,11 +235,20 @@ def test_the_guest_of_a_bridge_is_called_at_the_switch_itself():
     assert (guest.called[-1][0], host.called[0][0]) == (499, 449)
 
 
-def test_a_bridge_needs_timesteps_on_both_sides():
-    with pytest.raises(StageError, match="on one side of switch: 5"):
-        solve(bridged(Large(8, 0.0, 1.0), Large(4, 0.0, 1.0), 5), noise(2, (3, 8, 8)), [""] * 2, SAMPLER)
+@pytest.mark.parametrize(("spacing", "steps", "called"), [("trailing", 1, (1, 0)), ("leading", 2, (0, 2))])
+def test_if_no_timestep_is_on_one_side_the_other_teacher_samples_alone(spacing, steps, called):
+    """Here the latents of both are the same images."""
+    host, guest = Large(8, 0.7, 0.5), Large(8, -0.2, 0.1)
+    sampler = Sampler(steps=steps, guidance_scale=1.0, timestep_spacing=spacing)  # at 999; at 501 and 1
+    made = solve(bridged(host, guest, 600), noise(2, (3, 8, 8)), [""] * 2, sampler)
+    assert (len(guest.called), len(host.called)) == called
+    alone = Large(8, -0.2, 0.1) if called[0] else Large(8, 0.7, 0.5)
+    torch.testing.assert_close(made, solve(alone, noise(2, (3, 8, 8)), [""] * 2, sampler))
+
+
+def test_a_bridge_needs_one_noise_schedule():
     short = Large(4, 0.0, 1.0, None, NoiseSchedule.from_alphas_cumprod(SCHEDULE.alpha[::2] ** 2))
-    with pytest.raises(StageError, match="1000 and 500"):
+    with pytest.raises(StageError, match="the same noise schedule"):
         bridged(Large(8, 0.0, 1.0), short)
 
 
@@ -297,6 +305,42 @@ def test_a_fused_teacher_makes_pairs_and_is_distilled_into_one_student(tiny):
         both.output(whole, both.schedule.at(5), both.teacher_condition(prompts))
 
 
+PARTS = f"""{HEAD}
+  high: &half
+    kind: teacher
+    train:
+      dataset: digits
+      vae: teacher
+      times: [500, 1000]
+      denoiser: {{channels: [16, 32], training: {{steps: 2, batch_size: 8}}}}
+  low: {{<<: *half, train: {{dataset: digits, vae: teacher, times: [0, 500], denoiser: {{channels: [16, 32]}}}}}}
+  halves: {{kind: teacher, structure: high, texture: low}}
+  made: """
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ("{bridge: {host: low, guest: high}}", None),
+        ("{bridge: {host: low, guest: high, switch: 900}}", "times: [0, 500], but is called at times: [0, 900]"),
+        ("{bridge: {host: high, guest: low}}", "times: [0, 500], but is called at times: [500, 1000]"),
+        ("{bridge: {host: low, guest: high, switch: 5000}}", "less than 1000"),
+        ("{coop: {host: teacher, guest: high}}", "times: [500, 1000], but is called at times: [0, 1000]"),
+        ("{coop: {host: halves, guest: teacher}}", None),
+        ("{train: {dataset: digits, start: teacher}}", "add `vae:` with the same teacher"),
+        ("{train: {dataset: digits, start: teacher, vae: teacher}}", "denoiser.channels: [16, 32]; set these"),
+    ],
+)
+def test_what_was_never_trained_is_not_called(tmp_path, made, expected):
+    text = PARTS + made.replace("{", "{kind: teacher, ", 1)
+    if expected is None:
+        plan_of(text, tmp_path)
+        return
+    with pytest.raises(ManifestError) as error:
+        plan_of(text, tmp_path)
+    assert expected in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -305,7 +349,7 @@ def test_a_fused_teacher_makes_pairs_and_is_distilled_into_one_student(tiny):
         (
             "method: knowledge_distillation",
             "method: {name: consistency, steps: 1, guidance_scale: 2.0}",
-            "a fused teacher has a state only along a trajectory",
+            "a teacher of host and guest has a state only along a trajectory",
         ),
         (
             "dataset: digits\n",
@@ -359,10 +403,10 @@ def test_a_bridge_makes_pairs_from_the_hosts_noise_if_the_host_is_the_larger(tin
         wanted = teacher.encode(scaled.clamp(-1, 1)).numpy()
     alpha, sigma = teacher.schedule.at(332)
     np.testing.assert_allclose(made.arrays["path"][:, 0], alpha * wanted + sigma * made.noise, atol=1e-2)
-    with pytest.raises(StageFailed, match=r"makes latents \(4, 8, 8\) from noise \(4, 16, 16\): no student could"):
+    with pytest.raises(StageFailed, match=r"latents of shape \(4, 8, 8\) from noise of shape \(4, 16, 16\)"):
         execute(BRIDGED, store, name="bridge", only=["pairs_down"])
     early, picture = "stages.pairs_up.path_timesteps=[999]", tmp_path / "down.png"
-    with pytest.raises(StageFailed, match="999 is not a timestep at which the teacher has latents"):
-        execute(BRIDGED, store, [early], name="bridge", only=["pairs_up"])
+    with pytest.raises(ManifestError, match="only below switch: 400"):
+        plan_of(BRIDGED, store, [early])
     draw(plan["down"].artifact, ["a red handwritten seven"], 2, 0, 3, 2.0, picture, print)
     assert Image.open(picture).size == (32, 16)

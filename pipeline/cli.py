@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import NoReturn
 
 import click
 
@@ -45,10 +47,16 @@ for _command in (
     cli.add_command(_command)
 
 
+def _interrupt(*_: object) -> NoReturn:
+    """End on SIGTERM as on Ctrl-C: what is finished is kept."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a stage failed, 2 invalid manifest or usage, 3 locked,
     130 interrupted and resumable."""
     debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         sys.exit(cli.main(prog_name="retort", standalone_mode=False) or 0)
     except click.ClickException as error:

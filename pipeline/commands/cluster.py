@@ -18,7 +18,6 @@ from pipeline.commands.console import (
     find_run,
     held,
     ignore_overrides,
-    interrupt,
     open_store,
     plan_run,
     print_result,
@@ -146,7 +145,6 @@ def _attend(cluster: Cluster, run: Run, job: Job, as_json: bool) -> None:
         result = {"run": run.name, "job": job.id, "address": job.address}
         print_result(as_json, result, lambda: f"submitted as job {job.id}; {_how(run, job)}")
         return
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         # with --json, standard output is only for the result
         code = jobs.follow(job, lambda text: click.echo(text, nl=False, err=as_json))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -144,13 +143,12 @@ class Execution:
     """Print nothing at all."""
 
 
-def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -> None:
-    """Plan a run and run its stages, holding the run's lock."""
+def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -> Plan:
+    """Plan a run and run its stages, holding the run's lock. Return the plan."""
     from pipeline.runs import Run, Runner
     from pipeline.views.progress import reporter
 
     run = Run(open_store(loaded.manifest.store), name)
-    signal.signal(signal.SIGTERM, interrupt)  # here, so that waiting for a lock can be interrupted, too
     with held(loaded, run, selection, how.wait) as (planned, chosen):
         engine = _engine(how.engine)
         shown = reporter(quiet=how.as_json or how.quiet)
@@ -166,6 +164,7 @@ def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -
             engine.close()
     if not how.quiet:
         show_done(run, planned, how.as_json)
+    return planned
 
 
 @contextmanager
@@ -260,10 +259,6 @@ def ignore_overrides(instead: str) -> None:
 
     for variable in filter(os.environ.get, OVERRIDES):
         click.echo(f"{variable} is set and ignored: {instead}", err=True)
-
-
-def interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def print_result(as_json: bool, value: Any, table: Callable[[], str]) -> None:

@@ -11,9 +11,9 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.base import StageError
+from stages.base import Artifact, StageError
 from stages.data.files import sha256_once
-from stages.data.pool import ListedShard, intact
+from stages.data.pool import ListedShard, intact, read_list
 from stages.data.receipts import read_receipt, receipt_of
 
 OPEN_SHARDS = 4096
@@ -54,6 +54,11 @@ class PairReader:
         self._shards, self._arrays = shards, arrays
         self._ends = list(accumulate(shard.count for shard in shards))
         self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenShard(shard, arrays))
+
+    @classmethod
+    def of(cls, pairs: Artifact, arrays: Sequence[str] = ("noise", "latent")) -> PairReader:
+        """Return the reader of a sealed `pairs` artifact."""
+        return cls(read_list(pairs.folder), arrays)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -79,7 +79,9 @@ class Start(Config):
     than that of the student's teacher. Its pipeline needs the same family, VAE, text encoder and noise schedule as that
     teacher's."""
 
-    pipeline: Annotated[str | None, FROM] = Field(None, description="a diffusers folder, a hub id or digit_scenes")
+    pipeline: Annotated[str | None, FROM] = Field(
+        None, description="a diffusers folder, a hub id, digits or digit_scenes"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     teacher: Annotated[str | None, Input("teacher"), Neutral()] = Field(
         None, description="another teacher, such as one of `train: {like: TEACHER}`"

@@ -15,7 +15,7 @@ from stages.networks.coop import BridgeSettings, CoopSettings
 from stages.training import TrainingSettings
 
 SHIPPED = Path(__file__).parent / "shipped"
-FROM = Content("revision", files_of, shipped={"digit_scenes": SHIPPED / "digit_scenes"})
+FROM = Content("revision", files_of, shipped={name: SHIPPED / name for name in ("digits", "digit_scenes")})
 """The marker of a field that names a pipeline."""
 TIMESTEPS = 1000
 """Number of timesteps of a teacher that Retort trains. Its noise schedule is Stable Diffusion's."""

@@ -50,8 +50,8 @@ class Teacher(Stage):
     """The many-step diffusion model to distil. Give exactly one of `train`, `from`, `exact`, `coop`, `bridge` and
     `gaussian`, or both `structure` and `texture`.
 
-    `from` is a diffusers folder, a hub id, or digit_scenes, a teacher that is installed with Retort. For a folder with
-    that name, write ./digit_scenes.
+    `from` is a diffusers folder, a hub id, or one of the teachers that are installed with Retort: digits, digit_scenes.
+    For a folder with such a name, write ./digits.
     """
 
     VERSION: ClassVar[int] = 2
@@ -60,7 +60,8 @@ class Teacher(Stage):
     from_: Annotated[str | None, FROM] = Field(
         None,
         alias="from",
-        description="a diffusers folder, a hub id such as owner/name, or the shipped teacher digit_scenes",
+        description="a diffusers folder, a hub id such as owner/name, or a teacher that ships with Retort: digits or "
+        "digit_scenes",
     )
     revision: str | None = Field(
         None, description="branch, tag or commit of a hub id; with a full commit, planning needs no network"

@@ -142,7 +142,7 @@ license: apache-2.0
 It predicts v. Its weights are float16, with which Retort computes in float32.
 
 Made by `{manifest_of(name)}` with seed {record["seed"]} at commit
-{record["commit"]} in {record["seconds"]:.0f} s on two CPU cores (teacher/{record["fingerprint"]}, before
+{record["commit"]} in {record["seconds"]:.0f} s (teacher/{record["fingerprint"]}, before
 rounding to float16). Reconstruction MSE of the VAE on held-out images in [-1, 1]:
 {metrics["vae_reconstruction_mse"]:.4f}. `python -m tests.benchmarks.shipped_teacher {name}` trains it again.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import tee
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,23 @@ CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 def prompt_warnings(teacher: Path, prompts: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield a warning if prompts have words that the tokenizer does not know, and one if prompts are too long.
 
-    The warnings give counts and examples. teacher: a diffusers folder. prompts: batches of prompts; only about the
-    first MOST are checked, since a million would take minutes. There are no warnings without a readable tokenizer. A
-    tokenizer that falls back to bytes, such as CLIP's, knows every word. An encoder ignores the end of a prompt with
-    more tokens than its limit, 77 for CLIP.
+    The warnings give counts and examples. teacher: a diffusers folder, or one that holds several of them. prompts:
+    batches of prompts; only about the first MOST are checked, since a million would take minutes. There are no warnings
+    without a readable tokenizer. A tokenizer that falls back to bytes, such as CLIP's, knows every word. An encoder
+    ignores the end of a prompt with more tokens than its limit, 77 for CLIP.
     """
-    tokenizer = _tokenizer(teacher / "tokenizer")
+    own = teacher / "tokenizer"
+    folders = [own] if own.is_dir() else sorted(teacher.rglob("tokenizer"))
+    for folder, some in zip(folders, tee(prompts, len(folders)), strict=True):
+        yield from _warnings(folder, some)
+
+
+def _warnings(folder: Path, prompts: Iterable[Sequence[str]]) -> Iterator[str]:
+    """As `prompt_warnings`, about one tokenizer."""
+    tokenizer = _tokenizer(folder)
     if tokenizer is None:
         return
-    unknown, limit = _unknown(tokenizer), _limit(teacher / "tokenizer")
+    unknown, limit = _unknown(tokenizer), _limit(folder)
     total = missed = looked_at = cut = longest = 0
     words: dict[str, None] = {}
     for batch in prompts:
@@ -46,7 +55,7 @@ def prompt_warnings(teacher: Path, prompts: Iterable[Sequence[str]]) -> Iterator
         yield (
             f"the teacher's tokenizer does not know {missed:,} of the {total:,} tokens of {looked_at:,} prompts "
             f"({100 * missed / total:.2g} %), such as {examples}; it replaces each of them by the same unknown token. "
-            f"The words that it knows are listed in {teacher / 'tokenizer' / 'tokenizer.json'}"
+            f"The words that it knows are listed in {folder / 'tokenizer.json'}"
         )
     if cut:
         yield (

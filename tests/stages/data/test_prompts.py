@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import tracemalloc
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from stages.data.prompts.read import read_prompts
 from stages.data.prompts.table import PromptTable, write_table
 from stages.data.prompts.vocabulary import prompt_warnings
 from stages.data.reader import PairReader
+from stages.teacher.config import SHIPPED
 from tests.support.cli import retort
 from tests.support.pipelines import GAUSSIAN, execute, plan_of
 
@@ -93,6 +95,14 @@ def test_words_that_the_teacher_does_not_know_are_said_by_plan_pairs_and_sample(
     assert told(*draw, "a red seven") == []
     write(tmp_path / "p.txt", ["a red seven", "a blue two"])
     assert told("plan", manifest) == told("submit", manifest, "--engine", "inline") == []
+
+
+def test_every_tokenizer_of_a_teacher_of_several_pipelines_is_asked(tmp_path):
+    for half, name in (("host", "digits"), ("guest", "digit_scenes")):
+        shutil.copytree(SHIPPED / name / "tokenizer", tmp_path / half / "tokenizer")
+    guest, host = prompt_warnings(tmp_path, iter([["a handwritten seven"], ["seven above two"]]))
+    assert "such as 'handwritten';" in guest and str(tmp_path / "guest") in guest
+    assert "such as 'above';" in host and str(tmp_path / "host") in host
 
 
 def test_a_tokenizer_of_bytes_knows_every_word(tmp_path):

@@ -32,6 +32,7 @@ from pydantic import TypeAdapter
 from pipeline.cli import cli
 from pipeline.manifest.matrix import base_of
 from pipeline.reference.explain import REGISTRIES, built_in
+from tests.support import tour
 from tests.support.cli import ROOT, retort
 from tests.support.pipelines import execute
 
@@ -118,6 +119,7 @@ def place(tmp_path: Path, sealed: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(sealed / "runs", store / "runs")  # no links: commands append to files there
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RETORT_STORE", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # stages take one thread: another test runs beside this one
     return tmp_path
 
 
@@ -364,6 +366,16 @@ def check(block: Block, place: Path) -> None:
 @pytest.mark.parametrize("block", ALL_BLOCKS, ids=str)
 def test_what_a_block_shows_works(block: Block, place: Path) -> None:
     check(block, place)
+
+
+def test_the_notebook_is_the_page() -> None:
+    made = json.loads(tour.NOTEBOOK.read_text(encoding="utf-8"))
+    assert [(cell["cell_type"], cell["source"]) for cell in made["cells"]] == tour.cells(), (
+        "python -m tests.support.tour"
+    )
+    outputs = [output for cell in made["cells"] for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 # --- Words between blocks -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,84 +13,74 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.planning import Plan
-from pipeline.views import graph
 from stages.evaluate import figures
 from stages.reports.sections import Section
 
-WIDEST_GRAPH = 60
-"""Columns of the widest graph that is drawn. Wider plans are listed without one; --json has the edges."""
-
+UNLIMITED = 10_000
+"""Columns of a table that is not printed on a terminal."""
 NARROWEST = 24
 """The fewest columns in which a last column is wrapped."""
+MOST_READS = 3
+"""The most names of stages in the column `reads`. --json lists all of them."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align columns. On a terminal that is too narrow, the last column is wrapped; if that is not enough, each row
-    becomes several lines."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    room = terminal_width() - sum(widths[:-1]) - 2 * (len(head) - 1)
-    if widths[-1] <= room:
-        return "\n".join(_line(row, widths) for row in [head, *rows])
-    if room >= NARROWEST:
-        return "\n".join(line for row in [head, *rows] for line in _broken(row, widths, room))
-    return "\n".join(line for row in rows for line in _upright(head, row))
+    """Align columns. On a terminal that is too narrow, the last column is wrapped between words, so that paths can be
+    copied; if that is not enough, each row becomes several lines."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    room = terminal_width() - sum(max(len(row[i]) for row in [head, *rows]) + 2 for i in range(len(head) - 1))
+    if room < NARROWEST:
+        return "\n".join(line for row in rows for line in _upright(head, row))
+    made = Table(*head, box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=any(head))
+    for row in rows:
+        made.add_row(*map(Text, row[:-1]), Text("\n".join(_wrapped(row[-1], room))))
+    printed = io.StringIO()
+    Console(width=UNLIMITED, file=printed, color_system=None).print(made)
+    return "\n".join(map(str.rstrip, printed.getvalue().splitlines()))
 
 
-def terminal_width() -> int:
-    """Columns of the terminal; unlimited if the output is not a terminal. COLUMNS overrides both."""
-    if os.environ.get("COLUMNS", "").isdecimal():
-        return int(os.environ["COLUMNS"])
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-
-
-def signs() -> Mapping[str, str]:
-    """The characters of graphs: Unicode lines if the output can encode them, or else ASCII."""
-    try:
-        "".join(graph.UNICODE.values()).encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return graph.ASCII
-    return graph.UNICODE
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def _broken(row: Sequence[str], widths: Sequence[int], room: int) -> Iterator[str]:
-    first, *more = textwrap.wrap(row[-1], room, break_long_words=False, break_on_hyphens=False) or [""]
-    yield _line([*row[:-1], first], widths)
-    for text in more:
-        yield " " * (sum(widths[:-1]) + 2 * (len(widths) - 1)) + text
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """Wrap text between words. Lines after the first are indented by two more than `indent`, unless it is empty."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent and f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _upright(head: Sequence[str], row: Sequence[str]) -> Iterator[str]:
     yield row[0]
     for name, cell in zip(head[1:], row[1:], strict=True):
         if cell:
-            yield from textwrap.wrap(
-                f"{name}: {cell}",
-                max(terminal_width(), 24),
-                initial_indent="    ",
-                subsequent_indent="      ",
-                break_long_words=False,  # keep paths whole, so that they can be copied
-                break_on_hyphens=False,
-            )
+            yield from _wrapped(f"{name}: {cell}", max(terminal_width(), NARROWEST), "    ")
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; unlimited if the output is not a terminal. COLUMNS overrides both."""
+    if os.environ.get("COLUMNS", "").isdecimal():
+        return int(os.environ["COLUMNS"])
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
 
 
 def plan(planned: Plan) -> str:
-    """The graph of the plan, with the state of each stage and the reason."""
-    names = {stage.name for stage in planned}
-    lines = graph.draw({s.name: [r for r in s.reads if r in names] for s in planned}, signs())
-    wide = max(map(len, lines.values())) > WIDEST_GRAPH
-    rows = [
-        [s.name if wide else f"{lines[s.name]} {s.name}", s.state, s.artifact.kind, s.artifact.fingerprint, s.why]
-        for s in planned
-    ]
+    """The stages of the plan, those that they read, the state of each, and the reason."""
+    rows = [[s.name, _reads(s.reads), s.state, s.artifact.kind, s.artifact.fingerprint, s.why] for s in planned]
     counts = Counter(stage.state for stage in planned)
     words = ", ".join(
         f"{count} to {state}" if state != "blocked" else f"{count} blocked" for state, count in counts.items()
     )
-    return f"{table(['stage', 'will', 'kind', 'fingerprint', 'why'], rows)}\n{words}"
+    return f"{table(['stage', 'reads', 'will', 'kind', 'fingerprint', 'why'], rows)}\n{words}"
+
+
+def _reads(names: Sequence[str]) -> str:
+    more = [f"{len(names) - MOST_READS} more"] if len(names) > MOST_READS else []
+    return ", ".join([*names[:MOST_READS], *more])
 
 
 def difference(found: Mapping[str, Sequence[str]]) -> str:

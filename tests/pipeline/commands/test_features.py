@@ -72,7 +72,7 @@ FEATURES = [
     Feature("dry run", "submit {m} --store {s} --dry-run --force teacher", r"forced"),
     Feature("status", "status gaussian --store {s}", r"2 done; .* of devices"),
     Feature("list of runs", "runs --store {s}", r"gaussian +done +2/2"),
-    Feature("graph", "plan {m} --store {s}", r"● teacher .*\n╰─● pairs"),
+    Feature("plan", "plan {m} --store {s}", r"\nteacher  .*\npairs    teacher  "),
     Feature("why a stage is stale", "plan {m} --store {s} --set seed=4", r"seed 0 -> 4"),
     Feature("parameter invalidation", "plan {m} --store {s} --set stages.pairs.sampler.steps=5", r"sampler.steps 10 -> 5"),
     Feature("code invalidation", "NEW_CODE plan {m} --store {s}", r"the code of pairs stages changed \(VERSION \d -> 99\)"),

@@ -22,7 +22,7 @@ from pipeline.errors import INTERRUPTED
 
 
 class InOrder(click.Group):
-    """A group that lists its commands in the order in which they were added: the first to be used comes first."""
+    """A group that lists its commands in the order in which they were added, not by name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

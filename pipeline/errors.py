@@ -34,7 +34,7 @@ class ManifestError(UsageError):
 
 
 class Locked(RetortError):
-    """Another process is making the same artifact."""
+    """Another process carries out the same run, or makes or uses the same artifact."""
 
     exit_code = 3
 

@@ -67,8 +67,8 @@ class Content:
     """The name of the field, in the same class, that holds the hub revision. If given, the value may be a hub
     repository `owner/name`. If None, the value is a path or a glob."""
     files: tuple[str, ...] | Callable[[str], tuple[str, ...]] = ("**/*",)
-    """Glob patterns of the files that the stage reads from a folder, or a function from the folder to them. Other files
-    do not change the fingerprint."""
+    """Glob patterns of the files that the stage reads from a folder, or a function that returns them. Other files do
+    not change the fingerprint."""
     shipped: Mapping[str, Path] = field(default_factory=dict, hash=False)
     """Short name -> folder that is installed with Retort. Settings store the name, because the path may change."""
 
@@ -301,7 +301,7 @@ class Choice:
     """The key that selects the class: "name" for methods and losses."""
     registry: Mapping[str, type[Config]]
     default: str | None = None
-    """The word that a mapping without the key stands for."""
+    """The name of the class that a mapping without the key selects."""
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> Any:
         return core_schema.no_info_plain_validator_function(
@@ -315,9 +315,10 @@ class Choice:
         )
 
     def __get_pydantic_json_schema__(self, _schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """A word, or a mapping whose key selects its class. Mappings of classes that cannot be loaded are not checked.
+        """Return the JSON Schema: a word, or a mapping whose key selects its class.
 
-        Conditions, in place of alternatives, let an editor report the key that is wrong in the class that is meant."""
+        Mappings of classes that cannot be loaded are not checked. The schema uses if/then, not anyOf, so that an editor
+        reports the wrong key of the selected class."""
         words, cases = {"enum": list(self.registry)}, []
         for name in self.registry:
             try:

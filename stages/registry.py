@@ -25,8 +25,8 @@ class PluginError(Exception):
 class Registry(Mapping[str, type[T]]):
     """A mapping from names to subclasses of `base`.
 
-    `group` is the group of entry points. `key` is the field of `base` that holds the name in a manifest. If it is None,
-    the names are classes of diffusers pipelines. Packages can neither replace built-in names nor offer `reserved`
+    `group` is the group of entry points. `key` is the field of `base` that holds the name in a manifest. If `key` is
+    None, the names are classes of diffusers pipelines. Packages can neither replace built-in names nor offer `reserved`
     names.
     """
 

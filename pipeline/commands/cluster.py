@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 STOP_FOR = 60.0
-"""Seconds to wait after SIGTERM until a driver on this machine has interrupted its stage and stopped its Ray."""
+"""Seconds that a driver on this machine has, after SIGTERM, to interrupt its stage and to stop its Ray."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def submit_to(cluster: Cluster, loaded: Loaded, name: str, selection: Selection,
     store = open_store(loaded.manifest.store)
     check_store(store.root, checked(cluster.address), cluster.store_is_shared)
     run = Run(store, name)
-    before = jobs.load(run)
+    previous = jobs.load(run)
     try:
-        if before and jobs.alive(before):
-            raise Locked(f"run {name} is job {before.id} of {before.address}; {_how(run, before)}")
+        if previous and jobs.alive(previous):
+            raise Locked(f"run {name} is job {previous.id} of {previous.address}; {_how(run, previous)}")
     except Unreachable:
-        pass  # its cluster is gone; if its driver still runs, it holds the run's lock
+        pass  # the cluster of the old job is gone; a driver that still runs holds the run's lock
     with held(loaded, run, selection, wait):
         pass  # makes and stores the plan, which the job then follows
     _start(cluster, run, selection, wait, as_json)
@@ -120,7 +120,9 @@ def resume_on(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_j
     elif job.address != address:
         raise Locked(f"run {run.name} is job {job.id} of {job.address}; {_how(run, job)}")
     elif selection.given or selection.force:
-        raise Locked(f"job {job.id} is still under way, with the stages it was given; {_how(run, job)}")
+        raise Locked(
+            f"job {job.id} is still under way, with the stages that were chosen when it was submitted; {_how(run, job)}"
+        )
     else:
         click.echo(f"job {job.id} is still under way: following it", err=True)
         _attend(cluster, run, job, as_json)
@@ -158,6 +160,7 @@ def _attend(cluster: Cluster, run: Run, job: Job, as_json: bool) -> None:
 
 
 def _how(run: Run, job: Job) -> str:
+    """Say with which commands the job is followed and stopped."""
     from stages.data.urls import redacted
 
     return (

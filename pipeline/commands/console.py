@@ -100,7 +100,10 @@ def find_run(target: str | None, store: str | None) -> Run:
 
 
 def find_artifact(target: str, store: str | None) -> Path:
-    """Return the folder of a sealed artifact, given as a path or as RUN/STAGE. Raises UsageError."""
+    """Return the folder of a sealed artifact, given as a path or as RUN/STAGE.
+
+    Raises UsageError for an unknown run or stage, and for a name of several stages.
+    """
     from pipeline.errors import UsageError, suggest
     from pipeline.manifest.fields import is_artifact_path
     from pipeline.manifest.matrix import chosen
@@ -178,7 +181,7 @@ def held(loaded: Loaded, run: Run, selection: Selection, wait: bool) -> Iterator
     from pipeline.store.locks import share
 
     if loaded.problems:
-        plan_run(loaded, run)  # raises them, together with problems that only planning finds
+        plan_run(loaded, run)  # raises these problems, together with those that only planning finds
     run.store.create()
     waiting = say_waiting if wait else None
     with run.held(waiting):

@@ -43,7 +43,7 @@ def export(student: str, out: Path, single_file: bool, pipeline: bool, rank: int
     if single_file + pipeline + (rank is not None) != 1:
         raise UsageError("give one of --single-file, --pipeline and --lora RANK")
     if single_file and out.suffix != ".safetensors":
-        raise UsageError(f"{out} should end in .safetensors, by which programs know the format")
+        raise UsageError(f"{out} should end in .safetensors: programs recognise the format by this suffix")
     if out.exists():
         raise UsageError(f"{out} already exists; give another path")
     found = load_artifact(find_artifact(student, store))

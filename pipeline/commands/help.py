@@ -35,7 +35,7 @@ COMPLETE = "_RETORT_COMPLETE"
 def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
     """Write a commented manifest to FILE, by default retort.yaml. With - as FILE, print it.
 
-    Beside it, retort.schema.json lets editors with the YAML language server complete and check it.
+    Also write retort.schema.json beside it, with which editors complete and check the manifest.
     """
     from pipeline.errors import UsageError
     from pipeline.reference import schema

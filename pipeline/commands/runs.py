@@ -91,7 +91,7 @@ def _words(event: dict[str, Any]) -> str:
 
 
 @click.command(short_help="Show or delete artifacts that no run uses.")
-@click.option("--delete", is_flag=True, help="Delete it. Without this option, nothing is changed.")
+@click.option("--delete", is_flag=True, help="Delete what is listed. Without this option, nothing is changed.")
 @click.option(
     "--drop",
     multiple=True,

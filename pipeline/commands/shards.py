@@ -35,7 +35,7 @@ def stats(
     target: str, store: str | None, deep: bool, html: Path | None, samples: int, out: Path, as_json: bool
 ) -> None:
     """Show what is in TARGET: a run, a sealed `pairs` artifact, or a folder or URL of shards. The shards may be any
-    webdataset, also one that Retort did not make.
+    webdataset, including one that Retort did not make.
 
     The exit code is 1 if something is damaged. With --sample, images and their prompts are written to the folder --out.
     Images of shards that Retort did not make are scaled down to sides of at most 1024 pixels.

@@ -17,8 +17,8 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Limit:
-    """A time limit in seconds: `times` the median of the finished calls, but at least `least`. Before a call has
-    finished, it is `first`."""
+    """A time limit in seconds: `times` the median of the finished calls, but at least `least`. Before any call has
+    finished, the limit is `first`."""
 
     times: float
     least: float
@@ -52,14 +52,14 @@ class Call:
     named: bool = False
     """Whether it has been logged as slow."""
     given_up: str = ""
-    """Why it was given up, in words; empty while it is waited for."""
+    """Why the call was given up, in words; empty while the driver waits for it."""
 
 
 class Watch:
     """Watches the calls of one stage.
 
     Calls are `alike` if they should take about equally long. The steps of a function are not: it may pause between two
-    of them. Only alike calls are given up by the median of the finished ones.
+    of them. The median of the finished calls decides when a call is given up only if calls are alike.
     """
 
     def __init__(self, alike: bool = True) -> None:

@@ -118,7 +118,7 @@ class RayEngine:
     ) -> Generator[Progress, None, Any]:
         workers = _StageWorkers(self, 1, shape, say, Watch(alike=False))
         furthest: dict[str, int] = {}
-        losses, place = 0, "the work"
+        lost_in_a_row, what = 0, "the work"
         while True:
             last: Any = None
             for outcome in workers.stream(function, arguments):
@@ -126,14 +126,14 @@ class RayEngine:
                     if not outcome.lost:
                         log.error("%s", outcome.failure.traceback)
                         raise StageError(outcome.failure.message)
-                    losses += 1
-                    retry_or_raise(outcome.failure, place, losses)
+                    lost_in_a_row += 1
+                    retry_or_raise(outcome.failure, what, lost_in_a_row)
                     break  # the function continues from its files on disk
                 last = outcome.value
                 if isinstance(last, Progress):
                     if last.done > furthest.get(last.unit, -1):
-                        furthest[last.unit], losses = last.done, 0
-                        place = f"the work at {last.done} of {last.total} {last.unit}"
+                        furthest[last.unit], lost_in_a_row = last.done, 0
+                        what = f"the work at {last.done} of {last.total} {last.unit}"
                     yield last
             else:
                 return last
@@ -149,9 +149,9 @@ class RayEngine:
         """Return Ray; start or attach to it first if needed."""
         if self._ray is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ours = signal.getsignal(signal.SIGTERM)
+            handler = signal.getsignal(signal.SIGTERM)
             self._ray = _attach() if self.attached else _embed()
-            signal.signal(signal.SIGTERM, ours)  # Ray installs a handler that calls sys.exit
+            signal.signal(signal.SIGTERM, handler)  # Ray replaces it by one that calls sys.exit
         return self._ray
 
     def acquire(self, count: int, shape: WorkerShape) -> list[Worker]:
@@ -224,8 +224,8 @@ class _StageWorkers:
 
     def free(self, most: int) -> Worker | None:
         """The least loaded worker that has answered and has at most `most` calls under way; None if there is none."""
-        there = [worker for worker in self._workers if worker.where and worker.load <= most]
-        return min(there, key=lambda worker: worker.load, default=None)
+        candidates = [worker for worker in self._workers if worker.where and worker.load <= most]
+        return min(candidates, key=lambda worker: worker.load, default=None)
 
     def wait(self, references: list[Any], calls: Iterable[Call] = ()) -> Any:
         """Wait for the first of `references`, which belong to `calls`, to be ready, and return it.
@@ -356,7 +356,7 @@ def _embed() -> Any:
     """Start a local Ray that only this process and its workers can use.
 
     It requires a token that is made for this process alone. All its servers, as listed by `ss -ltnp`, listen on the
-    loopback address: Ray chooses it where clusters are disabled, which they are by default on a Mac. Ray reads the
+    loopback address. Ray chooses this address where clusters are disabled, as by default on a Mac. Ray reads the
     variables below when it is imported, and keeps the token until the process ends.
     """
     for name in OVERRIDES:

@@ -1,7 +1,7 @@
-"""The Ray actor that serves as a worker process.
+"""The host: the Ray actor that serves as a worker process.
 
-Such a host is not bound to a stage. Its process, with the slow imports of torch and diffusers, is kept from stage to
-stage. It keeps the worker of a stage, such as a loaded teacher, until another stage needs it.
+A host is not bound to a stage. Its process, with the slow imports of torch and diffusers, is kept from stage to stage.
+It keeps the worker object of one stage, such as a loaded teacher, until another stage needs the host.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Outcome:
     failure: Failure | None
     records: list[tuple[int, str]]
     lost: bool = False
-    """The host itself is gone. The driver sets this."""
+    """Whether the host itself is gone. The driver sets this."""
 
 
 class Host:
@@ -42,8 +42,8 @@ class Host:
         logging.basicConfig(level=logging.INFO, handlers=[self._records], force=True)
 
     def identify(self, needed: str | None) -> Outcome:
-        """Return the process and node of this host. If its build of Retort is not `needed`, return a Failure. None
-        accepts any."""
+        """Return the process and node of this host. If its build of Retort is not `needed`, return a Failure.
+        `needed` is None if any build will do."""
         node = platform.node()
         problem = needed and build_difference(f"node {node}", "its driver", needed)
         if problem:

@@ -21,11 +21,11 @@ TIMEOUT = 15.0
 PORT = 8265
 """The default port of a dashboard."""
 OTHER_PORTS = {6379: "Ray's own (GCS)", 10001: "Ray Client's"}
-"""Ports of Ray that are mistaken for the dashboard's."""
+"""Ports of Ray that users mistake for the port of the dashboard."""
 
 
 class Unreachable(UsageError):
-    """No answer, or one that makes no sense. A later attempt may succeed."""
+    """The dashboard did not answer, or its answer makes no sense. A later attempt may succeed."""
 
 
 def checked(address: str) -> str:
@@ -60,7 +60,7 @@ _open = build_opener(_NoRedirects).open
 
 
 def headers() -> dict[str, str]:
-    """HTTP headers with the token, which is found by Ray's own rules; empty without one.
+    """HTTP headers with the token, which is found by Ray's own rules; empty without a token.
 
     Raises UsageError for a token file that cannot be read.
     """
@@ -130,10 +130,10 @@ def same_ray(address: str) -> str:
     found = ask(address, "/api/version")
     if not isinstance(found, dict) or "ray_version" not in found:
         raise UsageError(f"what listens at {address} is no Ray dashboard")
-    theirs, ours = str(found["ray_version"]), versions()["ray"]
-    if theirs.split(".")[:2] != ours.split(".")[:2]:
+    in_cluster, here = str(found["ray_version"]), versions()["ray"]
+    if in_cluster.split(".")[:2] != here.split(".")[:2]:
         raise UsageError(
-            f"the cluster at {address} runs Ray {theirs}, but this machine has Ray {ours}: "
-            f"its nodes need {needs()}; or install ray[default]=={theirs} here"
+            f"the cluster at {address} runs Ray {in_cluster}, but this machine has Ray {here}: "
+            f"its nodes need {needs()}; or install ray[default]=={in_cluster} here"
         )
-    return theirs
+    return in_cluster

@@ -59,8 +59,8 @@ stop."""
 class Job:
     """A run that was submitted to a cluster, as STORE/runs/NAME/job.json holds it.
 
-    `address` is that of the dashboard, `id` the job's in Ray, `submitted` a UTC time, `ray` the cluster's version of
-    Ray.
+    `address` is the address of the dashboard, `id` the name of the job in Ray, `submitted` a UTC time, and `ray` the
+    version of Ray in the cluster.
     """
 
     run: str
@@ -79,7 +79,7 @@ def load(run: Run) -> Job | None:
 
 
 def submit(run: Run, address: str, *, store_is_shared: bool, extra: Sequence[str] = ()) -> Job:
-    """Submit the frozen `run` to the cluster. `extra` are further arguments of its `retort resume`.
+    """Submit `run`, whose plan is stored already, to the cluster. `extra` are further arguments of `retort resume`.
 
     Raises UsageError for an unsuitable address, token, version of Ray or store. Raises StageFailed if the cluster does
     not accept the job.
@@ -116,7 +116,7 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
     Raises StageFailed if no driver started, or if the cluster is gone or does not know the job.
     """
     log, client = _Log(job, write), _client(job.address)
-    pause, seen, told = PAUSE, time.monotonic(), False
+    pause, last_contact, told = PAUSE, time.monotonic(), False
     while True:
         before, lost = log.written, asyncio.run(log.read(client))
         try:
@@ -124,10 +124,10 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
             if found["status"] in ENDED:
                 log.write_rest()
                 return _exit_code(job, found)
-            seen = time.monotonic()
+            last_contact = time.monotonic()
         except dashboard.Unreachable as error:
             lost = str(error)
-            if time.monotonic() - seen > LOST_FOR:
+            if time.monotonic() - last_contact > LOST_FOR:
                 raise StageFailed(f"{lost}\njob {job.id} may still run: resume with --address to follow it") from None
         if log.written > before:
             pause, told = PAUSE, False
@@ -139,8 +139,8 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
 
 
 class _Log:
-    """Counts the characters of a job's log that were written. Each new connection starts at the beginning of the
-    log."""
+    """Writes a job's log as it grows. It counts the characters that it has written, because each new connection starts
+    at the beginning of the log."""
 
     def __init__(self, job: Job, write: Callable[[str], None]) -> None:
         self.job, self._write, self.written = job, write, 0
@@ -203,11 +203,11 @@ def file_system(path: Path, mounts: Path = MOUNTS) -> str | None:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
-    path, best, kind = path.resolve(), 0, None
+    path, longest, kind = path.resolve(), 0, None
     for fields in map(str.split, lines):
         mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[1])
-        if path.is_relative_to(mount) and len(mount) >= best:  # of two mounts at one place the later hides the earlier
-            best, kind = len(mount), fields[2]
+        if path.is_relative_to(mount) and len(mount) >= longest:  # of two mounts at one path, the later hides the other
+            longest, kind = len(mount), fields[2]
     return kind
 
 

@@ -21,7 +21,7 @@ from stages.registry import PluginError
 def expand(document: Document, coordinates: Mapping[str, Coordinates], problems: list[str]) -> dict[str, Coordinates]:
     """Replace each stage that is a chain by its links, in `document.value`.
 
-    Return `coordinates`, which has those of matrix members, with those of the links added. Problems are appended to
+    Return the coordinates of the matrix members, which are in `coordinates`, and of the links. Problems are appended to
     `problems`.
     """
     stages = document.value.get("stages")
@@ -35,18 +35,18 @@ def expand(document: Document, coordinates: Mapping[str, Coordinates], problems:
         previous = None
         for link in links:
             at = {Axis(base_of(name), ()): link.label, **coordinates.get(name, {})}
-            new = name_of(base_of(name), at)
-            if new in stages:
+            link_name = name_of(base_of(name), at)
+            if link_name in stages:
                 problems.append(
                     document.problem(
-                        ("stages", new), f"the chain of {name} makes a stage of this name; rename one of them"
+                        ("stages", link_name), f"the chain of {name} makes a stage of this name; rename one of them"
                     )
                 )
-            expanded[new] = link.settings if previous is None else {**link.settings, link.previous: previous}
-            found[new], previous = at, new
-            document.origins["stages", new] = ("stages", name)
+            expanded[link_name] = link.settings if previous is None else {**link.settings, link.previous: previous}
+            found[link_name], previous = at, link_name
+            document.origins["stages", link_name] = ("stages", name)
             for path, origin in link.origins.items():
-                document.origins["stages", new, *path] = ("stages", name, *origin)
+                document.origins["stages", link_name, *path] = ("stages", name, *origin)
     document.value["stages"] = expanded
     return found
 

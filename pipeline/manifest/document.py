@@ -78,8 +78,8 @@ class Document:
     def problem(self, path: Path, message: str, *, at_key: bool = False) -> str:
         """Return the message `file:line:column: path: message`, followed by the line itself and a caret.
 
-        A path that is not in the text gets the place of its nearest parent. With `at_key` the key is pointed at, not
-        the value.
+        A path that is not in the text gets the place of its nearest parent. With `at_key` the caret points at the
+        key, not at the value.
         """
         path = self._origin(path)
         dotted = ".".join(str(part) for part in path) or "manifest"
@@ -212,7 +212,7 @@ class _Builder:
     def build(self, node: yaml.Node, path: Path) -> Any:
         start = node.start_mark
         if isinstance(node, yaml.MappingNode) and not node.flow_style and node.value:
-            start = node.value[0][0].start_mark  # the first key, also where an anchor stands before it
+            start = node.value[0][0].start_mark  # the first key, even if an anchor stands before it
         place = (start.line, start.column)
         self.document.places.setdefault(path, place)
         if isinstance(node, yaml.MappingNode):
@@ -240,15 +240,16 @@ class _Builder:
                 self.document.problem_at((node.start_mark.line, node.start_mark.column), str(error.problem))
             )
             return {}
-        result: dict[str, Any] = {}
+        winning: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
-            name = str(key.value) if isinstance(key, yaml.ScalarNode) else None
-            place = (key.start_mark.line, key.start_mark.column)
-            if name is None:
+            if isinstance(key, yaml.ScalarNode):
+                winning[str(key.value)] = key, value
+            else:
+                place = (key.start_mark.line, key.start_mark.column)
                 self.problems.append(self.document.problem_at(place, "a key must be a plain word"))
-                continue
-            self.document.keys[(*path, name)] = place
-            self.document.places.pop((*path, name), None)
+        result: dict[str, Any] = {}
+        for name, (key, value) in winning.items():
+            self.document.keys[(*path, name)] = (key.start_mark.line, key.start_mark.column)
             result[name] = self.build(value, (*path, name))
         return result
 

@@ -27,8 +27,8 @@ class Marked:
 
 
 def marked(config: Config, marker: type, prefix: str = "") -> Iterator[Marked]:
-    """Yield the fields of `config` that carry `marker` and are not None, also those of settings inside it and in its
-    lists."""
+    """Yield the fields that carry `marker` and are not None: fields of `config`, of settings inside it, and of settings
+    in its lists."""
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         if value is None:
@@ -98,9 +98,10 @@ def _plain(value: Any, dumped: Any) -> Any:
 
 
 def config_in(annotation: Any, metadata: Sequence[Any] = (), value: Any = None) -> type[Config] | None:
-    """The class of the settings in a field, also if it is optional, or in a list or mapping; None if there is none.
+    """The class of the settings that a field holds, directly or in a list or mapping. The field may be optional. None
+    if it holds no settings.
 
-    For a choice, it is the class that `value` names. `value` is not validated yet.
+    For a choice, the class is the one that `value` names. `value` is not validated yet.
     """
     markers = (*metadata, *getattr(annotation, "__metadata__", ()))
     for choice in (marker for marker in markers if isinstance(marker, Choice)):

@@ -34,7 +34,7 @@ MAX_NAME_LENGTH = 120
 class Axis:
     """A setting that a matrix varies: the manifest's name of the stage, and the path of the setting below it.
 
-    The links of a chain stand along an axis with an empty path.
+    The axis of a chain, whose values are its links, has an empty path.
     """
 
     stage: str
@@ -53,7 +53,7 @@ class Matrix(Config):
     `matrix: {method.loss: [l1, mse], seed: [0, 1, 2]}` of a stage `student` makes six members, from
     student[loss=l1,seed=0] to student[loss=mse,seed=2].
 
-    A value may be given a name, such as one with many settings: `method: [{as: plain, value: {name: ..., loss: ...}},
+    You can name a value, for example one with many settings: `method: [{as: plain, value: {name: ..., loss: ...}},
     ...]`.
 
     A stage that reads `student` is made once for each member. A stage that reads two stages of one matrix gets those
@@ -246,9 +246,9 @@ def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Do
 def expand_readers(
     stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document, problems: list[str]
 ) -> dict[str, Stage]:
-    """Repeat each stage that reads an expanded stage, once for each member; references then name members.
+    """Repeat each stage that reads an expanded stage, once for each member. References of a copy name single members.
 
-    A stage that reads two stages of one matrix gets the members that have the same values in it.
+    A copy that reads two stages of one matrix gets the members of both that have the same values.
     """
     at: dict[str, Coordinates] = {}
     done: dict[str, dict[str, Stage]] = {}
@@ -279,10 +279,10 @@ def expand_readers(
         names = members(reference)
         if reference in (*stages, base_of(reference)):
             return {name: at[name] for name in names}
-        settled = {
+        fixed = {
             axis for name in names for axis, value in at[name].items() if all(at[n].get(axis) == value for n in names)
         }
-        return {name: {axis: value for axis, value in at[name].items() if axis not in settled} for name in names}
+        return {name: {axis: value for axis, value in at[name].items() if axis not in fixed} for name in names}
 
     def copies_of(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
         """Yield (name, settings, coordinates) of the stage, once for each combination of members that it reads."""
@@ -295,8 +295,8 @@ def expand_readers(
                 text = f"would be made more than {MAX_STAGES} times, once for each combination of its inputs"
                 problems.append(document.problem(("stages", name), text, at_key=True))
                 return
-            there = [of[n] for of, n in zip(read.values(), names, strict=True)]
-            found = _merged([*(_without_links(one, own) for one in there), own])
+            positions = [by_name[n] for by_name, n in zip(read.values(), names, strict=True)]
+            found = _merged([*(_without_links(position, own) for position in positions), own])
             if found is not None:
                 count += 1
                 new = name if found == own else name_of(base_of(name), found)
@@ -306,7 +306,8 @@ def expand_readers(
 
 
 def _without_links(at: Coordinates, own: Coordinates) -> Coordinates:
-    """Drop the axis of a chain from the coordinates that a link of the same chain reads: it reads another link."""
+    """Drop the axis of a chain from `at`, the coordinates of an input, if the reader is a link of the same chain: it
+    reads another link than itself."""
     return {axis: value for axis, value in at.items() if axis.path or axis not in own}
 
 

@@ -32,7 +32,7 @@ class Resources(Config):
     """What each worker of a stage gets. It is never part of a fingerprint."""
 
     workers: int = Field(1, ge=1, description="number of worker processes, in the cluster or on this machine")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker; below 1: workers share a GPU")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker; below 1, workers share a GPU")
 
 
 class Manifest(Config):
@@ -45,7 +45,7 @@ class Manifest(Config):
         min_length=1, description="the stages, by names of your choice; stages refer to each other by these names"
     )
     resources: dict[str, Resources] = Field(
-        default_factory=dict, description="workers and GPUs, by stage; makes nothing stale"
+        default_factory=dict, description="workers and GPUs of each stage; a change makes no stage stale"
     )
 
     def seed_of(self, stage: str) -> int:
@@ -97,13 +97,13 @@ def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """As `load`, but problems of stages are returned in `Loaded.problems`. Planning adds its own and raises them
-    together."""
+    """As `load`, but problems of stages are returned in `Loaded.problems`. Planning adds those that it finds and
+    raises all of them together."""
     return _examine(_read(path), str(path), overrides)
 
 
 def name_and_store(path: Path) -> tuple[str, str]:
-    """The run name and the store of a manifest. Other problems of the manifest do not matter."""
+    """The run name and the store of a manifest. Other problems of the manifest are ignored."""
     document = yaml_document.parse(_read(path), str(path))
     name, store = (document.value.get(key, default) for key, default in (("name", None), ("store", DEFAULT_STORE)))
     if not isinstance(name, str) or not isinstance(store, str):
@@ -135,14 +135,14 @@ def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
     for override in overrides:
         document.set(override)
     problems: list[str] = []
-    asked = document.value.get("stages")
+    unexpanded = document.value.get("stages")
     coordinates = chain.expand(document, matrix.expand(document, problems), problems)
     manifest = _validated(document, problems)
     problems += references.cycles(manifest.stages, document)
     stages = matrix.expand_readers(manifest.stages, coordinates, document, problems)
     manifest = manifest.model_copy(update={"stages": stages})
-    there = {*manifest.stages, *(group for name in manifest.stages for group in groups_of(name))}
-    invalid = {name for name in (*asked, *document.value["stages"]) if name not in there}
+    known = {*manifest.stages, *(group for name in manifest.stages for group in groups_of(name))}
+    invalid = {name for name in (*unexpanded, *document.value["stages"]) if name not in known}
     found = references.problems(manifest.stages, invalid, document)
     problems += [problem for several in found.values() for problem in several]
     problems += references.resource_problems(manifest.stages, invalid, manifest.resources, document)
@@ -162,12 +162,12 @@ def _validated(document: Document, problems: list[str]) -> Manifest:
         found = error.errors(include_url=False)
     problems += [describe(Manifest, document, e) for e in found]
     wrong = {e["loc"][:2] for e in found}
-    left: dict[str, Any] = {"name": "manifest"} | {k: v for k, v in value.items() if (k,) not in {w[:1] for w in wrong}}
+    kept: dict[str, Any] = {"name": "manifest"} | {k: v for k, v in value.items() if (k,) not in {w[:1] for w in wrong}}
     for section in ("stages", "resources"):
         if isinstance(value.get(section), dict) and (section,) not in wrong:
-            left[section] = {k: v for k, v in value[section].items() if (section, k) not in wrong}
+            kept[section] = {k: v for k, v in value[section].items() if (section, k) not in wrong}
     try:
-        return Manifest.model_validate(left)
+        return Manifest.model_validate(kept)
     except ValidationError:
         raise ManifestError(list(dict.fromkeys(problems))) from None
 

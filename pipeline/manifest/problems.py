@@ -64,8 +64,8 @@ def _fields_at(top: type[Config], path: Sequence[str | int], value: Any) -> list
             info = _field(model, str(part))
             if info is None:
                 return []
-            of_names = get_origin(info.annotation) is dict
-            model = info.annotation if of_names else config_in(info.annotation, info.metadata, value)
+            is_mapping = get_origin(info.annotation) is dict
+            model = info.annotation if is_mapping else config_in(info.annotation, info.metadata, value)
         else:  # a mapping of named configs: `stages`, `resources`
             model = config_in(get_args(model)[1], (), value)
     if not (isinstance(model, type) and issubclass(model, Config)):

@@ -47,18 +47,18 @@ def _problems_of(
     for field in marked(stage, Input):
         reference, wanted = field.value, field.marker.kind
         path = ("stages", name, *parts_of(field.path))
-        there = stages.get(reference)
+        target = stages.get(reference)
         if is_artifact_path(reference) or {reference, base_of(reference)} & {*invalid, *map(base_of, invalid)}:
             continue
-        if there is None:
+        if target is None:
             fitting = list(dict.fromkeys(n for n, s in stages.items() if s.kind == wanted))
             yield document.problem(
                 path,
                 f"there is no stage {reference!r}{suggest(reference, fitting)}; "
                 f"give a stage of kind {wanted}, or the path of a sealed artifact",
             )
-        elif there.kind != wanted:
-            yield document.problem(path, f"needs a stage of kind {wanted}; {reference!r} is of kind {there.kind}")
+        elif target.kind != wanted:
+            yield document.problem(path, f"needs a stage of kind {wanted}; {reference!r} is of kind {target.kind}")
 
 
 def resource_problems(
@@ -78,10 +78,10 @@ def resource_problems(
 
 
 def order(stages: Mapping[str, Stage], left_out: Collection[str]) -> list[str]:
-    """Names of stages, each after the stages that it reads, and as soon as they are done. Ties keep the manifest's
-    order.
+    """Sort the names of stages: each comes as early as possible after the stages that it reads. Ties keep the order of
+    the manifest.
 
-    `left_out`, and all stages that depend on them or on themselves, are left out.
+    Stages in `left_out`, stages in a cycle, and all stages that depend on these are omitted.
     """
     missing = {
         name: {r for r in inputs_of(stage).values() if not is_artifact_path(r)}

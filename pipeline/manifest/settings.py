@@ -88,12 +88,12 @@ def words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return PLAIN.get(annotation, "any value") + _bounds(metadata)
 
 
-def _list_words(of: str, metadata: Sequence[Any]) -> str:
+def _list_words(entry: str, metadata: Sequence[Any]) -> str:
     least = next((m.min_length for m in metadata if isinstance(m, bounds.MinLen)), 0)
     most = next((m.max_length for m in metadata if isinstance(m, bounds.MaxLen)), None)
     if least and least == most:
-        return f"list of {least}: {of}"
-    return f"list: {of}" + (f"; at least {least}" if least > 1 else "")
+        return f"list of {least}: {entry}"
+    return f"list: {entry}" + (f"; at least {least}" if least > 1 else "")
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
@@ -124,12 +124,12 @@ def _inherited(config: type[Config], name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A default as it would be written in a manifest. Of a settings object, only the values given explicitly."""
+    """A default as it would be written in a manifest. For settings, only the values that were given explicitly."""
     if value is PydanticUndefined:
         return None
     if isinstance(value, Config):
         given = {name: _plain(getattr(value, name)) for name in sorted(value.model_fields_set)}
-        return given["name"] if list(given) == ["name"] else given  # a bare word stands for what it names
+        return given["name"] if list(given) == ["name"] else given  # written as the name alone
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return value

@@ -48,8 +48,8 @@ def pinned(manifest: Manifest, contents: Contents) -> Manifest:
         for field in marked(stage, Content):
             kind, _, commit = contents[name][field.path].partition(":")
             if kind == "hub":
-                before = field.path.rpartition(".")[0]
-                commits[f"{before}.{field.marker.revision_field}".removeprefix(".")] = commit
+                parent = field.path.rpartition(".")[0]
+                commits[f"{parent}.{field.marker.revision_field}".removeprefix(".")] = commit
         stages[name] = replaced(stage, commits)
     return manifest.model_copy(update={"stages": stages})
 

@@ -157,6 +157,6 @@ def _state(artifact: Artifact, store: Store, pool: Path, reason: str) -> tuple[S
     damage = store.damage(artifact) if store.is_sealed(artifact) else None
     if store.is_sealed(artifact) and damage is None:
         return "reuse", "sealed"
-    left = None if store.outdated(artifact) else artifact.stage.progress_in(store.work(artifact), pool)
+    progress = None if store.outdated(artifact) else artifact.stage.progress_in(store.work(artifact), pool)
     why = damage or reason
-    return ("resume", f"{why}; {left}") if left else ("run", why)
+    return ("resume", f"{why}; {progress}") if progress else ("run", why)

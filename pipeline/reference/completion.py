@@ -30,10 +30,10 @@ def complete_runs_or_paths(context: Context, parameter: Parameter, incomplete: s
 def complete_stages(context: Context, parameter: Parameter, incomplete: str) -> list[str]:
     """Complete stages of the run in parameter `run_name` or `target`, or of all runs if it is not known.
 
-    click does not pass earlier parameters while an option has no value yet.
+    It is not known while an option has no value yet, because click does not pass the earlier parameters then.
     """
-    named, there = context.params.get("run_name") or context.params.get("target"), _runs(context)
-    runs = there if named is None else [named] if named in there else []
+    named, existing = context.params.get("run_name") or context.params.get("target"), _runs(context)
+    runs = existing if named is None else [named] if named in existing else []
     return _fitting(incomplete, dict.fromkeys(stage for run in runs for stage in _stages(context, run)))
 
 

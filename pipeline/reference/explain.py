@@ -241,8 +241,8 @@ def _reference(setting: Setting, path: str) -> str:
 
 
 def default_text(setting: Setting) -> str:
-    """Return a default as it is written in a manifest. Empty if there is none, or if it is all defaults of the settings
-    inside."""
+    """Return a default as it is written in a manifest. Empty if there is no default, or if the default is a group of
+    settings with their own defaults."""
     value = setting.default
     if isinstance(value, dict):
         inside = ", ".join(f"{key}: {_word(inner)}" for key, inner in value.items())

@@ -11,7 +11,7 @@ from pipeline.manifest.settings import about
 from stages import KINDS
 
 FILE = "retort.schema.json"
-"""The name of the file beside a manifest, whose first line names it."""
+"""The name of the schema file beside a manifest. The first line of the manifest names it."""
 LINE = f"# yaml-language-server: $schema={FILE}\n"
 """The first line of a manifest, with which the YAML language server of editors finds the schema."""
 
@@ -19,8 +19,8 @@ LINE = f"# yaml-language-server: $schema={FILE}\n"
 def schema() -> dict[str, Any]:
     """Return the schema (JSON Schema 2020-12).
 
-    A setting that a matrix varies may be missing in the stage. So `required` only says which class a mapping needs, and
-    which settings a stage without a matrix needs."""
+    A setting that a matrix varies may be missing in the stage. So `required` is kept only for the key that names the
+    class of a mapping, and for the settings of a stage without a matrix."""
     found = Manifest.model_json_schema()
     opening = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A manifest of Retort"}
     return {**opening, **_of_part(found), "required": found["required"]}
@@ -29,7 +29,7 @@ def schema() -> dict[str, Any]:
 def _of_part(part: Any) -> Any:
     """Return a part of the schema without `required`, with a matrix in each stage, and without pydantic's titles.
 
-    `STAGE or settings` and `settings or null` become conditions: editors then report what is wrong in the settings."""
+    A union of plain types and settings becomes a condition, so that editors report what is wrong in the settings."""
     if isinstance(part, list):
         return [_of_part(one) for one in part]
     if not isinstance(part, dict):

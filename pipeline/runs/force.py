@@ -1,4 +1,4 @@
-"""Forcing: remove what was made of some stages, so that it is made again."""
+"""Forcing: remove the artifacts, parts and unfinished work of some stages, so that they are made again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pipeline.store.artifacts import READ_ERRORS
 def check(run: Run, plan: Plan, chosen: Collection[str]) -> None:
     """Raise UsageError if forcing would remove files that this command does not make again."""
     forced = [stage for stage in plan if stage.forced]
-    left = next((stage for stage in forced if stage.name not in chosen), None)
-    if left:
+    unchosen = next((stage for stage in forced if stage.name not in chosen), None)
+    if unchosen:
         raise UsageError(
-            f"{left.name} would have to be made again, too ({left.why}), but it is not among the chosen stages: "
-            f"choose {left.name} too, or choose no stages to carry out all of them"
+            f"{unchosen.name} would have to be made again, too ({unchosen.why}), but it is not among the chosen "
+            f"stages: choose {unchosen.name} too, or choose no stages to carry out all of them"
         )
     folders = {stage.artifact.folder for stage in forced}
     for stage in forced:
@@ -46,8 +46,9 @@ def _artifacts_in_pool(run: Run, stage: PlannedStage) -> Iterator[Path]:
 def forget(run: Run, plan: Plan, waiting: Callable[[str], None] | None) -> None:
     """Unseal the artifacts of the plan's forced stages, and remove their unfinished work and their parts.
 
-    All of them go before the first is made again, dependants first. A killed run can then be resumed like any other: it
-    need not remember what was forced. Raises Locked, before anything changes, if another run uses one of them.
+    All of them are removed before the first is made again, dependants first. A killed run can then be resumed like any
+    other: it need not remember what was forced. Raises Locked, before anything changes, if another run uses one of the
+    artifacts.
     """
     forced = [stage for stage in plan if stage.forced]
     with ExitStack() as stack:

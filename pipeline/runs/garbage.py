@@ -36,7 +36,7 @@ def collect(
                 raise Locked(f"{driver} is running; stop it first: retort stop {run.name} --store {store.root}")
             stack.enter_context(run.held())
         stack.enter_context(hold(store.garbage_lock, "a plan is being made", "gc", waiting))
-        # runs are listed only under the lock: plans may be frozen until then
+        # runs are listed only under the lock: until then, another process may write a plan
         return _collect(store, [run for run in all_runs(store) if run.name not in drop], dropped, delete)
 
 
@@ -87,7 +87,7 @@ def _size(path: Path) -> int:
 
 def _remove(store: Store, path: Path) -> None:
     if path.is_dir():
-        gone = store.root / "work" / f"gone-{path.name}"  # moved away at once, then emptied
+        gone = store.root / "work" / f"gone-{path.name}"  # first moved away in one step, then deleted
         shutil.rmtree(gone, ignore_errors=True)
         path.replace(gone)
         shutil.rmtree(gone)

@@ -41,7 +41,8 @@ EVENT_EVERY = 5.0
 class Reporter(Protocol):
     """Receives what happens in a run. `pipeline.views.progress` prints it.
 
-    `started` gets the reason of the stage, `note` a message, `ended` how the stage ended ("reused", "done in 3 s").
+    `started` gets the reason why the stage is run, `note` a message, `ended` how the stage ended ("reused", "done in
+    3 s").
     """
 
     def started(self, stage: str, why: str) -> None: ...
@@ -171,7 +172,7 @@ class Runner:
         return {field: artifact.sha256 for field, artifact in stage.artifact.inputs.items()}
 
     def _check_contents(self, stage: PlannedStage) -> None:
-        """Raise StageError if an outside file changed since the plan: the fingerprint is that of the old file."""
+        """Raise StageError if an outside file changed since the plan: the fingerprint depends on the old content."""
         files = {field: value for field, value in stage.contents.items() if value.startswith("sha256:")}
         now = identify(stage.artifact.stage, HashCache(self.run.store.hashes)) if files else {}
         for field, value in files.items():

@@ -21,8 +21,8 @@ ENDINGS = {
 def status_of(run: Run) -> dict[str, dict[str, Any]]:
     """stage -> {state, kind, fingerprint, artifact, detail, progress, per_second, seconds_left, device_seconds}.
 
-    States: done; running (`detail` says by which process); failed (why); interrupted; stopped (the driver was killed);
-    waiting. `progress`, `per_second` and `seconds_left` are missing where they are unknown.
+    States: done; running (`detail` says by which process); failed (`detail` says why); interrupted; stopped (the driver
+    was killed); waiting. `progress`, `per_second` and `seconds_left` are missing where they are unknown.
     """
     tried = attempts(run.events())
     return {name: _stage(run, planned, tried.get(name, ())) for name, planned in run.plan().items()}
@@ -42,8 +42,8 @@ def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> di
         maker = holder(run.store.lock_of(kind, fingerprint))
         state, detail = ("running", str(maker)) if maker else _ended(last)
         found |= {"state": state, "detail": detail}
-        others = maker is not None and maker.run != run.name  # their progress is in their own events
-        if last and last.progress and state != "waiting" and not others:
+        by_other_run = maker is not None and maker.run != run.name  # its progress is in the events of that run
+        if last and last.progress and state != "waiting" and not by_other_run:
             found |= _progress(last, running=state == "running")
     return found | {"device_seconds": round(cost, 3)}
 

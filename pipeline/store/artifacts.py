@@ -183,7 +183,9 @@ class Store:
         return self.root / "locks" / "garbage"
 
     def lock_of(self, kind: str, fingerprint: str) -> Path:
-        """Return the lock file of the artifact or pool with this fingerprint. It is locked while that is being made."""
+        """Return the lock file of the artifact or pool with this fingerprint.
+
+        It is locked while the artifact, or a part in the pool, is being made."""
         return self.root / "locks" / f"{kind}-{fingerprint}"
 
 

@@ -18,7 +18,7 @@ from stages.reports.sections import Evaluated, Section
 
 @dataclass(frozen=True)
 class NotMade:
-    """An evaluation of a run that cannot be compared yet. `why` says the reason."""
+    """An evaluation of a run that cannot be compared yet. `why` is the reason."""
 
     run: Run
     stage: str
@@ -56,7 +56,8 @@ def remarks(not_made: Sequence[NotMade]) -> list[str]:
 def pictured(compared: Sequence[Section], names: Sequence[str]) -> Section:
     """Return the first section that has images of all these rows, with these rows alone, in this order.
 
-    `NAME as LABEL` gives a row another name. No names stand for all rows. Raises UsageError if there is none.
+    `NAME as LABEL` gives a row another name. If `names` is empty, all rows are kept. Raises UsageError if no section
+    has the rows.
     """
     chosen = [name.partition(" as ")[::2] for name in names]
     for section in compared:
@@ -101,12 +102,12 @@ def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
     side = figures.subject(metrics)
     training = _training(folder / record["inputs"][side] / RECORD) if side else {}
     measured: str = metrics[side] if side else ""
-    called = _in_steps(names[measured], record["settings"].get("steps")) if measured in names else name
-    return Evaluated(called, training, origin, folder, metrics, shown)
+    label = _in_steps(names[measured], record["settings"].get("steps")) if measured in names else name
+    return Evaluated(label, training, origin, folder, metrics, shown)
 
 
 def _in_steps(name: str, steps: int | None) -> str:
-    """The name of a student that is sampled in other steps than its own: student[seed=1,steps=8]."""
+    """The name of a student that is sampled with `steps`, not its own number of steps: student[seed=1,steps=8]."""
     if steps is None:
         return name
     head, _, inside = name.partition("[")

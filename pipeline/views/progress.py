@@ -22,7 +22,7 @@ def reporter(quiet: bool = False) -> Reporter:
 
 
 class Quiet:
-    """Prints nothing: with --json, standard output is for a program."""
+    """Prints nothing. It is used with --json and for quiet runs."""
 
     def started(self, stage: str, why: str) -> None: ...
     def progress(self, stage: str, progress: Progress) -> None: ...

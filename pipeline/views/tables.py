@@ -19,7 +19,7 @@ from stages.reports.sections import Section
 UNLIMITED = 10_000
 """Columns of a table that is not printed on a terminal."""
 NARROWEST = 24
-"""The fewest columns in which a last column is wrapped."""
+"""The least width in which the last column is wrapped. With less, each row becomes several lines."""
 MOST_READS = 3
 """The most names of stages in the column `reads`. --json lists all of them."""
 

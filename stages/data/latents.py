@@ -84,8 +84,8 @@ def appending(path: Path, shape: tuple[int, ...], dtype: np.dtype, start: int) -
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows of captions, origins and classes as Parquet, with constant memory. Raises StageError if there are no
     rows."""
-    left, temporary = iter(rows), temporary_of(path)
-    some = list(islice(left, ROW_GROUP))
+    remaining, temporary = iter(rows), temporary_of(path)
+    some = list(islice(remaining, ROW_GROUP))
     if not some:
         raise StageError(f"the image set has no images for the split {path.stem}")
     schema = pa.schema([(name, pa.string() if name == "caption" else pa.int64()) for name in some[0]])
@@ -93,7 +93,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         with pq.ParquetWriter(temporary, schema) as writer:
             while some:
                 writer.write_table(pa.Table.from_pylist(some, schema))
-                some = list(islice(left, ROW_GROUP))
+                some = list(islice(remaining, ROW_GROUP))
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -47,9 +47,9 @@ class ShuffledOrder:
 
     def _at(self, place: int) -> int:
         block, inside = divmod(place, BLOCK)
-        whose, earlier = self._block(block)
-        source = int(whose[inside])
-        epoch, draw = divmod(block * self._counts[source] + int(earlier[inside]), len(self.sources[source]))
+        sources, numbers = self._block(block)
+        source = int(sources[inside])
+        epoch, draw = divmod(block * self._counts[source] + int(numbers[inside]), len(self.sources[source]))
         return self.sources[source][int(self._permutation(source, epoch)[draw])]
 
 
@@ -68,10 +68,10 @@ def _pattern(counts: list[int], seed: list[int]) -> tuple[NDArray[np.int64], NDA
 
     Both are (BLOCK,).
     """
-    whose = np.repeat(np.arange(len(counts)), counts)
+    sources = np.repeat(np.arange(len(counts)), counts)
     if len(counts) > 1:
-        whose = np.random.default_rng(seed).permutation(whose)
-    earlier = np.empty(BLOCK, dtype=np.int64)
+        sources = np.random.default_rng(seed).permutation(sources)
+    numbers = np.empty(BLOCK, dtype=np.int64)
     for source, count in enumerate(counts):
-        earlier[whose == source] = np.arange(count)
-    return whose, earlier
+        numbers[sources == source] = np.arange(count)
+    return sources, numbers

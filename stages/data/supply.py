@@ -77,7 +77,7 @@ class PairSupply:
 class LatentSupply:
     """Latents of an image set's training images. `prompts_of` makes the teacher's prompts from captions and labels.
 
-    Raises StageError if they cannot be read.
+    Raises StageError if the latents cannot be read.
     """
 
     def __init__(

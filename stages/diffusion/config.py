@@ -16,7 +16,7 @@ def _times(value: tuple[float, float]) -> tuple[float, float]:
 
 
 TimeRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_times)]
-"""Two parts of T, the number of timesteps, between which timesteps are drawn."""
+"""Two fractions of T, the number of timesteps, between which timesteps are drawn."""
 
 
 class Sampler(Config):

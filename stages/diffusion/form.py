@@ -41,16 +41,16 @@ class Form(Config):
     levels: tuple[int, ...] | None = Field(
         None,
         strict=False,
-        description="timesteps of the teacher's schedule at which the network is called, descending: [999, 749, 499, "
-        "249]; null: evenly spaced",
+        description="timesteps of the teacher's schedule at which the network is called, descending, such as [999, "
+        "749, 499, 249]; null: evenly spaced",
     )
     sampler: StudentSampler = Field(
         "ddim", description="how a step is taken: ddim, stochastic (2210.03142) or consistency (2303.01469)"
     )
     boundary: Boundary = Field(
         default_factory=lambda others: "lcm" if others.get("sampler") == "consistency" else "none",
-        description="lcm: the output is mixed with its input so that it is the identity on clean data (2310.04378); "
-        "default: lcm for the consistency sampler, none for others",
+        description="lcm: the output is mixed with the input, so that the student is the identity on clean data "
+        "(2310.04378); default: lcm for the consistency sampler, none for others",
     )
     guidance_scale: float | None = Field(
         None,
@@ -74,7 +74,7 @@ class Form(Config):
         if self.schedule != "teacher":
             raise ValueError("levels are timesteps of the teacher's schedule: leave schedule out")
         if len(self.levels) != self.steps:
-            raise ValueError(f"steps: {self.steps} needs as many levels, not {len(self.levels)}")
+            raise ValueError(f"steps: {self.steps} needs {self.steps} levels, not {len(self.levels)}")
         if list(self.levels) != sorted(set(self.levels), reverse=True) or self.levels[-1] < 0:
-            raise ValueError("levels should descend, to 0 at the least")
+            raise ValueError("levels should descend and be at least 0")
         return self

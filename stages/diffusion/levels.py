@@ -25,7 +25,7 @@ class Levels:
         return (alpha * x + sigma * noise).to(x.dtype)
 
     def draw(self, x: Tensor, time_range: tuple[float, float] = (0.0, 1.0)) -> tuple[Tensor, Tensor]:
-        """Draw timesteps (B,) uniformly between two parts of T, both included, and noise shaped as x."""
+        """Draw timesteps (B,) uniformly between two fractions of T, both included, and noise shaped as x."""
         count = len(self.alpha)
         least, most = (min(round(part * count), count - 1) for part in time_range)
         return torch.randint(least, most + 1, (len(x),)).to(x.device), torch.randn_like(x)

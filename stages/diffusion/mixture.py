@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 8192
-"""Data that are compared with z at once. 64 samples of z and so many data take 4 MB in float64."""
+"""The number of data that are compared with z at once. The distances of 64 samples of z then take 4 MB in float64."""
 LEAST = -1e300
-"""A logarithm below all others that is finite, so that a chunk without allowed data gives no NaN."""
+"""A finite logarithm below all others. With it, a chunk without allowed data gives no NaN."""
 
 
 def posterior(

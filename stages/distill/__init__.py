@@ -1,7 +1,7 @@
 """The stage kind `distill`: it trains a student by a method and exports it as a diffusers pipeline.
 
 `stage` holds the settings, `train` runs the training, and `card` writes the model card. `whole` and `difference`
-hand out a sealed student in other forms. Methods are in `stages.methods`, and the training loop is in
+export a sealed student to other formats. Methods are in `stages.methods`, and the training loop is in
 `stages.training`.
 """
 

@@ -32,10 +32,12 @@ def card(
     figures, its licence and the code that samples it."""
     data, taught_by, start, training = recipe.data, recipe.teacher, recipe.start, recipe.training
     names = ", ".join(f"{one.kind}/{one.fingerprint}" for one in data)
-    begun = f"It went on from distill/{start.fingerprint}." if start else "It began with the teacher's weights."
+    begun = "Training started from the teacher's weights."
+    if start:
+        begun = f"Training continued from distill/{start.fingerprint}."
     if recipe.origin:
         about = recipe.origin.about
-        begun = f"It began with the network of {about['source']}{_at(about)} (licence: {_stated(about)})."
+        begun = f"Training started from the network of {about['source']}{_at(about)} (licence: {_stated(about)})."
     if training.lora:
         begun += f" LoRA weights of rank {training.lora.rank} were trained, and the teacher's were frozen."
     samples = " and ".join(f"{count} {stream}" for stream, count in counts.items())
@@ -55,9 +57,9 @@ Distilled by Retort (distill/{fingerprint}) with `{_method_and_loss(recipe.metho
 
 
 def derived_card(student: Artifact, form: Form, teacher: Artifact, name: str, what: str, code: str) -> str:
-    """Return the model card of a student of `form` that is handed out in another form, in Markdown.
+    """Return the model card, in Markdown, of a student of `form` that was exported to another format.
 
-    `what` says what was made of the student, with {teacher} for its teacher. `code` samples an image with it."""
+    `what` describes the result, with {teacher} in place of the teacher's name. `code` samples an image with it."""
     return f"""---
 library_name: diffusers
 license: {licence_of(teacher)}
@@ -98,21 +100,23 @@ def _stated(about: Mapping[str, Any]) -> str:
 
 
 def _loading(code: str, teacher: Artifact) -> str:
-    """Return lines of code that load "THE TEACHER", completed by its hub id and by the LoRA that is fused into it."""
+    """Return `code` with the teacher's hub id in place of "THE TEACHER", and with lines that fuse the teacher's LoRA.
+
+    "THE TEACHER" stays if the hub id is not known. A teacher without a LoRA needs no such lines."""
     about = teacher.record.get("metrics", {})
-    first = 'from_pretrained("THE TEACHER")\n'
-    found = first
+    line = 'from_pretrained("THE TEACHER")\n'
+    loading = line
     if about.get("revision"):
-        found = f'from_pretrained("{about["source"]}", revision="{about["revision"]}")\n'
+        loading = f'from_pretrained("{about["source"]}", revision="{about["revision"]}")\n'
     if about.get("lora"):
-        own = about["lora"]
-        folder, _, file = own["source"].rpartition("/")
-        commit = f', revision="{own["revision"]}"' if own.get("revision") else ""
-        found += (
+        lora = about["lora"]
+        folder, _, file = lora["source"].rpartition("/")
+        commit = f', revision="{lora["revision"]}"' if lora.get("revision") else ""
+        loading += (
             f'pipeline.load_lora_weights("{folder or "."}", weight_name="{file}"{commit})\n'
-            f"pipeline.fuse_lora(lora_scale={own['scale']:g})\npipeline.unload_lora_weights()\n"
+            f"pipeline.fuse_lora(lora_scale={lora['scale']:g})\npipeline.unload_lora_weights()\n"
         )
-    return code.replace(first, found)
+    return code.replace(line, loading)
 
 
 def _counted(steps: int) -> str:
@@ -131,15 +135,15 @@ def _call(form: Form, teacher: Adapter, taught_by: Artifact, lora: LoraSettings 
     """Return the code that samples the student with plain diffusers, or a sentence that says why that is impossible."""
     grid = Grid.of(form, teacher.schedule)
     scheduler = teacher.student_scheduler(form, grid)
-    alone = teacher.plain_error(form, grid, scheduler)
-    if alone:
-        return f"Not for plain diffusers: {alone}. `retort sample` draws with it."
+    problem = teacher.plain_error(form, grid, scheduler)
+    if problem:
+        return f"Plain diffusers cannot sample this student: {problem}. `retort sample` can."
     as_lora = lora is not None and not lora.merged
-    without = teacher.plain_lora_error(form) if as_lora else None
-    if without:
+    lora_problem = teacher.plain_lora_error(form) if as_lora else None
+    if lora_problem:
         return (
-            f"Not for plain diffusers: {without}. `retort sample` draws with it, and `retort export --pipeline` writes "
-            "it as a whole pipeline."
+            f"Plain diffusers cannot sample this student: {lora_problem}. `retort sample` can, and `retort export "
+            "--pipeline` writes it as a whole pipeline."
         )
     return f"```python\n{_loading(teacher.usage(form, type(scheduler).__name__, as_lora), taught_by)}\n```"
 
@@ -171,5 +175,5 @@ def _looked_through(inputs: Mapping[str, Artifact]) -> str:
     for network in (artifact for artifact in inputs.values() if artifact.kind == "perceptual"):
         about = about_of(network.folder)
         through = f"perceptual/{network.fingerprint} ({about.trunk}; licence: {about.licence})"
-        lines += f"The loss looked through {through}.\n\n"
+        lines += f"The loss compared features of {through}.\n\n"
     return lines

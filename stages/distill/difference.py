@@ -1,4 +1,4 @@
-"""A student handed out as its difference to the teacher: a LoRA that plain diffusers loads onto the teacher."""
+"""Exports a student as a LoRA: its difference to the teacher, which plain diffusers loads onto the teacher."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_lora(artifact: Artifact, rank: int, out: Path) -> str:
     """Write a student to the folder `out` as a LoRA of `rank` for its teacher, with its scheduler and a model card.
 
     Returns the sentences of the card on what the LoRA loses. Raises StageError if the student's difference to the
-    teacher is no LoRA, or if plain diffusers cannot sample the student."""
+    teacher cannot be a LoRA, or if plain diffusers cannot sample the student."""
     if rank < 1:
         raise StageError(f"a LoRA of rank {rank} holds nothing: give a rank of at least 1")
     taught_by = teacher_of(artifact.inputs)
@@ -54,23 +54,23 @@ def write_lora(artifact: Artifact, rank: int, out: Path) -> str:
 
 
 def _problem(student: Student, teacher: Adapter, scheduler: Any) -> str | None:
-    """Say why the student is no LoRA of its teacher, or return None if it is."""
+    """Say why the student cannot be exported as a LoRA of its teacher, or return None if it can."""
     if student.form.w_range:
         return "the student takes w as an input, for which the teacher's network has no weights: no LoRA can add it"
     if student.lora:
         return f"the student is a LoRA of rank {student.lora.rank} already; its folder holds {FILE}"
     if student.form.prediction == "both":
         return "the student predicts both x0 and the noise, for which the teacher's last layer is too small for a LoRA"
-    ours, theirs = teacher.network.state_dict(), student.network.state_dict()
-    further = [value for name, value in theirs.items() if name not in ours]
-    same = all(name in theirs and value.shape == theirs[name].shape for name, value in ours.items())
-    if not same or any(value.any() for value in further):  # a guidance embedding of zeros does nothing
+    base, weights = teacher.network.state_dict(), student.network.state_dict()
+    added = [value for name, value in weights.items() if name not in base]
+    same = all(name in weights and value.shape == weights[name].shape for name, value in base.items())
+    if not same or any(value.any() for value in added):  # a guidance embedding of zeros does nothing
         return "the student's network has other sizes than the teacher's (`start:`): a LoRA needs equal sizes"
-    unloaded = teacher.plain_lora_error(student.form)
-    if unloaded:
-        return f"plain diffusers cannot load the student as a LoRA: {unloaded}"
-    alone = teacher.plain_error(student.form, student.grid, scheduler)
-    return f"plain diffusers cannot sample this student: {alone}" if alone else None
+    problem = teacher.plain_lora_error(student.form)
+    if problem:
+        return f"plain diffusers cannot load the student as a LoRA: {problem}"
+    problem = teacher.plain_error(student.form, student.grid, scheduler)
+    return f"plain diffusers cannot sample this student: {problem}" if problem else None
 
 
 def _kept(student: Student, teacher: Adapter, lora: dict[str, Factors]) -> str:
@@ -82,11 +82,11 @@ def _measured(artifact: Artifact, student: Student, teacher: Adapter, lora: dict
     """Return sentences on the errors of the student and of the teacher with the LoRA, or on why there are none."""
     pairs = sources(artifact.inputs)
     if not pairs:
-        return "The cost was not measured, because the student has no pairs."
+        return "The errors were not measured, because the student has no pairs."
     assert isinstance(artifact.stage, Distill) and isinstance(pairs[0].stage, Pairs)
     w = comparable(student.form, pairs[0].stage.sampler.guidance_scale)
     if w is None:
-        return "The cost was not measured, because the student is not meant to reproduce its pairs."
+        return "The errors were not measured, because the student is not meant to reproduce its pairs."
     supply = PairSupply([pairs[0].folder], [None], artifact.stage.held_out, 1, 0)
     restored = Student(teacher, add(teacher.student_network(), lora), student.grid, student.form).to(teacher.device)
     errors = _errors(student, restored, teacher, supply, w)
@@ -98,7 +98,7 @@ def _measured(artifact: Artifact, student: Student, teacher: Adapter, lora: dict
 
 
 def _errors(student: Student, restored: Student, teacher: Adapter, supply: PairSupply, w: float) -> list[float]:
-    """Return the mean squared errors of both on the held-out pairs, and that of one's samples to the other's."""
-    ours, theirs = (list(sampled(one, teacher, supply, w)) for one in (student, restored))
-    errors = [mean_square(x0 - latent for x0, latent in one) for one in (ours, theirs)]
-    return [*errors, mean_square(x0 - other for (x0, _), (other, _) in zip(ours, theirs, strict=True))]
+    """Return the mean squared errors of `student` and `restored` on the held-out pairs, and that between the two."""
+    samples = [list(sampled(one, teacher, supply, w)) for one in (student, restored)]
+    errors = [mean_square(x0 - latent for x0, latent in one) for one in samples]
+    return [*errors, mean_square(x0 - other for (x0, _), (other, _) in zip(*samples, strict=True))]

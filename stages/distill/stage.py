@@ -49,7 +49,7 @@ class Trained:
     name: str
     """The name of the pairs stage in the manifest."""
     count: int
-    """The first `count` noises of `pairs`."""
+    """The student was trained on the first `count` noises of `pairs`."""
 
 
 def _sources(value: Any) -> Any:
@@ -84,7 +84,7 @@ class Start(Config):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     teacher: Annotated[str | None, Input("teacher"), Neutral()] = Field(
-        None, description="another teacher, such as one of `train: {like: TEACHER}`"
+        None, description="another teacher, such as one with `train: {like: TEACHER}`"
     )
 
     @model_validator(mode="after")
@@ -130,7 +130,7 @@ class Distill(Stage):
         "of that image set, or a path",
     )
     teacher: Annotated[str | None, Input("teacher"), Neutral()] = Field(
-        None, description="the teacher, if only prompts are given; pairs and latents have their own"
+        None, description="the teacher, if only prompts are given; pairs and latents already have a teacher"
     )
     method: Annotated[MethodConfig, Choice("name", METHODS)] = Field(description="the distillation method")
     start_from: Annotated[str | None, Input("distill"), Neutral()] = Field(
@@ -194,7 +194,7 @@ class Distill(Stage):
             yield from self._check_pairs(sources(inputs))
             latents = inputs.get("latents")
             if latents and latents.inputs["teacher"].fingerprint != teacher_of(inputs).fingerprint:
-                yield "latents", "they are of another teacher than that of `pairs`"
+                yield "latents", "they were made with another teacher than `pairs`"
         yield from self._check_guidance(inputs)
         yield from _of_method(self.method.check(values_under(inputs, "method")))
         yield from self._check_teacher(given, teacher_of(inputs), inputs.get("latents"), inputs.get("start.teacher"))
@@ -203,7 +203,7 @@ class Distill(Stage):
     def _check_teacher(
         self, given: str, teacher: Artifact, latents: Artifact | None, other: Artifact | None
     ) -> Iterator[tuple[str, str]]:
-        """`other`: the teacher in `start`."""
+        """Yield a problem for each setting that does not fit the teacher. `other` is the teacher in `start`."""
         known = teacher.stage
         assert isinstance(known, Teacher)
         if known.gaussian:
@@ -211,7 +211,7 @@ class Distill(Stage):
         if known.cooperating and not self._needs_pairs:
             yield (
                 "method",
-                "a teacher of host and guest has a state only along a trajectory: use a method that needs pairs",
+                "a teacher of host and guest can only sample whole trajectories: use a method that needs pairs",
             )
         if other and isinstance(other.stage, Teacher) and other.stage.gaussian:
             yield "start.teacher", "it is `gaussian:`, which has no network"
@@ -222,11 +222,11 @@ class Distill(Stage):
         as_input = self.method.form.w_range is not None
         unguided = known.guidance_error(as_input, teacher.folder) if self.method.uses_guidance else None
         if unguided:
-            yield "method", f"it needs guidance, but {unguided}"
+            yield "method", f"the method needs guidance, but {unguided}"
         if self.method.has_discriminator and known.has_features(teacher.folder) is False:
             yield (
                 "method",
-                "it trains a discriminator, which does not support the teacher's network",
+                "the method trains a discriminator, which does not support the teacher's network",
             )
         timesteps = known.timesteps(teacher.folder)
         if timesteps is not None:
@@ -240,21 +240,21 @@ class Distill(Stage):
 
     def _check_start(self, given: str, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
         start = inputs.get("start_from")
-        before = start.stage if start else None
-        assert before is None or isinstance(before, Distill)
+        previous = start.stage if start else None
+        assert previous is None or isinstance(previous, Distill)
         if start and teacher_of(start.inputs).fingerprint != teacher_of(inputs).fingerprint:
             yield "start_from", f"{self.start_from} is the student of another teacher than that of `{given}`"
         if start and self.pairs:
             yield from self._check_held_out(sources(inputs)[0], start)
-        ours, theirs = self.training.lora, before.training.lora if before else None
-        if before and ours and not (theirs and ours.continues(theirs)):
+        lora, previous_lora = self.training.lora, previous.training.lora if previous else None
+        if previous and lora and not (previous_lora and lora.continues(previous_lora)):
             yield (
                 "training.lora",
                 "the student in start_from has another rank, alpha or targets; set the same in both stages"
-                if theirs
+                if previous_lora
                 else "the student in start_from has no LoRA weights; leave training.lora out",
             )
-        yield from _of_method(self.method.check_start(before.method if before else None))
+        yield from _of_method(self.method.check_start(previous.method if previous else None))
 
     def _check_held_out(self, pairs: Artifact, start: Artifact) -> Iterator[tuple[str, str]]:
         """Yield a problem for each earlier student that was trained on noises which this stage holds out."""
@@ -276,13 +276,13 @@ class Distill(Stage):
             yield "method", f"{self.streams[0]} have no guidance_scale: set it in the method; 1 means no guidance"
         if len(own) > 1:
             found = " and ".join(f"{scale:g}" for scale in own)
-            remedy = "use pairs with the same" if self._needs_pairs else "set one in the method"
+            remedy = "use pairs with the same scale" if self._needs_pairs else "set one in the method"
             yield "method", f"the pairs have guidance_scale: {found}; {remedy}"
         start = inputs.get("start_from")
         if start and isinstance(start.stage, Distill):
-            there = guidance_scales(start.stage.method.form, sources(start.inputs))
-            if there and len(own) == 1 and own != there:
-                yield "method", f"the student in start_from has guidance_scale: {there[0]:g}, this one has {own[0]:g}"
+            old = guidance_scales(start.stage.method.form, sources(start.inputs))
+            if old and len(own) == 1 and own != old:
+                yield "method", f"the student in start_from has guidance_scale: {old[0]:g}, this one has {own[0]:g}"
 
     def _check_pairs(self, found: Sequence[Artifact]) -> Iterator[tuple[str, str]]:
         stages = [artifact.stage for artifact in found if isinstance(artifact.stage, Pairs)]
@@ -295,7 +295,7 @@ class Distill(Stage):
                 "a one-step student needs pairs solved with timestep_spacing: trailing, from the last timestep",
             )
         if len({artifact.inputs["teacher"].fingerprint for artifact in found}) > 1:
-            yield "pairs", "they are of several teachers; a student has one"
+            yield "pairs", "they were made with several teachers; a student has one"
         if len({artifact.seed for artifact in found}) < len(found):
             yield (
                 "pairs",
@@ -323,9 +323,9 @@ class Distill(Stage):
         if not self.streams:
             raise ValueError("give what the student is trained on: pairs, latents or prompts")
         if self.streams == ["prompts"] and self.teacher is None:
-            raise ValueError("prompts name no teacher: give `teacher`")
+            raise ValueError("prompts have no teacher: give `teacher`")
         if self.streams != ["prompts"] and self.teacher is not None:
-            raise ValueError("the data names the teacher: leave `teacher` out")
+            raise ValueError("pairs and latents already have a teacher: leave `teacher` out")
         if self.start and self.start_from:
             raise ValueError("give either start or start_from")
         if self.start and self.training.lora:

@@ -36,7 +36,7 @@ SAVED_BY = ("transformers_version", "torch_dtype", "dtype")
 EXAMPLES = 512
 """The number of pairs to which the student's last layer may be fitted before training."""
 MOST_CALLS = 16
-"""Students of more steps are not drawn during training, because that takes long."""
+"""Students of more steps draw no previews during training, because that would take long."""
 
 
 def distill(
@@ -140,14 +140,14 @@ def _origin(folder: Path, teacher: Adapter, execution: TrainingExecution) -> Ada
 
     Raises StageError unless its family, noise schedule, latent shape and other components are those of the teacher."""
     if family_of(type(teacher)) is not family_of(adapter_of(folder)):
-        raise StageError("start: it is of another family than the teacher")
+        raise StageError("start: its pipeline is of another family than the teacher's")
     for name in set(teacher.COMPONENTS) - {teacher.NETWORK, "scheduler"}:
         patterns = [pattern for pattern in teacher.FILES if pattern.startswith(f"{name}/")]
         if _identity(folder, patterns) != _identity(teacher.folder, patterns):
             raise StageError(f"start: its {name} differs from the teacher's; the two must be equal")
     origin = load_network(folder, execution)
-    ours, theirs = teacher.schedule.log_snr, origin.schedule.log_snr
-    if len(ours) != len(theirs) or not np.allclose(ours, theirs):
+    wanted, found = teacher.schedule.log_snr, origin.schedule.log_snr
+    if len(wanted) != len(found) or not np.allclose(wanted, found):
         raise StageError("start: its noise schedule differs from the teacher's; the two must be equal")
     if origin.latent_shape != teacher.latent_shape:
         raise StageError(

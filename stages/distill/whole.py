@@ -1,4 +1,4 @@
-"""A student handed out whole: as one file that ComfyUI and other programs load, or as a diffusers pipeline."""
+"""Exports a whole student: as one file that ComfyUI and other programs load, or as a diffusers pipeline."""
 
 from __future__ import annotations
 

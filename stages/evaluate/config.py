@@ -11,8 +11,8 @@ from stages.base import Execution
 Split = Literal["test", "validation"]
 
 MIN_SAMPLES = 100
-"""Smallest number of images in each set that a distance is measured between. It is larger than the number of a probe's
-features, because covariances would be singular otherwise."""
+"""Smallest number of images in each of the two sets of a distance. It is larger than the number of a probe's features,
+because covariances would be singular otherwise."""
 
 
 class EvaluationExecution(Execution):

@@ -32,7 +32,7 @@ FIGURES = {
     "recall": Figure("recall", "{:.3f}"),
     "diversity": Figure("diversity", "{:.2f}"),
     "nearest_mse": Figure("MSE to nearest", "{:.4f}"),
-    # of particles and of the teacher beside them
+    # only for particles, and for the teacher's samples beside them
     "image_distance": Figure("image distance", "{:.3f}"),
     "saturation": Figure("saturation", "{:.3f}"),
     "contrast": Figure("contrast", "{:.3f}"),

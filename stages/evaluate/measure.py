@@ -59,7 +59,7 @@ def against_real(
     """Add the figures that need real images to `metrics`: distances, precision, recall, diversity and prompt accuracy.
 
     They are added to every side, and to two references: other real images, and their VAE reconstructions. Prompt
-    accuracy needs prompts that name classes, and is left out of an unconditional teacher. All distances use the same
+    accuracy needs prompts that name classes, and is left out for an unconditional teacher. All distances use the same
     number of samples. The probe must not have been trained on `images`. Raises ValueError if the teacher's images have
     another size than the probe's.
     """
@@ -67,7 +67,7 @@ def against_real(
     real_set = probe.stage.images
     size = setting.teacher.decode(torch.zeros(1, *setting.teacher.latent_shape)).shape[-2:]
     if size != (real_set.size, real_set.size):
-        raise ValueError(f"the probe's are {real_set.size} pixels wide, the teacher's {size[1]} x {size[0]}")
+        raise ValueError(f"the probe's images are {real_set.size} pixels wide, the teacher's {size[1]} x {size[0]}")
     classifier = Classifier.load(probe.folder, setting.teacher.device)
     metrics["features"] = f"{real_set.name}_probe_{classifier.features}"
     metrics["probe_accuracy"] = probe.record["metrics"]["caption_accuracy"]
@@ -78,7 +78,7 @@ def against_real(
     rebuilt = map(setting.teacher.decode, latents.split(SEEN_AT_ONCE))
     metrics["distance_samples"] = len(real)
     shown = {name: other.labels[name] for name in asked}
-    captions = other.captions if any(setting.prompts) else [""] * len(other)  # diversity is among images of one prompt
+    captions = other.captions if any(setting.prompts) else [""] * len(other)  # diversity compares images of one prompt
     metrics["references"] = {
         name: _measure(classifier, made, shown, captions, real, reference.origins, other.origins)
         for name, made in (("real", batches(other)), ("vae_reconstruction", rebuilt))

@@ -35,8 +35,9 @@ class Noises:
 def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: int) -> Noises:
     """Return `samples` noises of the pairs' seed that the student was not trained on.
 
-    test: the last stored pairs, as far as they come after the last training pair; then fresh noises with higher numbers
-    than all of these. So students that hold out more of these pairs, or were trained on none, get the same noises.
+    test: the last stored pairs that come after the last training pair; then fresh noises with higher numbers than all
+    stored and training pairs. So students that hold out more of these pairs, or were trained on none, get the same
+    noises.
     validation: fresh noises, numbered from VALIDATION. Test noises always have lower numbers, so no noise is in both
     splits.
     """
@@ -51,9 +52,9 @@ def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: i
 
 
 def overlap(pairs: Artifact, student: Artifact) -> Trained | None:
-    """Return the training pairs of the student that share most noises with `pairs`, because both have the same seed.
+    """Return the training pairs of the student that share the most noises with `pairs`. Shared noises need equal seeds.
 
-    None if none do, or if the student was trained on `pairs` itself: its held-out noises are known.
+    None if no noise is shared, or if the student was trained on `pairs` itself: its held-out noises are then known.
     """
     found = trained(student)
     if pairs.fingerprint in {one.pairs.fingerprint for one in found}:

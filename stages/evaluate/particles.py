@@ -31,7 +31,7 @@ from stages.probe import Probe
 from stages.training.players import PREVIEWS
 
 SIDES = 4
-"""The sides from which a particle with sides is seen."""
+"""The number of sides from which a solid particle is seen."""
 
 
 def evaluate_particles(
@@ -45,8 +45,8 @@ def evaluate_particles(
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Write `metrics.json` and the files of `page.write` to `output`. Return the metrics.
 
-    The teacher's row has as many samples of the same prompt, from noises of `seed`. Diversity and distance are measured
-    between particles seen from the same side."""
+    The teacher's row has as many samples as `particles`, of the same prompt, from noises of `seed`. Diversity and
+    distance are measured between particles seen from the same side."""
     prepare(threads)
     stage, teacher = particles.stage, particles.inputs["teacher"]
     assert isinstance(stage, Optimize)

@@ -56,12 +56,12 @@ def evaluate(
         except ValueError as error:
             raise StageError(f"evaluation against real images: {error}") from error
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    same = {
+    about = {
         "pairs": pairs.fingerprint,
         "teacher": pairs.inputs["teacher"].fingerprint,
         "seed": pairs.seed,
         "samples": [setting.samples[i] for i in shown],
         "prompts": [setting.prompts[i] for i in shown],
     }
-    page.write(output, metrics, pictures, same, student.folder / PREVIEWS if student else None)
+    page.write(output, metrics, pictures, about, student.folder / PREVIEWS if student else None)
     return {**metrics, "device": setting.teacher.device_name}

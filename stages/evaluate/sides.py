@@ -35,8 +35,8 @@ Sample = Callable[[slice], Tensor]
 class Side:
     """The samples of one side, and their cost.
 
-    latents: (N, C, h, w), scaled, float32, on the CPU. calls: network calls an image. seconds: an image, without
-    decoding.
+    latents: (N, C, h, w), scaled, float32, on the CPU. calls: network calls per image. seconds: seconds
+    per image, without decoding.
     """
 
     name: str

@@ -49,8 +49,8 @@ class Evaluate(Stage):
     student: Annotated[str | None, Input("distill")] = Field(None, description="student to measure")
     pairs: Annotated[str | None, Input("pairs")] = Field(
         None,
-        description="pairs whose noises, prompts, guidance and images to compare on; default: those of the student; "
-        "without a student, the teacher alone is measured",
+        description="pairs that give noises, prompts, guidance scale and the teacher's images; default: those of the "
+        "student; without a student, the teacher alone is measured",
     )
     particles: Annotated[str | None, Input("optimize"), Neutral()] = Field(
         None, description="objects to measure, in place of a student"
@@ -73,11 +73,11 @@ class Evaluate(Stage):
     steps: Annotated[int | None, Neutral()] = Field(
         None,
         ge=1,
-        description="number of sampling steps, where the student's method leaves it open; default: the method's",
+        description="number of sampling steps of the student, if its method allows a choice; default: the method's",
     )
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
         None,
-        description="further numbers of steps to sample the teacher in; default: 4, 2 and 1, if the pairs took more",
+        description="further numbers of steps to sample the teacher in; default: 4, 2, 1, if below those of the pairs",
     )
     execution: EvaluationExecution = Field(
         EvaluationExecution(), description="how the stage is run; changing it makes nothing stale"
@@ -156,21 +156,21 @@ class Evaluate(Stage):
                 f"{self.pairs} has {min(repeated.count, pairs.count)} of the noises of {repeated.name}, which "
                 f"{self.student} was trained on: both have seed {found.seed}; give {self.pairs} a `seed:` of its own",
             )
-        other = stage.method.step_count_error(self.steps) if self.steps else None
-        if other:
-            yield "steps", other
-        scale, trained = pairs.sampler.guidance_scale, stage.method.form.w_range
-        own = guidance_scales(stage.method.form, sources(student.inputs))
-        if trained and not 1 + trained[0] <= scale <= 1 + trained[1]:
+        problem = stage.method.step_count_error(self.steps) if self.steps else None
+        if problem:
+            yield "steps", problem
+        scale, w_range = pairs.sampler.guidance_scale, stage.method.form.w_range
+        built_in = guidance_scales(stage.method.form, sources(student.inputs))
+        if w_range and not 1 + w_range[0] <= scale <= 1 + w_range[1]:
             yield (
                 "pairs" if self.pairs else "student",
                 f"the pairs have guidance_scale: {scale:g}, w = {scale - 1:g}; the student was trained for w from "
-                f"{trained[0]:g} to {trained[1]:g}",
+                f"{w_range[0]:g} to {w_range[1]:g}",
             )
-        if own and own != [scale]:
+        if built_in and built_in != [scale]:
             yield (
                 "pairs" if self.pairs else "student",
-                f"the student has guidance_scale: {own[0]:g} built in; the pairs have {scale:g}",
+                f"the student has guidance_scale: {built_in[0]:g} built in; the pairs have {scale:g}",
             )
 
     def run(self, context: StageContext) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ from stages.networks.teachers import load_network
 BATCH = 64
 """Images in a batch. Batches always have the same images, because bits of a latent may depend on its batch."""
 RECORD_EVERY = 4
-"""Batches between two records of progress. A killed attempt loses at most so many batches."""
+"""Batches between two records of progress. A killed attempt loses at most this many."""
 
 
 class Reached(Config):

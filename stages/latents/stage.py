@@ -37,8 +37,8 @@ class Latents(Stage):
         if teacher.gaussian:
             yield "teacher", "it is `gaussian:`, which has no VAE to encode images with"
         if teacher.train and teacher.train.dataset.size != self.images.size:
-            there = teacher.train.dataset.size
-            yield "images.size", f"{self.images.size} pixels, but the teacher was trained on images of {there}"
+            trained = teacher.train.dataset.size
+            yield "images.size", f"{self.images.size} pixels, but the teacher was trained on images of {trained}"
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         try:

@@ -64,8 +64,8 @@ class Augmentation(nn.Module):
             raise ValueError(f"augmentation groups must be some of {GROUPS}, each once, not {groups!r}")
         self.groups = groups
         up, down = torch.tensor([*UP, *UP[-2::-1]]), torch.tensor([*DOWN, *DOWN[-2::-1]])
-        between, at = up[0::2], functional.pad(up[1::2], (0, 1))
-        phases = torch.stack([torch.outer(y, x) for y in (at, between) for x in (at, between)])
+        between, on_pixels = up[0::2], functional.pad(up[1::2], (0, 1))
+        phases = torch.stack([torch.outer(y, x) for y in (on_pixels, between) for x in (on_pixels, between)])
         self._up: Tensor
         self._down: Tensor
         self.register_buffer(
@@ -165,9 +165,9 @@ def _shift(by: Tensor) -> Tensor:
 
 
 def _colour(n: int, device: torch.device) -> Tensor:
-    around = 2 * torch.rand(n, 3, device=device) - 1
+    uniform = 2 * torch.rand(n, 3, device=device) - 1
     half_widths = torch.tensor([BRIGHTNESS, CONTRAST, SATURATION], device=device)
-    return around * half_widths + torch.tensor([0.0, 1.0, 1.0], device=device)
+    return uniform * half_widths + torch.tensor([0.0, 1.0, 1.0], device=device)
 
 
 def _recolour(x: Tensor, colour: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class LossConfig(Config):
         raise TypeError(f"{type(self).__name__} does not implement create()")
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        """Yield (field, problem) for each setting that contradicts the stages that its fields name."""
+        """Yield (field, problem) for each setting that does not fit `inputs`, the artifacts that fields name."""
         yield from ()
 
 
@@ -98,8 +98,8 @@ class LatentLPIPS(_InSpace):
 
 
 class ELatentLPIPS(LatentLPIPS):
-    """LatentLPIPS after a random transformation (Kang et al. 2024, 2405.05967, section 3.2). It is the same for output
-    and target, and drawn anew for each sample at every step."""
+    """LatentLPIPS after a random transformation (Kang et al. 2024, 2405.05967, section 3.2). The transformation is the
+    same for output and target, and drawn anew for each sample at every step."""
 
     name: Literal["e_latent_lpips"] = "e_latent_lpips"  # type: ignore[assignment]
     augment: Annotated[str, StringConstraints(pattern="^b?g?c?o?$", min_length=1)] = Field(

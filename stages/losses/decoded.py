@@ -12,7 +12,7 @@ from stages.base import StageError
 
 
 class Decoded(nn.Module):
-    """d(decode(x0), decode(x1)). Gradients pass through the decoder; the target has none unless it requires them."""
+    """d(decode(output), decode(target)). Gradients flow to the output, and to the target if it requires gradients."""
 
     def __init__(self, decode: Callable[[Tensor], Tensor], metric: nn.Module) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class PublishedLPIPS(nn.Module):
 
         try:
             self.metric: Any = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
-        except (OSError, RuntimeError) as error:  # no network; a file with a wrong hash
+        except (OSError, RuntimeError) as error:  # no internet connection; a file with a wrong hash
             raise StageError(
                 f"the {net} weights of the lpips package's trunk cannot be downloaded ({error}); copy them to "
-                "torch.hub's folder from a machine with a network, or use `pixel_lpips` with a `perceptual` stage that "
-                "has `space: pixels`"
+                "torch.hub's folder from a machine with an internet connection, or use `pixel_lpips` with a "
+                "`perceptual` stage that has `space: pixels`"
             ) from error
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:

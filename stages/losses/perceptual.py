@@ -45,8 +45,8 @@ def warn_of_another_space(network: Artifact, teacher: Path) -> None:
     teacher: the folder of a sealed teacher.
     """
     if "latents" in network.inputs:
-        own, other = _vae(network.inputs["latents"].inputs["teacher"].folder), _vae(teacher)
-        if own != other:
+        network_vae, teacher_vae = _vae(network.inputs["latents"].inputs["teacher"].folder), _vae(teacher)
+        if network_vae != teacher_vae:
             log.warning(
                 "perceptual/%s was trained on latents of another VAE than that of this student's teacher: its "
                 "distances may be meaningless in this latent space",

@@ -1,4 +1,4 @@
-"""The difference of two scores, as a gradient for whatever made the samples: students, images, radiance fields.
+"""The difference of two scores, as a gradient at samples: those of a student, an image or a radiance field.
 
 mu_real(z, t) and mu_fake(z, t) are estimates of x0 from z = alpha x + sigma noise. The score of noised samples is
 s = (alpha mu - z) / sigma^2. So mu_fake - mu_real = (sigma^2 / alpha) (s_fake - s_real), the gradient of the KL
@@ -21,7 +21,7 @@ from stages.networks.denoiser import Denoiser
 from stages.networks.fake_score import FakeScore
 
 EPSILON = 1e-6
-"""Added to the mean that `dmd` divides by. It is 0 if the teacher returns the sample itself."""
+"""Added to the mean that `dmd` divides by, which is 0 if the teacher returns the sample itself."""
 
 
 def difference(
@@ -31,8 +31,8 @@ def difference(
 
     dmd: divided by mean|x - mu_real| of each sample, computed in float32 at the least (2311.18828, eq. 8, without the
     factor alpha, as in the paper's listing). constant: not weighted, which is w_t = sigma^2 / alpha^2 in the paper's
-    w_t alpha (s_fake - s_real). sigma2_over_alpha: multiplied by sigma^2 / alpha, which stresses noisy levels. The
-    weights of `on_noise` are those of noise_real - noise_fake. `level` holds alpha and sigma (B, 1, 1, 1)."""
+    w_t alpha (s_fake - s_real). sigma2_over_alpha: multiplied by sigma^2 / alpha, which stresses noisy levels. A
+    NoiseWeighting weights noise_real - noise_fake, by `on_noise`. `level` holds alpha and sigma (B, 1, 1, 1)."""
     gradient = fake - real
     if weighting == "dmd":
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -76,10 +76,11 @@ class ScoreDifference:
         weighting: ScoreWeighting | NoiseWeighting = "dmd",
         time_range: tuple[float, float] = (0.02, 0.98),
     ) -> None:
-        """`real` is the teacher, guided or not, on the grid of all T timesteps of its schedule, which has `levels`.
+        """`real` is the teacher, guided or not, on the grid of all T timesteps of its schedule. `levels` are those of
+        that schedule.
 
         Without `fake`, mu_fake is the sample itself. That is the score of a distribution which consists of this sample
-        only (2305.16213). Timesteps are drawn uniformly between the two parts of T in `time_range`, both
+        only (2305.16213). Timesteps are drawn uniformly between the two fractions of T in `time_range`, both
         included."""
         self.real, self.fake, self.levels, self.weighting, self.time_range = real, fake, levels, weighting, time_range
 

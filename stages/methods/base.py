@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from stages.networks.student import Student
 
 Stream = Literal["pairs", "latents", "prompts"]
-"""What a method can be trained on. pairs: noise and latent (B, C, H, W), prompts (B strings). latents, of real images:
-latent and prompts. prompts: prompts."""
+"""The data streams that a method can be trained on, with the entries of a batch. pairs: `noise` and `latent`
+(B, C, H, W), and `prompts` (B strings). latents: `latent`, of real images, and `prompts`. prompts: `prompts`."""
 OneStepPrediction = Literal["v_prediction", "epsilon", "flow_prediction"]
 
 
 class StudentTraining(TrainingSettings):
-    """How a student is trained: as other networks, or only LoRA weights of it."""
+    """How a student is trained. With `lora`, only its LoRA weights are trained."""
 
     lora: Annotated[LoraSettings | None, Neutral()] = Field(
         None,
@@ -51,7 +51,7 @@ class Materials:
     """The inputs of a method: the teacher, the training settings, and the artifacts that it reads."""
 
     teacher: Adapter
-    """The frozen teacher. A method must not change it. A method that needs its network no more calls
+    """The frozen teacher. A method must not change it. A method that no longer needs its network calls
     `teacher.release()`, which moves the network to the CPU."""
     training: StudentTraining
     start: Artifact | None = None
@@ -84,8 +84,8 @@ class Materials:
         from stages.networks.head import begins_at_zero
 
         student = self.student(Form(prediction=prediction))
-        own = (self.origin or self.teacher).prediction
-        if self.examples and self.start is None and begins_at_zero(own, prediction):
+        initial = (self.origin or self.teacher).prediction
+        if self.examples and self.start is None and begins_at_zero(initial, prediction):
             pairs = self.examples()
             try:
                 student.fit_head(pairs["noise"], pairs["latent"], student.encode(pairs["prompts"]))
@@ -173,7 +173,7 @@ class MethodConfig(Config):
 
     @property
     def has_discriminator(self) -> bool:
-        """Whether training listens to the features of the teacher's network."""
+        """Whether training needs intermediate features of the teacher's network, for a discriminator."""
         return False
 
     @property
@@ -222,13 +222,13 @@ class MethodConfig(Config):
 
 
 def prompts_of(batch: Batch) -> list[str]:
-    """The prompts to be sampled from, of a method with own `prompts`, or else those of `latents` or `pairs`."""
+    """Return the prompts to sample from: those of the stream `prompts`, or else of `latents`, or else of `pairs`."""
     found: list[str] = next(batch[stream] for stream in ("prompts", "latents", "pairs") if stream in batch)["prompts"]
     return found
 
 
 def images_of(batch: Batch) -> Mapping[str, Any]:
-    """The latents and prompts to be noised, of a method that takes them from `latents` or from `pairs`."""
+    """Return the batch of `latents`, or else of `pairs`. The method adds noise to its latents."""
     found: Mapping[str, Any] = batch["latents" if "latents" in batch else "pairs"]
     return found
 
@@ -239,10 +239,10 @@ def form_mismatches(start: Form, own: Form, ignore: Collection[str] = ()) -> Ite
     Fields in `ignore` are not compared. The guidance scale is not compared either, because it may come from the pairs.
     `Distill.check` compares it."""
     for name in Form.model_fields:
-        theirs, ours = getattr(start, name), getattr(own, name)
-        unknown = name == "prediction" and None in (theirs, ours)  # the teacher's; compared when training starts
-        if name not in (*ignore, "guidance_scale") and not unknown and theirs != ours:
-            yield name, f"the student in start_from has {name}: {theirs}, this one has {name}: {ours}"
+        old, new = getattr(start, name), getattr(own, name)
+        unknown = name == "prediction" and None in (old, new)  # the teacher's type; compared when training starts
+        if name not in (*ignore, "guidance_scale") and not unknown and old != new:
+            yield name, f"the student in start_from has {name}: {old}, this one has {name}: {new}"
 
 
 class OneStepConfig(MethodConfig):

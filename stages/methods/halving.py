@@ -30,8 +30,8 @@ class HalvingConfig(MethodConfig):
     start_steps: int = Field(32, ge=1, le=MAX_STEPS, description="sampling steps of the teacher in the first round")
     match_first: Annotated[bool, Neutral()] = Field(
         False,
-        description="whether the chain begins with a round that keeps start_steps, in which the student learns to "
-        "predict `prediction`; needed if the teacher predicts epsilon; ignored with start_from",
+        description="whether the chain begins with a round that does not halve the steps, in which the student learns "
+        "to predict `prediction`; needed if the teacher predicts epsilon; ignored with start_from",
     )
     end_steps: int = Field(1, ge=1, validate_default=True, description="steps of the last student")
     training_steps: dict[str, Annotated[int, Field(ge=1)]] = Field(
@@ -41,7 +41,7 @@ class HalvingConfig(MethodConfig):
     )
     prediction: Literal["v_prediction", "sample", "flow_prediction", "both"] = Field(
         "v_prediction",
-        description="what the student predicts: v, x0 (sample), noise - x0 (flow_prediction, for teachers of it), or "
+        description="what the student predicts: v, x0 (sample), noise - x0 (flow_prediction, for flow teachers), or "
         "both x0 and the noise, which plain diffusers cannot sample",
     )
     schedule: Schedule = Field(

@@ -30,8 +30,8 @@ class FakeScoreSettings(Config):
     )
     weighting: FakeWeighting = Field(
         "output",
-        description="weight of squared errors: output, the error of the network's output; snr, that of the noise, as "
-        "DMD for Stable Diffusion; edm, (snr + 4) times that of x0, as DMD for EDM's teachers",
+        description="squared error to minimise: output, that of the network's output; snr, that of the noise (DMD for "
+        "Stable Diffusion); edm, (snr + 4) times that of x0 (DMD for EDM's teachers)",
     )
 
     @model_validator(mode="after")
@@ -62,7 +62,7 @@ class MatchingConfig(MethodConfig):
         "sigma2_over_alpha, sigma^2 / alpha",
     )
     time_range: TimeRange = Field(
-        (0.02, 0.98), description="parts of T between which the timesteps of the two scores are drawn"
+        (0.02, 0.98), description="range of timesteps at which the two scores are compared, as fractions of T"
     )
     fake_score: FakeScoreSettings = Field(FakeScoreSettings(), description="the fake score and its training")
 
@@ -70,5 +70,6 @@ class MatchingConfig(MethodConfig):
         """Return the gradient of distribution matching, with the teacher of `materials` as the real score."""
         from stages.losses.score import ScoreDifference
 
-        every = Form(steps=len(materials.teacher.schedule), guidance_scale=self.guidance_scale)
-        return ScoreDifference(materials.teacher_denoiser(every), fake, fake.levels, self.weighting, self.time_range)
+        all_steps = Form(steps=len(materials.teacher.schedule), guidance_scale=self.guidance_scale)
+        real = materials.teacher_denoiser(all_steps)
+        return ScoreDifference(real, fake, fake.levels, self.weighting, self.time_range)

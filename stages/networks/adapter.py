@@ -173,8 +173,8 @@ class Adapter(ABC):
     def guidance_error(cls, folder: Path, as_input: bool) -> str | None:
         """Say why classifier-free guidance is impossible with this teacher, or return None if it is possible.
 
-        If `as_input`, its students must also be able to take the guidance strength w as an input. The default says that
-        they are not. Override it together with `with_guidance_embedding`. Raises Unsupported if a file is missing."""
+        If `as_input`, its students must also be able to take the guidance strength w as an input. By default they
+        cannot. Override it together with `with_guidance_embedding`. Raises Unsupported if a file is missing."""
         return f"{cls.__name__} has no students that take the guidance strength as an input" if as_input else None
 
     # --- The loaded pipeline ---
@@ -310,11 +310,11 @@ class Adapter(ABC):
             return self.predict(self._called, z.to(self.dtype), level, condition).float()
 
     def teacher_condition(self, prompts: Sequence[str]) -> Condition:
-        """Return the condition of `output`, which is that of the network."""
+        """Return the condition for `prompts` that `output` takes. By default it is that of the network."""
         return self.encode_prompts(prompts)
 
     def teacher_dropped(self) -> Condition:
-        """Return the unconditional condition of `output`, one row."""
+        """Return the unconditional condition that `output` takes, one row."""
         return self.encode_dropped()
 
     def on_device(self, level: Level) -> Level:
@@ -341,7 +341,7 @@ class Adapter(ABC):
         return copy.deepcopy(self.network).requires_grad_(True)
 
     def lora_network(self, lora: LoraSettings, takes_w: bool = False) -> Any:
-        """Return a copy of the network in which only LoRA weights are trainable. It shares all others with the teacher.
+        """Return a copy of the network that trains only LoRA weights, and shares all other weights with the teacher.
 
         With `takes_w`, the copy also has the guidance strength as an input, with trainable weights. Raises StageError
         if the family has no such networks, or if a target of `lora` is the name of no layer."""

@@ -54,7 +54,7 @@ def family_of(adapter: type[Adapter]) -> type[Adapter]:
 
 
 def checked(folder: Path) -> type[Adapter]:
-    """Return the adapter class of the pipeline in `folder`, after checking that it can run it.
+    """Return the adapter class of the pipeline in `folder`, after checking that the adapter can run the pipeline.
 
     Raises Unsupported if it cannot. The message lists what is supported."""
     found = checked_index(folder)

@@ -12,7 +12,8 @@ CAMERA = "camera"
 
 
 class CameraEmbedding(nn.Module):
-    """Embeds cameras, in place of a U-Net's class embedding, which it keeps. Its last layer is zero at first.
+    """Embeds a camera and a class. It replaces a U-Net's class embedding, and calls it for the class. Its last layer is
+    zero at first.
 
     The U-Net adds the embedding to that of the timestep. Its argument `class_labels` is (the labels or None, cameras).
     """
@@ -40,7 +41,7 @@ def add_camera(unet: Any) -> Any:
 
 
 def labels(classes: Tensor | None, camera: Tensor | None) -> Any:
-    """Return the `class_labels` of a U-Net: with `camera` if `add_camera` has changed it, else the plain classes."""
+    """Return the `class_labels` of a U-Net. `camera` is None if `add_camera` has not changed the U-Net."""
     return classes if camera is None else (classes, camera)
 
 

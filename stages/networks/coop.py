@@ -1,4 +1,4 @@
-"""Coop-Diffusion: two teachers of different latent spaces in one sampling process, which meet as images.
+"""Coop-Diffusion: two teachers of different latent spaces in one sampling process. They exchange decoded images.
 
 A guest steers the host at each step (`Coop`), or samples the noisy levels, at another resolution (`Bridge`). See
 PanGu-Draw, 2312.16486, section 3.2. Planning imports this module, so it imports neither torch nor NumPy."""
@@ -33,19 +33,22 @@ class CoopSettings(Config):
 
     delta: float = Field(0.5, ge=0, le=1, description="share of the guest's estimate; 0: the host alone")
     first_delta: float | None = Field(
-        None, ge=0, le=1, description="share at sigma = 1; linear in sigma from delta to it; default: delta"
+        None,
+        ge=0,
+        le=1,
+        description="share at sigma = 1; it changes linearly with sigma, from delta at 0; default: delta",
     )
     max_snr: float | None = Field(
         None,
         gt=0,
         description="signal-to-noise ratio alpha^2 / sigma^2 above which the host is alone; default: none. Close to "
-        "clean images, an error of the conversion is large beside the noise that is left",
+        "clean images, an error of the conversion is large compared with the remaining noise",
     )
     refresh: Literal["own", "re_encode"] = Field(
         "re_encode",
-        description="the estimate of clean data by which the guest's state goes on: re_encode, the fused image in the "
-        "guest's latents, so that both look at one image; own, the guest's, which keeps to its own path and so pulls "
-        "harder; the paper does not say which",
+        description="the estimate of clean data that advances the guest's state: re_encode, the fused image, encoded "
+        "by the guest's VAE, so that both teachers see one image; own, the guest's own estimate, so that the guest "
+        "stays on its own path and has more influence; the paper does not say which",
     )
 
     def share(self, alpha: float, sigma: float) -> float:
@@ -60,22 +63,23 @@ class BridgeSettings(Config):
     """When the host takes over from the guest."""
 
     switch: int = Field(
-        500, ge=1, lt=1000, description="the least timestep at which the guest is called; the host is called below"
+        500, ge=1, lt=1000, description="the least timestep at which the guest is called; below it, the host is called"
     )
     finish: bool = Field(
         False,
-        description="whether the guest first samples its image to the end, as in a cascade; default: the host takes "
-        "over from its estimate of the image",
+        description="whether the guest first samples its image to the end, as in a cascade; default: the host goes on "
+        "from the guest's estimate of the image",
     )
 
 
 class Cooperating(Adapter):
     """A host and a guest. Students, latents and images are those of the host.
 
-    Samples are a function of one noise, of the shape of the larger latents. The other starts from `shrunk` noise."""
+    Samples are a function of one noise, of the shape of the larger latents. The teacher with the smaller latents starts
+    from `shrunk` noise."""
 
     FILE: ClassVar[str]
-    """The file that makes a folder such a teacher. It holds the settings."""
+    """The file of the settings. A folder that has it is a teacher of this kind."""
     SETTINGS: ClassVar[type[Config]]
     GUEST_FAMILY: ClassVar[type[Adapter]]
     """The adapter of the guest."""
@@ -83,7 +87,7 @@ class Cooperating(Adapter):
     def __init__(
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False
     ) -> None:
-        """Raises StageError if the two do not fit."""
+        """Raises StageError if host and guest do not fit."""
         families = {HOST: type(self).__bases__[1], GUEST: self.GUEST_FAMILY}
         host, guest = (
             family(folder / name, device=device, dtype=dtype, compile=compile) for name, family in families.items()
@@ -91,7 +95,7 @@ class Cooperating(Adapter):
         self.join(host, guest, self.SETTINGS.model_validate_json((folder / self.FILE).read_text(encoding="utf-8")))
 
     def join(self, host: Adapter, guest: Adapter, settings: Any) -> None:
-        """Make this the teacher of two loaded ones. Raises StageError if they do not fit."""
+        """Initialise this teacher from a loaded host and guest. Raises StageError if they do not fit."""
         self.__dict__.update(vars(host))
         self.host, self.guest, self.settings = host, guest, settings
         self.check_both()
@@ -107,12 +111,12 @@ class Cooperating(Adapter):
     def starts(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noises of host and guest. Both are white, and a function of `noise` (B, *noise_shape).
 
-        Raises StageError if the shapes of their latents allow none."""
+        Raises StageError if the shapes of their latents do not allow this."""
         return shrunk(noise, self.host.latent_shape), shrunk(noise, self.guest.latent_shape)
 
     def output(self, z: Tensor, level: Level, condition: Condition) -> Tensor:
         raise StageError(
-            "a teacher of host and guest is called along a whole trajectory: distil it with a method that reads pairs"
+            "a teacher of host and guest can only sample whole trajectories: distil it with a method that reads pairs"
         )
 
     def release(self) -> None:
@@ -135,8 +139,8 @@ def shrunk(noise: Tensor, shape: tuple[int, int, int]) -> Tensor:
     k = height // shape[1]
     if (channels, height, width) != (shape[0], k * shape[1], k * shape[2]):
         raise StageError(
-            f"the latents of one teacher are {shape}, of the other {(channels, height, width)}: both cannot start from "
-            "one noise"
+            f"the latents of host and guest have the shapes {shape} and {(channels, height, width)}: both cannot start "
+            "from one noise"
         )
     return noise if k == 1 else functional.avg_pool2d(noise, k) * k
 
@@ -184,15 +188,15 @@ class Coop(Cooperating):
             output = host(z, t)
             x0 = to_x0(self.prediction, output, z, alpha, sigma)
             if delta or self.settings.refresh == "own":
-                point = torch.full((len(z),), t + 1, device=z.device)  # t, at which the guest is called by its SNR
+                point = torch.full((len(z),), t + 1, device=z.device)  # timestep t of the host's schedule
                 x0_guest = guest.x0(z_guest, point, condition)
             if delta:
                 x0 = delta * self.host.encode(self.guest.decode(x0_guest)) + (1 - delta) * x0
                 output = target(self.prediction, x0, (z - alpha * x0) / sigma, alpha, sigma)
             if self.settings.refresh == "re_encode":
                 x0_guest = self.guest.encode(self.host.decode(x0))
-            own = target(self.prediction, x0_guest, (z_guest - alpha * x0_guest) / sigma, alpha, sigma)
-            return self._state(output, own)
+            output_guest = target(self.prediction, x0_guest, (z_guest - alpha * x0_guest) / sigma, alpha, sigma)
+            return self._state(output, output_guest)
 
         return denoise
 
@@ -202,8 +206,8 @@ class Coop(Cooperating):
         return torch.cat([host.flatten(1), guest.flatten(1)], 1)
 
     def _split(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        own = self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2]
-        return state[:, :own].view(-1, *self.latent_shape), state[:, own:].view(-1, *self.guest.latent_shape)
+        size = self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2]
+        return state[:, :size].view(-1, *self.latent_shape), state[:, size:].view(-1, *self.guest.latent_shape)
 
 
 class Bridge(Cooperating):
@@ -224,13 +228,13 @@ class Bridge(Cooperating):
     ) -> Iterator[tuple[int, Tensor]]:
         """Solve the ODE. Yields as other adapters do, but nothing before the host is called.
 
-        If no timestep of the grid is on one side of `switch`, the other teacher samples alone."""
+        If all timesteps of the grid are on one side of `switch`, one teacher samples alone."""
         switch = self.settings.switch
         noisy, rest = [t for t in grid if t >= switch], [t for t in grid if t < switch]
         z, noise_guest = self.starts(noise)
         if noisy:
-            called = grid if self.settings.finish else noisy
-            *_, (_, x0) = self.guest.trajectory(solver, noise_guest, prompts, guidance_scale, called)
+            grid_guest = grid if self.settings.finish else noisy
+            *_, (_, x0) = self.guest.trajectory(solver, noise_guest, prompts, guidance_scale, grid_guest)
             alpha, sigma = self.schedule.at(rest[0] if rest else -1)
             z = alpha * self.bridged(x0) + sigma * z
         if rest:
@@ -239,7 +243,7 @@ class Bridge(Cooperating):
             yield -1, z
 
     def bridged(self, x0: Tensor) -> Tensor:
-        """Return latents of the host (B, C, h, w) of the images in the guest's latents (B, C', h', w')."""
+        """Convert latents of the guest (B, C', h', w') to latents of the host (B, C, h, w), by way of images."""
         from torch.nn import functional
 
         images = functional.interpolate(self.guest.decode(x0), pixels(self.host), mode="bicubic", antialias=True)

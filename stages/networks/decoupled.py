@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from stages.networks.condition import Condition
 
 FILE, STRUCTURE, TEXTURE = "time_decoupled.json", "structure", "texture"
-"""The file that makes a folder a time-decoupled teacher, and the folders of its two pipelines."""
+"""The file that marks a folder as a time-decoupled teacher, and the folders of its two pipelines."""
 
 
 class TimeDecoupled(Adapter):
     """The structure pipeline, whose network is replaced by that of the texture pipeline at timesteps below `switch`.
 
     The network that is called at a timestep t is chosen by t itself: structure for t >= switch, texture for t < switch.
-    The authors' sampler chooses by the timestep before, so that it changes one step later.
+    The authors' sampler chooses by the previous timestep, so it switches one step later.
 
     VAE, scheduler and images are those of the structure pipeline. Each network has the conditions of its own pipeline.
     """
@@ -43,9 +43,9 @@ class TimeDecoupled(Adapter):
         self.texture: Adapter = family(folder / TEXTURE, device=device, dtype=dtype, compile=compile)
         self.switch: int = json.loads((folder / FILE).read_text(encoding="utf-8"))["switch"]
         for name in ("latent_shape", "prediction"):
-            ours, theirs = getattr(self, name), getattr(self.texture, name)
-            if ours != theirs:
-                raise StageError(f"structure and texture differ in {name.replace('_', ' ')}: {ours} and {theirs}")
+            one, other = getattr(self, name), getattr(self.texture, name)
+            if one != other:
+                raise StageError(f"structure and texture differ in {name.replace('_', ' ')}: {one} and {other}")
         if list(self.schedule.alpha) != list(self.texture.schedule.alpha):
             raise StageError("structure and texture have different noise schedules")
 
@@ -66,14 +66,14 @@ class TimeDecoupled(Adapter):
             return super().output(z, level, _part(condition, STRUCTURE))
         if not bool(structure.any()):
             return self.texture.output(z, level, _part(condition, TEXTURE))
-        made = torch.empty_like(z, dtype=torch.float32)
+        outputs = torch.empty_like(z, dtype=torch.float32)
         for rows, name, call in (
             (structure.nonzero()[:, 0], STRUCTURE, super().output),
             ((~structure).nonzero()[:, 0], TEXTURE, self.texture.output),
         ):
-            own = Level(*(value[rows] for value in (level.alpha, level.sigma, level.timestep)))
-            made[rows] = call(z[rows], own, _part(condition, name).select(rows))
-        return made
+            levels = Level(*(value[rows] for value in (level.alpha, level.sigma, level.timestep)))
+            outputs[rows] = call(z[rows], levels, _part(condition, name).select(rows))
+        return outputs
 
     def at(self, timestep: float) -> Adapter:
         return self if timestep >= self.switch else self.texture
@@ -84,7 +84,7 @@ class TimeDecoupled(Adapter):
 
 
 def _joined(structure: Condition, texture: Condition) -> Condition:
-    """Return both conditions as one, whose tensors are named by their half."""
+    """Return both conditions as one. The name of each tensor begins with its half."""
     from stages.networks.condition import Condition
 
     halves = {STRUCTURE: structure.tensors, TEXTURE: texture.tensors}

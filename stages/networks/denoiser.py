@@ -56,12 +56,12 @@ class TeacherDenoiser:
         finite = np.isfinite(known)  # a schedule's last level may be pure noise
         timesteps = np.interp(-wanted, -known[finite], np.arange(len(known))[finite])
         timesteps = np.where(wanted == known[-1], len(known) - 1, timesteps)
-        own = power(teacher.schedule.alpha, teacher.schedule.sigma)
-        scale = np.sqrt(np.interp(timesteps, np.arange(len(own)), own) / power(grid.alpha[1:], grid.sigma[1:]))
+        powers = power(teacher.schedule.alpha, teacher.schedule.sigma)
+        scale = np.sqrt(np.interp(timesteps, np.arange(len(powers)), powers) / power(grid.alpha[1:], grid.sigma[1:]))
         last = teacher.schedule.at(len(known) - 1)
         alpha, sigma = (
-            np.where(wanted < known[-1], end, scale * own[1:])
-            for end, own in zip(last, (grid.alpha, grid.sigma), strict=True)
+            np.where(wanted < known[-1], end, scale * values[1:])
+            for end, values in zip(last, (grid.alpha, grid.sigma), strict=True)
         )
         tables = (timesteps, alpha, sigma, np.where(wanted < known[-1], 1.0, scale))
         self.timesteps, self.alpha, self.sigma, self.scale = (

@@ -1,7 +1,7 @@
 """The exact teacher: the optimal denoiser of a set of images, in the latents of a pipeline.
 
-It needs no training, knows its scores and densities, and makes maps from noise to images that are as hard to learn as
-its images are many and its spread is small. Planning imports this module, so it imports neither torch nor NumPy.
+It needs no training, and its scores and densities are known. Its map from noise to images is harder to learn with more
+images and with a smaller spread. Planning imports this module, so it imports neither torch nor NumPy.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ CAPTION, ANY = "caption", -1
 class Exact(Adapter):
     """A pipeline whose teacher is the optimal denoiser of a set of images, in place of its network.
 
-    Given a prompt, the images with that caption count. Given the empty prompt, all images do. Students, discriminators
-    and fake scores start from the pipeline's network, and are conditioned as it is."""
+    For a prompt, only the images with that caption count. For the empty prompt, all images count. Students,
+    discriminators and fake scores start from the pipeline's network, and are conditioned as it is."""
 
     def __init__(
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False
@@ -60,7 +60,7 @@ class Exact(Adapter):
         unknown = next((prompt for prompt in prompts if prompt and prompt not in self.captions), None)
         if unknown is not None:
             some = ", ".join(map(repr, list(self.captions)[:5]))
-            raise StageError(f"{unknown!r} is the caption of no image of the exact teacher, which has {some}, ...")
+            raise StageError(f"{unknown!r} is no caption of the exact teacher's images, which have {some}, ...")
         numbers = [self.captions[prompt] if prompt else ANY for prompt in prompts]
         return Condition(len(numbers), {CAPTION: torch.tensor(numbers, device=self.device)})
 

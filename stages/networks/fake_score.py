@@ -18,7 +18,7 @@ from stages.networks.lora import LoraSettings
 EDM_SIGMA_DATA = 0.5
 """The assumed standard deviation of the data in EDM's loss weight (Karras et al. 2022, 2206.00364)."""
 HEAD_SIDE = 4
-"""The side to which the head halves the features before it averages over positions, as in DMD2's code."""
+"""The side to which the head halves the features, before one convolution reduces it to 1, as in DMD2's code."""
 
 
 class FakeScore(nn.Module):
@@ -36,7 +36,7 @@ class FakeScore(nn.Module):
         """Raises StageError if the network has no features for a head, or if x0 cannot be computed at a timestep."""
         super().__init__()
         if adapter.prediction == "epsilon" and adapter.schedule.alpha[-1] == 0:
-            raise StageError("the schedule ends in pure noise, where a fake score of epsilon gives no x0")
+            raise StageError("the schedule ends in pure noise, where a fake score that predicts epsilon gives no x0")
         self.adapter, self.network = adapter, network
         self.levels = Levels(adapter.schedule, adapter.device)
         if judges:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FILE = "pytorch_lora_weights.safetensors"
 """The file of LoRA weights. diffusers' `load_lora_weights` looks for this name in a folder."""
 IN_FULL = "trained_in_full.safetensors"
-"""The file of the weights that the teacher lacks, such as a guidance embedding. There is none if it lacks none."""
+"""The file of the weights that the teacher lacks, such as a guidance embedding. It is missing if there are none."""
 UNET_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -84,7 +84,7 @@ def adapted(network: Any, settings: LoraSettings, defaults: Sequence[str]) -> An
 def _found(network: Any, targets: Sequence[str] | None, defaults: Sequence[str]) -> list[str]:
     """Return the targets, or else the defaults, that are ends of names of frozen layers.
 
-    Raises StageError if one of the targets is not, or if none of the defaults is."""
+    Raises StageError if one of the targets is no such end, or if none of the defaults is one."""
     from torch import nn
 
     names = [
@@ -140,7 +140,7 @@ def load_lora(network: Any, settings: LoraSettings, prefix: str, folder: Path) -
     missing = [name for name in lost.missing_keys if ".lora_" in name]
     wrong = [*missing, *lost.unexpected_keys, *network.load_state_dict(own, strict=False).unexpected_keys]
     if wrong:
-        raise StageError(f"the LoRA weights in {folder} are of another network: {wrong[0]} is in one of them only")
+        raise StageError(f"the LoRA weights in {folder} are of another network: only one of the two has {wrong[0]}")
 
 
 def merge_lora(network: Any, prefix: str, folder: Path) -> None:

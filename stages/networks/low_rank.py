@@ -66,7 +66,7 @@ def share_kept(network: nn.Module, base: nn.Module, lora: dict[str, Factors]) ->
     """Return the share of the squared difference of all weights, biases included, that a LoRA of `differences` keeps.
 
     It is 1 if the networks are equal."""
-    theirs = network.state_dict()
-    total = sum(float((theirs[name] - value).square().sum()) for name, value in base.state_dict().items())
+    weights = network.state_dict()
+    total = sum(float((weights[name] - value).square().sum()) for name, value in base.state_dict().items())
     kept = sum(float(layer.product.square().sum()) for layer in lora.values())
     return kept / total if total else 1.0

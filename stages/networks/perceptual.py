@@ -48,7 +48,7 @@ class About:
 
     @property
     def name(self) -> str:
-        """The name in reports, such as `latent_lpips_digit_scenes`. It names the image set to tell it from LPIPS."""
+        """The name in reports, such as `latent_lpips_digit_scenes`. The image set distinguishes it from plain LPIPS."""
         return "_".join(filter(None, [self.space.removesuffix("s"), "lpips", self.images]))
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Latents as a VAE has them, and as a diffusion network sees them: shifted and scaled, all alike or by the channel."""
+"""Conversion of latents between a VAE and a diffusion network: a shift and a scale, for all channels or for each."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 def to_network(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """(latents - shift) * scale, by the VAE's `config`: `scaling_factor`, `shift_factor`, or by the channel
-    `latents_mean` and `latents_std`. latents are (B, C, h, w)."""
+    """Return (latents - shift) * scale, for latents (B, C, h, w) of a VAE. `config` is the VAE's: `scaling_factor` and
+    `shift_factor`, or, for each channel, `latents_std` and `latents_mean`."""
     scale, shift = _scale(latents, config), _shift(latents, config)
     return latents * scale if shift is None else (latents - shift) * scale
 
 
 def to_vae(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """The inverse: latents / scale + shift."""
+    """Return latents / scale + shift, the inverse of `to_network`."""
     scale, shift = _scale(latents, config), _shift(latents, config)
     return latents / scale if shift is None else latents / scale + shift
 

@@ -154,7 +154,7 @@ def _published(text_encoder: Any) -> dict[str, Tensor]:
 
 
 def _open_clip(text_encoder: Any) -> dict[str, Tensor]:
-    """Return the weights by OpenCLIP's names. It fuses the projections of q, k and v, and transposes the last layer."""
+    """Return the weights in OpenCLIP's layout: q, k and v are one projection, and the last layer is transposed."""
     weights, fused = _published(text_encoder), {}
     places = {"text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final"}
     for i in range(text_encoder.config.num_hidden_layers):

@@ -138,7 +138,7 @@ class StableDiffusion(Adapter):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Return the condition for `prompts`, in the teacher's dtype.
 
-        What the encoders return is cached by prompt, on the CPU: 4,096 prompts of SDXL take 2.6 GB in float32."""
+        The encoders' output is cached by prompt, on the CPU: 4,096 prompts of SDXL take 2.6 GB in float32."""
         import torch
 
         from stages.networks.condition import Condition
@@ -156,7 +156,7 @@ class StableDiffusion(Adapter):
         return Condition(len(rows), {name: value.to(self.device) for name, value in stacked.items()})
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
-        """Return the tensors of the condition for one prompt, without the dimension of rows."""
+        """Return the tensors of the condition for one prompt, without the batch dimension."""
         return {TEXT: encode(self.tokenizer, self.text_encoder, [prompt])[0][0]}
 
     @staticmethod
@@ -171,12 +171,12 @@ class StableDiffusion(Adapter):
         from stages.diffusion.guidance import embed
         from stages.networks.camera import CAMERA, labels
 
-        further = {}
+        guidance = {}
         if w is not None:
-            further["timestep_cond"] = embed(w, network.config["time_cond_proj_dim"]).to(z.dtype)
+            guidance["timestep_cond"] = embed(w, network.config["time_cond_proj_dim"]).to(z.dtype)
         added = dict(condition.to(z).tensors)
         text, seen = added.pop(TEXT), labels(None, added.pop(CAMERA, None))
-        output: Tensor = network(z, level.timestep, text, seen, added_cond_kwargs=added, **further).sample
+        output: Tensor = network(z, level.timestep, text, seen, added_cond_kwargs=added, **guidance).sample
         return output
 
     @property
@@ -224,7 +224,7 @@ class StableDiffusion(Adapter):
         pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=ONE_FILE)
 
     def pipeline(self, **components: Any) -> Any:
-        """Return a diffusers pipeline of `components`, the U-Net and the scheduler, and this teacher's others."""
+        """Return a diffusers pipeline of `components` (U-Net and scheduler) and the teacher's other components."""
         from diffusers import StableDiffusionPipeline
 
         return StableDiffusionPipeline(

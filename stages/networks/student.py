@@ -63,8 +63,8 @@ class Student(nn.Module):
         origin: Adapter | None = None,
         lora: LoraSettings | None = None,
     ) -> Student:
-        """Create a student with the weights of `origin`, by default the teacher. With `lora`, the teacher's are frozen.
-        Of a teacher of several networks, it is the one that is called at the student's noisiest timestep.
+        """Create a student with the weights of `origin`, by default the teacher. With `lora`, these weights are frozen.
+        Of a teacher with several networks, it takes the one that is called at the student's noisiest timestep.
 
         If `form.prediction` is None, the student has the prediction type of `origin`. If its type differs, the last
         layer is initialised as `head.FACTORS` says. If the student takes w, its output does not depend on w at first.
@@ -74,8 +74,8 @@ class Student(nn.Module):
         schedule ends in pure noise."""
         form, grid = _resolved(form, (origin or teacher).prediction, teacher, steps)
         assert form.prediction
-        half = teacher.at(grid.timesteps[-1])
-        origin, teacher = half if origin in (None, teacher) else origin, half
+        called = teacher.at(grid.timesteps[-1])
+        origin, teacher = called if origin in (None, teacher) else origin, called
         assert origin
         if lora:
             assert origin is teacher and form.prediction == teacher.prediction, "as Distill.check demands"
@@ -97,9 +97,9 @@ class Student(nn.Module):
         `form` and `steps` are as in `from_teacher`. Raises ValueError in the same cases, and if the student in `folder`
         has another prediction type."""
         form, grid = _resolved(form, teacher.prediction, teacher, steps)
-        there = stored(folder)[0].prediction
-        if there != form.prediction:
-            raise ValueError(f"the student in start_from predicts {there}, this one predicts {form.prediction}")
+        old = stored(folder)[0].prediction
+        if old != form.prediction:
+            raise ValueError(f"the student in start_from predicts {old}, this one predicts {form.prediction}")
         teacher = teacher.at(grid.timesteps[-1])
         network = _with_lora(folder, teacher, form, lora) if lora else whole_network(folder, teacher)
         return cls(teacher, network.to(teacher.device), grid, form, lora)
@@ -280,7 +280,7 @@ def export(student: Student, folder: Path, card: str) -> None:
 
     `DiffusionPipeline.from_pretrained(folder)` samples it in its steps, unless `Adapter.plain_error` says why not.
 
-    A student with LoRA weights is written as these and its scheduler. `load_lora_weights(folder)` adds the weights to
+    Of a student with LoRA weights, only these and the scheduler are written. `load_lora_weights(folder)` adds them to
     the teacher's pipeline, unless `Adapter.plain_lora_error` says why not. With `merged`, a pipeline is written, too.
     """
     form, adapter, settings = student.form, student.adapter, student.lora

@@ -1,4 +1,4 @@
-"""Teachers as the pair factory uses them: loading from a sealed folder, and solving the ODE."""
+"""Loads teachers from sealed folders, and solves their ODE."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Bottleneck:
         """Number of groups of the U-Net's group norms."""
 
     def of(self, call: Callable[[], Any]) -> Tensor:
-        """Return the features (B, channels, h, w) in `call`, which calls the U-Net. Its decoder is not computed."""
+        """Run `call`, which calls the U-Net, and return the features (B, channels, h, w). No decoder is computed."""
         found: list[Tensor] = []
 
         def stop(_block: nn.Module, _args: Any, output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""VGG-16 for latents or images: the trunk of a perceptual network, and the classifier as which it is trained."""
+"""VGG-16 for latents or images: the trunk of a perceptual network, and the classifier that trains the trunk."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Space = Literal["latents", "pixels"]
 REMOVED_POOLS = (6, 13, 23)
 """Indices of the first three max-pooling layers in torchvision's `vgg16_bn.features`."""
 TAP_ENDS: dict[Space, tuple[int, ...]] = {"latents": (7, 14, 24, 34, 44), "pixels": (6, 13, 23, 33, 43)}
-"""The index after the last layer of each tapped block. In pixels a block ends before its pooling layer, as in LPIPS
-(Zhang et al. 2018, 1801.03924). In latents it ends after it. The first three blocks have no pooling layer there."""
+"""The index after the last layer of each tapped block. For pixels, a block ends before its pooling layer, as in LPIPS
+(Zhang et al. 2018, 1801.03924). For latents, a block ends after its pooling layer. The first three have none."""
 
 
 class VGG(nn.Module):
@@ -83,9 +83,9 @@ def _folded(layers: list[nn.Module]) -> nn.Sequential:
 class Classifier(nn.Module):
     """A VGG classifier: the trunk, average pooling to at most 7 x 7, and three linear layers with dropout.
 
-    The hidden layers have 64 `width` units. `classes` maps each label to its number of classes. Each label has its own
-    logits, and all share the other layers. `size` is the (height, width) of the inputs. Raises StageError if they are
-    too small for the trunk's pooling layers."""
+    The hidden layers have 64 * `width` units. `classes` maps each label to its number of classes. Each label has its
+    own logits, and all share the other layers. `size` is the (height, width) of the inputs. Raises StageError if they
+    are too small for the trunk's pooling layers."""
 
     def __init__(self, trunk: VGG, classes: dict[str, int], size: tuple[int, int], dropout: float = 0.5) -> None:
         super().__init__()

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from stages.optimize.representations.config import CameraRange
 
 OVERHEAD, FRONT = 60.0, 45.0
-"""Degrees of elevation above which a view is from overhead, and of azimuth up to which it is of the front or the back,
-as in threestudio."""
+"""In degrees: a view is from overhead above the elevation OVERHEAD. Otherwise it is of the front or the back if its
+azimuth is within FRONT of theirs, as in threestudio."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cameras:
     elevation: Tensor
     """Degrees above the horizon, from -90 to 90."""
     distance: Tensor
-    """From the origin."""
+    """Distance from the origin."""
     field_of_view: Tensor
     """Degrees, from the top to the bottom of the image."""
 
@@ -48,7 +48,9 @@ class Cameras:
         def uniform(least: float, most: float) -> Tensor:
             return least + (most - least) * torch.rand(count)
 
-        return cls(*(uniform(*of) for of in (among.azimuth, among.elevation, among.distance, among.field_of_view)))
+        return cls(
+            *(uniform(*bounds) for bounds in (among.azimuth, among.elevation, among.distance, among.field_of_view))
+        )
 
     @classmethod
     def spread(cls, count: int, among: CameraRange) -> Cameras:
@@ -58,7 +60,7 @@ class Cameras:
         least, most = among.azimuth
         parts = torch.arange(count) + (0.0 if most - least >= 360 else 0.5)
         azimuth = (0.0 if most - least >= 360 else least) + min(most - least, 360.0) / count * parts
-        rest = (torch.full((count,), sum(of) / 2) for of in (among.elevation, among.distance, among.field_of_view))
+        rest = (torch.full((count,), sum(ends) / 2) for ends in (among.elevation, among.distance, among.field_of_view))
         return cls(azimuth, *rest)
 
     def to_world(self) -> Tensor:

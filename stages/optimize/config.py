@@ -21,7 +21,7 @@ class ObjectTraining(TrainingSettings):
     """How the particles are trained. By default, their weights are not averaged."""
 
     batch_size: int = Field(
-        4, ge=1, description="views in a batch; particles are drawn in turn, and the others stay as they are"
+        4, ge=1, description="views in a batch; particles are drawn in turn; particles that are not drawn do not change"
     )
     learning_rate: float = Field(3e-2, gt=0, description="peak learning rate, after the warm-up and before the decay")
     eps: Annotated[float, Neutral()] = Field(
@@ -31,7 +31,10 @@ class ObjectTraining(TrainingSettings):
         "the elements of latents",
     )
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="decay of the exponential moving average of the particles; 0: the last ones"
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the exponential moving average of the particles; 0: the particles of the last step",
     )
 
 
@@ -42,7 +45,7 @@ class RepresentationMaterials:
     teacher: Adapter
     """The frozen teacher, whose latents the particles make."""
     particles: int
-    """How many there are."""
+    """The number of particles."""
     folder: Path
     """The stage's folder, with the files that `RepresentationConfig.prepare` has put there."""
 
@@ -53,7 +56,7 @@ class RepresentationConfig(Config):
     name: str
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Yield (field path, problem) for each setting that cannot work. It may read the files that settings name."""
+        """Yield (field path, problem) for each setting that cannot work. It may read files that settings name."""
         yield from ()
 
     def prompts(self, prompt: str) -> list[str]:

@@ -32,7 +32,7 @@ class Optimize(Stage):
         description="what a particle is"
     )
     objective: Annotated[ObjectiveConfig, Choice("name", OBJECTIVES)] = Field(
-        description="the loss that the teacher gives"
+        description="the loss, which is computed with the teacher"
     )
     training: ObjectTraining = Field(description="how the particles are trained")
     execution: StudentExecution = Field(
@@ -45,7 +45,7 @@ class Optimize(Stage):
         if teacher.stage.gaussian:
             yield "teacher", "it is `gaussian:`, which makes no images"
         if teacher.stage.cooperating:
-            yield "teacher", "it is made of host and guest, and has a state only along a trajectory"
+            yield "teacher", "it is made of host and guest, which only sample whole trajectories"
         unguided = teacher.stage.guidance_error(False, teacher.folder) if self.objective.uses_guidance else None
         if unguided:
             yield "objective", f"it needs guidance, but {unguided}; set guidance_scale: 1.0"

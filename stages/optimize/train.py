@@ -29,8 +29,8 @@ def optimize(
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Train the particles and write them to `output`. Return the last figures.
 
-    `output` also gets history.jsonl, a line for each logged step, the previews and the checkpoints. Raises StageError
-    if the particles cannot be trained."""
+    `output` also gets history.jsonl with a line for each logged step, the previews and the checkpoints. Raises
+    StageError if the particles cannot be trained."""
     prepare(threads)
     torch.manual_seed(seed)
     adapter = load_network(teacher.folder, stage.execution)

@@ -44,7 +44,7 @@ class Pairs(Stage):
     prompts: Prompts | None = Field(
         None,
         description="digits or digit_scenes for their captions, or a path; sample i takes prompt i modulo the number "
-        "of prompts; left out for an unconditional teacher: every prompt is then empty",
+        "of prompts; leave it out for an unconditional teacher: every prompt is then empty",
     )
     count: Annotated[int, Extent()] = Field(
         ge=1, description="number of pairs; if you raise it later, full shards are reused"
@@ -82,7 +82,7 @@ class Pairs(Stage):
         teacher = inputs["teacher"].stage
         bridge = teacher.bridge if isinstance(teacher, Teacher) else None
         if bridge and self.path_timesteps and self.path_timesteps[0] >= bridge.switch:
-            yield "path_timesteps", f"a bridge has latents of its host only below switch: {bridge.switch}"
+            yield "path_timesteps", f"a bridge samples latents of its host only below switch: {bridge.switch}"
 
     def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
         """Warn about the first prompts of a file. Captions of image sets are not checked: they load slowly."""
@@ -120,8 +120,8 @@ class Pairs(Stage):
         from stages.pairs.factory import ShardWorker
 
         context.pool.mkdir(parents=True, exist_ok=True)
-        for left in list(filter(is_temporary, context.pool.rglob(".*"))):
-            left.unlink(missing_ok=True)  # missing if a worker that outlived its driver has just published it
+        for leftover in list(filter(is_temporary, context.pool.rglob(".*"))):
+            leftover.unlink(missing_ok=True)  # missing if a worker that outlived its driver has just published it
         files = (context.contents.get(f"prompts.{field}") for field in ("path", "images.path"))
         prompts_identity = next(filter(None, files), f"name:{self.prompts or ''}")
         plans = plan_shards(self.count, self.shard_size)

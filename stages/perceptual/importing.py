@@ -66,7 +66,7 @@ def import_weights(source: Path, out: Path) -> None:
     """Convert the published checkpoint `source` to the folder `out`, which `networks.perceptual.read` reads.
 
     The checkpoint holds a trunk and calibrated heads. `out` is written completely or not at all. Raises StageError if
-    the checkpoint has another content.
+    the checkpoint holds anything else.
     """
     from stages.networks import perceptual
     from stages.networks.vgg import VGG

@@ -58,7 +58,9 @@ class Source:
         return load(self._verified(), held_out=held_out, limit=SOURCES, scratch=self.scratch / "sources")
 
     def encoded(self, triplets: Triplets, name: str) -> Generator[Progress, None, SeenTriplets]:
-        """Encode triplets to the scratch folder, continuing an earlier attempt, and return them. `name` names them."""
+        """Encode triplets to the scratch folder, continuing an earlier attempt, and return them.
+
+        `name`, such as "test triplets", names the folder and the progress."""
         folder = self.scratch / name.replace(" ", "_")
         for done in seen.encoded(triplets, self._encode, folder, self.dtype):
             yield Progress(done, len(triplets.votes), f"{name} encoded")

@@ -49,12 +49,12 @@ def _train(stage: Probe, seed: int, output: Path, threads: int) -> Generator[Pro
     classifier = yield from train_probe(seen, steps=stage.steps, seed=seed, device=device)
     classifier.save(output)
     _, predicted = classifier.look(batches(unseen))
-    told = digits.prompt_labels(unseen.captions) if isinstance(stage.images, Digits) else unseen.labels
+    in_captions = digits.prompt_labels(unseen.captions) if isinstance(stage.images, Digits) else unseen.labels
     return {
         "device": device_name(device),
         "images": len(seen),
         "held_out_images": len(unseen),
         "accuracy": accuracy(predicted, unseen.labels),
-        "caption_accuracy": accuracy(predicted, told),
+        "caption_accuracy": accuracy(predicted, in_captions),
         "label_accuracy": {name: accuracy(predicted, {name: unseen.labels[name]}) for name in unseen.labels},
     }

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 PANELS = ("kernel_distance", "recall", "latent_mse", "prompt_accuracy")
 WIDE = 20
-"""An axis is logarithmic if no value is negative, and the largest is more than so many times the smallest above 0.
+"""The y axis is logarithmic if no value is negative and the largest is more than WIDE times the smallest positive one.
 Values of 0 are then left out."""
 LETTERS = 150
-"""The letters of a row of the legend, below four panels."""
+"""Number of letters that fit into a row of the legend below four panels."""
 
 
 def family(row: Row) -> str:
@@ -31,7 +31,7 @@ def family(row: Row) -> str:
 
 
 def chart(rows: Sequence[Row]) -> Figure | None:
-    """Draw the chart of a section. Bars are one standard error. Of students with several seeds, the mean is drawn.
+    """Draw the chart of a section. Bars are one standard error. Of several seeds, only the mean is drawn.
 
     None if there is no student, or if all rows have the same number of network calls."""
     from matplotlib.figure import Figure

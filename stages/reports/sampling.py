@@ -47,19 +47,19 @@ def draw(
     folder = kinds[artifact.kind](artifact).folder
     if (folder / gaussian.FILE).exists():
         raise StageError(f"{folder} is an analytic teacher: it makes no images")
-    other = artifact.stage.method.step_count_error(steps) if isinstance(artifact.stage, Distill) and steps else None
-    if other:
-        raise StageError(other)
+    problem = artifact.stage.method.step_count_error(steps) if isinstance(artifact.stage, Distill) and steps else None
+    if problem:
+        raise StageError(problem)
     for text in prompt_warnings(folder, [prompts]):
         warn(text)
     teacher = load_network(folder, Execution())
     shape = teacher.latent_shape if artifact.kind == "distill" else teacher.noise_shape
     noise = np.stack([noise_for(seed, i, shape, np.dtype(np.float32)) for i in range(count)])
     student = Student.load(artifact.folder, teacher, steps) if artifact.kind == "distill" else None
-    takes = student.form.w_range if student else None
-    if takes and not 1 + takes[0] <= guidance_scale <= 1 + takes[1]:
+    w_range = student.form.w_range if student else None
+    if w_range and not 1 + w_range[0] <= guidance_scale <= 1 + w_range[1]:
         raise StageError(
-            f"the student was trained for guidance_scale from {1 + takes[0]:g} to {1 + takes[1]:g}, "
+            f"the student was trained for guidance_scale from {1 + w_range[0]:g} to {1 + w_range[1]:g}, "
             f"not {guidance_scale:g}"
         )
     rows = []
@@ -67,8 +67,8 @@ def draw(
         for prompt in prompts:
             if student:
                 w = torch.full((count,), guidance_scale - 1, device=teacher.device)
-                further = torch.Generator().manual_seed(seed)
-                latents = student(teacher.to_device(noise), student.encode([prompt] * count), w, further)
+                generator = torch.Generator().manual_seed(seed)
+                latents = student(teacher.to_device(noise), student.encode([prompt] * count), w, generator)
             else:
                 sampler = Sampler(steps=steps or TEACHER_STEPS, guidance_scale=guidance_scale)
                 latents = solve(teacher, noise, [prompt] * count, sampler)

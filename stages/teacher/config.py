@@ -43,11 +43,11 @@ def _shared(value: Any) -> Any:
 
 
 class VaeSettings(Config):
-    """The autoencoder between images and latents. The denoiser works on its latents. The name of a teacher in place of
-    the settings takes the autoencoder of that teacher, with its scaling factor."""
+    """The autoencoder between images and latents. The denoiser works on its latents. A teacher's name in place of the
+    settings stands for the autoencoder and the scaling factor of that teacher."""
 
     teacher: Annotated[str | None, Input("teacher"), Neutral()] = Field(
-        None, description="teacher whose autoencoder and scaling factor are taken; default: an own one is trained"
+        None, description="teacher whose autoencoder and scaling factor are used; default: a new one is trained"
     )
     channels: list[int] = Field(
         [32, 64], min_length=2, description="channels of each level; each level after the first halves the side"
@@ -90,8 +90,8 @@ class TrainedTeacher(Config):
     )
     start: Annotated[str | None, Input("teacher"), Neutral()] = Field(
         None,
-        description="a teacher of Stable Diffusion's layout whose U-Net, text encoder and tokenizer training starts "
-        "from, on images of any size (a resolution boost); default: random weights",
+        description="a teacher of Stable Diffusion's layout; training starts from its U-Net, text encoder and "
+        "tokenizer, on images of any size (a resolution boost); default: random weights",
     )
     prediction: Prediction = Field(
         "v_prediction", description="what the U-Net predicts: the noise (epsilon), v, or x0 (sample)"
@@ -111,8 +111,8 @@ class TrainedTeacher(Config):
         0.0,
         ge=0,
         lt=1,
-        description="share of the training images that are scaled to half their size and up again, as if only small "
-        "images of these were there; a structure network can learn from them",
+        description="share of the training images that are scaled to half their size and up again, as if they "
+        "existed only in the small size; a structure network can learn from them",
     )
     crop: Annotated[int | None, Neutral()] = Field(
         None,
@@ -121,7 +121,7 @@ class TrainedTeacher(Config):
         "whole images; default: whole images",
     )
     vae: Annotated[VaeSettings, BeforeValidator(_shared, json_schema_input_type=str | VaeSettings)] = Field(
-        VaeSettings(), description="the autoencoder, which is trained first; or a teacher whose autoencoder is taken"
+        VaeSettings(), description="the autoencoder, which is trained first; or a teacher whose autoencoder is used"
     )
     denoiser: DenoiserSettings = Field(
         DenoiserSettings(), description="the U-Net; it is trained on the autoencoder's latents"
@@ -190,7 +190,8 @@ class TeacherLora(Config):
     def found_in(self, source: Path) -> Path:
         """Return the LoRA's file: `source` itself, or one in the folder `source`.
 
-        Raises StageError if the folder does not hold `file`, or without `file` not exactly one safetensors file."""
+        Raises StageError if the folder does not hold `file`, or if `file` is None and the folder does not hold exactly
+        one safetensors file."""
         if not source.is_dir():
             if self.file:
                 raise StageError(f"{self.weights} is a file; leave `file` out")
@@ -221,12 +222,12 @@ class ExactSettings(Config):
     )
     count: int | None = Field(None, ge=1, description="number of images, chosen at random; default: all")
     spread: float = Field(
-        0.1, gt=0, description="standard deviation of data around each latent; a smaller one is harder to learn"
+        0.1, gt=0, description="standard deviation of data around each latent; a smaller spread is harder to learn"
     )
     captions: Literal["full", "none"] = Field(
         "full",
         description="full: the images' captions are the prompts; none: the teacher is unconditional; if a caption has "
-        "one image, the map ignores the noise",
+        "only one image, all noises give that image",
     )
     zero_terminal_snr: Annotated[bool, Neutral()] = Field(
         False,
@@ -235,18 +236,19 @@ class ExactSettings(Config):
     )
     pipeline: Annotated[str, FROM] = Field(
         "digit_scenes",
-        description="a diffusers folder, a hub id or digit_scenes: its VAE makes the latents, and its network is where "
-        "students start",
+        description="a diffusers folder, a hub id or digit_scenes: its VAE makes the latents, and students start "
+        "from its network",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
 
 
 class CoopTeacher(CoopSettings):
     """Two teachers in one sampling process (Coop-Diffusion, PanGu-Draw, 2312.16486). The guest's estimate is decoded,
-    encoded by the host's VAE, and mixed into the host's. Their latents may differ, the size of their images may not."""
+    encoded by the host's VAE, and mixed into the host's estimate. The two need images of one size, but
+    not the same latents."""
 
     host: Annotated[str, Input("teacher")] = Field(description="teacher whose latents are sampled")
-    guest: Annotated[str, Input("teacher")] = Field(description="teacher that steers it")
+    guest: Annotated[str, Input("teacher")] = Field(description="teacher that steers the host")
 
 
 class BridgeTeacher(BridgeSettings):
@@ -259,7 +261,7 @@ class BridgeTeacher(BridgeSettings):
 
 
 class GaussianSettings(Config):
-    """The analytic teacher of data from N(mean, std^2). `delay` seconds in each call stand for a network's work."""
+    """The analytic teacher of data from N(mean, std^2). Each call sleeps `delay` seconds, as if a network worked."""
 
     mean: float = Field(0.0, description="mean of every element")
     std: float = Field(1.0, gt=0, description="standard deviation of every element")

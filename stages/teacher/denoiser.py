@@ -20,9 +20,9 @@ class DenoiserTraining:
     `prediction`. With probability `drop_text` a prompt is replaced by the empty one, for classifier-free guidance (Ho
     and Salimans 2022, 2207.12598).
 
-    `times` are the first timestep and the end of the timesteps, by default of all. `crop` is the side of random crops
-    of the latents, the same for a batch. PanGu-Draw trains its texture network on smaller images, but does not say how
-    it makes them (2312.16486, section 3.1): crops keep the scale of textures.
+    `times` are the first timestep and the end, which is not included; by default all timesteps. `crop` is the side of
+    crops of the latents, at one random place for each batch. PanGu-Draw trains its texture network on smaller images,
+    but does not say how it makes them (2312.16486, section 3.1): crops keep the scale of textures.
     """
 
     def __init__(

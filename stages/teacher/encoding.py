@@ -18,12 +18,12 @@ BATCH = 64
 def encoded(pipeline: Adapter, images: LabelledImages, field: str) -> Generator[Progress, None, Tensor]:
     """Return the latents of all images (N, C, h, w), float32, on the CPU.
 
-    Raises StageError, which names `field`, if the images do not have the size of the pipeline's."""
+    Raises StageError if they do not have the size of the pipeline's images. The message names `field`."""
     parts = []
     for start in range(0, len(images), BATCH):
         parts.append(pipeline.encode(torch.from_numpy(images.pixels(slice(start, start + BATCH)))).cpu().float())
         if parts[0].shape[1:] != pipeline.latent_shape:
             size = " x ".join(str(side * pipeline.down_sampling) for side in pipeline.latent_shape[1:])
-            raise StageError(f"{field}: they have {images.images.shape[-1]} pixels; the pipeline takes {size}")
+            raise StageError(f"{field}: the images have {images.images.shape[-1]} pixels; the pipeline takes {size}")
         yield Progress(min(start + BATCH, len(images)), len(images), "images")
     return torch.cat(parts)

@@ -25,10 +25,11 @@ def write_exact(
     """Encode the images and write the files of an exact teacher to `output`, which holds the pipeline.
 
     Returns the number of images and of captions, and the standard deviation of the latents. Raises StageError if the
-    images do not have the size of the pipeline's, or if the pipeline predicts epsilon and `zero_terminal_snr` is set.
+    images do not have the size of the pipeline's images, or if the pipeline predicts epsilon and `zero_terminal_snr`
+    is set.
     """
     prepare(threads)
-    (output / FILE).unlink(missing_ok=True)  # of an attempt that was interrupted
+    (output / FILE).unlink(missing_ok=True)  # left by an interrupted attempt
     adapter = adapter_of(output)
     if settings.zero_terminal_snr:
         if adapter.prediction_of(output) == "epsilon":
@@ -44,5 +45,6 @@ def write_exact(
     captions = images.captions if settings.captions == "full" else [""] * len(images)
     np.save(output / LATENTS, latents, allow_pickle=False)
     about = {"spread": settings.spread, "captions": captions}
-    write_atomically(output / FILE, (json.dumps(about) + "\n").encode("utf-8"))  # last: it makes the folder exact
+    # last, because this file marks the folder as an exact teacher
+    write_atomically(output / FILE, (json.dumps(about) + "\n").encode("utf-8"))
     return {"images": len(images), "captions": len(set(captions)), "latent_std": float(latents.std())}

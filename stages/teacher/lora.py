@@ -1,8 +1,8 @@
 """Fuses a LoRA into the weights of a pipeline.
 
-diffusers names the layers and fuses, peft adds the LoRA to a network. `load_lora_weights` of diffusers is not used,
-because transformers 5.24 refuses the newest release of peft, 0.21, for a LoRA of a text encoder, and because it gives
-layers of a U-Net wrong alphas if a file of kohya's has several.
+diffusers renames the layers and fuses the weights. peft adds the LoRA to a network. `load_lora_weights` of diffusers is
+not used, for two reasons. transformers 5.24 refuses the newest release of peft, 0.21, for a LoRA of a text encoder. And
+`load_lora_weights` gives U-Net layers wrong alphas if a file of kohya's has several.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Part:
 def fuse(folder: Path, file: Path, scale: float, output: Path, threads: int) -> Generator[Progress, None, None]:
     """Fuse the LoRA in `file`, times `scale`, into the pipeline in `folder`, in float32.
 
-    Write each network that it changes to the subfolder of `output` with its name, the weights in one file. The pipeline
-    itself is only read. Raises StageError if the pipeline takes no LoRA, or not this one.
+    Write each changed network to the subfolder of `output` with its name, the weights in one file. The pipeline itself
+    is only read. Raises StageError if the pipeline cannot load the LoRA.
     """
     prepare(threads)
     show_no_progress_bars()
@@ -76,7 +76,7 @@ def _pipeline(folder: Path) -> Any:
     kind = read_json(folder / INDEX)["_class_name"]
     found: Any = getattr(diffusers, kind, None)
     if not hasattr(found, "load_lora_weights"):
-        raise StageError(f"a {kind} loads no LoRA weights; give `lora` with a pipeline that does, or leave it out")
+        raise StageError(f"a {kind} loads no LoRA weights; give a pipeline that does, or leave `lora` out")
     return found.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
 
 
@@ -115,7 +115,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 def _without_alphas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a file of kohya's format with B times alpha / rank in place of B and alpha.
 
-    Raises KeyError if a layer with an alpha is not one of a LoRA."""
+    Raises KeyError if a layer has an alpha but no LoRA weights."""
     rest = {name: value for name, value in tensors.items() if not name.endswith(".alpha")}
     for layer in (name.removesuffix(".alpha") for name in tensors.keys() - rest.keys()):
         rank = len(rest[f"{layer}.lora_down.weight"])
@@ -133,9 +133,9 @@ def _named(pipeline: Any, tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _part(network: Any, named: dict[str, Tensor], settings: dict[str, Any]) -> Part:
-    """Return the part of a LoRA for `network`, which is None if the pipeline has none of that name.
+    """Return the part of a LoRA for `network`, which is None if the pipeline has no component of that name.
 
-    Raises ValueError if a tensor is not of a LoRA."""
+    Raises ValueError if a tensor does not belong to a LoRA."""
     if network is None or isinstance(network, diffusers.ModelMixin):
         state = convert_unet_state_dict_to_peft(named)
     else:
@@ -157,7 +157,7 @@ def _layers(state: Mapping[str, Tensor]) -> set[str]:
 
 
 def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values whose name starts with `prefix` and a dot, without it."""
+    """Return the values whose names start with `prefix` and a dot, and remove that start."""
     start = f"{prefix}."
     return {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
 

@@ -176,7 +176,7 @@ class Teacher(Stage):
             yield "train.start", f"its U-Net has denoiser.channels: {of_start.denoiser.channels}; set these"
 
     def _check_halves(self, structure: Artifact, texture: Artifact) -> Iterator[tuple[str, str]]:
-        """Yield a problem for each way in which the two teachers do not meet at `switch`."""
+        """Yield a problem for each way in which the two teachers do not fit together."""
         halves = {"structure": (structure, (self.switch, TIMESTEPS)), "texture": (texture, (0, self.switch))}
         for name, (artifact, called) in halves.items():
             teacher = artifact.stage
@@ -249,7 +249,7 @@ class Teacher(Stage):
 
     @property
     def cooperating(self) -> bool:
-        """Whether the teacher is a host and a guest. It then has a state only along a whole trajectory."""
+        """Whether the teacher is a host and a guest. Such a teacher only samples whole trajectories."""
         return self._cooperation is not None
 
     @property
@@ -306,9 +306,9 @@ def _untrained(times: tuple[int, int], called: tuple[int, int]) -> str:
 
 
 def _vae_of(teacher: Artifact) -> str | None:
-    """Return the fingerprint of the teacher whose VAE a teacher has: its own, or another's. None if that is unknown.
+    """Return the fingerprint of the teacher that the VAE of `teacher` comes from, often `teacher` itself.
 
-    Pipelines in folders may have the same VAE."""
+    None for a pipeline of `from`, because several of these may have the same VAE."""
     while shared := teacher.inputs.get("train.vae.teacher") or teacher.inputs.get("train.like"):
         teacher = shared
     own = isinstance(teacher.stage, Teacher) and not teacher.stage.from_
@@ -368,8 +368,8 @@ def _train(*arguments: Any) -> Any:
 def _like(like: Artifact, context: StageContext, *how: Any) -> Mapping[str, Any]:
     """Copy the pipeline of the teacher `like`, and put a newly trained network in place of its own. Return figures.
 
-    A worker writes the network to a folder of its own. A second worker, which takes over from a lost one, so finds the
-    pipeline as it was."""
+    A worker writes the network to a separate folder. So a second worker, which takes over from a lost one, finds the
+    pipeline unchanged."""
     _copy_pipeline(like, context.output)
     figures = context.run(_train_like, *how)
     own = context.output / adapter_of(context.output).NETWORK

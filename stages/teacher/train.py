@@ -46,8 +46,8 @@ def train_teacher(
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Train the VAE, then the denoiser on its latents. Write the pipeline to `output`, and return figures.
 
-    `shared_vae` is the folder of a pipeline whose VAE is taken in place of training one, and `start` that of a pipeline
-    whose U-Net, text encoder and tokenizer training starts from. Raises StageError if they do not fit, or if the error
+    shared_vae: the folder of a pipeline whose VAE is used in place of a new one. start: the folder of a pipeline.
+    Training starts from its U-Net, text encoder and tokenizer. Raises StageError if they do not fit, or if the error
     of a trained VAE on held-out images is above `max_mse`.
     """
     prepare(threads)
@@ -63,7 +63,7 @@ def train_teacher(
         side = config.dataset.size // factor
         if config.dataset.size % factor or side % 2 ** (len(config.denoiser.channels) - 1):
             raise StageError(
-                f"train.vae: it and the U-Net cannot halve images of {config.dataset.size} pixels at every level"
+                f"train.vae: this VAE and the U-Net cannot halve images of {config.dataset.size} pixels at every level"
             )
     tokenizer, networks = _networks(config, images.captions, side, start)
     if vae is None:
@@ -157,7 +157,7 @@ def _train_vae(
 def train_network(
     config: TrainedTeacher, seed: int, execution: TrainingExecution, output: Path, threads: int
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Train a network of the settings' channels for the pipeline in `output`. Write it to a folder in SCRATCH.
+    """Train a network with `denoiser.channels` for the pipeline in `output`. Write it to a folder in SCRATCH.
 
     Returns figures. Raises StageError if the network cannot have these channels, or if the images have another size
     than the pipeline's."""
@@ -176,7 +176,7 @@ def train_network(
     order = ShuffledOrder(len(images), config.denoiser.training.batch_size, seed)
 
     def condition(texts: Sequence[str]) -> Condition:
-        """The empty text is a dropped prompt, if there are others."""
+        """Encode prompts. The empty text is a dropped prompt, unless all prompts are empty."""
         some = any(prompts)
         return Condition.cat(
             [pipeline.encode_prompts([text]) if text or not some else pipeline.encode_dropped() for text in texts]

@@ -95,7 +95,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def module_tensors(prefix: str, module: nn.Module, without: Collection[str]) -> dict[str, Tensor]:
-    """Return the module's state, without the parameters of these names, as `prefix/NAME` -> tensor on the CPU."""
+    """Return the module's state as `prefix/NAME` -> tensor on the CPU. The parameters in `without` are left out."""
     state = {name: tensor for name, tensor in module.state_dict().items() if name not in without}
     return {f"{prefix}/{name}": tensor.detach().cpu() for name, tensor in state.items()}
 

@@ -16,11 +16,11 @@ from torch import Tensor
 MAX_LOSS = 1e6
 """A loss with a larger magnitude counts as diverged. All of Retort's losses are averages of order one."""
 NEVER = -1
-"""The step of a figure that was never invalid, and the sample of a figure without samples."""
+"""Stands for the step of a figure that was never invalid, and for the sample of a scalar figure."""
 VARIANCE, OF_DATA = "variance", "data_variance"
 """The variance of a student's samples over a batch, averaged over elements, and that of the data."""
 LEAST_VARIANCE, PATIENCE = 0.01, 50
-"""A student has collapsed if its VARIANCE is below this part of OF_DATA in so many turns, one after the other."""
+"""A student has collapsed if its VARIANCE is below LEAST_VARIANCE times OF_DATA in PATIENCE consecutive turns."""
 
 
 class Invalid(NamedTuple):
@@ -37,7 +37,7 @@ class Invalid(NamedTuple):
         name = self.name.replace("_", " ")
         if self.name.endswith(VARIANCE) and math.isfinite(self.value):
             return (
-                f"the student has collapsed: in {PATIENCE} turns to step {self.step}, its samples had less than "
+                f"the student has collapsed: in the {PATIENCE} turns up to step {self.step}, its samples had less than "
                 f"{LEAST_VARIANCE:.0%} of the variance of the data (the {name} is {self.value:.2g})"
             )
         sample = "" if self.sample is None else f", sample {self.sample} of a batch"
@@ -48,8 +48,8 @@ def of_samples(x: Tensor, data: Tensor | None) -> dict[str, Tensor]:
     """Return figures of a student's samples x (B, C, H, W): VARIANCE, OF_DATA and `saturated`.
 
     `saturated` is the share of values outside the range of `data` (B, C, H, W), real latents or the teacher's. Without
-    data, OF_DATA is 1, about that of the latents of a VAE, and the range is that of 4 standard deviations. A batch of
-    one sample has no variance."""
+    `data`, OF_DATA is 1, about the variance of a VAE's latents, and the range is -4 to 4. A batch of one sample has no
+    variance."""
     x = x.detach().float()
     least, most = (-4.0, 4.0) if data is None else (data.min(), data.max())
     figures = {"saturated": ((x < least) | (x > most)).float().mean()}
@@ -63,21 +63,21 @@ class Figures:
     """Keeps the last value and the first invalid value of each figure. A step may omit figures."""
 
     def __init__(self, warmup_steps: int = 0) -> None:
-        """`warmup_steps`: the first steps, in which a low VARIANCE is no collapse. The mean of the data is where many
-        students start."""
+        """In the first `warmup_steps` steps, a low VARIANCE is no collapse: many students start at the mean of the
+        data."""
         self._warmup = warmup_steps
         self._last: dict[str, Tensor] = {}
         self._invalid: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         """Name -> (first step at which the figure was invalid, or NEVER; value and sample at that step)."""
         self._low: dict[str, Tensor] = {}
-        """Name of a VARIANCE -> in how many of its last turns, one after the other, it was too low."""
+        """Name of a VARIANCE -> the number of consecutive turns, up to the last one, in which it was too low."""
 
     def add(self, figures: Mapping[str, Tensor], step: int) -> None:
         """Add the figures of one step. This method does not wait for the GPU."""
         for name, values in figures.items():
             self._last[name] = value = values.mean() if values.ndim else values
             never = torch.full_like(value, NEVER)
-            since, was, whose = self._invalid.get(name, (never, value, never))
+            old_step, old_value, old_sample = self._invalid.get(name, (never, value, never))
             valid = value.isfinite() & (value.abs() <= MAX_LOSS) if name.endswith("loss") else value.isfinite()
             of_data = figures.get(name.removesuffix(VARIANCE) + OF_DATA)
             if name.endswith(VARIANCE) and of_data is not None and of_data is not values and step >= self._warmup:
@@ -85,11 +85,11 @@ class Figures:
                 self._low[name] = low = torch.where(value < LEAST_VARIANCE * of_data, low + 1, 0)
                 valid = valid & (low < PATIENCE)
             sample = (~values.isfinite()).float().argmax() if values.ndim else never
-            now = (since == NEVER) & ~valid
+            now = (old_step == NEVER) & ~valid
             self._invalid[name] = (
-                torch.where(now, step, since),
-                torch.where(now, value, was),
-                torch.where(now, sample, whose),
+                torch.where(now, step, old_step),
+                torch.where(now, value, old_value),
+                torch.where(now, sample, old_sample),
             )
 
     def numbers(self) -> dict[str, float]:
@@ -102,9 +102,9 @@ class Figures:
         A figure is invalid if it is not finite. A loss is also invalid if its magnitude is above MAX_LOSS, and a
         VARIANCE if it stays too low. Among the figures of a step, those that name a sample come first."""
         invalid = [
-            Invalid(name, int(since), float(was), None if whose == NEVER else int(whose))
-            for name, (since, was, whose) in self._invalid.items()
-            if since != NEVER
+            Invalid(name, int(step), float(value), None if sample == NEVER else int(sample))
+            for name, (step, value, sample) in self._invalid.items()
+            if step != NEVER
         ]
         return min(invalid, key=lambda found: (found.step, found.sample is None), default=None)
 

@@ -94,10 +94,10 @@ def train(
 
 
 class Prefetched:
-    """Calls a function from a batch's number to the batch. While a batch is trained on, a thread reads the next one.
+    """Reads batches by number with the function `batches`. A thread reads the next batch while one is trained on.
 
     The last `kept` batches are kept. So a step's batches are read once, also if the step has several turns. With
-    `pinned`, batches are put in pinned memory. From there they are copied to a GPU while it computes."""
+    `pinned`, batches are put in pinned memory, from which they are copied to a GPU while it computes."""
 
     def __init__(self, batches: Callable[[int], Batch], kept: int, pinned: bool) -> None:
         self._batches = (lambda number: _pinned(batches(number))) if pinned else batches
@@ -128,8 +128,8 @@ class _Run:
         AcceleratorState._reset_state(reset_partial_state=True)  # a reused worker may have trained with other settings
         self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=device_of(execution) == "cpu")
         self.trainable = {
-            player: {name: value for name, value in of.module.named_parameters() if value.requires_grad}
-            for player, of in self.players.items()
+            name: {key: value for key, value in player.module.named_parameters() if value.requires_grad}
+            for name, player in self.players.items()
         }
         """Player -> its parameters that are trained. All others are frozen, and may be shared with other networks."""
         self.optimizers = {
@@ -260,7 +260,7 @@ class _Run:
         return {"threads": torch.get_num_threads(), "device": device_name(self.accelerator.device.type)}
 
     def _on_device(self, value: Any) -> Any:
-        """The tensors of a batch on the device of training, in the mappings that they are in."""
+        """Return a batch with its tensors on the device of training. Its mappings stay nested as they are."""
         if isinstance(value, Mapping):
             return {name: self._on_device(one) for name, one in value.items()}
         return value.to(self.accelerator.device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -80,14 +80,14 @@ class TrainingExecution(Execution):
 
 
 PREVIEWS = "previews.png"
-"""The figure in a student's folder that shows its samples while it was trained. It may be missing."""
+"""The image file in a student's folder that shows its samples during training. It may be missing."""
 
 
 class StudentExecution(TrainingExecution):
     """How a student is trained."""
 
     previews: int = Field(
-        10, ge=0, description="how often images of fixed noises are drawn during training, about; 0: never"
+        10, ge=0, description="about how many times images of fixed noises are drawn during training; 0: never"
     )
 
 

@@ -1,11 +1,16 @@
 """Factory efficiency: seconds inside the U-Net, and seconds spent writing shards, over wall seconds, in steady state,
 with one worker.
 
-    python -m tests.benchmarks.factory ARTIFACT [--engine ray|inline] [--shards 12]
+    python -m tests.benchmarks.factory ARTIFACT [--engine ray|inline|diffusers] [--shards 12]
+    python -m tests.benchmarks.factory ARTIFACT --rounds 5 [--shards 6]
 
 ARTIFACT is a sealed `pairs` artifact, such as the main job's; its teacher, sampler and batches are used. The
 U-Net's own calls are timed by hooks while the factory runs, so that both numbers are of the same seconds;
 the wall clock is the driver's, from the second finished shard to the last. For a CPU. Prints JSON.
+
+The engine `diffusers` is the loop of diffusers' own pipeline in this process, with the same teacher, batches and
+sampler, which writes nothing. With --rounds, each engine runs in a process of its own, in turn, and the medians of the
+rates and of the ratios of each round are printed.
 """
 
 from __future__ import annotations
@@ -14,6 +19,9 @@ import argparse
 import json
 import os
 import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -23,7 +31,9 @@ import stages.pairs.factory
 from pipeline.engines import InlineEngine, WorkerShape
 from pipeline.engines.ray import RayEngine
 from pipeline.store import load_artifact
+from stages.base import Artifact
 from stages.data.pool import PROMPTS, plan_shards, pool_of
+from stages.data.reader import PairReader
 from stages.data.shards import write_shard
 from stages.pairs.factory import ShardWorker
 
@@ -55,13 +65,65 @@ class TimedWorker:
         self.inside += time.perf_counter() - self.entered
 
 
+def by_diffusers(pairs: Artifact, shards: int) -> float:
+    """Return pairs a second of diffusers' pipeline, in batches as large as the factory's, without the first one."""
+    import torch
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    config = pairs.stage
+    torch.set_num_threads(os.cpu_count() or 1)
+    pipeline = DiffusionPipeline.from_pretrained(pairs.inputs["teacher"].folder)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    pipeline.set_progress_bar_config(disable=True)
+    size = config.execution.micro_batch
+    reader, started = PairReader.of(pairs), 0.0
+    batches = shards * config.shard_size // size
+    for number in range(batches):
+        if number == 1:
+            started = time.perf_counter()
+        batch = reader.batch([(number * size + i) % len(reader) for i in range(size)])
+        pipeline(
+            batch.prompts,
+            num_inference_steps=config.sampler.steps,
+            guidance_scale=config.sampler.guidance_scale,
+            latents=torch.from_numpy(batch.noise).float(),
+            output_type="latent",
+        )
+    return (batches - 1) * size / (time.perf_counter() - started)
+
+
+def in_turn(artifact: Path, rounds: int, shards: int) -> dict[str, float]:
+    """Run each engine in a process of its own, in turn. Return medians of rates, and of ratios of one round."""
+    rates: dict[str, list[float]] = {engine: [] for engine in ("diffusers", "inline", "ray")}
+    for _ in range(rounds):
+        for engine, found in rates.items():
+            command = [sys.executable, "-m", "tests.benchmarks.factory", str(artifact), "--engine", engine]
+            done = subprocess.run([*command, "--shards", str(shards)], stdout=subprocess.PIPE, text=True, check=True)
+            found.append(json.loads(done.stdout.splitlines()[-1])["pairs_per_second"])
+            print(engine, found[-1], file=sys.stderr, flush=True)
+
+    def ratio(one: str, other: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True)), 3)
+
+    medians = {engine: statistics.median(found) for engine, found in rates.items()}
+    return {**medians, "ray_of_inline": ratio("ray", "inline"), "inline_of_diffusers": ratio("inline", "diffusers")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--engine", choices=["ray", "inline"], default="ray")
+    parser.add_argument("--engine", choices=["ray", "inline", "diffusers"], default="ray")
     parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--rounds", type=int, help="run all engines in turn, so many times")
     arguments = parser.parse_args()
+    if arguments.rounds:
+        print(json.dumps(in_turn(arguments.artifact, arguments.rounds, arguments.shards)))
+        return
     pairs = load_artifact(arguments.artifact)
+    if arguments.engine == "diffusers":
+        rate = by_diffusers(pairs, arguments.shards)
+        print(json.dumps({"engine": "diffusers", "pairs_per_second": round(rate, 1)}))
+        return
     config = pairs.stage
     engine = RayEngine() if arguments.engine == "ray" else InlineEngine()
     with tempfile.TemporaryDirectory() as pool:

@@ -53,7 +53,7 @@ class Digits(ImageSet):
     named: Annotated[Literal["all", "first", "digit", "colour"], Neutral()] = Field(
         "all",
         description="what a caption names; first: only the first of two digits, as in `a red seven`; digit or colour: "
-        "both words, but only this one is true of the image, and the other is random",
+        "both words, but only the named one is true of the image; the other is random",
     )
 
     @model_validator(mode="after")

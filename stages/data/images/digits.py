@@ -97,8 +97,8 @@ def load(
         labels["photograph"] = np.array([b for _, _, b in made], dtype=np.int64)
     images = np.stack([image for image, _, _ in made])
     words = 3 if named == "first" else None  # of "a red seven above a blue two"
-    told = [" ".join(texts[p].split()[:words]) for p in place]
-    return _half_told(LabelledImages(images, told, labels, np.arange(count)), named, held_out)
+    image_captions = [" ".join(texts[p].split()[:words]) for p in place]
+    return _half_told(LabelledImages(images, image_captions, labels, np.arange(count)), named, held_out)
 
 
 def _half_told(images: LabelledImages, named: str, held_out: bool) -> LabelledImages:
@@ -108,8 +108,8 @@ def _half_told(images: LabelledImages, named: str, held_out: bool) -> LabelledIm
         return images
     words = {"colour": list(COLOURS), "digit": list(DIGITS)}
     drawn = np.random.default_rng([len(images), held_out]).integers(len(words[other]), size=len(images))
-    told = {**images.labels, other: drawn}
-    pairs = zip(told["colour"], told["digit"], strict=True)
+    in_captions = {**images.labels, other: drawn}
+    pairs = zip(in_captions["colour"], in_captions["digit"], strict=True)
     texts = [f"a {words['colour'][c]} handwritten {words['digit'][d]}" for c, d in pairs]
     return replace(images, captions=texts)
 

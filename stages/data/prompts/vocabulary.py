@@ -1,4 +1,7 @@
-"""Finds prompts that a teacher's tokenizer does not know or cuts. Needs no torch, because planning uses it, too."""
+"""Finds prompts with words that a teacher's tokenizer does not know, and prompts that it cuts off.
+
+Needs no torch, because planning uses it, too.
+"""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Synthetic(TripletSet):
     test_count: int = Field(
         2_000, ge=10, description="number of triplets to measure on, for each family, of held-out images"
     )
-    held_out_family: Family = Field("warp", description="family that is measured on only")
+    held_out_family: Family = Field("warp", description="family that is used only for tests")
     ratio: tuple[float, float] = Field(
         (0.5, 0.9),
         strict=False,

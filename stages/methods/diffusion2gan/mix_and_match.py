@@ -20,8 +20,9 @@ def mix_and_match(
     another row's noise. The third is used only if the discriminator takes noise (`sees_noise`). The paper publishes
     neither the share nor the probabilities.
 
-    A matching sample is never fake. If the other row has the same text, or if there are no texts, the third kind takes
-    the place of the second. Without `sees_noise`, such a row keeps the generated latent, as does a batch of one.
+    A real latent that matches its noise and text is never fake. If the other row has the same text, or if there are no
+    texts, the third kind replaces the second. Without `sees_noise`, such a row keeps its generated latent. A batch of
+    one row is not changed.
 
     Latents and noise are (B, C, H, W). `condition` has B rows. The inputs are not changed.
     """
@@ -37,7 +38,7 @@ def mix_and_match(
     mixed = (torch.rand(rows, device=device) < share) & (~same_text | sees_noise)
 
     def source(which: int) -> Tensor:
-        """The row from which each row takes its latent, text or noise: another if that is what does not match."""
+        """Return, for each row, the row that its latent, text or noise comes from. It differs if they mismatch."""
         return torch.where(mixed & (kind == which), other, own)
 
     x = torch.where(mixed.view(-1, 1, 1, 1), real[source(TARGET)], generated)

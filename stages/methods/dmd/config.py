@@ -17,8 +17,8 @@ class DMDConfig(MatchingConfig):
     """Distribution matching distillation (DMD, Yin et al. 2023, 2311.18828) into one step.
 
     The student's samples move along the difference of two scores: that of the teacher and that of a network which is
-    trained on the samples. A regression on stored pairs keeps all modes of the teacher. Without `prompts`, the prompts
-    of the pairs are sampled from.
+    trained on the samples. A regression on stored pairs keeps all modes of the teacher. Without `prompts`, the student
+    samples from the prompts of the pairs.
 
     The paper's regression loss is LPIPS between decoded images. Its pairs have the guidance scale of the real score.
     """
@@ -58,8 +58,8 @@ class DMDConfig(MatchingConfig):
         for scale in pairs_scales:
             if self.guidance_scale not in (None, scale):
                 yield (
-                    f"the real score has guidance_scale: {self.guidance_scale:g}, but the regression learns pairs of "
-                    f"{scale:g}; the two terms pull to different images"
+                    f"the real score has guidance_scale: {self.guidance_scale:g}, but the pairs of the regression have "
+                    f"{scale:g}; the two loss terms lead to different images"
                 )
 
     def create(self, materials: Materials) -> Method:

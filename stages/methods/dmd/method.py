@@ -25,8 +25,8 @@ class DMD:
     L_G    = 1/2 |x - stopgrad(x - gradient)|^2 + regression_weight * d(G(z', c'), y')       x = G(z, c)
     L_fake = w(t) |mu_fake(alpha x + sigma noise, t, c) - stopgrad(x)|^2                     all t
 
-    gradient = (mu_fake - mu_real) / mean|x - mu_real| at x with noise of a random t of `time_range` (eq. 7 and 8). z is
-    new noise and c a prompt of the stream `prompts`. (z', y', c') is a stored pair, d the distance of the setting
+    gradient = (mu_fake - mu_real) / mean|x - mu_real| at x noised to a random timestep of `time_range` (eq. 7 and 8). z
+    is new noise and c a prompt of the stream `prompts`. (z', y', c') is a stored pair, d the distance of the setting
     `loss`. mu_real is guided, mu_fake is not. The fake score's turn reuses the samples of the student's turn.
     """
 

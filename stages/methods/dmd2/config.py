@@ -16,13 +16,16 @@ class GanSettings(Config):
     """The GAN term: a head on the fake score's middle block tells noised real latents from noised samples.
 
     The papers' weights suit their resolutions only, because the loss of distribution matching is a mean over elements.
-    The figure `gan_ratio` says how the two gradients compare at the samples."""
+    The logged figure `gan_ratio` is the norm of the GAN gradient at the samples, relative to that of distribution
+    matching."""
 
     weight: float = Field(
         3e-3, gt=0, description="weight in the student's loss; DMD2: 3e-3 (ImageNet-64), 1e-3 (SD 1.5), 5e-3 (SDXL)"
     )
     discriminator_weight: float = Field(
-        1e-2, gt=0, description="weight of the head's loss in the fake score's; large ones spoil the network they share"
+        1e-2,
+        gt=0,
+        description="weight of the head's loss in the fake score's loss; a large weight harms the network of both",
     )
 
 
@@ -30,8 +33,8 @@ class DMD2Config(MatchingConfig):
     """DMD2 (Yin et al. 2024, 2405.14867): distribution matching in one or several steps, without pairs.
 
     The fake score is trained at every step, and the student at every `fake_updates`-th one. `training.steps` counts the
-    steps of the fake score. Real latents are those of the stage in `latents`. Without `prompts`, their captions are
-    sampled from.
+    steps of the fake score. Real latents are those of the stage in `latents`. Without `prompts`, the student samples
+    from their captions.
 
     In several steps, the student is trained on the states that its own sampling visits, up to a random step (backward
     simulation, section 4.5). It is sampled by the consistency sampler, which diffusers calls LCM.
@@ -47,16 +50,16 @@ class DMD2Config(MatchingConfig):
     levels: tuple[int, ...] | None = Field(
         None,
         strict=False,
-        description="timesteps of the steps, descending: [399] for SDXL in one step; default: evenly spaced from the "
-        "last, in 4 steps [999, 749, 499, 249]",
+        description="timesteps at which the student is called, descending, such as [399] for SDXL in one step; "
+        "default: evenly spaced from the last, in 4 steps [999, 749, 499, 249]",
     )
     backward_simulation: bool = Field(
         True,
-        description="whether later steps are trained on the student's own states; if false, on noised real latents, "
-        "which are not what sampling visits",
+        description="whether later steps are trained on the student's own states; if false, they are trained on noised "
+        "real latents, which sampling does not visit",
     )
     fake_updates: int = Field(
-        5, ge=1, description="steps of the fake score for each one of the student; DMD2: 5, and 10 for SD 1.5"
+        5, ge=1, description="steps of the fake score for each step of the student; DMD2: 5, and 10 for SD 1.5"
     )
     fake_warmup_steps: int = Field(
         0, ge=0, description="first steps in which only the fake score is trained; useful with start_from"

@@ -35,9 +35,9 @@ class DMD2:
 
     gradient is that of DMD. z_i is the state of the student's own sampling before its call i: pure noise at the first
     call. i is the same for the whole batch, a function of the seed and the step. x_t = alpha x + sigma noise at a
-    random timestep t, drawn anew for each term, and y_t the same of a real latent y. D is the logit of a head on the
-    fake score's middle block. The fake score has a turn in each step. In every `fake_updates`-th step the student has
-    one before it, with the same samples.
+    random timestep t, drawn anew for each term. y_t is a real latent y, noised in the same way. D is the logit of a
+    head on the fake score's middle block. The fake score has a turn in each step. In every `fake_updates`-th step, the
+    student has a turn before it, and both use the same samples.
     """
 
     def __init__(self, config: DMD2Config, materials: Materials) -> None:
@@ -53,7 +53,7 @@ class DMD2:
         self._samples: deque[Tensor] = deque()
 
     def turns(self, step: int) -> Sequence[Turn]:
-        calls = step_seed(self.seed, step) % self.config.steps  # that sampling has made before the one that is trained
+        calls = step_seed(self.seed, step) % self.config.steps  # the calls of sampling before the one that is trained
         turns = [Turn("fake_score", partial(self.fake_loss, calls=calls))]
         since = step - self.config.fake_warmup_steps
         if since >= 0 and since % self.config.fake_updates == 0:
@@ -63,7 +63,8 @@ class DMD2:
     def sample(self, batch: Batch, calls: int) -> Tensor:
         """Return x (B, C, H, W), the student's estimate after `calls` earlier calls. Gradients flow to the last call.
 
-        Without backward simulation, its state is a noised real latent instead, unless it is pure noise."""
+        Without backward simulation, the input of the last call is a noised real latent, or pure noise if `calls` is 0.
+        """
         prompts = prompts_of(batch)
         condition = self.student.encode(prompts)
         noise = torch.randn(len(prompts), *self.shape, device=self.device)
@@ -84,21 +85,22 @@ class DMD2:
         gradient = self.matching.gradient(x, prompts)
         matching = matching_loss(x, gradient)
         figures = {"matching": matching}
-        if not calls:  # later states of sampling are spread by new noise
+        if not calls:  # later calls start from states with new noise, which adds to the variance
             figures |= of_samples(x, batch["latents"]["latent"] if "latents" in batch else None)
         if self.gan is None:
             return matching.mean(), figures
-        at = x.detach().requires_grad_()  # so that the head's activations are freed before the student's backward pass
-        gan = generator_loss(self.fake.logits(at, *self.fake.levels.draw(at), self.fake.encode(prompts)))
-        (pull,) = torch.autograd.grad(self.gan.weight * gan, at)
-        ratio = pull.norm() / (gradient.norm() / gradient.numel()).clamp_min(LEAST_GRADIENT)
-        loss = matching.mean() + with_gradient(self.gan.weight * gan, x, pull)
+        # With a detached copy, the head's activations are freed before the student's backward pass.
+        copy = x.detach().requires_grad_()
+        gan = generator_loss(self.fake.logits(copy, *self.fake.levels.draw(copy), self.fake.encode(prompts)))
+        (gan_gradient,) = torch.autograd.grad(self.gan.weight * gan, copy)
+        ratio = gan_gradient.norm() / (gradient.norm() / gradient.numel()).clamp_min(LEAST_GRADIENT)
+        loss = matching.mean() + with_gradient(self.gan.weight * gan, x, gan_gradient)
         return loss, {**figures, "gan": gan, "gan_ratio": ratio}
 
     def fake_loss(self, batch: Batch, calls: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L_fake, and the mean logits of real latents and of samples.
 
-        `batch`: that of the student's turn, if the student has one in this step. Its samples are then reused."""
+        `batch`: the same as in the student's turn of this step, if it has one. The samples of that turn are reused."""
         if self._samples:
             x = self._samples.popleft()
         else:

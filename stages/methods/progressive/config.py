@@ -16,7 +16,7 @@ class ProgressiveConfig(HalvingConfig):
 
     A stage `student` from 32 steps to 1 is a chain of stages, student/16 to student/1, each with a new optimizer.
     Students are trained on pure noise at the noisiest point, even if the schedule's last alpha is above 0, because
-    sampling starts from pure noise. The paper uses no average of the weights: set `training.ema_decay: 0` to do so too.
+    sampling starts from pure noise. The paper does not average the weights: `training.ema_decay: 0` does the same.
 
     Students predict v, x0, or both x0 and the noise, because epsilon with truncated SNR diverges (table 1). A teacher
     that predicts epsilon needs `match_first: true`. The chain then begins with student/32, which learns to predict v

@@ -21,12 +21,13 @@ class Anneal(Config):
 
     after: int = Field(ge=1, description="number of the first training step with the other range")
     time_range: TimeRange = Field(
-        (0.02, 0.5), description="parts of T between which timesteps are drawn from then on; threestudio: to 0.5"
+        (0.02, 0.5),
+        description="range of the random timesteps from that step on, as parts of T; threestudio: up to 0.5",
     )
 
 
 class ScoreDistillationConfig(ObjectiveConfig):
-    """What SDS and VSD share."""
+    """Settings that SDS and VSD share."""
 
     guidance_scale: float
     weighting: NoiseWeighting = Field(
@@ -34,8 +35,8 @@ class ScoreDistillationConfig(ObjectiveConfig):
         description="weight of the difference of two noise estimates: sigma2 means sigma^2, uniform means 1, and "
         "alpha_sigma2 means alpha sigma^2",
     )
-    time_range: TimeRange = Field((0.02, 0.98), description="parts of T between which timesteps are drawn")
-    anneal: Anneal | None = Field(None, description="another time_range for the later part; default: none")
+    time_range: TimeRange = Field((0.02, 0.98), description="range of the random timesteps, as parts of T")
+    anneal: Anneal | None = Field(None, description="another time_range for the later part of training; default: none")
 
     @property
     def uses_guidance(self) -> bool:
@@ -48,7 +49,7 @@ class ScoreDistillationConfig(ObjectiveConfig):
 
 class SDSConfig(ScoreDistillationConfig):
     """Score distillation sampling (DreamFusion, Poole et al. 2022, 2209.14988): particles climb to a mode of the noised
-    and guided density of the teacher. Particles of one prompt end alike."""
+    and guided density of the teacher. Particles of one prompt become similar."""
 
     name: Literal["sds"] = "sds"
     guidance_scale: float = Field(
@@ -92,7 +93,10 @@ class VSDConfig(ScoreDistillationConfig):
     )
     score: ParticleScore = Field(ParticleScore(), description="the score of the particles and its training")
     drop_camera: float = Field(
-        0.1, ge=0, le=1, description="how often the score is trained without the camera, for objects with sides"
+        0.1,
+        ge=0,
+        le=1,
+        description="share of views for which the score is trained without the camera; not for latents and images",
     )
 
     def create(self, materials: ObjectiveMaterials) -> Method:

@@ -31,14 +31,14 @@ class SDS:
     dL/dx = w(t) (noise_real(z, t, c) - noise) = w(t) alpha / sigma (x - mu_real)       x = render(theta, camera)
 
     z = alpha x + sigma noise at a random timestep t of `time_range`. noise_real is guided, and c the prompt with the
-    words for the view. The teacher's Jacobian is left out. The loss is averaged over the elements of x, while the
-    paper's is summed: other terms weigh less there.
+    words for the view. The teacher's Jacobian is left out. The loss is averaged over the elements of x. The
+    paper sums it, so other terms of equal weight matter less in the paper.
     """
 
     def __init__(
         self, config: ScoreDistillationConfig, materials: ObjectiveMaterials, fake: FakeScore | None = None
     ) -> None:
-        """`fake` is the score that is subtracted from the teacher's. Without it, the noise itself is.
+        """`fake` is the score that is subtracted from the teacher's. Without `fake`, the noise is subtracted.
 
         Raises StageError if the teacher does not know the prompt."""
         self.config, self.particles, self.prompt = config, materials.particles, materials.prompt
@@ -48,8 +48,8 @@ class SDS:
         real = TeacherDenoiser(teacher, grid, config.guidance_scale)
         ranges = [config.time_range, *([config.anneal.time_range] if config.anneal else [])]
         levels = Levels(teacher.schedule, teacher.device)
-        self.scores = [ScoreDifference(real, fake, levels, config.weighting, of) for of in ranges]
-        """The gradient before and after annealing."""
+        self.scores = [ScoreDifference(real, fake, levels, config.weighting, times) for times in ranges]
+        """The differences of scores before and after `anneal.after`."""
         self.players = {"particles": Player(self.particles, materials.training)}
 
     def turns(self, step: int) -> Sequence[Turn]:

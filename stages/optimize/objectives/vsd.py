@@ -27,9 +27,9 @@ class VSD(SDS):
     dL/dx   = w(t) (noise_real(z, t, c) - noise_fake(z, t, c', camera))                 x = render(theta, camera)
     L_score = |network(z, t, c', camera) - its target|^2     z = alpha x + sigma noise, all t, x without gradient
 
-    noise_real is guided, noise_fake is not. noise_fake is a LoRA of the teacher's network, and of its prediction type.
-    c' is the prompt without the words for the view: it gets the camera instead, which is left out one time in ten of
-    its training. With the score of a single point, noise_fake = noise, VSD is SDS.
+    noise_real is guided, noise_fake is not. noise_fake is a LoRA of the teacher's network, with its prediction type.
+    c' is the prompt without the words for the view: noise_fake gets the camera instead. Training leaves out one camera
+    in ten. If noise_fake is the score of a single point, noise_fake = noise, and VSD is SDS.
     """
 
     def __init__(self, config: VSDConfig, materials: ObjectiveMaterials) -> None:
@@ -58,8 +58,7 @@ class VSD(SDS):
         return condition
 
     def score_loss(self, batch: Batch, again: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L_score at the next renders of the particles' turn in this step, which are kept for another turn if
-        `again`."""
+        """Return L_score at the oldest renders that `seen` kept. With `again`, keep them for another turn."""
         x, condition = self._renders.popleft()
         if again:
             self._renders.append((x, condition))

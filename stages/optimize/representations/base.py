@@ -27,7 +27,7 @@ WEIGHTS = "particles.safetensors"
 BACKGROUNDS = {"white": 1.0, "black": 0.0, "grey": 0.5, "random": 0.5}
 """The colours behind objects, outside training."""
 FRAMES, MILLISECONDS = 36, 80
-"""The images of a turntable, and how long each is shown."""
+"""The number of images of a turntable, and how long each is shown."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Views:
     particles: Tensor
     """The number of the particle in each view, (B,)."""
     cameras: Cameras | None = None
-    """Where each is seen from. None for particles without sides."""
+    """The camera of each view. None for particles without sides: latents and images."""
 
 
 class Rendering(NamedTuple):
@@ -149,7 +149,7 @@ class Solid(Representation):
         return torch.cat([look.images.cpu() for look in self._looks(views)]) * 2 - 1
 
     def _looks(self, views: Views) -> Iterator[Look]:
-        """Yield one view after the other, as they are written: without gradients, in evaluation mode."""
+        """Render one view after the other in evaluation mode, at the size of written images. Yield each result."""
         assert views.cameras
         training = self.training
         self.eval()

@@ -29,7 +29,7 @@ def _within(least: float, most: float) -> AfterValidator:
 
 
 class CameraRange(Config):
-    """Where the random cameras stand. The object is within the unit ball around the origin, at which they look."""
+    """Where the random cameras stand. They look at the origin. The object is within the unit ball around it."""
 
     azimuth: Annotated[tuple[float, float], Strict(False), _within(-360, 360)] = Field(
         (-180.0, 180.0), description="degrees around the object; 0 is its front"
@@ -85,8 +85,8 @@ class SolidConfig(RepresentationConfig):
 
     background: Literal["white", "black", "grey", "random"] = Field(
         "random",
-        description="colour behind the object; random: another one for each view in training, so that the object "
-        "cannot hide in it, and grey otherwise",
+        description="colour behind the object; random: a new colour for each view in training, so that the object "
+        "cannot blend into it, and grey otherwise",
     )
 
     def prompts(self, prompt: str) -> list[str]:

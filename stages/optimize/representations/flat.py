@@ -36,7 +36,7 @@ class Flat(Representation):
 
 
 class Latents(Flat):
-    """The latents themselves. Their decoded images may depend on how well the decoder knows such latents."""
+    """The latents themselves. The decoder may decode them badly if they are unlike the latents of its training."""
 
     def __init__(self, teacher: Adapter, count: int) -> None:
         super().__init__(teacher, torch.randn(count, *teacher.latent_shape))

@@ -173,8 +173,17 @@ def test_cycles_are_found():
     assert "a cycle: a -> b -> a" in problems(text)
 
 
+def test_a_value_that_replaces_a_merged_one_has_its_own_place():
+    text = """name: x
+stages:
+  a: {kind: teacher, train: &train {dataset: {name: digits, size: 16}}}
+  b: {kind: teacher, train: {<<: *train, dataset: {size: 16}}}
+"""
+    assert "m.yaml:4:51: stages.b.train.dataset.name: missing" in problems(text)
+
+
 def test_a_teacher_has_exactly_one_source():
-    assert "give exactly one of train, from, exact, structure, coop and gaussian, not 0" in problems(
+    assert "give exactly one of train, from, exact, structure, coop, bridge and gaussian, not 0" in problems(
         "name: x\nstages: {t: {kind: teacher}}"
     )
 

@@ -154,7 +154,7 @@ def test_explicit_levels_are_the_grid():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"steps": 2, "levels": [999]}, "steps: 2 needs as many levels, not 1"),
+        ({"steps": 2, "levels": [999]}, "steps: 2 needs 2 levels, not 1"),
         ({"steps": 2, "levels": [499, 999]}, "levels should descend"),
         ({"steps": 1, "levels": [-1]}, "levels should descend"),
         ({"steps": 1, "levels": [999], "schedule": "cosine"}, "levels are timesteps of the teacher's schedule"),

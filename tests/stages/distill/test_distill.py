@@ -249,7 +249,7 @@ def test_pairs_of_several_teachers_are_refused(tiny):
         "  more:\n    kind: pairs\n    teacher: teacher", "  more:\n    kind: pairs\n    teacher: other"
     )
     text = text.replace("stages:\n", "stages:\n  other: {kind: teacher, from: digit_scenes}\n")
-    with pytest.raises(ManifestError, match="they are of several teachers; a student has one"):
+    with pytest.raises(ManifestError, match="they were made with several teachers; a student has one"):
         plan_of(text, tiny[0])
 
 

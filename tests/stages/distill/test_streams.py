@@ -87,8 +87,8 @@ def test_prompts_alone_need_a_teacher_and_nothing_else(tiny, seen):
 @pytest.mark.parametrize(
     ("data", "method", "words"),
     [
-        ("prompts: digits", "listener", "prompts name no teacher: give `teacher`"),
-        ("pairs: pairs, teacher: teacher", "knowledge_distillation", "the data names the teacher"),
+        ("prompts: digits", "listener", "prompts have no teacher: give `teacher`"),
+        ("pairs: pairs, teacher: teacher", "knowledge_distillation", "pairs and latents already have a teacher"),
         ("pairs: pairs", "listener", "listener is trained on prompts or latents and pairs and prompts, not on pairs"),
         ("pairs: pairs, latents: latents", "knowledge_distillation", "is trained on pairs, not on pairs and latents"),
         ("held_out: 3", "knowledge_distillation", "give what the student is trained on: pairs, latents or prompts"),
@@ -120,7 +120,7 @@ def test_a_student_of_another_size_is_trained_evaluated_and_run_by_plain_diffuse
     made = execute(text, store, name="narrow")
     folder = made["student"].artifact.folder
     assert json.loads((folder / "unet/config.json").read_text())["block_out_channels"] == [8, 16]
-    assert f"It began with the network of {narrow} (licence: not stated)." in (folder / "README.md").read_text()
+    assert f"Training started from the network of {narrow} (licence: not stated)." in (folder / "README.md").read_text()
     assert (
         json.loads((made["quality"].artifact.folder / "metrics.json").read_text())["sides"]["student"]["latent_mse"] > 0
     )
@@ -151,7 +151,7 @@ def test_a_student_starts_from_a_smaller_network_that_was_trained_for_the_teache
         assert json.loads((folder / "unet/config.json").read_text())["block_out_channels"] == [8, 16]
     assert narrow.record["metrics"]["parameters_millions"]["unet"] > 0
     card = (student.folder / "README.md").read_text()
-    assert f"It began with the network of teacher/{narrow.fingerprint} (licence: apache-2.0)." in card
+    assert f"Training started from the network of teacher/{narrow.fingerprint} (licence: apache-2.0)." in card
     assert DiffusionPipeline.from_pretrained(narrow.folder)("a red handwritten seven", 16, 16, num_inference_steps=2)
     again = execute(text, tmp_path, name="like", only=["teacher", "narrow"])["narrow"].artifact
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -227,7 +227,7 @@ def test_settings_of_another_network_that_do_not_fit_are_refused_when_planning(t
         (("[8, 16]", "[8, 16, 24]"), r"train\.denoiser\.channels: "),
         (
             ("dataset: digits", "dataset: digit_scenes"),
-            r"train\.dataset: they have 32 pixels; the pipeline takes 16 x 16",
+            r"train\.dataset: the images have 32 pixels; the pipeline takes 16 x 16",
         ),
     ],
 )
@@ -276,8 +276,8 @@ def test_a_chain_goes_on_with_the_smaller_network_that_it_began_with(tiny, narro
     made = execute(DATA + STUDENT % (f"latents: latents, start: {{pipeline: {copy}}}", method), tiny[0], name="chain")
     folder = made["student/1"].artifact.folder
     assert json.loads((folder / "unet/config.json").read_text())["block_out_channels"] == [8, 16]
-    assert "It began with the network of" in (made["student/2"].artifact.folder / "README.md").read_text()
-    assert "It went on from distill/" in (folder / "README.md").read_text()
+    assert "Training started from the network of" in (made["student/2"].artifact.folder / "README.md").read_text()
+    assert "Training continued from distill/" in (folder / "README.md").read_text()
 
 
 def test_the_type_of_the_pipeline_that_it_begins_with_counts_when_planning(tiny, narrow, tmp_path):

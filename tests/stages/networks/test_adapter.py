@@ -61,7 +61,7 @@ def test_a_discriminator_is_refused_when_nothing_can_listen(family, tmp_path):
     manifest.write_text(MANIFEST.format(folder=folder) + STUDENT.format(name="student", how=how))
     planned = retort("plan", manifest, "--store", tmp_path / "store", PYTHONPATH=path)
     assert planned.returncode == 2
-    assert "it trains a discriminator, which does not support the teacher's network" in planned.stderr
+    assert "the method trains a discriminator, which does not support the teacher's network" in planned.stderr
 
 
 def test_without_the_package_the_family_is_refused(family, tmp_path):

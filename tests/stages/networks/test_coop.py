@@ -349,7 +349,7 @@ def test_what_was_never_trained_is_not_called(tmp_path, made, expected):
         (
             "method: knowledge_distillation",
             "method: {name: consistency, steps: 1, guidance_scale: 2.0}",
-            "a teacher of host and guest has a state only along a trajectory",
+            "a teacher of host and guest can only sample whole trajectories",
         ),
         (
             "dataset: digits\n",

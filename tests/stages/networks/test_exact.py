@@ -204,7 +204,7 @@ def test_a_prompt_chooses_the_images_with_that_caption(captioned):
     torch.testing.assert_close(both[0], given[0])
     torch.testing.assert_close(both[1], dropped[1])
     assert CAPTION not in captioned.encode_prompts([caption]).tensors  # students are conditioned as their network is
-    with pytest.raises(StageError, match="'a cat' is the caption of no image of the exact teacher, which has 'a "):
+    with pytest.raises(StageError, match="'a cat' is no caption of the exact teacher's images, which have 'a "):
         captioned.teacher_condition(["a cat"])
 
 
@@ -297,7 +297,8 @@ def test_an_attempt_that_was_cut_leaves_nothing_that_the_next_one_trips_over(tmp
 
 @pytest.mark.parametrize(("change", "words"), [
     (("count: 200", "count: 9000000"), r"exact\.count: the image set has only \d+ images, not 9000000"),
-    (("images: digit_scenes", "images: digits"), r"exact\.images: they have 16 pixels; the pipeline takes 32 x 32"),
+    (("images: digit_scenes", "images: digits"),
+     r"exact\.images: the images have 16 pixels; the pipeline takes 32 x 32"),
 ])  # fmt: skip
 def test_images_that_do_not_fit_stop_the_stage(change, words, tmp_path):
     with pytest.raises(StageFailed, match=words):

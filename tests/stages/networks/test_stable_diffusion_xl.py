@@ -176,7 +176,7 @@ def test_a_student_cannot_start_from_stable_diffusion(folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\n")
     text = PAIRS.format(folder=folder, scale=1.0, batch=4, prompts=prompts, further="") + student
-    with pytest.raises(StageFailed, match=r"start: it is of another family than the teacher"):
+    with pytest.raises(StageFailed, match=r"start: its pipeline is of another family than the teacher's"):
         execute(text, tmp_path / "store")
 
 

@@ -51,7 +51,7 @@ class MeshConfig(SolidConfig):
     )
 
     def check(self) -> Iterator[tuple[str, str]]:
-        if Path(self.path).exists():  # the plan tells of a missing file
+        if Path(self.path).exists():  # planning reports a missing file
             yield from self._problems(Path(self.path))
 
     def prepare(self, folder: Path) -> None:

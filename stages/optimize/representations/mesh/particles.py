@@ -32,7 +32,7 @@ class Mesh(Solid):
 
     config: MeshConfig
     corners: Tensor
-    """The triangles before the cameras, (F, 3, 3) float64."""
+    """The triangles in the coordinates of the cameras, (F, 3, 3) float64."""
     places: Tensor
     """What the corners are coloured by: UV coordinates (F, 3, 2), or numbers of vertices (F, 3)."""
     edges: Tensor

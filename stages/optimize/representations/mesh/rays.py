@@ -13,9 +13,10 @@ from stages.optimize.cameras import Cameras
 PAIRS = 2**18
 """About how many pairs of a ray and a triangle are tested at once."""
 NEAR, MARGIN = 1e-4, 1e-6
-"""A triangle is projected if all of it is at least this far in front of the camera. Pixels added to the projection."""
+"""A triangle is projected if all of it is at least NEAR in front of the camera. MARGIN pixels are added around it."""
 SLACK = 1e-9
-"""How far beyond its edges a triangle is hit, as a part of it, so that rays do not slip between two triangles."""
+"""Barycentric margin within which a ray beside a triangle also hits it, so that rays do not slip between two triangles.
+"""
 
 
 class Hits(NamedTuple):

@@ -1,4 +1,4 @@
-"""Triangles and UV coordinates: read from files, placed before the cameras, and written with colours."""
+"""Triangles and UV coordinates: read from files, placed in front of the cameras, and written with colours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.base import StageError
 from stages.optimize.representations.mesh.config import UP, Axis
 
 AXES = {"y": [2, 0, 1], "z": [0, 1, 2]}
-"""Axis that points up -> the axes of the file that become x (the front), y and z (up) before the cameras."""
+"""Axis that points up -> the axes of the file that become x (the front), y and z (up) of the cameras' coordinates."""
 THIN = 1e-9
 """The least height of a triangle, divided by its longest edge. Thinner ones are not seen."""
 
@@ -40,8 +40,9 @@ class Surface:
         return Surface(vertices, place.reshape(-1)[self.faces], None)
 
     def placed(self, up: Axis) -> NDArray[np.float64]:
-        """Return the vertices before the cameras, (V, 3): the bounding box of the triangles with an area is centred at
-        the origin, and their farthest corner is 1 from it."""
+        """Return the vertices in the coordinates of the cameras, (V, 3).
+
+        The bounding box of the triangles with an area is centred at the origin. Their farthest corner is 1 from it."""
         vertices = self.vertices[:, AXES[up]]
         corners = vertices[self.faces[self.thick()].reshape(-1)]
         centre = (corners.min(0) + corners.max(0)) / 2
@@ -56,8 +57,9 @@ class Surface:
     def export(self, file: Path, up: Axis, colours: NDArray[np.float32] | Image.Image) -> None:
         """Write a .glb file with this geometry and a texture, or with colours of the vertices (V, 3) in [0, 1].
 
-        The coordinates are those of the original file. If z points up there, the file turns them, since y points up in
-        glTF. glTF's vertex colours are linear, so they are converted from sRGB, which textures and images are in."""
+        The coordinates are those of the original file. If z points up in them, the .glb file adds a rotation, since y
+        points up in glTF. glTF's vertex colours are linear, so they are converted from sRGB, which textures and images
+        are in."""
         if isinstance(colours, Image.Image):
             material = PBRMaterial(baseColorTexture=colours, metallicFactor=0.0, roughnessFactor=1.0)
             visual: TextureVisuals | ColorVisuals = TextureVisuals(uv=self.uv, material=material)

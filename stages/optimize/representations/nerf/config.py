@@ -25,7 +25,7 @@ class NerfConfig(SolidConfig):
     name: Literal["nerf"] = "nerf"
     encoding: Literal["hash", "frequency"] = Field(
         "hash",
-        description="what the network knows of a position; hash: trained features on grids (Instant NGP, 2201.05989); "
+        description="encoding of a position; hash: trained features on grids (Instant NGP, 2201.05989); "
         "frequency: sines and cosines (NeRF, 2003.08934), smoother, but the network needs to be larger",
     )
     levels: int = Field(
@@ -39,8 +39,8 @@ class NerfConfig(SolidConfig):
         14,
         ge=4,
         le=24,
-        description="log2 of the most vertices that a grid stores; in finer grids, vertices share features by a hash; "
-        "not with frequency",
+        description="log2 of the largest number of vertices that a grid stores; in finer grids, vertices share "
+        "features by a hash; not with frequency",
     )
     coarsest: int = Field(
         8,
@@ -54,21 +54,21 @@ class NerfConfig(SolidConfig):
     samples: int = Field(
         32,
         ge=1,
-        description="positions on a ray inside the ball; random within even parts of it in training, their middles "
+        description="positions on a ray inside the ball, one in each of equal parts: random in training, the middle "
         "otherwise",
     )
     blob: float = Field(
         10.0,
         ge=0,
         description="density in the middle before training, which falls linearly to 0 (Magic3D, 2211.10440); "
-        "0: a thin fog, from which often nothing grows",
+        "0: a thin fog, in which often no object forms",
     )
     blob_radius: float = Field(0.5, gt=0, le=1, description="distance from the middle at which the blob ends")
     sparsity: float = Field(
         1e-3,
         ge=0,
         description="weight of the mean of sqrt(opacity^2 + 0.01) over the pixels, which clears fog; threestudio's 1 "
-        "for Stable Diffusion is 6e-5 here, where the teacher's loss is averaged over the elements of latents",
+        "for Stable Diffusion is 6e-5 here, because Retort averages the teacher's loss over the elements of latents",
     )
     opaque: float = Field(
         0.0, ge=0, description="weight of the mean entropy of opacity over the pixels, which makes it 0 or 1"

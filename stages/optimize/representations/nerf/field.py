@@ -82,7 +82,7 @@ class HashGrid(nn.Module):
         self.register_buffer("strides", torch.tensor(strides), persistent=False)
         self.tables = nn.ParameterList(torch.empty(config.features, size).uniform_(-1e-4, 1e-4) for size in sizes)
         """The features, (features, entries) for each level. The entry of a vertex is the sum of its coordinates times
-        `strides`, or of a hashed level the exclusive or instead of the sum, modulo the number of entries."""
+        `strides`, modulo the number of entries. Hashed levels use the exclusive or in place of the sum."""
 
     def forward(self, positions: Tensor) -> Tensor:
         """Encode positions (N, 3) as (N, width). Outside the cube, the nearest position of the cube counts."""

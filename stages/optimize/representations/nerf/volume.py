@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stages.optimize.representations.nerf.config import NerfConfig
 
 CHUNK = 2**16
-"""Samples that are rendered together in evaluation mode, about."""
+"""Approximate number of samples that are rendered together in evaluation mode."""
 
 
 class Nerf(Solid):
@@ -71,8 +71,8 @@ def march(
     """Render a field inside the unit ball along rays: colour without background, opacity and depth, (R, 5).
 
     `field`: a function from positions (N, 3) to density (N,) and colour (N, 3). `origins`, `directions`: (R, 3),
-    directions of length 1. The chord of a ray in the ball is divided into `samples` even parts. The field is asked
-    for a position of each part, a random one or the middle. A ray that misses the ball gives zeros."""
+    directions of length 1. The chord of a ray in the ball is divided into `samples` even parts. The field is evaluated
+    at one position of each part, a random one or the middle. A ray that misses the ball gives zeros."""
     near, far = chord(origins, directions)
     hit = (far > near).nonzero()[:, 0]
     edges, distances = strata(near[hit], far[hit], samples, random)
@@ -84,9 +84,9 @@ def march(
 
 
 def chord(origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distances (...) at which rays (..., 3) enter and leave the unit ball, as far as it is before them.
+    """Return the distances (...) at which rays (..., 3) enter and leave the unit ball. Neither is below 0.
 
-    Directions have length 1. The two are equal where a ray misses the ball."""
+    Directions have length 1. The two distances are equal where a ray misses the ball."""
     middle = -(origins * directions).sum(-1)
     closest = origins + middle[..., None] * directions
     half = (1 - closest.square().sum(-1)).clamp_min(0).sqrt()
@@ -104,12 +104,12 @@ def strata(near: Tensor, far: Tensor, samples: int, random: bool) -> tuple[Tenso
 def composite(density: Tensor, colour: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Add up what each part of a ray sends to the camera (NeRF, 2003.08934, eq. 3).
 
-    `density`: of the S parts of each ray (R, S). `colour`: (R, S, 3). `edges`: the distances at which the parts begin
-    and end, (R, S + 1), where the paper takes the distances between neighbouring samples. Returns
+    `density`: (R, S), for the S parts of each ray. `colour`: (R, S, 3). `edges`: the distances at which the parts begin
+    and end, (R, S + 1). The paper uses the distances between neighbouring samples instead. Returns
 
     - colour (R, 3) = sum_i w_i colour_i     w_i = T_i (1 - exp(-density_i width_i))     T_i = product_j<i of the exp
     - opacity (R,) = sum_i w_i, the share of light that is stopped
-    - depth (R,) = sum_i w_i middle_i / opacity, the mean distance at which it is, and 0 where opacity is 0"""
+    - depth (R,) = sum_i w_i middle_i / opacity, the mean distance at which light is stopped; 0 where opacity is 0"""
     stopping = density * edges.diff()
     weights = torch.exp(stopping - stopping.cumsum(-1)) * -torch.expm1(-stopping)
     opacity = weights.sum(-1)

@@ -45,7 +45,7 @@ class Optimize(Stage):
         if teacher.stage.gaussian:
             yield "teacher", "it is `gaussian:`, which makes no images"
         if teacher.stage.cooperating:
-            yield "teacher", "it is made of host and guest, which only sample whole trajectories"
+            yield "teacher", "a teacher of host and guest can only sample whole trajectories"
         unguided = teacher.stage.guidance_error(False, teacher.folder) if self.objective.uses_guidance else None
         if unguided:
             yield "objective", f"it needs guidance, but {unguided}; set guidance_scale: 1.0"

@@ -107,7 +107,7 @@ class Fake(nn.Module):
 
 
 def level(least: float, most: float, shape: tuple[int, ...]) -> Level:
-    """Random timesteps between two parts of T, both included."""
+    """Random timesteps between two fractions of T, both included."""
     t = torch.randint(round(least * len(SCHEDULE)), min(round(most * len(SCHEDULE)), len(SCHEDULE) - 1) + 1, shape)
     return Level(torch.from_numpy(SCHEDULE.alpha)[t], torch.from_numpy(SCHEDULE.sigma)[t], t)
 

@@ -22,7 +22,7 @@ class Anneal(Config):
     after: int = Field(ge=1, description="number of the first training step with the other range")
     time_range: TimeRange = Field(
         (0.02, 0.5),
-        description="range of the random timesteps from that step on, as parts of T; threestudio: up to 0.5",
+        description="range of the random timesteps from that step on, as fractions of T; threestudio: up to 0.5",
     )
 
 
@@ -35,7 +35,7 @@ class ScoreDistillationConfig(ObjectiveConfig):
         description="weight of the difference of two noise estimates: sigma2 means sigma^2, uniform means 1, and "
         "alpha_sigma2 means alpha sigma^2",
     )
-    time_range: TimeRange = Field((0.02, 0.98), description="range of the random timesteps, as parts of T")
+    time_range: TimeRange = Field((0.02, 0.98), description="range of the random timesteps, as fractions of T")
     anneal: Anneal | None = Field(None, description="another time_range for the later part of training; default: none")
 
     @property

@@ -13,7 +13,13 @@ from stages.data.provenance import versions
 OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Environment variables that Ray prefers to an address given in code. Retort ignores them."""
 
-SOURCES = ("pipeline/**/*.py", "pipeline/reference/templates/*", "stages/**/*.py", "stages/teacher/shipped/**/*")
+SOURCES = (
+    "pipeline/**/*.py",
+    "pipeline/reference/templates/*",
+    "stages/**/*.py",
+    "stages/data/templates/*",
+    "stages/teacher/shipped/**/*",
+)
 """Globs of the files that belong to a build: the packages and their data."""
 
 

@@ -1,16 +1,18 @@
-"""Arranges images for viewing: strips, HTML tables, and figures with labels."""
+"""Arranges images for viewing: strips, HTML pages, and figures with labels."""
 
 from __future__ import annotations
 
 import base64
-import html
+import re
 import textwrap
 from collections.abc import Sequence
-from io import BytesIO
-from typing import TYPE_CHECKING
+from io import BytesIO, StringIO
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported late at run time, so that commands start fast
     import numpy as np
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
     from PIL import Image, ImageFont
 
@@ -26,24 +28,6 @@ GROWS = 192
 LINES = 6
 """Maximum number of lines of a caption, and of a wrapped line of a label."""
 PAPER, INK, FAINT = "#ffffff", "#1f1f1f", "#6b6b6b"
-
-STYLE = """
-:root { color-scheme: light dark; --faint: color-mix(in srgb, CanvasText 60%, Canvas);
-  --line: color-mix(in srgb, CanvasText 20%, Canvas); --band: color-mix(in srgb, CanvasText 6%, Canvas) }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; background: Canvas; color: CanvasText }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem } p, h2 { max-width: 60rem }
-table { border-spacing: 0; margin: 1rem 0 } th { text-align: left; font-weight: 500; overflow-wrap: anywhere }
-small { color: var(--faint); font-size: .8rem; font-weight: 400 } th small { display: block }
-
-/* captions and the first row stay at the top, labels at the left */
-.images thead { position: sticky; top: 0; z-index: 2; background: Canvas }
-.images th { position: sticky; left: 0; min-width: 9rem; max-width: 15rem; padding-right: 1rem; line-height: 1.25;
-  background: Canvas }
-.images td { padding: 3px; vertical-align: bottom } .images img { display: block; image-rendering: pixelated }
-.images td div { max-height: 5.5rem; overflow: hidden; color: var(--faint); font-size: .65rem; line-height: 1.25;
-  text-align: center; hyphens: auto; overflow-wrap: anywhere }
-"""
-"""CSS of a page that contains a `table`. The colours follow the browser's light or dark mode."""
 
 
 def strip(images: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -67,26 +51,33 @@ def data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def table(rows: Sequence[Row], captions: Sequence[str]) -> str:
-    """Return an HTML table of images, with a label to the left of each row and a caption above each column."""
-    width = _wide(rows[0][1][0], IN_PAGE)
-    above = "".join(
-        f'<td><div style="width: {width}px" title="{html.escape(text)}">{html.escape(text)}</div></td>'
-        for text in captions
-    )
-    body = []
-    for label, images in rows:
-        name, *notes = map(html.escape, label.split("\n"))
-        cells = "".join(
-            f'<td><img alt="{name}: {html.escape(text)}" width="{width}" src="{data_url(image)}"></td>'
-            for text, image in zip(captions, images, strict=True)
-        )
-        below = "".join(f"<small>{note}</small>" for note in notes)
-        body.append(f'<tr><th scope="row">{name}{below}</th>{cells}</tr>\n')
-    return (
-        f'<table class="images"><thead><tr><th></th>{above}</tr>\n{body[0]}</thead>'
-        f"<tbody>{''.join(body[1:])}</tbody></table>\n"
-    )
+def table(rows: Sequence[Row], captions: Sequence[str]) -> dict[str, Any]:
+    """Return the images of a page, for the macro `images` of the templates: a label to the left of each row, and a
+    caption above each column."""
+    cells = [(*label.partition("\n")[::2], list(map(data_url, images))) for label, images in rows]
+    return {"width": _wide(rows[0][1][0], IN_PAGE), "captions": captions, "rows": cells}
+
+
+def page(template: str, **values: Any) -> str:
+    """Return the self-contained HTML page of a template in templates/. All texts are escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("stages.data")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template(template).render(values)
+
+
+def as_svg(figure: Figure) -> Markup:
+    """Return a chart as an SVG element that can stand in a page, with text as text."""
+    from markupsafe import Markup
+    from matplotlib import rc_context
+
+    file = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "retort"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()[file.getvalue().index("<svg") :]
+    # the metadata and namespaces are those of XML, not of HTML
+    return Markup(re.sub(r'<metadata>.*?</metadata>|xmlns(:\w+)?="[^"]*"', "", text, flags=re.DOTALL))
 
 
 def figure(rows: Sequence[Row], captions: Sequence[str]) -> Image.Image:

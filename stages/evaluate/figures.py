@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -58,6 +58,13 @@ def words(row: Mapping[str, Any], key: str) -> tuple[str, str]:
     if f"{key}_low" in row:
         spread.append(f"[{form(row[f'{key}_low'])}, {form(row[f'{key}_high'])}]")
     return form(row[key]), " ".join(spread)
+
+
+def table(rows: Sequence[tuple[str, str, str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return a table of figures, for the macro `figures` of the templates. rows: class, name, note and figures."""
+    shown = columns(values for *_, values in rows)
+    cells = [(kind, name, note, [words(values, key) for key in shown]) for kind, name, note, values in rows]
+    return {"titles": [FIGURES[key].title for key in shown], "rows": cells}
 
 
 def title(side: str, values: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +17,6 @@ from stages.evaluate import figures
 COLUMNS = 16
 STRIP = 2048
 """Largest width of a strip in pixels, unless four images are wider. Strips of many students share one page."""
-
-STYLE = """
-.figures td, .figures th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
-.figures td:first-child { text-align: left } .student td { font-weight: 600 } .reference td { color: var(--faint) }
-"""
 
 
 def columns(samples: int, width: int) -> list[int]:
@@ -57,41 +51,18 @@ def write(
     measured = figures.subject(metrics) or "student"
     text = json.dumps(shown, indent=2, ensure_ascii=False)
     (output / "shown.json").write_text(text + "\n", encoding="utf-8")
-    (output / "index.html").write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: {measured} and teacher</title>
-<style>{pictures.STYLE}{STYLE}</style><h1>{measured.capitalize()} and teacher</h1>
-<p>Each column shows one noise and one prompt, the same in all rows.</p>
-{pictures.table(rows, shown["prompts"])}{_table(metrics)}{_legend(metrics)}{_trained(previews)}</html>
-""",
-        encoding="utf-8",
-    )
-
-
-def _trained(previews: Path | None) -> str:
-    """Return the section on the student's samples while it was trained. Empty if there is no figure of them."""
-    if previews is None or not previews.exists():
-        return ""
-    image = f'<img alt="samples by training step" src="{pictures.data_url(Image.open(previews))}">'
-    return f"<h2>While it was trained</h2><p>The averaged student, with the same noises in all rows.</p>{image}"
-
-
-def _table(metrics: Mapping[str, Any]) -> str:
-    shown = figures.columns(metrics["sides"].values())
-    head = "".join(f"<th>{figures.FIGURES[key].title}</th>" for key in shown)
     groups = [("reference", metrics.get("references", {})), ("", metrics["sides"])]
-    body = "".join(
-        f'<tr class="{kind or name}"><td>{figures.title(name, values)}</td>'
-        f"{''.join(_cell(values, key) for key in shown)}</tr>"
-        for kind, rows in groups
-        for name, values in rows.items()
+    table = [
+        (kind or name, figures.title(name, values), "", values)
+        for kind, some in groups
+        for name, values in some.items()
+    ]
+    page = pictures.page(
+        "evaluation.html",
+        measured=measured,
+        images=pictures.table(rows, shown["prompts"]),
+        figures=figures.table(table),
+        legend=figures.legend(metrics),
+        previews=pictures.data_url(Image.open(previews)) if previews and previews.exists() else None,
     )
-    return f'<table class="figures"><tr><th></th>{head}</tr>{body}</table>'
-
-
-def _cell(values: Mapping[str, Any], key: str) -> str:
-    figure, spread = figures.words(values, key)
-    return f"<td>{figure}{f' <small>{spread}</small>' if spread else ''}</td>"
-
-
-def _legend(metrics: Mapping[str, Any]) -> str:
-    return "".join(f"<p><small>{html.escape(line)}</small></p>" for line in figures.legend(metrics))
+    (output / "index.html").write_text(page, encoding="utf-8")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -70,14 +68,3 @@ def chart(rows: Sequence[Row]) -> Figure | None:
     fitting = LETTERS * len(panels) // len(PANELS) // (max(map(len, labels)) + 8)
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(fitting, len(labels))), frameon=False)
     return figure
-
-
-def as_svg(figure: Figure) -> str:
-    """Return a chart as an SVG element that can stand in a page, with text as text."""
-    from matplotlib import rc_context
-
-    file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "retort"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()[file.getvalue().index("<svg") :]
-    return re.sub(r'<metadata>.*?</metadata>|xmlns(:\w+)?="[^"]*"', "", text, flags=re.DOTALL)  # of XML, not of HTML

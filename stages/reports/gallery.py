@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +18,20 @@ from stages.data import tars
 from stages.data.images.files import IMAGES
 from stages.data.inspection.foreign import MOST, small_image
 from stages.data.inspection.source import Source
-from stages.data.pictures import data_url
+from stages.data.pictures import as_svg, data_url, page
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.data.statistics import EDGES
 from stages.data.urls import redacted
 from stages.networks import gaussian
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 GRID = 32
 """Number of samples on the page."""
+MOST_DAMAGED, LONGEST = 100, 200
+"""Lines about damage, and characters of a prompt, on the page."""
 Picture = tuple[NDArray[np.uint8], str]
 """An image (H, W, 3) in 0 to 255, and its prompt."""
 
@@ -100,48 +104,27 @@ def write_samples(folder: Path, shown: Iterable[Picture]) -> None:
             file.write(json.dumps({"file_name": name, "text": prompt}, ensure_ascii=False) + "\n")
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } td { padding: .15rem .8rem .15rem 0; vertical-align: top }
-figure { display: inline-block; width: 128px; margin: 4px; vertical-align: top; font-size: 11px }
-figure img { width: 128px; image-rendering: pixelated } svg { background: #f6f6f6 } .bad { color: #b00020 }
-"""
-
-
 def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Picture]) -> None:
     """Write a self-contained HTML page with the report's figures, histograms and samples."""
-    figures = "".join(
-        f'<figure><img alt="" src="{data_url(Image.fromarray(image))}">'
-        f"<figcaption>{html.escape(prompt[:200])}</figcaption></figure>"
-        for image, prompt in shown
-    )
-    plots = "".join(
-        f"<h2>{html.escape(name)}</h2><p>{_words(about)}</p>{_plot(about['histogram'], name == 'noise')}"
+    arrays = [
+        (name, _words(about), as_svg(_plot(about["histogram"], name == "noise")))
         for name, about in report["arrays"].items()
         if "histogram" in about
-    )
-    damage = "".join(
-        f'<p class="bad">{html.escape(f"{tar}: {problem}")}</p>'
-        for tar, problem in list(report["damaged"].items())[:100]
-    )
-    plain = {**report, **report["provenance"]}
-    rows = "".join(
-        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_short(value))}</td></tr>"
-        for name, value in plain.items()
+    ]
+    about = {
+        name.replace("_", " "): _short(value)
+        for name, value in {**report, **report["provenance"]}.items()
         if name not in ("arrays", "provenance", "damaged")
-    )
-    path.write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Retort: shards</title><style>{STYLE}</style>
-<h1>{html.escape(str(report["target"]))}</h1>{damage}<table>{rows}</table>{plots}<h2>Samples</h2>
-{figures or "<p>There are no images. To see decoded latents, give the sealed artifact.</p>"}</html>
-""",
-        encoding="utf-8",
-    )
+    }
+    damaged = [f"{tar}: {problem}" for tar, problem in list(report["damaged"].items())[:MOST_DAMAGED]]
+    samples = [(data_url(Image.fromarray(image)), prompt[:LONGEST]) for image, prompt in shown]
+    values = {"target": str(report["target"]), "about": about, "damaged": damaged, "arrays": arrays, "samples": samples}
+    path.write_text(page("shards.html", **values), encoding="utf-8")
 
 
 def _words(about: Mapping[str, Any]) -> str:
     kept = {name: value for name, value in about.items() if name not in ("histogram", "channels")}
-    return html.escape(", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in kept.items()))
+    return ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in kept.items())
 
 
 def _short(value: Any) -> str:
@@ -152,22 +135,15 @@ def _short(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _plot(counts: Sequence[int], normal: bool) -> str:
-    """Return a histogram as SVG. With `normal`, it also shows the density of N(0, 1)."""
-    width, height, total = 576, 120, max(1, sum(counts))
-    step = width / len(counts)
-    density = np.exp(-0.5 * np.square((EDGES[1:] + EDGES[:-1]) / 2)) / (2 * np.pi) ** 0.5 * (EDGES[1] - EDGES[0])
-    top = max(max(counts) / total, float(density.max()) if normal else 0.0, 1e-12)
-    bars = "".join(
-        f'<rect x="{i * step:.1f}" y="{height * (1 - n / total / top):.1f}" width="{step:.1f}" '
-        f'height="{height * n / total / top:.1f}" fill="#5b8def"/>'
-        for i, n in enumerate(counts)
-        if n
-    )
-    points = " ".join(f"{(i + 0.5) * step:.1f},{height * (1 - d / top):.1f}" for i, d in enumerate(density))
-    line = f'<polyline points="{points}" fill="none" stroke="#b00020"/>' if normal else ""
-    return (
-        f'<svg width="{width}" height="{height + 16}" role="img">{bars}{line}'
-        f'<text x="0" y="{height + 13}" font-size="11">{EDGES[0]:.0f}</text>'
-        f'<text x="{width - 8}" y="{height + 13}" font-size="11">{EDGES[-1]:.0f}</text></svg>'
-    )
+def _plot(counts: Sequence[int], normal: bool) -> Figure:
+    """Draw a histogram. With `normal`, it also shows the density of N(0, 1)."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(6, 1.6), layout="constrained")
+    axes = drawn.subplots()
+    axes.stairs(np.asarray(counts) / max(1, sum(counts)), EDGES, fill=True)
+    if normal:
+        middles = (EDGES[1:] + EDGES[:-1]) / 2
+        axes.plot(middles, np.exp(-0.5 * middles**2) / (2 * np.pi) ** 0.5 * (EDGES[1] - EDGES[0]), color="C3")
+    axes.set(xlim=(EDGES[0], EDGES[-1]), yticks=[])
+    return drawn

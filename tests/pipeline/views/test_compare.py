@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from pipeline.store import RECORD
-from stages.data.pictures import cut
+from stages.data.pictures import as_svg, cut
 from stages.evaluate import figures as columns
-from stages.reports.chart import as_svg, chart, family
+from stages.reports.chart import chart, family
 from stages.reports.comparison import page
 from stages.reports.sections import Evaluated, Row, sections, seedless, with_means
 from tests.support.cli import ROOT, retort

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.data.pictures import cut, figure, strip, table
+from stages.data.pictures import cut, figure, page, strip, table
 
 CAPTIONS = ["a red cat", "a caption that is far too long for one line of a column", ""]
 PAPER = (255, 255, 255)
@@ -86,9 +86,10 @@ def test_a_figure_of_images_without_captions_and_of_labels_taller_than_images():
 
 def test_a_table_holds_each_image_as_it_is_with_labels_and_captions_escaped():
     rows = [("a <b>\nnote & note", noise(3, 48)), ("student", noise(3, 48, seed=1))]
-    text = table(rows, ["<i>", "x & y", 'say "x"'])
+    section = {"images": table(rows, ["<i>", "x & y", 'say "x"']), "figures": {"titles": [], "rows": []}}
+    text = page("compare.html", remarks=[], sections=[{"title": "", "chart": "", "legend": [], **section}])
     files = re.findall(r'alt="([^"]*)" width="96" src="data:image/png;base64,([^"]*)"', text)
-    escaped = ["&lt;i&gt;", "x &amp; y", "say &quot;x&quot;"]
+    escaped = ["&lt;i&gt;", "x &amp; y", "say &#34;x&#34;"]
     assert [alt for alt, _ in files] == [f"{name}: {text}" for name in ("a &lt;b&gt;", "student") for text in escaped]
     for (_, content), image in zip(files, [image for _, images in rows for image in images], strict=True):
         assert (np.asarray(Image.open(BytesIO(base64.b64decode(content)))) == np.asarray(image)).all()

@@ -358,10 +358,14 @@ def _embed() -> Any:
     It requires a token that is made for this process alone. All its servers, as listed by `ss -ltnp`, listen on the
     loopback address. Ray chooses this address where clusters are disabled, as by default on a Mac. Ray reads the
     variables below when it is imported, and keeps the token until the process ends.
+
+    Workers have the priority of this process. Ray's default, a nice value of 15, would let every other process take
+    their cores.
     """
     for name in OVERRIDES:
         os.environ.pop(name, None)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_token(), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0"):
         import ray
 

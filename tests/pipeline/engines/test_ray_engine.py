@@ -94,6 +94,7 @@ def test_stages_share_warm_workers(ray, tmp_path):
     _, trained_in = finish(ray.run(where, (1,), ONE))
     processes = {process for _, process in ray.map("stage", ProcessOf, range(4), ONE)}
     assert processes == {trained_in} != {os.getpid()}
+    assert os.getpriority(os.PRIO_PROCESS, trained_in) == os.getpriority(os.PRIO_PROCESS, 0)
     two = {process for _, process in ray.map("meeting", Maker(Meeting, tmp_path, 2), range(4), TWO)}
     assert len(two) == 2 and trained_in in two
 

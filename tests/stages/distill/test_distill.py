@@ -154,7 +154,7 @@ def test_a_student_that_goes_on_from_another(tiny, teacher):
     first, second = (plan[name].artifact for name in ("first", "student"))
     assert first.fingerprint == tiny[1]["student"].artifact.fingerprint != second.fingerprint
     assert second.inputs["start_from"].fingerprint == first.fingerprint
-    assert f"went on from distill/{first.fingerprint}" in (second.folder / "README.md").read_text()
+    assert f"Training continued from distill/{first.fingerprint}" in (second.folder / "README.md").read_text()
     ours, theirs = (Student.load(a.folder, teacher).state_dict() for a in (second, first))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 

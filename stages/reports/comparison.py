@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def page(sections: Sequence[Section], remarks: Sequence[str]) -> str:
     """Return a self-contained HTML page, with `remarks` at the top. Raises OSError if a strip cannot be read."""
-    return pictures.page("compare.html", remarks=remarks, sections=list(map(_section, sections)))
+    return pictures.page("comparison.html", remarks=remarks, sections=list(map(_section, sections)))
 
 
 def figure(section: Section, columns: int) -> Image.Image:

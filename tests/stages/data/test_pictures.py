@@ -87,7 +87,7 @@ def test_a_figure_of_images_without_captions_and_of_labels_taller_than_images():
 def test_a_table_holds_each_image_as_it_is_with_labels_and_captions_escaped():
     rows = [("a <b>\nnote & note", noise(3, 48)), ("student", noise(3, 48, seed=1))]
     section = {"images": table(rows, ["<i>", "x & y", 'say "x"']), "figures": {"titles": [], "rows": []}}
-    text = page("compare.html", remarks=[], sections=[{"title": "", "chart": "", "legend": [], **section}])
+    text = page("comparison.html", remarks=[], sections=[{"title": "", "chart": "", "legend": [], **section}])
     files = re.findall(r'alt="([^"]*)" width="96" src="data:image/png;base64,([^"]*)"', text)
     escaped = ["&lt;i&gt;", "x &amp; y", "say &#34;x&#34;"]
     assert [alt for alt, _ in files] == [f"{name}: {text}" for name in ("a &lt;b&gt;", "student") for text in escaped]

@@ -653,7 +653,7 @@ def test_pairs_of_another_guidance_scale_are_warned_of(tiny, tmp_path):
     path = tmp_path / "m.yaml"
     path.write_text(DMD.replace("guidance_scale: 2.0}\n    training", "guidance_scale: 4.0}\n    training"))
     said = retort("plan", str(path), "--store", str(tiny[0])).stderr
-    assert "the real score has guidance_scale: 4" in said and "pairs of 2" in said
+    assert "the real score has guidance_scale: 4" in said and "pairs of the regression have 2" in said
     path.write_text(DMD)
     assert "real score" not in retort("plan", str(path), "--store", str(tiny[0])).stderr
 

@@ -267,7 +267,7 @@ def test_pixels_are_latents_too(tmp_path):
 
 @pytest.mark.parametrize(("change", "words"), [
     (("spread: 0.1", "spread: 0"), "greater than 0"),
-    (("exact: {", "from: digit_scenes\n    exact: {"), "coop and gaussian, not 2"),
+    (("exact: {", "from: digit_scenes\n    exact: {"), "bridge and gaussian, not 2"),
     (("guidance_scale: 1.0", "guidance_scale: 3.0"), "guidance needs prompts"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_are_refused_when_planning(change, words, tmp_path):

@@ -72,7 +72,7 @@ def by_diffusers(pairs: Artifact, shards: int) -> float:
 
     config = pairs.stage
     torch.set_num_threads(os.cpu_count() or 1)
-    pipeline = DiffusionPipeline.from_pretrained(pairs.inputs["teacher"].folder)
+    pipeline = DiffusionPipeline.from_pretrained(pairs.inputs["teacher"].folder, torch_dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     pipeline.set_progress_bar_config(disable=True)
     size = config.execution.micro_batch

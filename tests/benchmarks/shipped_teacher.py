@@ -149,9 +149,10 @@ rounding to float16). Reconstruction MSE of the VAE on held-out images in [-1, 1
 The digits are those of scikit-learn (UCI, Alpaydin and Kaynak 1998); photographs ship with it and scikit-image.
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")
+pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER", torch_dtype=torch.float32)
 image = pipeline("{PROMPTS[name]}", num_inference_steps=20, guidance_scale=3.0).images[0]
 ```
 """,

@@ -7,6 +7,7 @@ python -m tests.support.tour
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from typing import Any
@@ -42,6 +43,7 @@ def main() -> None:
     import nbformat  # type: ignore[import-not-found]
     from nbclient import NotebookClient  # type: ignore[import-not-found]
 
+    os.environ["PYTHONWARNINGS"] = "ignore"  # warnings name paths of this machine
     with tempfile.TemporaryDirectory() as folder:
         made = nbformat.from_dict(notebook())
         NotebookClient(made, resources={"metadata": {"path": folder}}).execute()

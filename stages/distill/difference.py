@@ -84,6 +84,8 @@ def _measured(artifact: Artifact, student: Student, teacher: Adapter, lora: dict
     if not pairs:
         return "The errors were not measured, because the student has no pairs."
     assert isinstance(artifact.stage, Distill) and isinstance(pairs[0].stage, Pairs)
+    if not artifact.stage.held_out:
+        return "The errors were not measured, because no pairs were held out."
     w = comparable(student.form, pairs[0].stage.sampler.guidance_scale)
     if w is None:
         return "The errors were not measured, because the student is not meant to reproduce its pairs."

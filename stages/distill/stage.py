@@ -143,8 +143,9 @@ class Distill(Stage):
     training: StudentTraining = Field(description="how the student is trained")
     held_out: int = Field(
         256,
-        ge=1,
-        description="number of pairs kept for held-out loss and evaluation: the last ones of the first source",
+        ge=0,
+        description="number of pairs kept for held-out loss and evaluation: the last ones of the first source; 0 if "
+        "all are trained on and an evaluation has `pairs` of its own",
     )
     execution: StudentExecution = Field(
         StudentExecution(), description="how the stage is run; changing it makes nothing stale"

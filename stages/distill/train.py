@@ -91,7 +91,7 @@ def distill(
     if scales:
         student.form = student.form.model_copy(update={"guidance_scale": scales[0]})
     figures = {"training_loss": trained.losses["student"], "device": trained.device}
-    if isinstance(pairs, PairSupply):
+    if isinstance(pairs, PairSupply) and pairs.held:
         figures |= _on_held_out(student, teacher, pairs, recipe.pairs[0])
     counts = {stream: supply.count for stream, supply in supplies.items()}
     export(student, output, card(recipe, student.form, teacher, counts, figures, fingerprint))

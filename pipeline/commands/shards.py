@@ -27,7 +27,11 @@ from pipeline.reference.completion import complete_runs_or_paths
 @click.argument("target", shell_complete=complete_runs_or_paths)
 @store_option
 @click.option("--deep", is_flag=True, help="Read and hash every tar again.")
-@click.option("--html", type=click.Path(path_type=Path), help="Also write a page with histograms and samples.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Also write a page with histograms and samples, and the histograms as PNG and SVG files beside it.",
+)
 @click.option("--sample", "samples", type=click.IntRange(0), default=0, help="Also write this many decoded samples.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("samples"), show_default=True)
 @json_option

@@ -105,12 +105,17 @@ def write_samples(folder: Path, shown: Iterable[Picture]) -> None:
 
 
 def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Picture]) -> None:
-    """Write a self-contained HTML page with the report's figures, histograms and samples."""
-    arrays = [
-        (name, _words(about), as_svg(_plot(about["histogram"], name == "noise")))
-        for name, about in report["arrays"].items()
-        if "histogram" in about
-    ]
+    """Write a self-contained HTML page with the report's figures, histograms and samples.
+
+    Each histogram is also written beside the page, as PAGE-ARRAY.png and PAGE-ARRAY.svg.
+    """
+    arrays = []
+    for name, about in report["arrays"].items():
+        if "histogram" in about:
+            drawn = _plot(about["histogram"], name == "noise")
+            for suffix in (".png", ".svg"):
+                drawn.savefig(path.with_name(f"{path.stem}-{name}{suffix}"))
+            arrays.append((name, _words(about), as_svg(drawn)))
     about = {
         name.replace("_", " "): _short(value)
         for name, value in {**report, **report["provenance"]}.items()

@@ -79,6 +79,8 @@ def test_the_page_and_samples_of_a_network_teacher(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 32 and "<svg" in page and "http" not in page
+    beside = sorted(path.name for path in tmp_path.glob("page-*"))
+    assert beside == [f"page-{name}.{suffix}" for name in ("latent", "noise") for suffix in ("png", "svg")]
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert [row["file_name"] for row in rows] == [f"{i:05d}.png" for i in range(5)]
     assert rows[0]["text"] == "a red handwritten zero"

@@ -19,6 +19,15 @@ def noise_for(seed: int, index: int, shape: tuple[int, ...], dtype: np.dtype) ->
     return generator.standard_normal(shape, dtype=np.float32).astype(dtype)
 
 
+def guidance_scale_for(seed: int, index: int, least: float, most: float) -> np.float32:
+    """Return the guidance scale of sample `index`, from the uniform distribution on [least, most).
+
+    It is drawn from the same key as the sample's noise, in a part of the counter's range that no noise reaches.
+    """
+    bits = np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=np.array([0, 0, 0, 1], np.uint64))
+    return np.float32(least + (most - least) * np.random.Generator(bits).random())
+
+
 def hash64(content: bytes) -> int:
     """Return a 64-bit hash. Receipts store it for noises and prompts, so that duplicates are found without the data."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

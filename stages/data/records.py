@@ -20,7 +20,8 @@ class Pair:
 
     arrays, float16 or float32: `noise` and `latent`, each (C, H, W). The latent is the VAE's times its scaling factor;
     for a pixel-space teacher it is an image in [-1, 1]. On request also `path` (K, C, H, W), the states z_t at K
-    timesteps, and `text_embedding`, the text encoder's states.
+    timesteps, and `text_embedding`, the text encoder's states. If the scales of the pairs differ, also
+    `guidance_scale` (), float32.
     """
 
     index: int

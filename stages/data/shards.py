@@ -19,7 +19,7 @@ from stages.data import tars
 from stages.data.files import publish, sha256_of, temporary_of
 from stages.data.receipts import receipt_of, write_receipt
 from stages.data.records import ArrayFacts, Pair, PromptFacts, ShardFacts
-from stages.data.statistics import Moments, histogram
+from stages.data.statistics import Moments, edges_of, histogram
 
 
 def write_shard(tar: Path, pairs: Sequence[Pair], sample_facts: dict[str, Any], provenance: dict[str, Any]) -> str:
@@ -40,7 +40,7 @@ def write_shard(tar: Path, pairs: Sequence[Pair], sample_facts: dict[str, Any], 
             count=len(pairs),
             bytes=temporary.stat().st_size,
             sha256=sha256_of(temporary),
-            arrays={name: array_facts(np.stack([pair.arrays[name] for pair in pairs])) for name in names},
+            arrays={name: array_facts(name, np.stack([pair.arrays[name] for pair in pairs])) for name in names},
             prompts=prompt_facts([pair.prompt for pair in pairs]),
             provenance=provenance,
         )
@@ -88,15 +88,15 @@ def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def array_facts(values: NDArray[np.floating]) -> ArrayFacts:
-    """Return the statistics of an array over the N samples of a shard. values: (N, ...)."""
+def array_facts(name: str, values: NDArray[np.floating]) -> ArrayFacts:
+    """Return the statistics of the array `name` over the N samples of a shard. values: (N, ...)."""
     by_channel = list(np.moveaxis(values, 1, 0)) if values.ndim == 4 else []
     return ArrayFacts(
         dtype=values.dtype.name,  # type: ignore[arg-type]
         shape=list(values.shape[1:]),
         moments=Moments.of(values),
         channels=[Moments.of(channel) for channel in by_channel],
-        histogram=histogram(values),
+        histogram=histogram(values, edges_of(name)),
     )
 
 

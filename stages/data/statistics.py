@@ -16,6 +16,8 @@ from stages.base import Config
 BINS = 96
 EDGES = np.linspace(-6.0, 6.0, BINS + 1)
 """Bin edges of histograms. Values outside of them are counted in the first or last bin."""
+SCALE_EDGES = np.linspace(0.0, 24.0, BINS + 1)
+"""Bin edges of the histogram of `guidance_scale`."""
 NORMAL = np.array([NormalDist().cdf(edge) for edge in EDGES[1:-1]])
 
 
@@ -71,12 +73,17 @@ class Moments(Config):
         return (self.m2 / self.count) ** 0.5 if self.count else 0.0
 
 
-def histogram(values: NDArray[Any]) -> list[int]:
-    """Count the finite values in each bin of EDGES."""
+def edges_of(name: str) -> NDArray[np.float64]:
+    """Return the bin edges of the histogram of the array `name`."""
+    return SCALE_EDGES if name == "guidance_scale" else EDGES
+
+
+def histogram(values: NDArray[Any], edges: NDArray[np.float64] = EDGES) -> list[int]:
+    """Count the finite values in each bin. `edges` (BINS + 1,) are evenly spaced."""
     flat = values.astype(np.float64).ravel()
-    flat = np.clip(flat[np.isfinite(flat)], EDGES[0], EDGES[-1])
+    flat = np.clip(flat[np.isfinite(flat)], edges[0], edges[-1])
     # bins are equal, so the index is computed: a search would dominate the time to write a shard
-    places = np.minimum(((flat - EDGES[0]) * (BINS / (EDGES[-1] - EDGES[0]))).astype(np.int64), BINS - 1)
+    places = np.minimum(((flat - edges[0]) * (BINS / (edges[-1] - edges[0]))).astype(np.int64), BINS - 1)
     counts: list[int] = np.bincount(places, minlength=BINS).tolist()
     return counts
 

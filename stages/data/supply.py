@@ -31,18 +31,27 @@ class Supply(Protocol):
 
 
 class PairSupply:
-    """Pairs of several artifacts, mixed by weight: `noise` and `latent`, each (B, C, H, W), and `prompts`.
+    """Pairs of several artifacts, mixed by weight: `noise` and `latent`, each (B, C, H, W), `prompts`, and w (B,), the
+    guidance scale - 1.
 
     weights: one for each artifact; None stands for its number of pairs. The last `held_out` pairs of the first artifact
-    are not trained on. They have the indices `held` in `reader`. Raises StageError for damaged pairs or a weight that
-    is too small.
+    are not trained on. They have the indices `held`, which `read` takes. scale: the guidance scale of all pairs. None:
+    each pair stores its own. Raises StageError for damaged pairs or a weight that is too small.
     """
 
     def __init__(
-        self, folders: Sequence[Path], weights: Sequence[float | None], held_out: int, batch_size: int, seed: int
+        self,
+        folders: Sequence[Path],
+        weights: Sequence[float | None],
+        held_out: int,
+        batch_size: int,
+        seed: int,
+        scale: float | None = 1.0,
     ) -> None:
         lists = [read_list(folder) for folder in folders]
-        self.reader = PairReader([shard for shards in lists for shard in shards])
+        arrays = ("noise", "latent") if scale is not None else ("noise", "latent", "guidance_scale")
+        self._reader = PairReader([shard for shards in lists for shard in shards], arrays)
+        self._scale = scale
         ends = list(accumulate(sum(shard.count for shard in shards) for shards in lists))
         self.held = range(ends[0] - held_out, ends[0])
         self._ranges = [range(self.held.start), *(range(*ends[i : i + 2]) for i in range(len(ends) - 1))]
@@ -54,24 +63,26 @@ class PairSupply:
             raise StageError(f"pairs: {error}") from None
 
     def batch(self, step: int) -> Mapping[str, Any]:
-        return self._read(self._order.batch(step))
+        return self.read(self._order.batch(step))
 
     def examples(self, count: int) -> Mapping[str, Any]:
         """Return `count` different random training pairs, or all of them if there are fewer."""
         drawn = np.random.default_rng(0).choice(self.count, min(count, self.count), replace=False)
-        return self._read([self._trained_on(int(place)) for place in np.sort(drawn)])
+        return self.read([self._trained_on(int(place)) for place in np.sort(drawn)])
 
     def _trained_on(self, place: int) -> int:
-        """Return the index in `reader` of training pair number `place`."""
+        """Return the index of training pair number `place`, as `read` takes it."""
         for drawn in self._ranges:
             if place < len(drawn):
                 return drawn[place]
             place -= len(drawn)
         raise IndexError(place)
 
-    def _read(self, indices: Sequence[int] | NDArray[np.int64]) -> Mapping[str, Any]:
-        drawn = self.reader.batch(indices)
-        return {"noise": drawn.noise, "latent": drawn.latent, "prompts": drawn.prompts}
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> Mapping[str, Any]:
+        """Return the pairs at `indices`, which count the pairs of all artifacts in their order."""
+        drawn = self._reader.batch(indices)
+        scale = drawn.arrays.get("guidance_scale", np.full(len(indices), self._scale, np.float32))
+        return {"noise": drawn.noise, "latent": drawn.latent, "prompts": drawn.prompts, "w": scale - 1}
 
 
 class LatentSupply:

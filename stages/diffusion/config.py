@@ -19,6 +19,30 @@ TimeRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_times)
 """Two fractions of T, the number of timesteps, between which timesteps are drawn."""
 
 
+def _scales(value: tuple[float, float]) -> tuple[float, float]:
+    if not 1 <= value[0] < value[1]:
+        raise ValueError("should be two numbers: the first at least 1, the second greater than the first")
+    return value
+
+
+ScaleRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_scales)]
+"""[s_min, s_max]: a guidance scale is drawn for each sample, uniformly between the two."""
+Scale = float | tuple[float, float]
+"""One guidance scale for all samples, or the range from which each sample's is drawn."""
+
+
+def covers(learned: Scale, scale: Scale) -> bool:
+    """Whether a student that learned one scale, or a range, can be sampled at `scale`, or at all scales of that
+    range."""
+    (least, most), (low, high) = (one if isinstance(one, tuple) else (one, one) for one in (learned, scale))
+    return least <= low and high <= most
+
+
+def in_words(scale: Scale) -> str:
+    """Return a guidance scale as it is written in a manifest: 3 or [1, 8]."""
+    return f"[{scale[0]:g}, {scale[1]:g}]" if isinstance(scale, tuple) else f"{scale:g}"
+
+
 class Sampler(Config):
     """How the teacher's ODE is solved, from noise to data.
 
@@ -33,10 +57,10 @@ class Sampler(Config):
         "(2211.01095); heun: second order, twice the network calls",
     )
     steps: int = Field(50, ge=1, le=1000, description="solver steps from noise to data")
-    guidance_scale: float = Field(
+    guidance_scale: Annotated[float, Field(ge=1)] | ScaleRange = Field(
         3.0,
-        ge=1,
-        description="scale s of classifier-free guidance, as in diffusers; 1 means no guidance and halves the cost",
+        description="scale s of classifier-free guidance, as in diffusers; 1 means no guidance and halves the cost; "
+        "[1.0, 8.0] draws one for each pair, and one-step students then take it as an input",
     )
     timestep_spacing: Literal["trailing", "leading"] = Field(
         "trailing",

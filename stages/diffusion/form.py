@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, Strict, model_validator
 
 from stages.base import Config
+from stages.diffusion.config import Scale
 from stages.diffusion.prediction import StudentPrediction
 
 Schedule = Literal["teacher", "cosine"]
@@ -60,6 +61,13 @@ class Form(Config):
     w_range: WRange | None = Field(
         None, description="range of w = guidance_scale - 1 that the student takes as an input; null: it takes no w"
     )
+
+    @property
+    def scale(self) -> Scale | None:
+        """The guidance scale that the student has learned, or the range of those that it takes as an input.
+
+        None, in a method's form: those of the pairs."""
+        return (1 + self.w_range[0], 1 + self.w_range[1]) if self.w_range else self.guidance_scale
 
     @model_validator(mode="after")
     def _predicts_x0_in_pure_noise(self) -> Self:

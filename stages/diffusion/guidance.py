@@ -10,10 +10,11 @@ from torch import Tensor
 from stages.diffusion.prediction import Array
 
 
-def guide(unconditional: Array, conditional: Array, scale: float) -> Array:
+def guide(unconditional: Array, conditional: Array, scale: float | Array) -> Array:
     """Guide with diffusers' scale s: output = u + s (c - u), with the unconditional output u and the conditional c.
 
-    s = 1 gives c, up to rounding. s is 1 + w in the notation of 2207.12598, eq. 6."""
+    `scale` is s, or an array (B, 1, 1, 1) of one s for each sample. s = 1 gives c, up to rounding. s is 1 + w in the
+    notation of 2207.12598, eq. 6."""
     return unconditional + scale * (conditional - unconditional)
 
 

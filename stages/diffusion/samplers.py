@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stages.diffusion.prediction import Array, Prediction, to_noise, to_x0
 from stages.diffusion.schedule import NoiseSchedule
 
 Spacing = Literal["trailing", "leading"]
 Denoise = Callable[[Array, int], Array]
 """`denoise(z, t)`: the network's output at z (B, C, H, W) and timestep t, guided if needed."""
+Guidance = float | NDArray[np.float32]
+"""One guidance scale for all samples of a batch, or an array (B,) of one for each."""
 Solver = Callable[[Denoise, Array, NoiseSchedule, Prediction, list[int]], Iterator[tuple[int, Array]]]
 """`solver(denoise, noise, schedule, prediction, grid)`, such as `ddim`."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stages.base import Artifact
+from stages.diffusion.config import in_words
 from stages.diffusion.form import Form
 from stages.diffusion.grid import Grid
 from stages.distill.recipe import Recipe
@@ -153,15 +154,17 @@ def _solved(data: Sequence[Artifact]) -> str:
     if not data or not isinstance(data[0].stage, Pairs):
         return ""
     sampler = data[0].stage.sampler
-    return f" solved by\n{sampler.name.upper()} in {sampler.steps} steps at guidance {sampler.guidance_scale}"
+    return f" solved by\n{sampler.name.upper()} in {sampler.steps} steps at guidance {in_words(sampler.guidance_scale)}"
 
 
 def _guidance(form: Form) -> str:
     """Return a sentence on the student's guidance scale."""
-    if form.w_range:
-        least, most = (1 + w for w in form.w_range)
+    scale = form.scale
+    if isinstance(scale, tuple):
+        least, most = scale
         return f"It takes any guidance_scale from {least:g} to {most:g}, without calling its network twice."
-    return f"Guidance {form.guidance_scale:g} is built in."
+    assert scale is not None, "known once the student is trained"
+    return f"Guidance {scale:g} is built in."
 
 
 def _method_and_loss(method: MethodConfig) -> str:

@@ -19,7 +19,7 @@ from stages.networks.lora import ADAPTER, FILE, saved_form
 from stages.networks.low_rank import Factors, add, differences, share_kept
 from stages.networks.student import Student
 from stages.networks.teachers import load_network
-from stages.pairs import Pairs
+from stages.pairs import Pairs, stored_scale
 
 
 def write_lora(artifact: Artifact, rank: int, out: Path) -> str:
@@ -86,12 +86,11 @@ def _measured(artifact: Artifact, student: Student, teacher: Adapter, lora: dict
     assert isinstance(artifact.stage, Distill) and isinstance(pairs[0].stage, Pairs)
     if not artifact.stage.held_out:
         return "The errors were not measured, because no pairs were held out."
-    w = comparable(student.form, pairs[0].stage.sampler.guidance_scale)
-    if w is None:
+    if not comparable(student.form, pairs[0].stage.sampler.guidance_scale):
         return "The errors were not measured, because the student is not meant to reproduce its pairs."
-    supply = PairSupply([pairs[0].folder], [None], artifact.stage.held_out, 1, 0)
+    supply = PairSupply([pairs[0].folder], [None], artifact.stage.held_out, 1, 0, stored_scale(pairs[:1]))
     restored = Student(teacher, add(teacher.student_network(), lora), student.grid, student.form).to(teacher.device)
-    errors = _errors(student, restored, teacher, supply, w)
+    errors = _errors(student, restored, teacher, supply)
     return (
         f"Mean squared error to the teacher's latents on {len(supply.held)} held-out pairs: {errors[0]:.4g} for the "
         f"student, {errors[1]:.4g} for the teacher with the LoRA. Mean squared difference of their samples: "
@@ -99,8 +98,8 @@ def _measured(artifact: Artifact, student: Student, teacher: Adapter, lora: dict
     )
 
 
-def _errors(student: Student, restored: Student, teacher: Adapter, supply: PairSupply, w: float) -> list[float]:
+def _errors(student: Student, restored: Student, teacher: Adapter, supply: PairSupply) -> list[float]:
     """Return the mean squared errors of `student` and `restored` on the held-out pairs, and that between the two."""
-    samples = [list(sampled(one, teacher, supply, w)) for one in (student, restored)]
+    samples = [list(sampled(one, teacher, supply)) for one in (student, restored)]
     errors = [mean_square(x0 - latent for x0, latent in one) for one in samples]
     return [*errors, mean_square(x0 - other for (x0, _), (other, _) in zip(*samples, strict=True))]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.data.supply import PairSupply
+from stages.diffusion.config import Scale, covers
 from stages.diffusion.form import Form
 from stages.networks.adapter import Adapter
 from stages.networks.student import Student
@@ -16,28 +17,23 @@ BATCH = 16
 """The batch size on held-out pairs."""
 
 
-def comparable(form: Form, guidance_scale: float) -> float | None:
-    """Return the w at which a student of `form` should reproduce pairs of `guidance_scale`.
+def comparable(form: Form, guidance_scale: Scale) -> bool:
+    """Whether a student of `form` should reproduce pairs of `guidance_scale`.
 
-    Returns None if it learns another guidance, or if its sampler draws more noise."""
+    It should not if it learns another guidance, or if its sampler draws more noise."""
     if form.steps > 1 and form.sampler != "ddim":
-        return None
-    w = guidance_scale - 1
-    if form.w_range:
-        least, most = form.w_range
-        return w if least <= w <= most else None
-    return w if form.guidance_scale == guidance_scale else None
+        return False
+    return form.scale is not None and covers(form.scale, guidance_scale)
 
 
 @torch.no_grad()
-def sampled(student: Student, teacher: Adapter, pairs: PairSupply, w: float) -> Iterator[tuple[Tensor, Tensor]]:
+def sampled(student: Student, teacher: Adapter, pairs: PairSupply) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the student's samples from the noises of held-out pairs, and the pairs' latents: (B, C, H, W) each."""
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(pairs.held), BATCH):
-        held = pairs.reader.batch(pairs.held[start : start + BATCH])
-        noise = teacher.to_device(held.noise)
-        x0 = student(noise, student.encode(held.prompts), noise.new_full((len(noise),), w), generator)
-        yield x0, teacher.to_device(held.latent)
+        held = pairs.read(pairs.held[start : start + BATCH])
+        noise, w = teacher.to_device(held["noise"]), teacher.to_device(held["w"])
+        yield student(noise, student.encode(held["prompts"]), w, generator), teacher.to_device(held["latent"])
 
 
 def mean_square(differences: Iterable[Tensor]) -> float:

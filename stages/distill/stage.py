@@ -13,6 +13,7 @@ from stages.base import SCRATCH, Artifact, Choice, Config, Input, Link, Neutral,
 from stages.data.pool import PROMPTS
 from stages.data.prompts.config import Prompts
 from stages.data.shares import BLOCK
+from stages.diffusion.config import Scale, in_words
 from stages.diffusion.prediction import Prediction
 from stages.distill.recipe import Origin, Recipe
 from stages.latents import Latents
@@ -198,13 +199,17 @@ class Distill(Stage):
                 yield "latents", "they were made with another teacher than `pairs`"
         yield from self._check_guidance(inputs)
         yield from _of_method(self.method.check(values_under(inputs, "method")))
-        yield from self._check_teacher(given, teacher_of(inputs), inputs.get("latents"), inputs.get("start.teacher"))
+        scales = guidance_scales(self.method.form, sources(inputs))
+        yield from self._check_teacher(
+            given, teacher_of(inputs), inputs.get("latents"), inputs.get("start.teacher"), scales
+        )
         yield from self._check_start(given, inputs)
 
     def _check_teacher(
-        self, given: str, teacher: Artifact, latents: Artifact | None, other: Artifact | None
+        self, given: str, teacher: Artifact, latents: Artifact | None, other: Artifact | None, scales: Sequence[Scale]
     ) -> Iterator[tuple[str, str]]:
-        """Yield a problem for each setting that does not fit the teacher. `other` is the teacher in `start`."""
+        """Yield a problem for each setting that does not fit the teacher. `other` is the teacher in `start`, and
+        `scales` the guidance scales that the student learns."""
         known = teacher.stage
         assert isinstance(known, Teacher)
         if known.gaussian:
@@ -220,8 +225,8 @@ class Distill(Stage):
         if latents and isinstance(latents.stage, Latents) and size not in (None, (latents.stage.images.size,) * 2):
             pixels = f"images of {latents.stage.images.size} pixels, but the teacher makes {size[0]} x {size[1]}"
             yield "latents", f"they are of {pixels}; encode images of that size"
-        as_input = self.method.form.w_range is not None
-        unguided = known.guidance_error(as_input, teacher.folder) if self.method.uses_guidance else None
+        as_input = any(isinstance(scale, tuple) for scale in scales)
+        unguided = known.guidance_error(as_input, teacher.folder) if self.method.uses_guidance or as_input else None
         if unguided:
             yield "method", f"the method needs guidance, but {unguided}"
         if self.method.has_discriminator and known.has_features(teacher.folder) is False:
@@ -273,17 +278,28 @@ class Distill(Stage):
         if self.method.form.w_range is not None:
             return
         own = guidance_scales(self.method.form, sources(inputs))
+        drawn = next((scale for scale in own if isinstance(scale, tuple)), None)
+        if drawn and not self.method.LEARNS_RANGE:
+            yield (
+                "method",
+                f"{self.method.name} learns one guidance scale, but the pairs have guidance_scale: {in_words(drawn)}; "
+                "use pairs of one scale, or set guidance_scale in the method",
+            )
         if not own and not self._needs_pairs:
             yield "method", f"{self.streams[0]} have no guidance_scale: set it in the method; 1 means no guidance"
         if len(own) > 1:
-            found = " and ".join(f"{scale:g}" for scale in own)
+            found = " and ".join(map(in_words, own))
             remedy = "use pairs with the same scale" if self._needs_pairs else "set one in the method"
             yield "method", f"the pairs have guidance_scale: {found}; {remedy}"
         start = inputs.get("start_from")
         if start and isinstance(start.stage, Distill):
             old = guidance_scales(start.stage.method.form, sources(start.inputs))
             if old and len(own) == 1 and own != old:
-                yield "method", f"the student in start_from has guidance_scale: {old[0]:g}, this one has {own[0]:g}"
+                yield (
+                    "method",
+                    f"the student in start_from has guidance_scale: {in_words(old[0])}, this one has "
+                    f"{in_words(own[0])}",
+                )
 
     def _check_pairs(self, found: Sequence[Artifact]) -> Iterator[tuple[str, str]]:
         stages = [artifact.stage for artifact in found if isinstance(artifact.stage, Pairs)]
@@ -340,8 +356,9 @@ class Distill(Stage):
         return self
 
     def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
-        found = {one.stage.sampler.guidance_scale for one in sources(inputs) if isinstance(one.stage, Pairs)}
-        yield from self.method.warnings(sorted(found))
+        stages = (one.stage for one in sources(inputs))
+        found = dict.fromkeys(stage.sampler.guidance_scale for stage in stages if isinstance(stage, Pairs))
+        yield from self.method.warnings(list(found))
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         return training_progress(work / SCRATCH)

@@ -26,7 +26,7 @@ from stages.networks.adapters import adapter_of, family_of
 from stages.networks.compute import prepare
 from stages.networks.student import Student, export
 from stages.networks.teachers import load_network
-from stages.pairs import Pairs, guidance_scales
+from stages.pairs import Pairs, guidance_scales, stored_scale
 from stages.training import Batch, StudentExecution, TrainingExecution
 from stages.training.loop import step_seed, train
 from stages.training.preview import COLUMNS, Averages, Previews
@@ -88,7 +88,7 @@ def distill(
     previews.draw()
     student = trained.averages["student"]
     assert isinstance(student, Student)
-    if scales:
+    if scales and not student.form.w_range:
         student.form = student.form.model_copy(update={"guidance_scale": scales[0]})
     figures = {"training_loss": trained.losses["student"], "device": trained.device}
     if isinstance(pairs, PairSupply) and pairs.held:
@@ -104,7 +104,8 @@ def _supply(stream: Stream, recipe: Recipe, teacher: Adapter, seed: int) -> Supp
     """Create the supply of a data stream. Raises StageError if latents have another shape than the teacher's."""
     size = recipe.training.batch_size
     if stream == "pairs":
-        return PairSupply([one.folder for one in recipe.pairs], recipe.weights, recipe.held_out, size, seed)
+        folders, scale = [one.folder for one in recipe.pairs], stored_scale(recipe.pairs)
+        return PairSupply(folders, recipe.weights, recipe.held_out, size, seed, scale)
     if stream == "prompts":
         return PromptSupply(recipe.prompts, size, seed)
     assert recipe.latents
@@ -188,13 +189,12 @@ def _examples(supply: PairSupply, teacher: Adapter) -> Callable[[], Batch]:
 
 
 def _on_held_out(student: Student, teacher: Adapter, supply: PairSupply, pairs: Artifact) -> dict[str, float]:
-    """Return the student's mean squared error on held-out pairs as a figure. The result is empty if `comparable`
-    returns None. Raises StageError if the error is not finite."""
+    """Return the student's mean squared error on held-out pairs as a figure. The result is empty if the
+    student is not `comparable` with them. Raises StageError if the error is not finite."""
     assert isinstance(pairs.stage, Pairs)
-    w = comparable(student.form, pairs.stage.sampler.guidance_scale)
-    if w is None:
+    if not comparable(student.form, pairs.stage.sampler.guidance_scale):
         return {}
-    error = mean_square(x0 - latent for x0, latent in sampled(student, teacher, supply, w))
+    error = mean_square(x0 - latent for x0, latent in sampled(student, teacher, supply))
     if not math.isfinite(error):
         raise StageError(f"the student's error on held-out pairs is {error}; lower training.learning_rate")
     return {"held_out_mse": error}

@@ -10,6 +10,7 @@ from typing import Any
 from stages.base import SCRATCH, Artifact, Progress, StageError
 from stages.evaluate.config import EvaluationExecution, Split
 from stages.evaluate.noises import Noises
+from stages.pairs import Pairs, stored_scale
 from stages.probe import Probe
 from stages.training.players import PREVIEWS
 
@@ -20,6 +21,7 @@ def evaluate(
     steps: int | None,
     noises: Noises,
     split: Split,
+    guidance_scale: float | None,
     teacher_steps: list[int],
     probe: Artifact | None,
     execution: EvaluationExecution,
@@ -39,7 +41,7 @@ def evaluate(
         assert isinstance(probe.stage, Probe)
         unseen = load(images_of(probe), held_out=True, limit=probe.stage.limit, scratch=output / SCRATCH)
         real = measure.two_real_sets(unseen, noises.count)
-    sides, setting = yield from sample_sides(pairs, student, steps, noises, teacher_steps, execution)
+    sides, setting = yield from sample_sides(pairs, student, steps, noises, guidance_scale, teacher_steps, execution)
     metrics: dict[str, Any] = {
         "samples": noises.count,
         "split": split,
@@ -48,6 +50,10 @@ def evaluate(
         "micro_batch": min(execution.micro_batch, noises.count),
         "sides": {side.name: measure.against_teacher(side, sides[0], setting.teacher) for side in sides},
     }
+    assert isinstance(pairs.stage, Pairs)
+    scale = guidance_scale or pairs.stage.sampler.guidance_scale
+    if scale != stored_scale([pairs]):
+        metrics["guidance_scale"] = scale
     shown = page.columns(noises.count, setting.teacher.decode(sides[0].latents[:1]).shape[-1])
     pictures = {side.name: setting.teacher.decode(side.latents[shown]).numpy() for side in sides}
     if probe and real:

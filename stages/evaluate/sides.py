@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.base import Artifact, Progress
-from stages.data.noise import noise_for
+from stages.data.noise import guidance_scale_for, noise_for
 from stages.data.pool import pool_of, read_list
 from stages.data.prompts.table import PromptTable
 from stages.data.reader import PairReader
-from stages.diffusion.config import Sampler
+from stages.diffusion.config import Sampler, Scale
 from stages.evaluate.config import EvaluationExecution
 from stages.evaluate.noises import Noises
 from stages.networks.adapter import Adapter
@@ -49,14 +50,16 @@ class Side:
 class Setting:
     """The teacher, prompts and noises that all sides share.
 
-    samples: N numbers, from which each sample's noise and prompt follow. noise: (N, C, h, w) in the pairs' storage
-    dtype.
+    samples: N numbers, from which each sample's noise, prompt and guidance scale follow. noise: (N, C, h, w) in the
+    pairs' storage dtype.
     """
 
     teacher: Adapter
     samples: list[int]
     prompts: list[str]
     noise: np.ndarray
+    scales: NDArray[np.float32]
+    """(N,), the guidance scale of each sample."""
     solved: Tensor
     """The teacher's full-step latents of the samples that are stored in the pairs. These samples come first."""
 
@@ -66,19 +69,28 @@ def sample_sides(
     student: Artifact | None,
     student_steps: int | None,
     noises: Noises,
+    guidance_scale: float | None,
     teacher_steps: list[int],
     execution: EvaluationExecution,
 ) -> Generator[Progress, None, tuple[list[Side], Setting]]:
     """Sample the teacher in full steps, then in each of `teacher_steps`, then the student if there is one.
 
-    student_steps: None for the student's own number of steps. Returns the sides in this order, and their Setting.
+    student_steps: None for the student's own number of steps. guidance_scale: None for that of each pair. Returns the
+    sides in this order, and their Setting.
     """
     assert isinstance(pairs.stage, Pairs)
-    setting = _setting(pairs, noises, execution)
     full = pairs.stage.sampler
+    if guidance_scale:
+        full = full.model_copy(update={"guidance_scale": guidance_scale})
+    setting = _setting(pairs, noises, full.guidance_scale, execution)
+    drawn = isinstance(full.guidance_scale, tuple)
 
     def ode(sampler: Sampler) -> Sample:
-        return lambda rows: solve(setting.teacher, setting.noise[rows], setting.prompts[rows], sampler)
+        def sampled(rows: slice) -> Tensor:
+            scales = setting.scales[rows] if drawn else None
+            return solve(setting.teacher, setting.noise[rows], setting.prompts[rows], sampler, scales)
+
+        return sampled
 
     samplers = [full.model_copy(update={"steps": steps}) for steps in (full.steps, *teacher_steps)]
     plans = [(f"teacher_{sampler.steps}", ode(sampler), sampler.network_calls) for sampler in samplers]
@@ -86,7 +98,7 @@ def sample_sides(
         network = Student.load(student.folder, setting.teacher, student_steps)
         if setting.teacher.dtype != torch.float32:
             network.compute_in(setting.teacher.dtype)
-        plans.append(("student", _few_steps(network, setting, full.guidance_scale), network.form.steps))
+        plans.append(("student", _few_steps(network, setting), network.form.steps))
     sides: list[Side] = []
     total = len(plans) * noises.count
     for name, sampler, n_calls in plans:
@@ -97,22 +109,24 @@ def sample_sides(
     return sides, setting
 
 
-def _few_steps(student: Student, setting: Setting, guidance_scale: float) -> Sample:
+def _few_steps(student: Student, setting: Setting) -> Sample:
     """Return the sampler of the student. Each sample has its own generator for noise between steps, so that results do
     not depend on the batch."""
     teacher = setting.teacher
 
     def sampled(rows: slice) -> Tensor:
         noise = teacher.to_device(setting.noise[rows])
-        w = torch.full((len(noise),), guidance_scale - 1, device=teacher.device)
+        w = teacher.to_device(setting.scales[rows] - 1)
         generators = [torch.Generator().manual_seed(number) for number in setting.samples[rows]]
         return student(noise, student.encode(setting.prompts[rows]), w, generators)
 
     return sampled
 
 
-def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) -> Setting:
-    """Read the stored noises and prompts of the pairs, draw the fresh ones, and load the teacher."""
+def _setting(pairs: Artifact, noises: Noises, scale: Scale, execution: EvaluationExecution) -> Setting:
+    """Read the stored noises and prompts of the pairs, draw the fresh ones, and load the teacher.
+
+    The latents of the pairs are kept if they have the guidance scale `scale`."""
     assert isinstance(pairs.stage, Pairs)
     # computes in the dtype that the pairs were made with
     teacher = load_network(pairs.inputs["teacher"].folder, execution, dtype=pairs.stage.dtype)
@@ -126,12 +140,16 @@ def _setting(pairs: Artifact, noises: Noises, execution: EvaluationExecution) ->
         prompts += PromptTable(pool_of(pairs.folder)).of(noises.fresh)
     for place, number in enumerate(noises.fresh, len(noises.stored)):
         noise[place] = noise_for(pairs.seed, number, teacher.latent_shape, noise.dtype)
+    numbers = [*noises.stored, *noises.fresh]
     return Setting(
         teacher=teacher,
-        samples=[*noises.stored, *noises.fresh],
+        samples=numbers,
         prompts=prompts,
         noise=noise,
-        solved=torch.from_numpy(solved).float(),
+        scales=np.array([guidance_scale_for(pairs.seed, n, *scale) for n in numbers])
+        if isinstance(scale, tuple)
+        else np.full(len(numbers), scale, np.float32),
+        solved=torch.from_numpy(solved if scale == pairs.stage.sampler.guidance_scale else solved[:0]).float(),
     )
 
 

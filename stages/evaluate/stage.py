@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from stages.base import Artifact, Input, Neutral, Stage, StageContext
 from stages.data.images.config import Digits
-from stages.diffusion.config import Sampler
+from stages.diffusion.config import Sampler, covers, in_words
 from stages.distill import Distill, sources, teacher_of
 from stages.evaluate.config import MIN_SAMPLES, EvaluationExecution, Split
 from stages.evaluate.noises import held_out, overlap
@@ -30,8 +30,8 @@ class Evaluate(Stage):
     in full steps with the teacher in few steps. Writes metrics.json and an HTML page.
 
     The student was not trained on the noises. They are the held-out noises of its training pairs, or those of `pairs`,
-    then fresh noises of the same seed. A student that takes the guidance scale as an input gets that of the pairs. Its
-    network computes in the dtype of the pairs, like the teacher's.
+    then fresh noises of the same seed. A student that takes the guidance scale as an input gets that of the pairs, or
+    `guidance_scale`. Its network computes in the dtype of the pairs, like the teacher's.
 
     `real` names a probe. It adds distances to real images that the probe was not trained on, measured in the probe's
     features. Without it, an evaluation measures the distance to the teacher's own output, seconds and network calls.
@@ -75,6 +75,12 @@ class Evaluate(Stage):
         ge=1,
         description="number of sampling steps of the student, if its method allows a choice; default: the method's",
     )
+    guidance_scale: Annotated[float | None, Neutral()] = Field(
+        None,
+        ge=1,
+        description="guidance scale to sample the teacher and the student at; default: that of each pair; with another "
+        "scale, the teacher is run again",
+    )
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
         None,
         description="further numbers of steps to sample the teacher in; default: 4, 2, 1, if below those of the pairs",
@@ -86,7 +92,7 @@ class Evaluate(Stage):
     @model_validator(mode="after")
     def _a_subject(self) -> Self:
         if self.particles:
-            of_students = ("student", "pairs", "samples", "split", "steps", "teacher_steps")
+            of_students = ("student", "pairs", "samples", "split", "steps", "guidance_scale", "teacher_steps")
             others = [name for name in of_students if getattr(self, name) != type(self).model_fields[name].default]
             if others:
                 raise ValueError(f"with particles, leave {' and '.join(others)} out")
@@ -103,7 +109,10 @@ class Evaluate(Stage):
         if self.particles:
             teacher = inputs["particles"].inputs["teacher"]
             assert isinstance(teacher.stage, Teacher)
-            guided = (self.sampler or Sampler()).guidance_scale > 1
+            scale = (self.sampler or Sampler()).guidance_scale
+            if isinstance(scale, tuple):
+                yield "sampler.guidance_scale", "particles are compared at one guidance scale; give one number"
+            guided = scale != 1
             unguided = teacher.stage.guidance_error(False, teacher.folder) if guided else None
             if unguided:
                 yield "sampler", f"it guides the teacher, but {unguided}; set guidance_scale: 1.0"
@@ -123,6 +132,11 @@ class Evaluate(Stage):
             yield "real", f"prompt accuracy needs pairs with prompts: {images.name}, not {str(pairs.prompts)!r}"
         if getattr(found.inputs["teacher"].stage, "gaussian", None):
             yield "pairs" if self.pairs else "student", "the teacher is `gaussian:`, which makes no images"
+        teacher = found.inputs["teacher"]
+        assert isinstance(teacher.stage, Teacher)
+        unguided = teacher.stage.guidance_error(False, teacher.folder) if (self.guidance_scale or 1) > 1 else None
+        if unguided:
+            yield "guidance_scale", f"it guides the teacher, but {unguided}"
         steps = self.teacher_steps or []
         if len(set(steps)) < len(steps):
             yield "teacher_steps", "a number of steps is given twice"
@@ -159,19 +173,13 @@ class Evaluate(Stage):
         problem = stage.method.step_count_error(self.steps) if self.steps else None
         if problem:
             yield "steps", problem
-        scale, w_range = pairs.sampler.guidance_scale, stage.method.form.w_range
-        built_in = guidance_scales(stage.method.form, sources(student.inputs))
-        if w_range and not 1 + w_range[0] <= scale <= 1 + w_range[1]:
-            yield (
-                "pairs" if self.pairs else "student",
-                f"the pairs have guidance_scale: {scale:g}, w = {scale - 1:g}; the student was trained for w from "
-                f"{w_range[0]:g} to {w_range[1]:g}",
-            )
-        if built_in and built_in != [scale]:
-            yield (
-                "pairs" if self.pairs else "student",
-                f"the student has guidance_scale: {built_in[0]:g} built in; the pairs have {scale:g}",
-            )
+        scale = self.guidance_scale or pairs.sampler.guidance_scale
+        learned = next(iter(guidance_scales(stage.method.form, sources(student.inputs))), None)
+        if learned is not None and not covers(learned, scale):
+            given = "guidance_scale" if self.guidance_scale else "pairs" if self.pairs else "student"
+            source = "the evaluation has" if self.guidance_scale else "the pairs have"
+            knows = "takes scales of" if isinstance(learned, tuple) else "has learned"
+            yield given, f"{source} guidance_scale: {in_words(scale)}; the student {knows} {in_words(learned)}"
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
         if self.particles:
@@ -190,6 +198,7 @@ class Evaluate(Stage):
             self.steps,
             held_out(found, student, self.split, self.samples),
             self.split,
+            self.guidance_scale,
             self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < full],
             context.inputs.get("real"),
             self.execution,

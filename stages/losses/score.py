@@ -84,18 +84,27 @@ class ScoreDifference:
         included."""
         self.real, self.fake, self.levels, self.weighting, self.time_range = real, fake, levels, weighting, time_range
 
-    def gradient(self, x: Tensor, prompts: Sequence[str], fake_condition: Condition | None = None) -> Tensor:
+    def gradient(
+        self, x: Tensor, prompts: Sequence[str], fake_condition: Condition | None = None, w: Tensor | None = None
+    ) -> Tensor:
         """Return the gradient (B, C, H, W) at samples x, at random timesteps and with random noise.
 
-        The fake score's condition is by default that of `prompts`."""
-        return self.at(x, prompts, *self.levels.draw(x, self.time_range), fake_condition)
+        The fake score's condition is by default that of `prompts`. w (B,) guides the real score and is an input of the
+        fake score. None: the real score has its own guidance."""
+        return self.at(x, prompts, *self.levels.draw(x, self.time_range), fake_condition, w)
 
     @torch.no_grad()
     def at(
-        self, x: Tensor, prompts: Sequence[str], t: Tensor, noise: Tensor, fake_condition: Condition | None = None
+        self,
+        x: Tensor,
+        prompts: Sequence[str],
+        t: Tensor,
+        noise: Tensor,
+        fake_condition: Condition | None = None,
+        w: Tensor | None = None,
     ) -> Tensor:
         """Return the weighted mu_fake - mu_real (B, C, H, W) at samples x that are noised to timesteps t (B,)."""
         z = self.levels.noised(x, t, noise)
-        real = self.real.x0(z, t + 1, self.real.encode(prompts))  # point i of the grid is timestep i - 1
-        fake = self.fake.x0(z, t, fake_condition or self.fake.encode(prompts)) if self.fake else x
+        real = self.real.x0(z, t + 1, self.real.encode(prompts), w)  # point i of the grid is timestep i - 1
+        fake = self.fake.x0(z, t, fake_condition or self.fake.encode(prompts), w) if self.fake else x
         return difference(x, real, fake, self.levels.at(t), self.weighting)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from stages.base import Artifact, Choice, Config, Neutral, StageError, values_under
+from stages.diffusion.config import Scale
 from stages.diffusion.form import Form
 from stages.diffusion.prediction import Prediction
 from stages.losses.config import LOSSES, LossConfig, LossMaterials
@@ -56,8 +57,8 @@ class Materials:
     training: StudentTraining
     start: Artifact | None = None
     """The student that gives the initial weights. None: the teacher gives them."""
-    guidance_scale: float = 1.0
-    """The guidance scale that the student learns if its form gives none."""
+    guidance_scale: Scale = 1.0
+    """The guidance scale that the student learns if its form gives none. A student of a range takes w as an input."""
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
     """Dotted path of a field in the method's settings -> the sealed artifact that it names."""
     contents: Mapping[str, str] = field(default_factory=dict)
@@ -88,7 +89,7 @@ class Materials:
         if self.examples and self.start is None and begins_at_zero(initial, prediction):
             pairs = self.examples()
             try:
-                student.fit_head(pairs["noise"], pairs["latent"], student.encode(pairs["prompts"]))
+                student.fit_head(pairs["noise"], pairs["latent"], student.encode(pairs["prompts"]), pairs["w"])
             except ValueError as error:
                 raise StageError(str(error)) from None
         return student
@@ -96,11 +97,15 @@ class Materials:
     def student(self, form: Form, grid_steps: int | None = None) -> Student:
         """Create a student of the given form, with the weights of `start`, of `origin`, or of the teacher.
 
-        The student is trained at `grid_steps` points of time, a multiple of its steps. None: as many as its steps.
-        Raises StageError if the teacher's schedule has too few timesteps, if `start` has another prediction type, or if
-        the student predicts epsilon and the schedule ends in pure noise."""
+        If the form gives no guidance, it is that of these materials. The student is trained at `grid_steps` points of
+        time, a multiple of its steps. None: as many as its steps. Raises StageError if the teacher's schedule has too
+        few timesteps, if `start` has another prediction type, or if the student predicts epsilon and the schedule ends
+        in pure noise."""
         from stages.networks.student import Student
 
+        if form.guidance_scale is None and isinstance(self.guidance_scale, tuple):
+            least, most = self.guidance_scale
+            form = form.model_copy(update={"w_range": (least - 1, most - 1)})
         try:
             if self.start is not None:
                 return Student.from_student(self.start.folder, self.teacher, form, grid_steps, self.training.lora)
@@ -111,8 +116,8 @@ class Materials:
     def teacher_denoiser(self, form: Form) -> Denoiser:
         """Return the teacher as a denoiser on the time grid of `form`.
 
-        The guidance scale is that of `form`, or else that of these materials. Raises StageError if the teacher's
-        schedule has too few timesteps."""
+        The guidance scale is that of `form`, or else that of these materials. Of a range, `x0` needs w. Raises
+        StageError if the teacher's schedule has too few timesteps."""
         from stages.diffusion.grid import Grid
         from stages.networks.denoiser import TeacherDenoiser
 
@@ -120,7 +125,8 @@ class Materials:
             grid = Grid.of(form, self.teacher.schedule)
         except ValueError as error:
             raise StageError(str(error)) from None
-        return TeacherDenoiser(self.teacher, grid, form.guidance_scale or self.guidance_scale)
+        scale = form.guidance_scale or self.guidance_scale
+        return TeacherDenoiser(self.teacher, grid, 1.0 if isinstance(scale, tuple) else scale)
 
     def previous_student(self) -> Student | None:
         """Return the student of the previous round, frozen, or None if there is no `start`.
@@ -151,6 +157,8 @@ class MethodConfig(Config):
 
     DATA: ClassVar[tuple[frozenset[Stream], ...]] = (frozenset({"pairs"}),)
     """The combinations of data streams that the method can be trained on. A batch has all streams of one of them."""
+    LEARNS_RANGE: ClassVar[bool] = False
+    """Whether the student can learn pairs of a range of guidance scales. It then takes w as an input."""
     name: str
 
     @classmethod
@@ -181,7 +189,7 @@ class MethodConfig(Config):
         """Whether the student learns the map of stored pairs, from the noise to the latent."""
         return all("pairs" in streams for streams in self.DATA)
 
-    def warnings(self, pairs_scales: Sequence[float]) -> Iterator[str]:
+    def warnings(self, pairs_scales: Sequence[Scale]) -> Iterator[str]:
         """Yield warnings for the user. `pairs_scales`: the different guidance scales of the pairs."""
         yield from ()
 
@@ -248,6 +256,7 @@ def form_mismatches(start: Form, own: Form, ignore: Collection[str] = ()) -> Ite
 class OneStepConfig(MethodConfig):
     """Base class of methods whose student maps a stored noise to its stored latent in one network call."""
 
+    LEARNS_RANGE: ClassVar[bool] = True
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
         description="distance between the student's output and the teacher's"
     )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from stages.data.latents import LabelledLatents
     from stages.diffusion.grid import Grid
-    from stages.diffusion.samplers import Solver
+    from stages.diffusion.samplers import Guidance, Solver
     from stages.diffusion.schedule import Level, NoiseSchedule
     from stages.networks.condition import Condition
     from stages.networks.unet_features import Bottleneck, Features
@@ -259,10 +259,11 @@ class Adapter(ABC):
         All calls of denoising networks go through this method: those of teachers, students, fake scores and
         discriminators."""
 
-    def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Tensor, int], Tensor]:
+    def denoiser(self, prompts: Sequence[str], guidance_scale: Guidance) -> Callable[[Tensor, int], Tensor]:
         """Return `denoise(z, t)`, the teacher's output at z (B, C, H, W) and timestep t for B prompts.
 
-        With a `guidance_scale` other than 1 the output is guided. The conditional and the unconditional output are then
+        `guidance_scale` is one scale, or an array (B,) of one for each prompt. With a scale other than 1, and always
+        with an array, the output is guided. The conditional and the unconditional output are then
         computed in one batch of 2 B.
 
         z and the output are float32. Only the network computes in the teacher's dtype, so that the state of a solver is
@@ -274,13 +275,18 @@ class Adapter(ABC):
         from stages.networks.condition import Condition
 
         condition = self.teacher_condition(prompts)
-        if guidance_scale == 1.0:
+        if isinstance(guidance_scale, float | int) and guidance_scale == 1.0:
             return lambda z, t: self.output(z, self.schedule.at(t), condition)
+        scale = (
+            guidance_scale
+            if isinstance(guidance_scale, float | int)
+            else self.to_device(guidance_scale).view(-1, 1, 1, 1)
+        )
         both = Condition.cat([self.teacher_dropped().expand(len(condition)), condition])
 
         def denoise(z: Tensor, t: int) -> Tensor:
             dropped, conditional = self.output(torch.cat([z, z]), self.schedule.at(t), both).chunk(2)
-            return guide(dropped, conditional, guidance_scale)
+            return guide(dropped, conditional, scale)
 
         return denoise
 
@@ -290,7 +296,7 @@ class Adapter(ABC):
         return self.latent_shape
 
     def trajectory(
-        self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: float, grid: list[int]
+        self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: Guidance, grid: list[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """Solve the probability-flow ODE from `noise` (B, C, H, W) at the timesteps of `grid`, in descending order.
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from stages.base import Config, StageError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from stages.diffusion.samplers import Solver
+    from stages.diffusion.samplers import Guidance, Solver
     from stages.diffusion.schedule import Level
     from stages.networks.condition import Condition
 
@@ -163,13 +164,13 @@ class Coop(Cooperating):
             raise StageError(f"host and guest make images of different sizes: {host} and {guest} pixels")
 
     def trajectory(
-        self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: float, grid: list[int]
+        self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: Guidance, grid: list[int]
     ) -> Iterator[tuple[int, Tensor]]:
         start = self._state(*self.starts(noise))
         for t, state in solver(self.denoiser(prompts, guidance_scale), start, self.schedule, self.prediction, grid):
             yield t, self._split(state)[0]
 
-    def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Tensor, int], Tensor]:
+    def denoiser(self, prompts: Sequence[str], guidance_scale: Guidance) -> Callable[[Tensor, int], Tensor]:
         """Return `denoise(state, t)`, the output for a state in the host's prediction type. Both are guided."""
         import torch
 
@@ -178,7 +179,9 @@ class Coop(Cooperating):
         from stages.networks.denoiser import TeacherDenoiser
 
         host = self.host.denoiser(prompts, guidance_scale)
-        guest = TeacherDenoiser(self.guest, Grid.trailing(self.schedule, len(self.schedule)), guidance_scale)
+        guest = TeacherDenoiser(self.guest, Grid.trailing(self.schedule, len(self.schedule)))
+        scales = np.broadcast_to(np.asarray(guidance_scale, np.float64), len(prompts))
+        w = torch.from_numpy(scales - 1).to(self.device) if (scales != 1).any() else None
         condition = guest.encode(prompts)
 
         def denoise(state: Tensor, t: int) -> Tensor:
@@ -189,7 +192,7 @@ class Coop(Cooperating):
             x0 = to_x0(self.prediction, output, z, alpha, sigma)
             if delta or self.settings.refresh == "own":
                 point = torch.full((len(z),), t + 1, device=z.device)  # timestep t of the host's schedule
-                x0_guest = guest.x0(z_guest, point, condition)
+                x0_guest = guest.x0(z_guest, point, condition, w)
             if delta:
                 x0 = delta * self.host.encode(self.guest.decode(x0_guest)) + (1 - delta) * x0
                 output = target(self.prediction, x0, (z - alpha * x0) / sigma, alpha, sigma)
@@ -224,7 +227,7 @@ class Bridge(Cooperating):
             raise StageError("host and guest of a bridge need the same noise schedule")
 
     def trajectory(
-        self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: float, grid: list[int]
+        self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: Guidance, grid: list[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """Solve the ODE. Yields as other adapters do, but nothing before the host is called.
 

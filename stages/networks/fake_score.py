@@ -29,7 +29,7 @@ class FakeScore(nn.Module):
     tells noised real latents from noised samples.
 
     In all methods, x, z and noise are (B, C, H, W), and t (B,) are timesteps of the teacher's schedule, 0 to T - 1.
-    `condition` has B rows and was made by `encode`.
+    `condition` has B rows and was made by `encode`. w (B,) is guidance_scale - 1, only for a network that takes it.
     """
 
     def __init__(self, adapter: Adapter, network: Any, judges: bool = False) -> None:
@@ -45,24 +45,36 @@ class FakeScore(nn.Module):
             self.head = _head(self._bottleneck.channels, self._bottleneck.groups, side)
 
     @classmethod
-    def from_teacher(cls, teacher: Adapter, lora: LoraSettings | None = None, judges: bool = False) -> FakeScore:
+    def from_teacher(
+        cls, teacher: Adapter, lora: LoraSettings | None = None, judges: bool = False, takes_w: bool = False
+    ) -> FakeScore:
         """Create a fake score with a copy of the teacher's network.
 
-        With `lora`, the copy shares the teacher's weights and trains LoRA weights."""
-        return cls(teacher, teacher.lora_network(lora) if lora else teacher.student_network(), judges)
+        With `lora`, the copy shares the teacher's weights and trains LoRA weights. With `takes_w`, the network takes w
+        as an input, of which its output does not depend at first."""
+        if lora:
+            return cls(teacher, teacher.lora_network(lora, takes_w), judges)
+        network = teacher.student_network()
+        return cls(teacher, teacher.with_guidance_embedding(network) if takes_w else network, judges)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Return the network's condition for `prompts`, one row for each prompt."""
         return self.adapter.encode_prompts(prompts)
 
-    def x0(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def x0(self, z: Tensor, t: Tensor, condition: Condition, w: Tensor | None = None) -> Tensor:
         """Estimate x0 from z: mu_fake(z, t). It is converted in float64, because epsilon is divided by alpha."""
         level = self.levels.at(t)
-        output = self.adapter.predict(self.network, z, level, condition)
+        output = self.adapter.predict(self.network, z, level, condition, w)
         return to_x0(self.adapter.prediction, output.double(), z.double(), *level).to(z.dtype)
 
     def errors(
-        self, x: Tensor, t: Tensor, noise: Tensor, condition: Condition, weighting: FakeWeighting = "output"
+        self,
+        x: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        condition: Condition,
+        weighting: FakeWeighting = "output",
+        w: Tensor | None = None,
     ) -> Tensor:
         """Return the weighted squared error (B,) of denoising samples x, averaged over elements (2311.18828, eq. 6).
 
@@ -73,7 +85,7 @@ class FakeScore(nn.Module):
         level = self.levels.at(t)
         alpha, sigma = level
         z = self.levels.noised(x, t, noise)
-        output = self.adapter.predict(self.network, z, level, condition)
+        output = self.adapter.predict(self.network, z, level, condition, w)
         if weighting == "output":
             wanted = target(prediction, x, noise, alpha, sigma)
             return (output.double() - wanted).float().square().mean((1, 2, 3))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.diffusion.prediction import Prediction
-from stages.diffusion.samplers import Solver
+from stages.diffusion.samplers import Guidance, Solver
 from stages.diffusion.schedule import NoiseSchedule
 
 FILE = "gaussian.json"
@@ -39,7 +39,7 @@ class GaussianTeacher:
         return cls(values["mean"], values["std"], tuple(values["shape"]), values["delay"])
 
     def denoiser(
-        self, prompts: Sequence[str], guidance_scale: float
+        self, prompts: Sequence[str], guidance_scale: Guidance
     ) -> Callable[[NDArray[np.floating], int], NDArray[np.floating]]:
         """Return `denoise(z, t)`, the conditional mean of the noise at z (B, C, H, W) and timestep t.
 
@@ -63,7 +63,7 @@ class GaussianTeacher:
         solver: Solver,
         noise: NDArray[np.floating],
         prompts: Sequence[str],
-        guidance_scale: float,
+        guidance_scale: Guidance,
         grid: list[int],
     ) -> Iterator[tuple[int, NDArray[np.floating]]]:
         return solver(self.denoiser(prompts, guidance_scale), noise, self.schedule, self.prediction, grid)

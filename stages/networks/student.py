@@ -127,7 +127,7 @@ class Student(nn.Module):
         return self.adapter.encode_prompts(prompts)
 
     @torch.no_grad()
-    def fit_head(self, noise: Tensor, x0: Tensor, condition: Condition) -> None:
+    def fit_head(self, noise: Tensor, x0: Tensor, condition: Condition, w: Tensor) -> None:
         """Fit the last layer so that one call maps noise (B, C, H, W) to x0 (B, C, H, W), by `head.fit`.
 
         The student must not predict `both`. Raises ValueError if values are not finite."""
@@ -141,7 +141,7 @@ class Student(nn.Module):
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for start in range(0, len(noise), FIT_BATCH):
                 rows = slice(start, start + FIT_BATCH)
-                self._output(noise[rows], point, condition.select(rows), None)
+                self._output(noise[rows], point, condition.select(rows), w[rows])
                 yield features.pop(), wanted[rows]
 
         with head.register_forward_pre_hook(lambda _layer, given: features.append(given[0])):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stages.base import Execution
 from stages.diffusion.config import Sampler
 from stages.diffusion.prediction import Array, Prediction
-from stages.diffusion.samplers import Denoise, Solver, ddim, timesteps
+from stages.diffusion.samplers import Denoise, Guidance, Solver, ddim, timesteps
 from stages.diffusion.schedule import NoiseSchedule
 from stages.networks import gaussian
 from stages.networks.adapters import adapter_of
@@ -39,11 +39,11 @@ class Teacher(Protocol):
     device_name: str
     """The GPU model, or `cpu`."""
 
-    def denoiser(self, prompts: Sequence[str], guidance_scale: float) -> Callable[[Array, int], Array]:
+    def denoiser(self, prompts: Sequence[str], guidance_scale: Guidance) -> Callable[[Array, int], Array]:
         """Return `denoise(z, t)`, the guided output at z (B, C, H, W) and timestep t for B prompts."""
 
     def trajectory(
-        self, solver: Solver, noise: Array, prompts: Sequence[str], guidance_scale: float, grid: list[int]
+        self, solver: Solver, noise: Array, prompts: Sequence[str], guidance_scale: Guidance, grid: list[int]
     ) -> Iterator[tuple[int, Array]]:
         """Solve the ODE from `noise` (B, C, H, W) at the timesteps of `grid`. Yields (t, z_t) and finally (-1, x0)."""
 
@@ -74,15 +74,23 @@ def load_network(folder: Path, execution: Execution, *, dtype: Dtype = "float32"
 
 
 def trajectory(
-    teacher: Teacher, noise: NDArray[np.floating], prompts: list[str], sampler: Sampler
+    teacher: Teacher,
+    noise: NDArray[np.floating],
+    prompts: list[str],
+    sampler: Sampler,
+    scales: NDArray[np.float32] | None = None,
 ) -> Iterator[tuple[int, Array]]:
     """Solve the teacher's probability-flow ODE from `noise` (B, C, H, W).
+
+    scales: (B,), the guidance scale of each sample. None: that of the sampler, for all.
 
     Yields (t, z_t) at each timestep of the sampler's grid, descending, and finally (-1, x0). z_t and x0 are the
     teacher's kind of array."""
     grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
     start = teacher.to_device(noise)
-    return teacher.trajectory(_solver(sampler.name), start, prompts, sampler.guidance_scale, grid)
+    scale = sampler.guidance_scale if scales is None else scales
+    assert not isinstance(scale, tuple), "a range of guidance scales needs `scales`"
+    return teacher.trajectory(_solver(sampler.name), start, prompts, scale, grid)
 
 
 def _solver(name: str) -> Solver:
@@ -109,7 +117,13 @@ def _solver(name: str) -> Solver:
     return on_arrays
 
 
-def solve(teacher: Teacher, noise: NDArray[np.floating], prompts: list[str], sampler: Sampler) -> Array:
-    """Return x0 (B, C, H, W), the end of the trajectory from `noise` (B, C, H, W)."""
-    *_, (_, x0) = trajectory(teacher, noise, prompts, sampler)
+def solve(
+    teacher: Teacher,
+    noise: NDArray[np.floating],
+    prompts: list[str],
+    sampler: Sampler,
+    scales: NDArray[np.float32] | None = None,
+) -> Array:
+    """Return x0 (B, C, H, W), the end of the `trajectory` from `noise` (B, C, H, W)."""
+    *_, (_, x0) = trajectory(teacher, noise, prompts, sampler, scales)
     return x0

@@ -4,6 +4,6 @@
 the format of shards and receipts.
 """
 
-from stages.pairs.stage import Pairs, guidance_scales
+from stages.pairs.stage import Pairs, guidance_scales, stored_scale
 
-__all__ = ["Pairs", "guidance_scales"]
+__all__ = ["Pairs", "guidance_scales", "stored_scale"]

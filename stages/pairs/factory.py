@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stages.base import Artifact, StageError
-from stages.data.noise import CONVENTION, noise_for
+from stages.data.noise import CONVENTION, guidance_scale_for, noise_for
 from stages.data.pool import ShardPlan
 from stages.data.prompts.table import PromptTable
 from stages.data.provenance import versions
@@ -82,16 +82,22 @@ class ShardWorker:
         return write_shard(tar, pairs, facts, self._provenance(seconds))
 
     def _solve(self, indices: range) -> Iterator[Pair]:
-        """Draw noises of a batch, solve the ODE, and yield the pairs. Raises StageError if one is not finite."""
-        teacher = self.teacher
+        """Draw the noises of a batch, and its guidance scales if the sampler has a range. Solve the ODE and yield the
+        pairs. Raises StageError if one is not finite."""
+        teacher, scale = self.teacher, self.sampler.guidance_scale
         noise = np.stack([noise_for(self.seed, i, teacher.latent_shape, self.storage) for i in indices])
         texts = self.prompts.of(indices)
+        scales = (
+            np.array([guidance_scale_for(self.seed, i, *scale) for i in indices]) if isinstance(scale, tuple) else None
+        )
         kept: dict[int, np.ndarray] = {}
         with teacher.inference(), np.errstate(over="ignore"):
-            for t, z in teachers.trajectory(teacher, noise, texts, self.sampler):
+            for t, z in teachers.trajectory(teacher, noise, texts, self.sampler, scales):
                 if t == -1 or t in self.path_timesteps:
                     kept[t] = teacher.to_numpy(z).astype(self.storage)
         arrays = {"noise": noise, "latent": kept[-1]}
+        if scales is not None:
+            arrays["guidance_scale"] = scales
         if self.path_timesteps:
             arrays["path"] = np.stack([kept[t] for t in self.path_timesteps], axis=1)
         if self.text_embeddings:
@@ -105,7 +111,7 @@ class ShardWorker:
                 f"Check the teacher with `retort sample`, or set dtype: float32"
             )
         for row, index in enumerate(indices):
-            yield Pair(index, texts[row], {name: array[row] for name, array in arrays.items()})
+            yield Pair(index, texts[row], {name: array[row, ...] for name, array in arrays.items()})
 
     def _embedded(self, texts: list[str]) -> np.ndarray:
         if not isinstance(self.teacher, Adapter):

@@ -22,7 +22,7 @@ from stages.data.pool import PROMPTS, ListedShard, ShardPlan, plan_shards, write
 from stages.data.prompts.config import Prompts
 from stages.data.prompts.read import read_prompts
 from stages.data.prompts.vocabulary import prompt_warnings
-from stages.diffusion.config import PairsExecution, Sampler
+from stages.diffusion.config import PairsExecution, Sampler, Scale
 from stages.diffusion.form import Form
 from stages.teacher import Teacher
 
@@ -170,14 +170,23 @@ def _facts(tar: Path, teacher: str) -> ShardFacts | None:
     return facts if facts and facts.provenance.get("teacher_sha256", teacher) == teacher else None
 
 
-def guidance_scales(form: Form, sources: Sequence[Artifact]) -> list[float]:
-    """Return the guidance scales that a student has built in: its own, or those of the pairs that it is trained on.
+def guidance_scales(form: Form, sources: Sequence[Artifact]) -> list[Scale]:
+    """Return the guidance scales that a student learns: those of its method, or those of the pairs that it is trained
+    on. A range means that the student takes the scale as an input.
 
-    Empty if the student takes the scale as an input, or if the scale is unknown.
+    Empty if the scale is unknown.
     """
-    if form.guidance_scale is not None or form.w_range is not None:
-        return [] if form.guidance_scale is None else [form.guidance_scale]
-    return sorted({one.stage.sampler.guidance_scale for one in sources if isinstance(one.stage, Pairs)})
+    if form.scale is not None:
+        return [form.scale]
+    return list(dict.fromkeys(one.stage.sampler.guidance_scale for one in sources if isinstance(one.stage, Pairs)))
+
+
+def stored_scale(sources: Sequence[Artifact]) -> float | None:
+    """Return the guidance scale of pairs. None: their scales were drawn from a range, so each pair stores its own.
+
+    Of sources with several scales, it is the first: no student takes w from them."""
+    scales = [one.stage.sampler.guidance_scale for one in sources if isinstance(one.stage, Pairs)]
+    return next((scale for scale in scales if not isinstance(scale, tuple)), None)
 
 
 def _seal(context: StageContext, plans: list[ShardPlan], teacher: str, reused: int) -> Mapping[str, Any]:

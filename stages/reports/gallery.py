@@ -21,7 +21,7 @@ from stages.data.inspection.source import Source
 from stages.data.pictures import as_svg, data_url, page
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
-from stages.data.statistics import EDGES
+from stages.data.statistics import edges_of
 from stages.data.urls import redacted
 from stages.networks import gaussian
 
@@ -112,7 +112,7 @@ def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Picture]) 
     arrays = []
     for name, about in report["arrays"].items():
         if "histogram" in about:
-            drawn = _plot(about["histogram"], name == "noise")
+            drawn = _plot(name, about["histogram"])
             for suffix in (".png", ".svg"):
                 drawn.savefig(path.with_name(f"{path.stem}-{name}{suffix}"))
             arrays.append((name, _words(about), as_svg(drawn)))
@@ -140,15 +140,16 @@ def _short(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _plot(counts: Sequence[int], normal: bool) -> Figure:
-    """Draw a histogram. With `normal`, it also shows the density of N(0, 1)."""
+def _plot(name: str, counts: Sequence[int]) -> Figure:
+    """Draw the histogram of the array `name`. That of the noise also shows the density of N(0, 1)."""
     from matplotlib.figure import Figure
 
+    edges = edges_of(name)
     drawn = Figure(figsize=(6, 1.6), layout="constrained")
     axes = drawn.subplots()
-    axes.stairs(np.asarray(counts) / max(1, sum(counts)), EDGES, fill=True)
-    if normal:
-        middles = (EDGES[1:] + EDGES[:-1]) / 2
-        axes.plot(middles, np.exp(-0.5 * middles**2) / (2 * np.pi) ** 0.5 * (EDGES[1] - EDGES[0]), color="C3")
-    axes.set(xlim=(EDGES[0], EDGES[-1]), yticks=[])
+    axes.stairs(np.asarray(counts) / max(1, sum(counts)), edges, fill=True)
+    if name == "noise":
+        middles = (edges[1:] + edges[:-1]) / 2
+        axes.plot(middles, np.exp(-0.5 * middles**2) / (2 * np.pi) ** 0.5 * (edges[1] - edges[0]), color="C3")
+    axes.set(xlim=(edges[0], edges[-1]), yticks=[])
     return drawn

@@ -100,7 +100,7 @@ class _Group:
 
     def takes(self, one: Evaluated) -> bool:
         """Whether an evaluation belongs to the group: same samples, settings, and figures of teacher and references."""
-        same = ("samples", "features", "distance_samples", "dtype", "micro_batch")
+        same = ("guidance_scale", "samples", "features", "distance_samples", "dtype", "micro_batch")
         return (
             one.shown == self.first.shown
             and all(one.metrics.get(key) == self.first.metrics.get(key) for key in same)
@@ -122,7 +122,9 @@ class _Group:
         if any(row.kind == "mean" for row in students):
             legend.append(MEANS)
         split = " validation" if metrics.get("split") == "validation" else ""
-        title = f"{self.first.origin}: {metrics['samples']}{split} samples{features}"
+        scale = metrics.get("guidance_scale")
+        guided = f", guidance scale {scale}" if scale else ""
+        title = f"{self.first.origin}{guided}: {metrics['samples']}{split} samples{features}"
         return Section(title, self.first.shown, legend, [*sorted(self.common.values(), key=_place), *students])
 
 

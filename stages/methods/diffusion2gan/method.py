@@ -27,8 +27,9 @@ class Diffusion2GAN:
     L_G = d(G(z, c), x) + gan_weight * E[-log D(c, z, G(z, c))]
     L_D = E[-log D(c, z, x)] + E[-log(1 - D(c, z, G(z, c)))] + r1_weight / 2 |grad_x D(c, z, x)|^2
 
-    z is the noise, c the prompt and x the stored latent. d is the distance of the setting `loss`. The discriminator's
-    turn reuses the latents that the student generated in its turn of the same step.
+    z is the noise, c the prompt and x the stored latent. d is the distance of the setting `loss`. If the guidance
+    scales of the pairs differ, G also takes w, and D does not. The discriminator's turn reuses the latents that the
+    student generated in its turn of the same step.
     """
 
     def __init__(self, config: Diffusion2GANConfig, materials: Materials) -> None:
@@ -57,7 +58,7 @@ class Diffusion2GAN:
         """Return L_G and its two terms. `batch`: pairs."""
         pairs = batch["pairs"]
         z, prompts = pairs["noise"], pairs["prompts"]
-        x = self.student(z, self.student.encode(prompts))
+        x = self.student(z, self.student.encode(prompts), pairs["w"])
         distance = self.distance(x, pairs["latent"]).mean()
         if not self.gan_weight:
             return distance, {}

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from stages.base import Artifact, Choice, values_under
+from stages.diffusion.config import Scale, in_words
 from stages.diffusion.form import Form
 from stages.losses.config import LOSSES, LossConfig, Regression
 from stages.methods.base import Materials, Stream
@@ -28,6 +29,7 @@ class DMDConfig(MatchingConfig):
         frozenset({"pairs", "prompts"}),
         frozenset({"prompts"}),
     )
+    LEARNS_RANGE: ClassVar[bool] = True
     name: Literal["dmd"] = "dmd"
     regression_weight: float = Field(
         0.25, ge=0, description="weight of the regression on stored pairs; 0: none, and then no pairs are needed"
@@ -54,12 +56,12 @@ class DMDConfig(MatchingConfig):
         if not self.regression_weight and "pairs" in streams:
             yield "regression_weight", "without a regression, `pairs` are not used; give `prompts` instead"
 
-    def warnings(self, pairs_scales: Sequence[float]) -> Iterator[str]:
+    def warnings(self, pairs_scales: Sequence[Scale]) -> Iterator[str]:
         for scale in pairs_scales:
             if self.guidance_scale not in (None, scale):
                 yield (
                     f"the real score has guidance_scale: {self.guidance_scale:g}, but the pairs of the regression have "
-                    f"{scale:g}; the two loss terms lead to different images"
+                    f"{in_words(scale)}; the two loss terms lead to different images"
                 )
 
     def create(self, materials: Materials) -> Method:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 class KnowledgeDistillation:
-    """Minimises E[d(G(z, c), x)] over stored pairs of noise z and latent x = T(z, c) (2101.02388, section 3)."""
+    """Minimises E[d(G(z, c), x)] over stored pairs of noise z and latent x = T(z, c) (2101.02388, section 3).
+
+    If the guidance scales of the pairs differ, it minimises E[d(G(z, c, w), x)] with x = T(z, c, w)."""
 
     def __init__(self, distance: Distance, prediction: OneStepPrediction, materials: Materials) -> None:
         self.distance = distance
@@ -29,7 +31,7 @@ class KnowledgeDistillation:
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a scalar. `batch`: pairs."""
         pairs = batch["pairs"]
-        x0 = self.student(pairs["noise"], self.student.encode(pairs["prompts"]))
+        x0 = self.student(pairs["noise"], self.student.encode(pairs["prompts"]), pairs["w"])
         return self.distance(x0, pairs["latent"]).mean(), {}
 
     def after_step(self, step: int) -> None:

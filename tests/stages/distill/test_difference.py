@@ -30,7 +30,7 @@ FULL = 1 << 20
 
 
 def supply_of(artifact):
-    return PairSupply([artifact.inputs["pairs.0.pairs"].folder], [None], artifact.stage.held_out, 1, 0)
+    return PairSupply([artifact.inputs["pairs.0.pairs"].folder], [None], artifact.stage.held_out, 1, 0, 2.0)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_higher_rank_keeps_more_and_full_rank_keeps_all(weights_only, teacher)
         assert max(layer.rank for layer in lora.values()) <= rank
         shares.append(share_kept(loaded.network, teacher.network, lora))
         restored = Student(teacher, add(teacher.student_network(), lora), loaded.grid, loaded.form)
-        errors.append(_errors(loaded, restored, teacher, supply_of(weights_only), 1.0)[2])
+        errors.append(_errors(loaded, restored, teacher, supply_of(weights_only))[2])
     assert shares == sorted(shares) and 0 < shares[0] < 0.7 and shares[-1] == pytest.approx(1, abs=1e-5)
     assert errors[0] > 1e-4 and errors[-1] < 1e-10  # between them, a smaller change need not be a smaller error
 

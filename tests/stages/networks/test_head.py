@@ -213,7 +213,7 @@ def test_the_last_layer_is_fitted_to_different_pairs_of_all_sources_but_none_hel
     folder = plan["pairs"].artifact.folder
     supply = PairSupply([folder, folder], [None, None], 32, 8, 0)
     read = []
-    supply.reader.batch = lambda indices, batch=supply.reader.batch: read.extend(indices) or batch(indices)
+    supply.read = lambda indices, pairs=supply.read: read.extend(indices) or pairs(indices)
     assert len(supply.examples(50)["prompts"]) == 50 == len(set(read))
     assert not set(read) & set(supply.held) and min(read) < 64 and max(read) >= 96
     assert len({index % 10 for index in read}) == 10, "prompts repeat at a stride"

@@ -17,7 +17,7 @@ from stages.base import Artifact
 def plan(manifest: Path | str, settings: Sequence[str] = ()) -> Plan:
     """Return the planned stages of a manifest, in the order in which they would run. Nothing is changed.
 
-    `settings` are as those of `--set`: "stages.pairs.count=64". Raises ManifestError for an invalid manifest."""
+    `settings` are written as for `--set`: "stages.pairs.count=64". Raises ManifestError for an invalid manifest."""
     loaded = load(Path(manifest), settings)
     return plan_run(loaded, Run(Store(loaded.manifest.store), loaded.manifest.name))
 
@@ -30,10 +30,11 @@ def submit(
     engine: Literal["inline", "ray"] = "inline",
     quiet: bool = False,
 ) -> dict[str, Artifact]:
-    """Run a manifest as `retort submit` does, and return stage -> artifact. Sealed artifacts are reused.
+    """Run a manifest as `retort submit` does, and return a mapping from stage to artifact.
 
-    `settings` are as those of `--set`. With `only`, only these stages are made. The engine inline computes in this
-    process, and ray in workers. Raises ManifestError for an invalid manifest, and StageFailed if a stage fails."""
+    Sealed artifacts are reused. `settings` are written as for `--set`. With `only`, only these stages are made. The
+    engine inline computes in this process, and ray in workers. Raises ManifestError for an invalid manifest, and
+    StageFailed if a stage fails."""
     loaded = examine(Path(manifest), settings)
     chosen, how = Selection(tuple(only), (), ()), Execution(engine, quiet=quiet)
     return {stage.name: stage.artifact for stage in carry_out(loaded, loaded.manifest.name, chosen, how)}

@@ -48,7 +48,7 @@ for _command in (
 
 
 def _interrupt(*_: object) -> NoReturn:
-    """End on SIGTERM as on Ctrl-C: what is finished is kept."""
+    """Handle SIGTERM like Ctrl-C: end, and keep what is finished."""
     raise KeyboardInterrupt
 
 

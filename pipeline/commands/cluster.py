@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 STOP_FOR = 60.0
-"""Seconds that a driver on this machine has, after SIGTERM, to interrupt its stage and to stop its Ray."""
+"""Seconds after SIGTERM within which a driver on this machine must interrupt its stage and stop its Ray."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def submit_to(cluster: Cluster, loaded: Loaded, name: str, selection: Selection,
     except Unreachable:
         pass  # the cluster of the old job is gone; a driver that still runs holds the run's lock
     with held(loaded, run, selection, wait):
-        pass  # makes and stores the plan, which the job then follows
+        pass  # this makes and stores the plan; the job then carries it out
     _start(cluster, run, selection, wait, as_json)
 
 

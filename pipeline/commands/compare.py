@@ -54,8 +54,8 @@ def compare(
     """Compare the students of RUNs with their teacher. Print a table, and write a page of images from the same noises.
 
     A section holds students that were evaluated with the same teacher, noises and prompts. They may belong to several
-    runs. A figure shows the first section that has all the rows. A chart shows the first section with students whose
-    rows differ in network calls.
+    runs. A figure shows the first section that has all the rows. A chart shows the first section that has students and
+    whose rows differ in network calls.
     """
     from pipeline.errors import UsageError
     from pipeline.views import tables

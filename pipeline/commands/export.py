@@ -13,7 +13,7 @@ from pipeline.commands.console import find_artifact, store_option
 @click.argument("student", metavar="ARTIFACT|RUN/STAGE")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--single-file", is_flag=True, help="One .safetensors file for ComfyUI, Automatic1111 and others.")
-@click.option("--pipeline", is_flag=True, help="A diffusers pipeline, with the LoRA of a LoRA student in its weights.")
+@click.option("--pipeline", is_flag=True, help="A diffusers pipeline. A LoRA student's LoRA is fused into its weights.")
 @click.option(
     "--lora",
     "rank",
@@ -23,7 +23,7 @@ from pipeline.commands.console import find_artifact, store_option
 )
 @store_option
 def export(student: str, out: Path, single_file: bool, pipeline: bool, rank: int | None, store: str | None) -> None:
-    """Export a sealed student in another form than its diffusers folder, to OUT, which must not exist yet.
+    """Export a sealed student to OUT, in another form than its diffusers folder. OUT must not exist yet.
 
     \b
     retort export digits/student student.safetensors --single-file
@@ -33,7 +33,7 @@ def export(student: str, out: Path, single_file: bool, pipeline: bool, rank: int
     A single file holds the network, the VAE and the text encoders in Stable Diffusion's original layout. It holds no
     scheduler: the command prints how to sample it.
 
-    A LoRA is the difference between the weights of the student and the teacher, cut to RANK. It loses some of the
+    A LoRA is the difference between the weights of the student and the teacher, truncated to RANK. It loses some of the
     difference, and the command prints how much.
     """
     from pipeline.errors import UsageError

@@ -55,7 +55,7 @@ def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}") from None
     if f" {PLACEHOLDER} #" in text:
-        click.echo(f"{file} is written; replace {PLACEHOLDER} in it by your own file of prompts")
+        click.echo(f"{file} is written; replace {PLACEHOLDER} in it with your own file of prompts")
     else:
         click.echo(f"{file} is written")
     click.echo(f"next: retort plan {file}    what would be done\n      retort submit {file}  do it")

@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""How often an item is tried before the stage fails. Also how often in a row a function is tried without new
+"""A stage fails after this many attempts at one item, or after this many attempts in a row at a function without new
 progress."""
 
 FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
@@ -89,7 +89,7 @@ class Engine(Protocol):
 
 
 def retry_or_raise(failure: Failure, what: str, attempt: int) -> None:
-    """Log the failure of `what`. Return if it is to be tried again, or raise StageError."""
+    """Log the failure of `what`. Return if it is to be tried again; otherwise raise StageError."""
     log.error("%s, attempt %d of %d: %s", what, attempt, ATTEMPTS, failure.traceback)
     if failure.final:
         raise StageError(f"{what}: {failure.message}")

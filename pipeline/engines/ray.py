@@ -25,17 +25,17 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 IN_FLIGHT_GPU = 2
-"""Calls under way on one host with a GPU: it solves the next shard while it writes one.
+"""Maximum number of calls under way on a host with a GPU: it solves the next shard while it writes one.
 
-Hosts without a GPU get one call at a time. Two calls there would each use threads for all cores: measured a fifth to a
-third slower than one after the other.
+Hosts without a GPU get one call at a time. Two calls at once would each use threads for all cores,
+which we measured to be a fifth to a third slower than one call after the other.
 """
 
 NOT_INSTALLED = "failed to import on the worker"
 """Part of Ray's message when a node cannot import the module of an actor."""
 
 LOOK_EVERY = 5.0
-"""Seconds, at most, between two looks at the pending workers and at the calls under way."""
+"""Maximum seconds between two checks of the pending workers and of the calls under way."""
 
 PENDING_AFTER = 30.0
 """Seconds after which a worker that has not answered is reported.
@@ -343,13 +343,13 @@ def fitting(nodes: Iterable[float], gpus: float) -> int:
 
 
 def _waiting(late: list[int], count: int, working: int, gpus: float) -> str:
-    """The report about late workers: `worker 3 of 3 is waiting for 0.6 GPU; 2 work`."""
+    """The report about late workers: `worker 3 of 3 is waiting for 0.6 GPU; 2 are working`."""
     what = f"{gpus:g} GPU" if gpus else "a process"
     if len(late) == 1:
         who = f"worker {late[0]} of {count} is waiting for {what}"
     else:
         who = f"workers {', '.join(map(str, late))} of {count} are waiting for {what} each"
-    return f"{who}; {working or 'none'} work{'s' if working == 1 else ''}"
+    return f"{who}; {working or 'none'} {'is' if working == 1 else 'are'} working"
 
 
 def _embed() -> Any:

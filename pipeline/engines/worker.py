@@ -80,11 +80,11 @@ class Host:
 class _RecordBuffer(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
-        self._taken: list[tuple[int, str]] = []
+        self._kept: list[tuple[int, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._taken.append((record.levelno, f"[worker {os.getpid()}] {record.getMessage()}"))
+        self._kept.append((record.levelno, f"[worker {os.getpid()}] {record.getMessage()}"))
 
     def take(self) -> list[tuple[int, str]]:
-        taken, self._taken = self._taken, []
+        taken, self._kept = self._kept, []
         return taken

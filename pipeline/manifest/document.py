@@ -35,9 +35,9 @@ for _tag, _pattern, _first in (
 
 
 MAX_INTEGER_LENGTH = 100
-"""Characters of the longest integer that is read. The largest value of any setting has 19 digits."""
+"""Maximum number of characters of an integer. The largest value of any setting has 19 digits."""
 MAX_VALUES = 100_000
-"""Values of a manifest after its aliases are expanded. Nested lists of aliases grow exponentially."""
+"""Maximum number of values of a manifest after its aliases are expanded. Nested lists of aliases grow exponentially."""
 
 _LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 """The line breaks of YAML."""
@@ -135,7 +135,7 @@ class Document:
 def parse(text: str, name: str) -> Document:
     """Parse a YAML text whose top level is a mapping. `name` is the file name in messages.
 
-    Raises ManifestError, with the place, for everything else.
+    Raises ManifestError, with the place of the problem, for any other text.
     """
     document = Document(name, _LINE_END.split(text))
     try:

@@ -17,8 +17,8 @@ LINK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[0-9]{1,6})+(\[[^/]*\])?")
 
 @dataclass(frozen=True)
 class Marked:
-    """A field that has a value and carries a marker. `path` is its dotted path in the stage, `owner` the settings that
-    hold it."""
+    """A field that has a value and carries a marker. `path` is its dotted path in the stage. `owner` is the settings
+    object that holds it."""
 
     path: str
     marker: Any
@@ -77,7 +77,7 @@ def parts_of(path: str) -> list[str | int]:
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """Settings as JSON values that validate to equal settings. A null is left out if it is the default."""
+    """Return settings as JSON values. Validated, they give equal settings. A null is left out if it is the default."""
     values = config.model_dump(mode="json", by_alias=True)
     found: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
@@ -98,8 +98,9 @@ def _plain(value: Any, dumped: Any) -> Any:
 
 
 def config_in(annotation: Any, metadata: Sequence[Any] = (), value: Any = None) -> type[Config] | None:
-    """The class of the settings that a field holds, directly or in a list or mapping. The field may be optional. None
-    if it holds no settings.
+    """Return the class of the settings that a field holds, or None if it holds no settings.
+
+    The field may hold them directly or in a list or mapping, and may be optional.
 
     For a choice, the class is the one that `value` names. `value` is not validated yet.
     """

@@ -24,15 +24,15 @@ from pipeline.manifest.fields import inputs_of, replaced
 from stages.base import Config, Stage
 
 MAX_STAGES = 2000
-"""The most stages of a manifest with matrices, and the most copies of one stage that reads them."""
+"""Maximum number of stages of a manifest with matrices, and of copies of one stage that reads them."""
 
 MAX_NAME_LENGTH = 120
-"""The most characters between the brackets of a member's name."""
+"""Maximum number of characters between the brackets of a member's name."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting that a matrix varies: the manifest's name of the stage, and the path of the setting below it.
+    """A setting that a matrix varies: the stage's name in the manifest, and the path of the setting below it.
 
     The axis of a chain, whose values are its links, has an empty path.
     """
@@ -65,7 +65,7 @@ class Matrix(Config):
 
 
 Coordinates = Mapping[Axis, str]
-"""Where a stage stands in the matrices and chains that it came from: axis -> its value, as written in names."""
+"""The position of a stage in its matrices and its chain: axis -> the value of the axis, as written in names."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def groups_of(name: str) -> set[str]:
 
 
 def chosen(names: Sequence[str], asked: str) -> list[str]:
-    """Those of `names` that `asked` stands for: the stage of that name, or all members or links in that group."""
+    """Return the stages in `names` that `asked` means: the stage of that name, or all members or links of a group."""
     return [name for name in names if asked in {name, *groups_of(name)}]
 
 
@@ -234,7 +234,7 @@ def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Do
     for i, part in enumerate(path[:-1]):
         holder = holder.setdefault(part, {})
         if not isinstance(holder, dict):
-            text = f"{'.'.join(path[: i + 1])} is no mapping here, so {path[i + 1]} cannot be set in it"
+            text = f"{'.'.join(path[: i + 1])} is not a mapping here, so {path[i + 1]} cannot be set in it"
             problems.append(document.problem(value.place[:-1], text))
             return
     holder[path[-1]] = copy.deepcopy(value.value)
@@ -246,15 +246,15 @@ def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Do
 def expand_readers(
     stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document, problems: list[str]
 ) -> dict[str, Stage]:
-    """Repeat each stage that reads an expanded stage, once for each member. References of a copy name single members.
+    """Repeat each stage that reads an expanded stage, once for each member. Each copy refers to single members.
 
     A copy that reads two stages of one matrix gets the members of both that have the same values.
     """
     at: dict[str, Coordinates] = {}
     done: dict[str, dict[str, Stage]] = {}
-    of_base: dict[str, list[str]] = {}
+    by_base: dict[str, list[str]] = {}
     for name in stages:
-        of_base.setdefault(base_of(name), []).append(name)
+        by_base.setdefault(base_of(name), []).append(name)
 
     def expanded(name: str) -> dict[str, Stage]:
         """Name -> settings of everything that a stage of the manifest becomes."""
@@ -271,7 +271,7 @@ def expand_readers(
         """The stages that a reference stands for: one stage, or the members or links in a group."""
         if reference in stages:
             return list(expanded(reference))
-        everything = (new for name in of_base.get(base_of(reference), []) for new in expanded(name))
+        everything = (new for name in by_base.get(base_of(reference), []) for new in expanded(name))
         return [new for new in everything if reference in groups_of(new)]
 
     def coordinates_of(reference: str) -> dict[str, Coordinates]:
@@ -306,8 +306,8 @@ def expand_readers(
 
 
 def _without_links(at: Coordinates, own: Coordinates) -> Coordinates:
-    """Drop the axis of a chain from `at`, the coordinates of an input, if the reader is a link of the same chain: it
-    reads another link than itself."""
+    """Drop the axis of a chain from `at`, the coordinates of an input, if the reader is a link of the same chain,
+    because it reads a different link of that chain."""
     return {axis: value for axis, value in at.items() if axis.path or axis not in own}
 
 

@@ -29,7 +29,7 @@ StageName = Annotated[str, StringConstraints(pattern=MEMBER)]
 
 
 class Resources(Config):
-    """What each worker of a stage gets. It is never part of a fingerprint."""
+    """The number of workers of a stage, and the GPUs of each. They are never part of a fingerprint."""
 
     workers: int = Field(1, ge=1, description="number of worker processes, in the cluster or on this machine")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker; below 1, workers share a GPU")
@@ -92,12 +92,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
-    """As `load`, from a text. `name` is the file name in messages."""
+    """Like `load`, but from a text. `name` is the file name in messages."""
     return _without_problems(_examine(text, name, overrides))
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """As `load`, but problems of stages are returned in `Loaded.problems`. Planning adds those that it finds and
+    """Like `load`, but problems of stages are returned in `Loaded.problems`. Planning adds those that it finds and
     raises all of them together."""
     return _examine(_read(path), str(path), overrides)
 

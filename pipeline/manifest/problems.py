@@ -30,7 +30,7 @@ def describe(model: type[Config], document: Document, error: ErrorDetails) -> st
         allowed = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
         return document.problem(path, f"unknown value {error['input']!r}{suggest(str(error['input']), allowed)}")
     if error["type"] == "string_pattern_mismatch":
-        return document.problem(path, f"a name has at most 80 letters, digits, - or _, not {error['input']!r}")
+        return document.problem(path, f"{error['input']!r} is not a valid name: use at most 80 letters, digits, - or _")
     if error["type"] == "missing":
         return document.problem(path, "missing; it has no default, so give a value")
     message = (

@@ -102,8 +102,8 @@ def _bounds(metadata: Sequence[Any]) -> str:
     low, high = _bound(metadata, bounds.Ge, "ge"), _bound(metadata, bounds.Le, "le")
     if low is not None and high is not None:
         return f", {low} to {high}"
-    said = {">=": low, ">": _bound(metadata, bounds.Gt, "gt"), "<=": high, "<": _bound(metadata, bounds.Lt, "lt")}
-    found = [f"{sign} {value}" for sign, value in said.items() if value is not None]
+    limits = {">=": low, ">": _bound(metadata, bounds.Gt, "gt"), "<=": high, "<": _bound(metadata, bounds.Lt, "lt")}
+    found = [f"{sign} {value}" for sign, value in limits.items() if value is not None]
     return f" {' and '.join(found)}" if found else ""
 
 

@@ -23,18 +23,18 @@ def schema() -> dict[str, Any]:
     class of a mapping, and for the settings of a stage without a matrix."""
     found = Manifest.model_json_schema()
     opening = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A manifest of Retort"}
-    return {**opening, **_of_part(found), "required": found["required"]}
+    return {**opening, **_adapted(found), "required": found["required"]}
 
 
-def _of_part(part: Any) -> Any:
+def _adapted(part: Any) -> Any:
     """Return a part of the schema without `required`, with a matrix in each stage, and without pydantic's titles.
 
     A union of plain types and settings becomes a condition, so that editors report what is wrong in the settings."""
     if isinstance(part, list):
-        return [_of_part(one) for one in part]
+        return [_adapted(one) for one in part]
     if not isinstance(part, dict):
         return part
-    found = {k: _of_part(v) for k, v in part.items() if k != "title" or not isinstance(v, str)}
+    found = {k: _adapted(v) for k, v in part.items() if k != "title" or not isinstance(v, str)}
     plain = [one["type"] for one in found.get("anyOf", ()) if one.keys() == {"type"}]
     others = [one for one in found.get("anyOf", ()) if one.keys() != {"type"}]
     if plain and len(others) == 1:

@@ -28,7 +28,7 @@ PLACEHOLDER = "prompts.txt"
 WORDS = ("null", "true", "false")
 """Words that YAML does not read as text."""
 LONGEST = 60
-"""Largest length of a comment with a setting's type. Longer types are left out."""
+"""Maximum length of a comment with a setting's type. Longer types are left out."""
 
 
 def manifest_text(teacher: str, method: str, prompts: str | None, file: str) -> str:

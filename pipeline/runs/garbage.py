@@ -28,7 +28,7 @@ def collect(
     and the call waits; without `waiting`, Locked is raised.
     """
     if not (store.root / "runs").is_dir():
-        raise UsageError(f"{store.root} is no store; give one with --store or RETORT_STORE")
+        raise UsageError(f"{store.root} is not a store; give one with --store or RETORT_STORE")
     dropped = [Run.find(store, name) for name in dict.fromkeys(drop)]
     with ExitStack() as stack:
         for run in dropped:
@@ -63,11 +63,11 @@ def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str]]:
             if pool.resolve() not in used:
                 yield pool, "pool"
             else:
-                yield from ((left, "temporary") for left in sorted(filter(is_temporary, pool.rglob(".*"))))
+                yield from ((leftover, "temporary") for leftover in sorted(filter(is_temporary, pool.rglob(".*"))))
     for work in sorted((store.root / "work").iterdir()):
         if work.resolve() not in used:
             yield work, "temporary"
-    yield from ((left, "temporary") for left in sorted(filter(is_temporary, store.root.iterdir())))
+    yield from ((leftover, "temporary") for leftover in sorted(filter(is_temporary, store.root.iterdir())))
 
 
 def _lock_name(store: Store, path: Path) -> str:

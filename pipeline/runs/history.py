@@ -40,7 +40,7 @@ class Attempt:
             self.ended, self.error = event["event"].removeprefix("stage_"), event.get("error", "")
 
     def rate(self) -> float | None:
-        """Units per second: as the stage reports it, or else the average since its first progress event. None if
+        """Units per second, as the stage reports them; otherwise the average since its first progress event. None if
         unknown."""
         if not self.progress:
             return None
@@ -53,7 +53,7 @@ class Attempt:
 
 
 def attempts(events: Iterable[Event]) -> dict[str, list[Attempt]]:
-    """stage -> its attempts, the newest last. Reusing a sealed artifact is no attempt."""
+    """stage -> its attempts, the newest last. Reusing a sealed artifact is not an attempt."""
     found: dict[str, list[Attempt]] = {}
     for event in events:
         stage, fingerprint = event["stage"], event.get("fingerprint")
@@ -66,10 +66,10 @@ def attempts(events: Iterable[Event]) -> dict[str, list[Attempt]]:
     return found
 
 
-def spent(of: Iterable[Attempt], fingerprint: str) -> float:
+def spent(tried: Iterable[Attempt], fingerprint: str) -> float:
     """Device-seconds of the attempts that led to the latest artifact with this fingerprint, failed ones included."""
     seconds, made = 0.0, False
-    for attempt in of:
+    for attempt in tried:
         if attempt.fingerprint == fingerprint:
             seconds = attempt.device_seconds if made else seconds + attempt.device_seconds
             made = attempt.ended == "done"

@@ -47,33 +47,38 @@ class Run:
 
     def __init__(self, store: Store, name: str) -> None:
         if not re.fullmatch(NAME, name):
-            raise UsageError(f"{name!r} is no name for a run: use at most 80 letters, digits, - or _")
+            raise UsageError(f"{name!r} is not a valid name for a run: use at most 80 letters, digits, - or _")
         self.store, self.name, self.folder = store, name, store.root / "runs" / name
 
     @classmethod
     def find(cls, store: Store, name: str | None) -> Run:
-        """The run of that name; without a name, the only run of the store. Raises UsageError that lists the runs."""
+        """The run of that name; without a name, the only run of the store.
+
+        Raises UsageError, with a list of the runs, if there is no such run."""
         names = [run.name for run in all_runs(store)]
-        own = [one for one in names if not one.startswith(REPAIR_PREFIX)]
-        if name is None and len(own) == 1:
-            name = own[0]
+        without_repairs = [one for one in names if not one.startswith(REPAIR_PREFIX)]
+        if name is None and len(without_repairs) == 1:
+            name = without_repairs[0]
         if name is None or name not in names:
-            asked = f"no run {name!r}" if name else "say which run"
+            asked = f"no run {name!r}" if name else "give the name of a run"
             close = suggest(name or "", names).partition(" (")[0]
-            there = f"it has: {', '.join(names)}" if names else "it has none; `retort submit MANIFEST` makes one"
-            raise UsageError(f"{asked} in store {store.root}{close}: {there}")
+            there = f"which has: {', '.join(names)}" if names else "which has none; `retort submit MANIFEST` makes one"
+            raise UsageError(f"{asked} in store {store.root}, {there}{close}")
         return cls(store, name)
 
     @contextmanager
     def held(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Be the only process that carries out this run. Raises Locked, or waits, as `store.hold`."""
+        """Hold the lock of this run, so that no other process carries it out.
+
+        Raises Locked, or waits, like `store.hold`."""
         with hold(self.folder / "lock", f"run {self.name} is being carried out", self.name, waiting):
             yield
 
     @contextmanager
     def making(self, artifact: Artifact, pool: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Be the only process that makes this artifact, or parts in its pool. Raises Locked, or waits, as
-        `store.hold`."""
+        """Hold the locks of an artifact and its pool, so that no other process makes the artifact or parts in the pool.
+
+        Raises Locked, or waits, like `store.hold`."""
         with ExitStack() as stack:
             for fingerprint in dict.fromkeys((artifact.fingerprint, pool.name)):
                 file = self.store.lock_of(artifact.kind, fingerprint)
@@ -114,8 +119,8 @@ class Run:
         write_atomically(self.folder / "plan.json", json.dumps(stages, indent=2).encode("utf-8"))
 
     def manifest(self, overrides: Sequence[str] = ()) -> Loaded:
-        """The resolved manifest, with `overrides` (PATH=VALUE). Its store is the one that holds the run: stores may be
-        moved."""
+        """The resolved manifest, with `overrides` (PATH=VALUE). Its store is the one that holds the run,
+        because stores may be moved."""
         store = f"store={json.dumps(str(self.store.root), ensure_ascii=False)}"
         return load(self.folder / "manifest.yaml", [*overrides, store])
 
@@ -135,7 +140,7 @@ class Run:
         raise UsageError(f"{file} cannot be read ({why}); make a new plan with: {resume}")
 
     def previous(self) -> dict[str, dict[str, Any]]:
-        """As `plan`, but empty for a plan that cannot be read. New plans are compared with it."""
+        """Like `plan`, but empty for a plan that cannot be read. New plans are compared with it."""
         try:
             return self.plan()
         except UsageError:
@@ -145,8 +150,8 @@ class Run:
         return self.folder / "logs" / f"{stage}.log"
 
     def event(self, event: str, stage: str | None = None, **details: Any) -> None:
-        """Append one event. It is one write, so that lines of two processes do not mix. A line that a crash cut off is
-        ended first."""
+        """Append one event in a single write, so that lines of two processes do not mix. If a crash cut off the last
+        line, a line break comes first."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, "stage": stage, **details}) + "\n"
         with open(self.folder / "events.jsonl", "a+b") as file:
@@ -164,7 +169,7 @@ class Run:
 
 
 def read_event(line: bytes | str) -> dict[str, Any] | None:
-    """Parse one line of events.jsonl. None for a line that is damaged or is no event."""
+    """Parse one line of events.jsonl. None if the line is damaged or is not an event."""
     try:
         event = json.loads(line)
         wanted = {"time", "event", "stage"}

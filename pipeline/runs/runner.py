@@ -86,7 +86,7 @@ class Runner:
                 self.reporter.ended(stage.name, "reused")
                 self._event("stage_reused", stage)
                 return
-            store.unseal(stage.artifact)  # damaged: readers do not find it until it is whole
+            store.unseal(stage.artifact)  # if sealed, it is damaged: hide it from readers until it is made again
             state, why = ("run", damage) if damage and stage.state == "reuse" else (stage.state, stage.why)
             self.reporter.started(stage.name, f"{state}: {why}")
             workers = self.manifest.resources_of(stage.name).workers
@@ -122,7 +122,7 @@ class Runner:
         if store.outdated(artifact):
             log.info("the files of an earlier attempt are dropped: they were made from inputs with different bytes")
             store.drop_work(artifact)
-        if (store.work(artifact) / RECORD).exists():  # killed between the record and the move
+        if (store.work(artifact) / RECORD).exists():  # killed after the record was written, before the folder was moved
             store.finish(artifact.folder, store.work(artifact))
             if store.damage(artifact) is None:
                 return

@@ -156,8 +156,8 @@ class Store:
         `inputs_sha256` (field -> sha256 of the input) is stored there if the attempt is new."""
         work = self.work(artifact)
         work.mkdir(parents=True, exist_ok=True)
-        for left in list(filter(is_temporary, work.rglob(".*"))):
-            left.unlink(missing_ok=True)
+        for leftover in list(filter(is_temporary, work.rglob(".*"))):
+            leftover.unlink(missing_ok=True)
         if not (work / INPUT_HASHES).exists():
             write_atomically(work / INPUT_HASHES, json.dumps({"inputs_sha256": inputs_sha256}).encode("utf-8"))
         return work

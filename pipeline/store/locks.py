@@ -17,7 +17,7 @@ from typing import IO
 from pipeline.errors import Locked
 
 RETRY_UNNAMED_FOR = 1.0
-"""Seconds for which `hold` retries a lock whose file names no holder. The function `holder` may have it briefly."""
+"""Seconds for which `hold` retries a lock whose file names no holder. The function `holder` takes it briefly."""
 
 WAIT_EVERY = 1.0
 """Seconds between two attempts to take a lock."""

@@ -35,10 +35,10 @@ def collect(runs: Sequence[Run]) -> tuple[list[Evaluated], list[NotMade]]:
     """
     found: list[Evaluated | NotMade] = []
     for run in runs:
-        of_run = list(_of_run(run, f"{run.name}/" if len(runs) > 1 else ""))
-        if not of_run:
+        evaluations = list(_evaluations_of(run, f"{run.name}/" if len(runs) > 1 else ""))
+        if not evaluations:
             raise UsageError(f"run {run.name} evaluates nothing; add a stage of `kind: evaluate` to its manifest")
-        found += of_run
+        found += evaluations
     made = [one for one in found if isinstance(one, Evaluated)]
     not_made = [one for one in found if isinstance(one, NotMade)]
     if not made:
@@ -69,7 +69,7 @@ def pictured(compared: Sequence[Section], names: Sequence[str]) -> Section:
     raise UsageError("\n".join(["no section has images of all the rows of --row; rows with images:", *known]))
 
 
-def _of_run(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:
+def _evaluations_of(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:
     stages = status_of(run)
     names = {stage["fingerprint"]: f"{prefix}{name}" for name, stage in stages.items()}
     for name, stage in stages.items():
@@ -86,7 +86,7 @@ def _of_run(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:
 
 
 def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
-    """Read a sealed evaluation. `names` maps fingerprints to the run's names of those artifacts.
+    """Read a sealed evaluation. `names` maps the fingerprints of artifacts to the names of their stages.
 
     Raises OSError, ValueError or KeyError if the folder does not hold an evaluation of this version.
     """
@@ -107,7 +107,7 @@ def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
 
 
 def _in_steps(name: str, steps: int | None) -> str:
-    """The name of a student that is sampled with `steps`, not its own number of steps: student[seed=1,steps=8]."""
+    """Add `steps`, which replaces a student's own number of steps, to the student's name: student[seed=1,steps=8]."""
     if steps is None:
         return name
     head, _, inside = name.partition("[")

@@ -83,8 +83,7 @@ class Live:
         self._tasks[stage] = {}
 
     def progress(self, stage: str, progress: Progress) -> None:
-        """Update a bar. There is one for each unit that the stage counts in: a teacher's VAE steps, then its U-Net
-        steps."""
+        """Update a bar. There is one bar for each unit that the stage counts, such as VAE steps and U-Net steps."""
         tasks = self._tasks.setdefault(stage, {})
         if progress.unit not in tasks:
             tasks[progress.unit] = self._bars.add_task("", stage=stage, total=progress.total)

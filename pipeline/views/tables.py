@@ -17,11 +17,11 @@ from stages.evaluate import figures
 from stages.reports.sections import Section
 
 UNLIMITED = 10_000
-"""Columns of a table that is not printed on a terminal."""
+"""Width, in characters, of a table that is not printed on a terminal."""
 NARROWEST = 24
-"""The least width in which the last column is wrapped. With less, each row becomes several lines."""
+"""Minimum width of a wrapped last column. If there is less room, each row becomes several lines."""
 MOST_READS = 3
-"""The most names of stages in the column `reads`. --json lists all of them."""
+"""Maximum number of stages in the column `reads`. --json lists all of them."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,7 +62,7 @@ def _upright(head: Sequence[str], row: Sequence[str]) -> Iterator[str]:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; unlimited if the output is not a terminal. COLUMNS overrides both."""
+    """Width of the terminal in characters; UNLIMITED if the output is not a terminal. COLUMNS overrides both."""
     if os.environ.get("COLUMNS", "").isdecimal():
         return int(os.environ["COLUMNS"])
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
@@ -127,7 +127,7 @@ def garbage(found: Mapping[str, Any], deleted: bool) -> str:
     """What can be removed, or was removed, and what is kept."""
     rows = [[one["what"], size(one["bytes"]), one["path"]] for one in found["found"]]
     rows += [["kept", "", f"{one['path']}: {one['why']}"] for one in found["kept"]]
-    verb = "removed" if deleted else "can go; --delete removes it"
+    verb = "removed" if deleted else "can be removed; --delete removes it"
     if not rows:
         return "nothing to remove"
     return table(["what", "size", "path"], rows) + f"\n{size(found['bytes'])} {verb}"
@@ -217,7 +217,7 @@ def stats(found: Mapping[str, Any]) -> str:
 SHARDS = ("missing", "unreceipted", "corrupt", "extra")
 """Ways in which a shard can be wrong; keys of a report about shards."""
 MOST_DAMAGED = 20
-"""Lines about damage in a table. --json lists all of them."""
+"""Maximum number of lines about damage in a table. --json lists all of them."""
 
 
 def verified(found: Mapping[str, Any]) -> str:
@@ -225,7 +225,7 @@ def verified(found: Mapping[str, Any]) -> str:
     if "kind" in found:
         whole = f"{found['kind']}, {found['files']:,} files hashed"
     else:
-        whole = f"{found['count']:,} samples in {found['shards']:,} whole shards"
+        whole = f"{found['count']:,} samples in {found['shards']:,} intact shards"
     lines = [f"{found['target']}: {whole}"]
     return "\n".join([*lines, *(f"DAMAGED  {line}" for line in _damaged(found))])
 

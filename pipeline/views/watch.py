@@ -10,12 +10,12 @@ from pathlib import Path
 from pipeline.runs import Run
 
 EVERY = 1.0
-"""Seconds between two looks."""
+"""Seconds between two checks of the run."""
 
 
 def watch(run: Run, draw: Callable[[], str]) -> None:
-    """Show `draw()` until the run ends. On a terminal it is redrawn in place; elsewhere it is printed when it
-    changed."""
+    """Show `draw()` until the run ends. On a terminal it is redrawn in place. Elsewhere it is printed whenever it
+    changes."""
     if sys.stdout.isatty():
         from rich.live import Live
         from rich.text import Text
@@ -37,17 +37,17 @@ def watch(run: Run, draw: Callable[[], str]) -> None:
 
 
 def lines(file: Path, run: Run, follow: bool) -> Iterator[str]:
-    """Yield the whole lines of a file, which need not exist yet. With `follow`, go on until the run ends."""
-    place = 0
+    """Yield the complete lines of a file. The file may not exist yet. With `follow`, go on until the run ends."""
+    offset = 0
     while True:
         alive = follow and run.driver()  # asked before reading, so that the last lines are read too
         if file.exists():
             with open(file, "rb") as opened:
-                opened.seek(place)
+                opened.seek(offset)
                 for line in opened:
                     if alive and not line.endswith(b"\n"):
                         break  # the rest is being written
-                    place += len(line)
+                    offset += len(line)
                     yield line.decode("utf-8", "replace").rstrip("\n")
         if not alive:
             return

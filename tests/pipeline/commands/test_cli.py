@@ -72,10 +72,10 @@ def test_a_wrong_manifest_is_exit_2_with_its_place(tmp_path):
 def test_an_unknown_run_names_those_there_are(gaussian, tmp_path):
     store = tmp_path / "store"
     done = retort("resume", "--store", store)
-    assert done.returncode == 2 and "it has none; `retort submit MANIFEST` makes one" in done.stderr
+    assert done.returncode == 2 and "which has none; `retort submit MANIFEST` makes one" in done.stderr
     retort("submit", gaussian, "--store", store, "--engine", "inline", "--name", "mine")
     done = retort("status", "yours", "--store", store)
-    assert done.returncode == 2 and f"no run 'yours' in store {store}: it has: mine" in done.stderr
+    assert done.returncode == 2 and f"no run 'yours' in store {store}, which has: mine" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -123,7 +123,7 @@ def test_an_unexpected_error_is_in_the_log_and_not_on_the_terminal(gaussian, tmp
 
 def test_names_of_runs_stay_inside_the_store(gaussian, tmp_path):
     done = retort("submit", gaussian, "--store", tmp_path / "store", "--name", "../../x")
-    assert done.returncode == 2 and "is no name for a run" in done.stderr
+    assert done.returncode == 2 and "is not a valid name for a run" in done.stderr
 
 
 def test_a_failed_stage_is_exit_1_with_its_log(tmp_path):

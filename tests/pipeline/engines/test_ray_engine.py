@@ -242,7 +242,7 @@ def test_a_stage_goes_on_without_the_worker_whose_gpu_is_taken(ray, taken, tmp_p
     holder, said, items = taken(1), [], range(30)
     done = list(ray.map("some", ProcessOf, items, WorkerShape(2, 1.0), said.append))
     assert sorted(item for item, _ in done) == [*items] and len({process for _, process in done}) == 1
-    assert said[-1] == "worker 2 of 2 is waiting for 1 GPU; 1 works"
+    assert said[-1] == "worker 2 of 2 is waiting for 1 GPU; 1 is working"
     ray.start().kill(holder)
     both = {process for _, process in ray.map("both", Maker(Meeting, tmp_path, 2), range(4), WorkerShape(2, 1.0))}
     assert len(both) == 2
@@ -254,7 +254,7 @@ def test_a_stage_none_of_whose_workers_starts_ends(ray, taken, monkeypatch):
     said, says = [], "no worker started within 1 s: Ray found 2 GPUs, enough for 2 .* change `workers`"
     with pytest.raises(StageError, match=says):
         list(ray.map("none", ProcessOf, range(9), WorkerShape(2, 1.0), said.append))
-    assert "workers 1, 2 of 2 are waiting for 1 GPU each; none work" in said
+    assert "workers 1, 2 of 2 are waiting for 1 GPU each; none are working" in said
     with pytest.raises(StageError, match=says):
         finish(ray.run(where, (1,), WorkerShape(1, 1.0), said.append))
 

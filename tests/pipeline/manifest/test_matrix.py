@@ -150,7 +150,7 @@ def test_resources_of_a_chain_of_every_member_and_of_one():
         ("{seed: [1, 1]}", "1 is given twice"),
         ("{}", "names no setting"),
         ("3", "names no setting"),
-        ("{held_out.x: [1]}", "held_out is no mapping here"),
+        ("{held_out.x: [1]}", "held_out is not a mapping here"),
         (
             f"{{seed: [{', '.join(map(str, range(50)))}], training.steps: [{', '.join(map(str, range(1, 51)))}]}}",
             "2500",

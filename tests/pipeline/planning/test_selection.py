@@ -139,4 +139,4 @@ def test_a_run_is_planned_and_found_by_its_manifest(made, tmp_path):
     done = retort("status", "gaussian", cwd=tmp_path, RETORT_STORE=str(store))
     assert done.returncode == 0
     elsewhere = retort("status", path, "--store", tmp_path / "none", cwd=tmp_path, RETORT_STORE=str(store))
-    assert elsewhere.returncode == 2 and "it has none" in elsewhere.stderr
+    assert elsewhere.returncode == 2 and "which has none" in elsewhere.stderr

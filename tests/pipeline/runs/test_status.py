@@ -170,13 +170,13 @@ def test_a_stage_s_log_is_printed(tmp_path):
 
 class WaitingEngine(InlineEngine):
     def map(self, key, make_worker, items, shape, say):
-        say("worker 2 of 2 is waiting for 1 GPU; 1 works")
+        say("worker 2 of 2 is waiting for 1 GPU; 1 is working")
         yield from super().map(key, make_worker, items, shape, say)
 
 
 def test_what_a_stage_waits_for_is_said_wherever_the_stage_is_followed(tmp_path, capsys):
     execute(GAUSSIAN, tmp_path, engine=WaitingEngine(), reporter=Plain())
-    says = "worker 2 of 2 is waiting for 1 GPU; 1 works"
+    says = "worker 2 of 2 is waiting for 1 GPU; 1 is working"
     assert f"pairs: {says}\n" in capsys.readouterr().err
     assert f"pairs: stage waits: {says}\n" in retort("logs", "gaussian", "--store", tmp_path).stdout
     assert f"WARNING pipeline.runs.runner: {says}\n" in retort("logs", "gaussian", "pairs", "--store", tmp_path).stdout

@@ -201,7 +201,7 @@ def test_nothing_to_compare_is_exit_2(store, tmp_path):
     done = retort("compare", "late", "--store", store)
     assert done.returncode == 2 and "nothing to compare yet\nnot made yet: stage late of run late" in done.stderr
     done = retort("compare", "first", "zzzz", "--store", store)
-    assert done.returncode == 2 and f"no run 'zzzz' in store {store}: it has:" in done.stderr
+    assert done.returncode == 2 and f"no run 'zzzz' in store {store}, which has:" in done.stderr
     done = retort("compare", "first", "--store", store, "--html", tmp_path / "no" / "c.html")
     assert done.returncode == 2 and "c.html cannot be written: No such file or directory" in done.stderr
     for arguments, refusal in [

@@ -19,7 +19,7 @@ BATCH = 16
 def comparable(form: Form, guidance_scale: float) -> float | None:
     """Return the w at which a student of `form` should reproduce pairs of `guidance_scale`.
 
-    Returns None if it learns another guidance, or if its sampler draws more noise."""
+    Returns None if the student learns another guidance, or if its sampler draws noise between steps."""
     if form.steps > 1 and form.sampler != "ddim":
         return None
     w = guidance_scale - 1

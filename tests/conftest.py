@@ -1,4 +1,4 @@
-"""Fixtures of many tests, and the environment that all of them run in."""
+"""Fixtures that many tests use, and the environment of all tests."""
 
 from __future__ import annotations
 

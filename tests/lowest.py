@@ -1,4 +1,4 @@
-"""The oldest releases that pyproject.toml admits, as requirements for pip: `python -m tests.lowest`."""
+"""Prints the oldest releases that pyproject.toml allows, as requirements for pip: `python -m tests.lowest`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 
 def lowest(text: str) -> Iterator[str]:
-    """`name==VERSION` for each direct dependency of a pyproject.toml, those of its extras too, but for `test`. Raises
-    ValueError for one without a lower bound: it promises that every release will do."""
+    """Return `name==VERSION` for each direct dependency of a pyproject.toml, also of its extras except `test`. Raises
+    ValueError for a dependency without a lower bound, because that allows every release."""
     project = tomllib.loads(text)["project"]
     extras = [of for name, of in project.get("optional-dependencies", {}).items() if name != "test"]
     for dependency in chain(project["dependencies"], *extras):

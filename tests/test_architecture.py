@@ -1,4 +1,4 @@
-"""The rows of docs/architecture.md, read from the imports, and what else is true of every file."""
+"""Checks the imports against the rows of docs/architecture.md, and other rules for every file."""
 
 import ast
 import re
@@ -70,7 +70,7 @@ def room_of(module: str) -> str | None:
 
 
 def imports(path: Path) -> set[str]:
-    """All that a file imports, at its top or in a function, as dotted names."""
+    """Return everything that a file imports, at its top or in a function, as dotted names."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -1,8 +1,10 @@
-"""What README.md, CONTRIBUTING.md, CHANGELOG.md and docs/*.md show works: commands, manifests, Python, links.
+"""Checks that commands, manifests, Python code and links in README.md, CONTRIBUTING.md, CHANGELOG.md and docs/*.md
+work.
 
-Each block runs in a folder of its own, where `manifests/` is the repository's, `retort-store/` holds one small sealed
-run under the name of every manifest, and the document's own manifests and files are as it says. What would take minutes
-(`submit`) is planned, what needs another machine is parsed, benchmarks are looked up.
+Each block runs in its own folder. There, `manifests/` is that of the repository, `retort-store/` holds one small sealed
+run under the name of every manifest, and the manifests and files that the document describes exist. Commands that would
+take minutes (`submit`) are planned instead. Those that need another machine are only parsed, and for benchmarks only
+their existence is checked.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file that a TOML or Python block is, if the paragraph above names one."""
+        """The name of the file that a TOML or Python block shows, if the paragraph above names it."""
         suffix = {"toml": "toml", "python": "py"}.get(self.language, "none")
         found = re.findall(rf"`([\w/]+\.{suffix})`", self.above.rstrip().rpartition("\n\n")[2])
         return found[-1] if found else None
@@ -124,7 +126,7 @@ def place(tmp_path: Path, sealed: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def furnish(place: Path, block: Block) -> None:
-    """Write what the document says that there is, and name the sealed run after each manifest that the block names."""
+    """Write the files that the document describes, and name the sealed run after each manifest that the block names."""
     for other in BLOCKS.get(block.document, []):
         manifest = complete(other)
         if manifest:
@@ -224,7 +226,8 @@ def check_retort(words: list[str], place: Path) -> None:
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
-    """The command that words after `retort` name, and its arguments. Raises AssertionError if there is none."""
+    """Return the command that the words after `retort` name, and its arguments. Raises AssertionError if there is
+    none."""
     found: click.Command = cli
     while isinstance(found, click.Group) and words and not words[0].startswith("-"):
         assert words[0] in found.commands, f"there is no command {words[0]!r}"
@@ -244,7 +247,7 @@ def parsed(words: list[str]) -> dict[str, Any]:
 
 
 def check_module(module: str, arguments: list[str]) -> None:
-    """That a module of the tests exists, and takes the options."""
+    """Check that a module of the tests exists and takes the options."""
     path = ROOT / f"{module.replace('.', '/')}.py"
     assert path.exists(), f"there is no module {module}"
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
@@ -288,7 +291,7 @@ def check_yaml(block: Block, place: Path) -> None:
 
 
 def entries(text: str) -> Iterator[tuple[str, Any]]:
-    """The keys and values of a mapping, those that are given several times, too."""
+    """Return all keys and values of a mapping, also keys that are given several times."""
     loader = yaml.SafeLoader(text)
     node = loader.get_single_node()
     assert isinstance(node, yaml.MappingNode), "no mapping"
@@ -320,7 +323,7 @@ def plan(text: str, place: Path) -> None:
 
 
 def check_setting(key: str, value: Any) -> None:
-    """That some class of settings has a setting of that name that takes the value."""
+    """Check that some class of settings has a setting of this name that takes the value."""
     fields = [info for topic in built_in() for name, info in topic.config.model_fields.items() if name == key]
     assert fields, f"nothing has a setting {key!r}"
     errors = []
@@ -382,7 +385,7 @@ def test_the_notebook_is_the_page() -> None:
 
 
 def check_code(code: str) -> None:
-    """A command in a sentence has a name and options that there are. A path below the repository leads somewhere."""
+    """Check that a command in a sentence has an existing name and options, and that a path in the repository exists."""
     words = code.partition(";")[0].split()
     if words[:1] == ["retort"]:
         command, arguments = command_of(words[1:])

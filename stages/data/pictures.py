@@ -68,7 +68,7 @@ def page(template: str, **values: Any) -> str:
 
 
 def as_svg(figure: Figure) -> Markup:
-    """Return a chart as an SVG element that can stand in a page, with text as text."""
+    """Return a chart as an SVG element for an HTML page. Its text stays text and is not drawn as paths."""
     from markupsafe import Markup
     from matplotlib import rc_context
 
@@ -76,7 +76,7 @@ def as_svg(figure: Figure) -> Markup:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "retort"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()[file.getvalue().index("<svg") :]
-    # the metadata and namespaces are those of XML, not of HTML
+    # an SVG element in HTML needs no metadata and no XML namespaces
     return Markup(re.sub(r'<metadata>.*?</metadata>|xmlns(:\w+)?="[^"]*"', "", text, flags=re.DOTALL))
 
 

@@ -51,7 +51,7 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             before = -1
             while (member := archive.next()) is not None:
                 if member.size < 0 or archive.offset <= before:
-                    raise ValueError(f"not a readable tar: {member.name!r:.80} goes backwards")
+                    raise ValueError(f"not a readable tar: {member.name!r:.80} has an invalid size")
                 before = archive.offset
                 end = member.offset_data + (member.size if member.isfile() else 0)
                 if end > size:

@@ -56,11 +56,11 @@ def write_lora(artifact: Artifact, rank: int, out: Path) -> str:
 def _problem(student: Student, teacher: Adapter, scheduler: Any) -> str | None:
     """Say why the student cannot be exported as a LoRA of its teacher, or return None if it can."""
     if student.form.w_range:
-        return "the student takes w as an input, for which the teacher's network has no weights: no LoRA can add it"
+        return "the student takes w as an input: the teacher's network has no weights for w, and a LoRA cannot add them"
     if student.lora:
         return f"the student is a LoRA of rank {student.lora.rank} already; its folder holds {FILE}"
     if student.form.prediction == "both":
-        return "the student predicts both x0 and the noise, for which the teacher's last layer is too small for a LoRA"
+        return "the student predicts both x0 and the noise: a LoRA cannot enlarge the teacher's last layer for that"
     base, weights = teacher.network.state_dict(), student.network.state_dict()
     added = [value for name, value in weights.items() if name not in base]
     same = all(name in weights and value.shape == weights[name].shape for name, value in base.items())

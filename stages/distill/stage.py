@@ -145,8 +145,8 @@ class Distill(Stage):
     held_out: int = Field(
         256,
         ge=0,
-        description="number of pairs kept for held-out loss and evaluation: the last ones of the first source; 0 if "
-        "all are trained on and an evaluation has `pairs` of its own",
+        description="number of pairs kept for held-out loss and evaluation: the last ones of the first source; 0 "
+        "trains on all pairs, for evaluations with `pairs` of their own",
     )
     execution: StudentExecution = Field(
         StudentExecution(), description="how the stage is run; changing it makes nothing stale"

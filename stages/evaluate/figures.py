@@ -101,15 +101,16 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
     if any("nearest_mse" in side for side in metrics["sides"].values()):
         lines.append(
             "MSE to nearest is measured to the nearest image of the exact teacher's set. Memorised images have "
-            "almost 0, and images as new as held-out ones have that of the VAE reconstruction."
+            "almost 0. Images that are as new as held-out ones have about the value of 'VAE reconstruction'."
         )
     if "features" in metrics:
         lines += [
             f"Distances, precision, recall and diversity use {metrics['distance_samples']} samples of each side, and "
             f"{metrics['features']}: features of a classifier trained on real images. They are not FID.",
-            "All distances are to real images that the classifier was not trained on. 'real' is as many other such "
-            "images: the lowest distance to expect. 'VAE reconstruction' is the same images encoded and decoded by the "
-            "VAE: the lowest distance to expect of a latent model with this VAE.",
+            "All distances are to real images that the classifier was not trained on. The row 'real' measures "
+            "equally many other such images: the lowest distance to expect. The row 'VAE reconstruction' measures the "
+            "same images after the VAE encoded and decoded them: the lowest distance to expect of a latent model with "
+            "this VAE.",
             f"The classifier is right on {metrics['probe_accuracy']:.1%} of the images that it was not trained on.",
         ]
     return lines
@@ -123,7 +124,10 @@ def _legend_of_particles(metrics: Mapping[str, Any]) -> list[str]:
         "side. Saturation is that of HSV, contrast the standard deviation of the luma in [0, 1].",
     ]
     if any("nearest_mse" in side for side in metrics["sides"].values()):
-        lines.append("MSE to nearest is that of the encoded image to the nearest image of the exact teacher's set.")
+        lines.append(
+            "MSE to nearest is the mean squared error between the encoded image and the nearest image of the exact "
+            "teacher's set."
+        )
     if "features" in metrics:
         lines.append(
             f"Prompt accuracy and diversity use {metrics['features']}: a classifier trained on real images, which is "

@@ -36,8 +36,8 @@ def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: i
     """Return `samples` noises of the pairs' seed that the student was not trained on.
 
     test: the last stored pairs that come after the last training pair; then fresh noises with higher numbers than all
-    stored and training pairs. So students that hold out more of these pairs, or were trained on none, get the same
-    noises.
+    stored and training pairs. So all students get the same noises, also those that hold out more of these pairs, or
+    were trained on none of them.
     validation: fresh noises, numbered from VALIDATION. Test noises always have lower numbers, so no noise is in both
     splits.
     """

@@ -29,9 +29,9 @@ class Evaluate(Stage):
     """Compares a student with its teacher on the same prompts and noises. With `pairs` alone, it compares the teacher
     in full steps with the teacher in few steps. Writes metrics.json and an HTML page.
 
-    The student was not trained on the noises. They are the held-out noises of its training pairs, or those of `pairs`,
-    then fresh noises of the same seed. A student that takes the guidance scale as an input gets that of the pairs, or
-    `guidance_scale`. Its network computes in the dtype of the pairs, like the teacher's.
+    The student was not trained on the noises. First come the held-out noises of its training pairs, or of `pairs` if
+    that is given; then fresh noises of the same seed. A student that takes the guidance scale as an input gets that of
+    the pairs, or `guidance_scale`. Its network computes in the dtype of the pairs, like the teacher's.
 
     `real` names a probe. It adds distances to real images that the probe was not trained on, measured in the probe's
     features. Without it, an evaluation measures the distance to the teacher's own output, seconds and network calls.
@@ -83,7 +83,8 @@ class Evaluate(Stage):
     )
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
         None,
-        description="further numbers of steps to sample the teacher in; default: 4, 2, 1, if below those of the pairs",
+        description="numbers of steps in which the teacher is also sampled, fewer than the steps of the pairs; "
+        "default: 4, 2 and 1, as far as they are fewer",
     )
     execution: EvaluationExecution = Field(
         EvaluationExecution(), description="how the stage is run; changing it makes nothing stale"

@@ -58,7 +58,7 @@ class ShardWorker:
         if noise != latent:
             raise StageError(
                 f"the teacher samples latents of shape {latent} from noise of shape {noise}, but a student takes noise "
-                "of the shape of its latents; make the teacher of larger latents the host"
+                "of the shape of its latents; make the teacher with the larger latents the host"
             )
         grid = timesteps(len(self.teacher.schedule), self.sampler.steps, self.sampler.timestep_spacing)
         off = next((t for t in self.path_timesteps if t not in grid), None)

@@ -74,7 +74,7 @@ class Pairs(Stage):
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        if self.shard_size > self.count and self.shard_size != SHARD_SIZE:  # the default is no deliberate choice
+        if self.shard_size > self.count and self.shard_size != SHARD_SIZE:  # only a deliberate size is refused
             yield "shard_size", f"it is {self.shard_size}, but count is only {self.count}: no shard would be full"
         if self.prompts is None and self.sampler.guidance_scale != 1:
             yield "sampler.guidance_scale", "guidance needs prompts; give prompts, or set guidance_scale: 1"

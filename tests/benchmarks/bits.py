@@ -1,9 +1,9 @@
-"""The bytes that small pipelines of every method come to, to show that a refactoring changes none.
+"""Hashes the results of small pipelines of every method. Equal hashes show that a refactoring changed no byte.
 
     python -m tests.benchmarks.bits STORE > before.txt
 
-Runs each manifest of PIPELINES inline, on one thread, in STORE, and prints the sha256 of what is computed: shards,
-latents, weights and figures. Files that hold dates, seconds or versions are left out. Compare commits on one machine.
+Runs each manifest of PIPELINES inline, on one thread, in STORE. Prints the sha256 of each result: shards, latents,
+weights and figures. Files that hold dates, seconds or versions are left out. Compare commits on one machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seconds of the commands that must feel instant, median of several cold processes.
+"""Measures the seconds of commands that should feel instant: the median over several new processes.
 
 python -m tests.benchmarks.commands STORE      (a store in which the digits run is done)
 """

@@ -1,11 +1,11 @@
-"""What two teachers obey alone, and fused over delta (Coop-Diffusion), from the evaluations of a run.
+"""Shows how well two teachers follow prompts, alone and fused with several delta (Coop-Diffusion).
 
     retort submit manifests/digits_coop.yaml
     python -m tests.benchmarks.coop --store ./retort-store [--run digits_coop] [--figure docs/coop.png]
 
-Prints a table in Markdown of the run's evaluations: accuracy on digit, on colour and on both, and the kernel distance
-to real images. Images of different sizes are measured by different probes. The figure draws the fused teachers over
-delta, with the host alone at 0 and the guest alone at 1.
+Reads the evaluations of a run, and prints a table in Markdown: accuracy on digit, on colour and on both, and the kernel
+distance to real images. Images of different sizes are measured by different probes. The figure draws the fused teachers
+over delta, with the host alone at 0 and the guest alone at 1.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from stages.teacher import Teacher
 
 ACCURACIES = {"accuracy_of_digit": "digit", "accuracy_of_colour": "colour", "prompt_accuracy": "both"}
 LINES = {"re_encode": "-", "own": "--"}
-"""How the guest's state goes on -> style of its lines."""
+"""Value of `refresh`, the source of the guest's state -> line style."""
 
 
 def rows(run: Run) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Return evaluation -> settings of the fused teacher (None for others), and the figures of what it measured."""
+    """Return name of an evaluation -> settings of its fused teacher (None for other teachers), and its figures."""
     found = {}
     for name, stage in run.plan().items():
         if stage["kind"] == "evaluate":
@@ -64,8 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--run", default="digits_coop")
-    parser.add_argument("--host", default="digits", help="its evaluation, without quality_")
-    parser.add_argument("--guest", default="colours", help="its evaluation, without quality_")
+    parser.add_argument("--host", default="digits", help="name of its evaluation, without the prefix quality_")
+    parser.add_argument("--guest", default="colours", help="name of its evaluation, without the prefix quality_")
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
     found = rows(Run(Store(given.store), given.run))

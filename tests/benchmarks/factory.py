@@ -1,16 +1,16 @@
-"""Factory efficiency: seconds inside the U-Net, and seconds spent writing shards, over wall seconds, in steady state,
-with one worker.
+"""Measures the efficiency of the pair factory with one worker: the seconds inside the U-Net, and the seconds spent on
+writing shards, each divided by wall seconds.
 
     python -m tests.benchmarks.factory ARTIFACT [--engine ray|inline|diffusers] [--shards 12]
     python -m tests.benchmarks.factory ARTIFACT --rounds 5 [--shards 6]
 
-ARTIFACT is a sealed `pairs` artifact, such as the main job's; its teacher, sampler and batches are used. The
-U-Net's own calls are timed by hooks while the factory runs, so that both numbers are of the same seconds;
-the wall clock is the driver's, from the second finished shard to the last. For a CPU. Prints JSON.
+ARTIFACT is a sealed `pairs` artifact, such as the main job's. Its teacher, sampler and batches are used. Hooks time the
+calls of the U-Net while the factory runs, so both numbers cover the same seconds. Wall seconds are those of the driver,
+from the second finished shard to the last. For a CPU. Prints JSON.
 
 The engine `diffusers` is the loop of diffusers' own pipeline in this process, with the same teacher, batches and
-sampler, which writes nothing. With --rounds, each engine runs in a process of its own, in turn, and the medians of the
-rates and of the ratios of each round are printed.
+sampler. It writes nothing. With --rounds, the engines run in turn, each in its own process. Then the medians over the
+rounds are printed, of the rates and of their ratios.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from stages.pairs.factory import ShardWorker
 
 
 class TimedWorker:
-    """A ShardWorker that says how long it has been inside the U-Net, and writing, so far."""
+    """A ShardWorker that returns its seconds so far inside the U-Net, and on writing."""
 
     def __init__(self, **settings):
         self.worker = ShardWorker(**settings)
@@ -66,7 +66,8 @@ class TimedWorker:
 
 
 def by_diffusers(pairs: Artifact, shards: int) -> float:
-    """Return pairs a second of diffusers' pipeline, in batches as large as the factory's, without the first one."""
+    """Return the pairs per second of diffusers' pipeline, in batches as large as the factory's. The first batch is not
+    timed."""
     import torch
     from diffusers import DDIMScheduler, DiffusionPipeline
 
@@ -93,7 +94,8 @@ def by_diffusers(pairs: Artifact, shards: int) -> float:
 
 
 def in_turn(artifact: Path, rounds: int, shards: int) -> dict[str, float]:
-    """Run each engine in a process of its own, in turn. Return medians of rates, and of ratios of one round."""
+    """Run the engines in turn, each in its own process. Return the medians of their rates, and of the ratios within a
+    round."""
     rates: dict[str, list[float]] = {engine: [] for engine in ("diffusers", "inline", "ray")}
     for _ in range(rounds):
         for engine, found in rates.items():
@@ -114,7 +116,7 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--engine", choices=["ray", "inline", "diffusers"], default="ray")
     parser.add_argument("--shards", type=int, default=12)
-    parser.add_argument("--rounds", type=int, help="run all engines in turn, so many times")
+    parser.add_argument("--rounds", type=int, help="how often to run all engines in turn")
     arguments = parser.parse_args()
     if arguments.rounds:
         print(json.dumps(in_turn(arguments.artifact, arguments.rounds, arguments.shards)))

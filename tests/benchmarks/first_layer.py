@@ -1,11 +1,12 @@
-"""From which last layer a one-step student of an epsilon teacher trains best.
+"""Compares initial weights of the last layer of a one-step student of an epsilon teacher.
 
     python -m tests.benchmarks.first_layer PAIRS [--steps 250] [--fit 512]
 
 PAIRS is the folder of a sealed `pairs` artifact with at least 1,304 pairs, such as digits_epsilon.yaml's. Students are
-trained on its first 1,000 by knowledge distillation (L1, batches of 64, learning rate 1e-3), measured on the next 304:
-from zeros, from each ridge penalty of stages/networks/head.py alone, and as Retort chooses. Prints the error before and
-after training. The rest of PAIRS, which digits_epsilon.yaml reports on, is not looked at.
+trained on its first 1,000 pairs by knowledge distillation (L1, batches of 64, learning rate 1e-3), and measured on the
+next 304. The last layer starts from zeros, from a fit with each ridge penalty of stages/networks/head.py, or from the
+fit that Retort chooses. Prints the error before and after training. The other pairs are not used, because
+digits_epsilon.yaml reports on them.
 """
 
 from __future__ import annotations

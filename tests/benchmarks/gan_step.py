@@ -1,12 +1,12 @@
-"""What a step of Diffusion2GAN costs beyond the passes of its networks.
+"""Compares the time of a training step of Diffusion2GAN with that of the passes of its networks alone.
 
     python -m tests.benchmarks.gan_step [--batch 32] [--threads 1] [--rounds 5]
 
-The shipped digit_scenes teacher, a perceptual network of width 16 with random weights, random latents. In turn: ten
-steps of the training loop (both players, E-LatentLPIPS, mix-and-match, one R1 penalty, clipping, AdamW, EMA, logging);
-and ten times the bare passes that these steps need, forward and backward: student; perceptual network on output and
-target; discriminator on the student's output, then on twice the batch; one R1. Prints the seconds a step of both and
-their ratio, medians over the rounds.
+Uses the shipped digit_scenes teacher, a perceptual network of width 16 with random weights, and random latents. Runs in
+turn: ten steps of the training loop (both players, E-LatentLPIPS, mix-and-match, one R1 penalty, clipping, AdamW, EMA,
+logging); and ten times the bare passes that these steps need, forward and backward: student; perceptual network on
+output and target; discriminator on the student's output, then on twice the batch; one R1. Prints the seconds per step
+of both and their ratio, as medians over the rounds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Planning 500 stages, and the status of a run of 500 stages and 100,000 shards, as commands: imports and all.
+"""Times `plan` of 500 stages, and `status` of a run of 500 stages and 100,000 shards, as whole commands with imports.
 
     python -m tests.benchmarks.large
 
-The store of the second is laid out, not computed: records, lists and events as a real run writes them, shards as
-empty files of the listed names.
+The store of the second is not computed. It has records, lists and events as a real run writes them, and empty files in
+place of shards.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def manifest(folder: Path) -> Path:
 
 
 def swept(folder: Path) -> Path:
-    """As many stages, by a matrix."""
+    """The same number of stages, made by a matrix."""
     path = folder / "swept.yaml"
     path.write_text(f"""name: swept
 stages:
@@ -61,7 +61,7 @@ stages:
 
 
 def lay_out(run: Run, planned: PlannedStage) -> None:
-    """What the stage would have left in the store and in the run's events."""
+    """Write what the stage would have left in the store and in the run's events."""
     artifact = planned.artifact
     artifact.folder.mkdir(parents=True)
     record: dict[str, Any] = {

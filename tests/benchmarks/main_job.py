@@ -1,4 +1,5 @@
-"""The main job from cold start to its page: seconds, peak memory of all its processes, and its targets.
+"""Measures the main job from its start in an empty store to its page: seconds, peak memory of all its processes, and
+its targets.
 
     python -m tests.benchmarks.main_job [--manifest manifests/digits.yaml] [--store FOLDER]
 

@@ -1,12 +1,12 @@
-"""What a step of DMD or DMD2 costs beyond the passes of its networks.
+"""Compares the time of a training step of DMD or DMD2 with that of the passes of its networks alone.
 
     python -m tests.benchmarks.matching_step dmd2 [--batch 32] [--threads 1] [--rounds 5] [--guidance-scale 1.0]
 
-The shipped digit_scenes teacher, random latents, a one-step student, new weights of all networks. In turn: ten steps of
-the training loop (both players, noising, the two scores, clipping, AdamW, EMA, logging); and ten times the bare passes
-that these steps need, forward and backward. For DMD, the student makes samples and the outputs of as many pairs. DMD2
-has its GAN head, and the student has two turns in ten steps. A guided teacher is called on twice the batch. Prints the
-seconds a step of both and their ratio, medians over the rounds.
+Uses the shipped digit_scenes teacher, random latents, a one-step student, and new weights of all networks. Runs in
+turn: ten steps of the training loop (both players, noising, the two scores, clipping, AdamW, EMA, logging); and ten
+times the bare passes that these steps need, forward and backward. For DMD, the student makes samples and the outputs of
+as many pairs. DMD2 has its GAN head, and the student has two turns in ten steps. A guided teacher is called on twice
+the batch. Prints the seconds per step of both and their ratio, as medians over the rounds.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ METHODS = {"dmd": DMDConfig, "dmd2": DMD2Config}
 
 
 def output(network: Any, z: Tensor, c: Tensor, copies: int = 1) -> Tensor:
-    """The network's output at `copies` of the batch."""
+    """Return the network's output on `copies` copies of the batch."""
     t = torch.full((len(z) * copies,), 999.0)
     made: Tensor = network(torch.cat([z] * copies), t, torch.cat([c] * copies)).sample
     return made
 
 
 def judged(fake: FakeScore, z: Tensor, c: Tensor) -> Tensor:
-    """The sum of the logits of the GAN's head."""
+    """Return the sum of the logits of the GAN's head."""
     judgement: Tensor = fake.head(Bottleneck(fake.network).of(lambda: output(fake.network, z, c))).sum()
     return judgement
 

@@ -1,12 +1,12 @@
-"""What a training step needs at a published teacher's size, by arithmetic: nothing is computed or allocated.
+"""Computes the memory that a training step needs at the size of a published teacher. Nothing is trained or allocated.
 
     python -m tests.benchmarks.memory [--teacher sdxl] [--micro-batch 1] [--rank 64] [--method diffusion2gan]
 
-Every tensor of whole steps of the training loop is followed, as a fake one, from its making to its end. Prints, in
-Markdown and in GB, what is held between steps (weights, their EMA, both averages of AdamW, the perceptual network of
-Diffusion2GAN), the most that is held at once, and in brackets the smallest GPU of GPUS with room for it. The GPU also
-holds the text encoders and the VAE, and 5 % are added for the allocator's slack and the kernels' workspaces. Also
-prints the size of pairs on disk.
+Runs whole steps of the training loop with fake tensors, and counts the bytes of each tensor from its creation to its
+end. Prints, in Markdown and in GB: what is held between steps (weights, their EMA, both averages of AdamW, the
+perceptual network of Diffusion2GAN), the most that is held at once, and in brackets the smallest GPU of GPUS that has
+room for it. The GPU also holds the text encoders and the VAE, and 5 % are added for the allocator's slack and the
+kernels' workspaces. Also prints the size of pairs on disk.
 
 In each step of DMD and DMD2, the student and the fake score have a turn. Both train all weights, or both a LoRA. The
 teacher is guided. DMD has as many pairs as new samples, and their distance is mse. DMD2 has its GAN head.
@@ -17,8 +17,8 @@ weights, or a LoRA. The VAE is counted among what is held.
 With `--measure`, the same steps also run on the GPU of this machine, if they fit. Each figure is followed by the most
 that PyTorch's allocator held there.
 
-Two things are counted as on a GPU. AdamW updates all weights at once, and autocast computes norms in float32. Attention
-is counted as fused, but for R1: its second derivative needs the attention matrices.
+Two things are counted as on a GPU: AdamW updates all weights at once, and autocast computes norms in float32. Attention
+is counted as fused, except for R1, whose second derivative needs the attention matrices.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ GPUS = (24, 40, 80, 141)
 PAIRS = (1, 3, 12)
 """Millions of pairs."""
 WITHOUT, WITH = 2, 16
-"""Steps without and with R1, if it is every 16 steps."""
+"""Numbers of a step without R1 and of one with it, if R1 is computed every 16 steps."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Published:
     side: int
     """Of its latents."""
     condition: Mapping[str, tuple[int, ...]]
-    """The shape of each tensor of the condition, without rows."""
+    """The shape of each tensor of the condition, without the batch dimension."""
     beside: float
     """GB of its text encoders and its VAE, in float32."""
     unet: Mapping[str, Any]
@@ -131,7 +131,8 @@ METHODS = {
 
 
 class Held(TorchDispatchMode):
-    """Bytes of all storages made under it and not freed yet, and the most there ever were."""
+    """Counts the bytes of all storages that were made inside this mode and are not freed yet (`now`), and their maximum
+    (`most`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +160,7 @@ class Held(TorchDispatchMode):
 
 
 class Allocated:
-    """Bytes that PyTorch's allocator holds on the GPU, and the most since `most` was set."""
+    """The bytes that PyTorch's allocator holds on the GPU (`now`), and their maximum since `most` was set."""
 
     @property
     def now(self) -> int:
@@ -175,7 +176,7 @@ class Allocated:
 
 
 class Teacher(StableDiffusion):
-    """Of a published layout, as far as a method asks for it, and without a folder."""
+    """A teacher of a published layout, without a folder. It has only what the methods use."""
 
     def __init__(self, published: Published, encodes: bool = False) -> None:
         self.published, self.network = published, published.network().requires_grad_(False)
@@ -194,7 +195,7 @@ class Teacher(StableDiffusion):
 
 @contextmanager
 def fakes() -> Iterator[Held]:
-    """Tensors made here have no data. Norms compute in float32, as under autocast on a GPU."""
+    """A context in which tensors have no data, and norms compute in float32, as under autocast on a GPU."""
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         for owner, name, changed in (
@@ -209,14 +210,14 @@ def fakes() -> Iterator[Held]:
 
 @contextmanager
 def on_gpu() -> Iterator[Allocated]:
-    """Tensors made here are on the GPU."""
+    """A context in which tensors are made on the GPU."""
     _free()
     with torch.device("cuda"):
         yield Allocated()
 
 
 def _free() -> None:
-    """Give the memory of what is no longer referred to back to the GPU."""
+    """Free the GPU memory of tensors that nothing refers to any more."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -233,7 +234,8 @@ def _in_float32(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 def gigabytes(
     published: Published, name: str, training: StudentTraining, gradient_checkpointing: bool, measure: bool = False
 ) -> tuple[float, dict[int, float]]:
-    """Held between steps, and at the worst moment of each of the method's steps. `measure`: on the GPU."""
+    """Return the memory held between steps, and the maximum in each of the method's steps. `measure`: measure it on the
+    GPU."""
     execution = TrainingExecution(device="cuda" if measure else "cpu", gradient_checkpointing=gradient_checkpointing)
     with on_gpu() if measure else fakes() as held:
         method = _method(published, name, training)
@@ -253,7 +255,7 @@ def gigabytes(
 
 
 class Firsts:
-    """The numbers of views' particles, all 0, where a fake tensor would have none."""
+    """The particle number of each view, always 0. It replaces a fake tensor, which has no values."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -292,7 +294,7 @@ def _method(published: Published, name: str, training: StudentTraining) -> Any:
 
 
 def sizes(published: Published, rank: int) -> str:
-    """The numbers of parameters of a network and of the LoRA weights of the default targets."""
+    """Return the number of parameters of a network, and that of LoRA weights for the default targets, as text."""
     with fakes() as held:
         teacher = Teacher(published)
         whole, size = sum(weight.numel() for weight in teacher.network.parameters()), held.now
@@ -303,7 +305,7 @@ def sizes(published: Published, rank: int) -> str:
 
 
 def pair_bytes(side: int, count: int = 16) -> float:
-    """Bytes on disk of one pair in float16, as the mean of a shard and its receipt."""
+    """Return the bytes on disk of one pair in float16: the size of a shard and its receipt, divided by its pairs."""
     arrays = {name: np.random.default_rng(0).normal(size=(CHANNELS, side, side)) for name in ("noise", "latent")}
     halves = {name: array.astype(np.float16) for name, array in arrays.items()}
     with TemporaryDirectory() as folder:
@@ -318,7 +320,7 @@ def smallest_gpu(most: float, beside: float) -> str:
 def rows(
     published: Published, name: str, micro_batch: int, lora: LoraSettings | None, measure: bool
 ) -> Iterator[Sequence[str]]:
-    """The rows of the table for one method: without R1, and with it if the method has it."""
+    """Return the rows of the table for one method: without R1, and with R1 if the method has it."""
     settings = StudentTraining(steps=2 * WITH, batch_size=micro_batch, lora=lora)
     found, seen = [], []
     for precision, checkpointing in OPTIONS.values():

@@ -1,15 +1,16 @@
-"""A mutation study: do the tests notice a changed sign or a changed factor?
+"""A mutation study: it changes signs and factors in the code, and checks whether a test fails.
 
     python -m tests.benchmarks.mutants [MODULE ...] [--survivors] [--list] [--seconds 90]
 
-In each function of MODULES one sign and one factor are changed, drawn by a seed that is the function's name. The tests
-of TESTS run once as they are, to learn which functions each of them calls. Then a child is forked for each mutant, the
-function's code is replaced there, and the tests that call it run until one fails. Nothing changes on disk but
-mutants.json beside this file: each mutant with the test that noticed it, or `survived`, or `equivalent` with the reason
-given in EQUIVALENT. With MODULE, a path or the start of one, only those entries are made again.
+In each function of MODULES, one sign and one factor are changed. They are drawn at random, with the function's name as
+the seed. First, the tests of TESTS run once with the unchanged code, to find out which functions each test calls. Then
+a child process is forked for each mutant. It replaces the function's code, and runs the tests that call the function
+until one fails. On disk, only mutants.json beside this file changes. It lists each mutant with the test that noticed
+it, or `survived`, or `equivalent` with the reason given in EQUIVALENT. With MODULE, a path or the start of one, only
+those entries are made again.
 
-The fixture `tiny` is made before the fork, by the code as it is. A mutant that hangs counts as noticed; so does one
-that is merely slow, where a machine is too busy for --seconds: `ended by SIGALRM` says which to look at.
+The fixture `tiny` is made before the fork, by the unchanged code. A mutant that hangs counts as noticed. On a busy
+machine, a mutant that is only slower than --seconds counts as noticed, too: look at those that were `ended by SIGALRM`.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ TESTS = {
     "stages/training/checkpoint.py": "training consistency",
     "stages/training/figures.py": "training",
 }
-"""What is changed, and the names of the tests (test_NAME.py) that import it."""
+"""Modules that are changed, and the names of the tests (test_NAME.py) that import them."""
 MOST = 200
 SLOW = 5.0
 """Seconds of CPU time above which a test is left out."""
 HEAVY = {"plan", "chain", "made", "in_pixels", "varied"}
-"""Fixtures that train and measure, without whose tests the study does."""
+"""Fixtures that train and measure. Tests that use them are left out of the study."""
 LEFT_OUT = ("killed", "manifest_for_stable", "plain_diffusers", "number_of_threads")
-"""Words of the names of further tests that take long, or need more than one thread."""
+"""Words in the names of other tests that are left out, because they take long or need more than one thread."""
 TERMINAL = os.dup(2)
 
 SWAPS: dict[type, type] = {
@@ -90,11 +91,11 @@ class Mutant:
 Place = tuple[str, str]
 """A file and the qualified name of a function in it."""
 Change = tuple[str, ast.AST, Callable[[Any], ast.AST]]
-"""The kind, the node, and what makes the other node of a copy of it."""
+"""The kind of a change, the node, and a function that makes the changed node from a copy of it."""
 
 
 def changes(function: ast.AST) -> Iterator[Change]:
-    """All that can be changed in a function but its errors, log lines and annotations."""
+    """Yield all possible changes of a function, except in its errors, log lines and annotations."""
     for child in ast.iter_child_nodes(function):
         if isinstance(child, ast.Raise | ast.JoinedStr | ast.Assert | ast.arguments | ast.Global):
             continue
@@ -146,7 +147,7 @@ def _renamed(node: Any) -> ast.AST:
 
 
 def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """Functions and methods with their qualified names; those inside of another belong to it."""
+    """Yield functions and methods with their qualified names. A nested function belongs to the outer one."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef):
             yield prefix + node.name, node
@@ -155,7 +156,8 @@ def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
 
 
 def mutants_of(module: str) -> Iterator[tuple[Mutant, ast.AST]]:
-    """Each with the whole module's changed syntax tree: at most one sign and one factor for each function."""
+    """Yield the mutants of a module, each with the module's changed syntax tree: at most one sign and one factor for
+    each function."""
     tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
     for name, function in functions(tree):
         found = list(changes(ast.Module(function.body, [])))  # type: ignore[attr-defined]
@@ -175,7 +177,7 @@ def _short(node: ast.AST) -> str:
 
 
 def all_mutants() -> list[tuple[Mutant, ast.AST]]:
-    """At most MOST, drawn by what they are, in the order of their places."""
+    """Return at most MOST mutants, in the order of their places. The choice depends only on the mutants."""
     paths = {
         path for start in TESTS for path in ([ROOT / start] if start.endswith(".py") else (ROOT / start).rglob("*.py"))
     }
@@ -190,7 +192,7 @@ def _tests_of(module: str) -> set[Path]:
 
 
 def put_in_place(mutant: Mutant, tree: ast.AST, known: dict[Place, list[FunctionType]]) -> None:
-    """Give all functions of that name, whoever holds them, the changed code."""
+    """Give all functions of that name in memory the changed code."""
     place = str(ROOT / mutant.module), mutant.function
     new = next(code for code in _codes(compile(tree, place[0], "exec")) if _place(code) == place)  # type: ignore[arg-type]
     for function in known[place]:
@@ -217,7 +219,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 class Study:
-    """A pytest plugin, whose loop runs all tests once, and then each mutant's in a child."""
+    """A pytest plugin. Its loop runs all tests once, and then the tests of each mutant in a child process."""
 
     def __init__(self, mutants: list[tuple[Mutant, ast.AST]], seconds: int) -> None:
         self.mutants, self.seconds = mutants, seconds
@@ -269,7 +271,7 @@ class Study:
         return True
 
     def _baseline(self, session: pytest.Session) -> list[tuple[pytest.Item, set[Place]]]:
-        """The tests, the quickest first, each with the functions that it calls."""
+        """Return the tests, the quickest first, each with the functions that it calls."""
         found = []
         for item, following in zip(session.items, [*session.items[1:], session.items[0]], strict=True):
             self.called = set()
@@ -311,7 +313,7 @@ class Study:
 
 
 def _say(line: str) -> None:
-    """To the terminal, past pytest, which holds back what is printed."""
+    """Print to the terminal directly, because pytest captures output."""
     os.write(TERMINAL, f"{line}\n".encode())
 
 
@@ -332,9 +334,11 @@ def _read() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*")
-    parser.add_argument("--survivors", action="store_true", help="only those that survived last time, and new ones")
+    parser.add_argument(
+        "--survivors", action="store_true", help="test only mutants that survived last time, and new ones"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
-    parser.add_argument("--seconds", type=int, default=90, help="that a test may take")
+    parser.add_argument("--seconds", type=int, default=90, help="seconds that a test may take")
     given = parser.parse_args()
     mutants = [entry for entry in all_mutants() if entry[0].module.startswith(tuple(given.modules or [""]))]
     known = {m.key: m for m in (Mutant(**entry) for entry in _read())}
@@ -345,7 +349,7 @@ def main() -> None:
             print(f"{mutant.module}:{mutant.line} {mutant.function} ({mutant.kind}): {mutant.change}")
         print(len(mutants))
         return
-    torch.set_num_threads(1)  # a forked child would wait for threads of its parent for ever
+    torch.set_num_threads(1)  # otherwise a forked child would wait forever for threads of its parent
     torch.set_num_threads = lambda number: None
     hypothesis.settings.register_profile("mutants", derandomize=True, database=None)
     hypothesis.settings.load_profile("mutants")

@@ -1,4 +1,5 @@
-"""Thousands of mutated manifests: each is valid, or refused with exit code 2 and the place of every problem.
+"""Checks thousands of mutated manifests. Each must be valid, or refused with exit code 2 and the place of every
+problem.
 
 python -m tests.benchmarks.mutations [COUNT]
 """

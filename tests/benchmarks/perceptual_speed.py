@@ -1,21 +1,23 @@
-"""E-LatentLPIPS: against decoding and LPIPS, the share of its augmentation, and against the public `elatentlpips`.
+"""Times E-LatentLPIPS and its augmentation, against decoding and LPIPS, and against the public `elatentlpips`.
 
     python -m tests.benchmarks.perceptual_speed [--elatentlpips PYTHON] [--device cpu|cuda] [--batch N] [--repeats K]
 
-Every loss is timed forward and backward, with a gradient for the student's latent and none for the target's; float32.
-Each side runs in a process of its own, and they take turns, so that what else the machine does slows all of them.
+Every loss is timed forward and backward in float32, with a gradient for the student's latent and none for the target's.
+Each side runs in its own process. The sides take turns, so that other load of the machine slows all of them.
 
 - Size: latents 4x64x64 of Stable Diffusion 1.5 at full width; its VAE (random weights) and `lpips` (which must be
   installed) at 512x512. Decoding takes a minute and 6 GB a sample on a small CPU: it has K // 5 turns, at least one,
   after a warm-up on smaller latents. Its operations are counted on tensors without contents.
-- Augmentation: what drawing, transforming both inputs and the backward pass through that take of the whole loss.
-- Package, with --elatentlpips: PYTHON is of a virtual environment with `elatentlpips` and setuptools<81, that sees this
-  environment's packages. Same weights, tensors and groups; frozen as Retort's; its L1 term off; its network of random
-  weights mended (first convolution, pools). `distance` is what both give for the same inputs without augmentation.
+- Augmentation: the share of the whole loss that is spent on drawing, on transforming both inputs, and on the backward
+  pass through that.
+- Package, with --elatentlpips: PYTHON belongs to a virtual environment that has `elatentlpips` and setuptools<81, and
+  sees this environment's packages. Both get the same weights, tensors and groups, and both are frozen. The L1 term of
+  the package is off. Its network for random weights is corrected (first convolution, pools). `distance` is the distance
+  of both for the same inputs without augmentation.
 
-Seconds are medians of K (and the least) after a warm-up; `cpu_seconds`, those that processors spent, say more where
-others use the machine, with --threads 1. Memory is the peak over what the imports hold: resident, or, on a GPU,
-allocated.
+Seconds are the median (and the minimum) of K turns after a warm-up. `cpu_seconds` are the seconds that processors
+spent. With --threads 1, they are more reliable if others use the machine. Memory is the peak without what the imports
+hold: resident memory, or allocated memory on a GPU.
 """
 
 from __future__ import annotations
@@ -163,7 +165,7 @@ def counted(function: Callable[[], Any]) -> int:
 
 
 def serve(side: str, batch: int, device: str, groups: str, weights: Path) -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # output of libraries must not be read as an answer
     for name in IMPORTS[side]:
         importlib.import_module(name)
     torch.manual_seed(0)
@@ -194,7 +196,7 @@ def peak(device: str) -> int:
 
 
 def forget_peak(device: str) -> None:
-    """What building networks took does not count."""
+    """Forget the peak of memory that was reached while networks were built."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -208,7 +210,7 @@ def status_of(name: str) -> int:
 
 
 class Side:
-    """The asking end."""
+    """A side that runs in its own process, as seen from this process."""
 
     def __init__(self, side: str, batch: int, settings: argparse.Namespace, groups: str = GROUPS) -> None:
         python = settings.elatentlpips if side == "package" else sys.executable
@@ -244,7 +246,7 @@ class Side:
 
 
 def row(what: str, side: Side, batch: int, asked: str = "loss") -> dict[str, Any]:
-    """Figures of what was timed; of a whole loss also its memory, and then its operations."""
+    """Return the figures of what was timed; for a whole loss also its memory and its operations."""
     wall, cpu = zip(*side.seconds[asked], strict=True)
     found = {"what": what, "batch": batch, "seconds": statistics.median(wall), "least": min(wall)}
     found["cpu_seconds"] = statistics.median(cpu)
@@ -339,7 +341,7 @@ def main() -> None:
 
 
 def write_weights(folder: Path) -> None:
-    """A random network, which all sides read."""
+    """Write a random network, which all sides read."""
     from stages.networks.perceptual import About, write
     from stages.networks.vgg import VGG
 

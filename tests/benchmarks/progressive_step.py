@@ -1,11 +1,11 @@
-"""What a step of progressive distillation costs beyond the passes of its networks.
+"""Compares the time of a training step of progressive distillation with that of the passes of its networks alone.
 
     python -m tests.benchmarks.progressive_step [--batch 32] [--threads 1] [--rounds 5] [--guidance-scale 1.0]
 
-The shipped digit_scenes teacher, random latents, a round from 8 steps to 4. In turn: ten steps of the training loop
-(noising, the target, the weighted loss, clipping, AdamW, logging); and ten times the bare passes that these steps need:
-two calls of the teacher, of twice the batch where it is guided, and one of the student, forward and backward. Prints
-the seconds a step of both and their ratio, medians over the rounds."""
+Uses the shipped digit_scenes teacher, random latents, and a round from 8 steps to 4. Runs in turn: ten steps of the
+training loop (noising, the target, the weighted loss, clipping, AdamW, logging); and ten times the bare passes that
+these steps need: two calls of the teacher (on twice the batch if it is guided), and one forward and backward pass of
+the student. Prints the seconds per step of both and their ratio, as medians over the rounds."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""How large the R1 penalty is at several latent sizes, and so how its weight has to scale.
+"""Measures the R1 penalty at several latent sizes, which shows how its weight has to scale.
 
     python -m tests.benchmarks.r1_size [--seeds 3]
 
-The discriminator of Diffusion2GAN on a narrow U-Net of Stable Diffusion 1.5's layout with random weights, its new
-inputs awake (deviation 0.1), weight 1, on normal latents of three sizes. Two readings of D(x): the sum of its logits
-over positions, which Retort penalises, and their mean. Prints both and how the first grows from size to size.
+Uses the discriminator of Diffusion2GAN on a narrow U-Net of Stable Diffusion 1.5's layout, with random weights. The
+layers of its new inputs are random too (deviation 0.1), since new ones are zeros. The penalty has weight 1, and the
+latents are normal, of three sizes. D(x) is read in two ways: as the sum of the logits over positions, which Retort
+penalises, and as their mean. Prints both penalties, and how the first grows from size to size.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def discriminator(size: int, seed: int) -> DiffusionDiscriminator:
 
 
 def penalties(size: int, seed: int) -> tuple[float, float]:
-    """Of the sum over positions, and of the mean."""
+    """Return the penalties of the sum over positions, and of the mean."""
     d = discriminator(size, seed)
     x, z = torch.randn(2, 4, size, size), torch.randn(2, 4, size, size)
     c = StableDiffusion.conditioned_on(torch.randn(2, 5, 32))

@@ -1,9 +1,10 @@
-"""Retort's map-style reader against webdataset's own, on the same shards, in random order, one process.
+"""Compares the speed of Retort's reader with that of webdataset, on the same shards, in random order, in one process.
 
     python -m tests.benchmarks.reader [--count 4096]
 
-float16 pairs of 4x64x64. webdataset shuffles in a buffer as large as a shard, as it must; both give arrays and prompts.
-Three rounds side by side after one to warm the page cache; the median counts. Prints JSON.
+The pairs are float16, 4x64x64. webdataset can only shuffle in a buffer, which here is as large as a shard. Both readers
+return arrays and prompts. After a first round, which fills the page cache, they run three rounds in turn, and the
+medians count. Prints JSON.
 """
 
 from __future__ import annotations

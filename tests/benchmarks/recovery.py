@@ -1,4 +1,4 @@
-"""Why E-LatentLPIPS has an ensemble: can a distance pull a random latent to a target?
+"""Shows why E-LatentLPIPS has an ensemble: which distances can pull a random latent to a target?
 
     python -m tests.benchmarks.recovery PERCEPTUAL [--steps 2000] [--targets 8] [--draw docs/recovery.png]
 
@@ -41,7 +41,7 @@ def distances(folder: Path) -> Iterator[tuple[str, nn.Module | None]]:
 
 
 def recovered(distance: nn.Module | None, target: Tensor, steps: int) -> Tensor:
-    """(B, C, h, w), from the same start whatever the distance."""
+    """Return the optimised latents (B, C, h, w). Every distance starts from the same latents."""
     torch.manual_seed(0)
     latent = torch.randn_like(target).requires_grad_()
     optimizer = torch.optim.Adam([latent], RATE)

@@ -1,4 +1,4 @@
-"""The teachers that ship with Retort: how they were made, and whether training one again comes to the same.
+"""Trains the teachers that ship with Retort again, measures them, and compares.
 
     python -m tests.benchmarks.shipped_teacher NAME [--store FOLDER]       train again, measure both, print JSON
     python -m tests.benchmarks.shipped_teacher NAME --ship ARTIFACT        make a sealed teacher the shipped one
@@ -7,7 +7,8 @@
 NAME is digits or digit_scenes.
 
 Both are measured by `kind: evaluate` on the same prompts and noises, from 1,024 pairs of 20 steps at guidance 3. Also
-printed: how far the teacher in few steps lies from itself in all, in standard errors, which is what the set is for.
+prints how far the teacher in few steps lies from the teacher in all steps, in standard errors. The image set is made to
+show this difference.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def measure(name: str, images: str, folder: str, store: Path) -> dict:
 
 
 def draw(name: str, out: Path) -> None:
-    """Rows: held-out images, the VAE's reconstructions of them, and what the teacher draws from the same captions in
-    20, 4, 2 and 1 steps of DDIM, from one noise a column."""
+    """Draw a figure. Its rows are held-out images, their reconstructions by the VAE, and the teacher's samples for the
+    same captions in 20, 4, 2 and 1 steps of DDIM. All samples in a column start from one noise."""
     import numpy as np
     import torch
     from PIL import Image
@@ -128,7 +129,7 @@ def ship(name: str, artifact: Path) -> None:
         artifact, torch_dtype=torch.float16, safety_checker=None, requires_safety_checker=False
     )
     pipeline.save_pretrained(target, safe_serialization=True)
-    for path in target.rglob("*.json"):  # where it lay on the machine that made it is nobody's business
+    for path in target.rglob("*.json"):  # leave out the path on the machine that made it
         values = json.loads(path.read_text())
         if values.pop("_name_or_path", None):
             path.write_text(json.dumps(values, indent=2) + "\n")
@@ -139,14 +140,14 @@ library_name: diffusers
 license: apache-2.0
 ---
 {ABOUT[name].format(millions=sum(metrics["parameters_millions"].values()))}
-It predicts v. Its weights are float16, with which Retort computes in float32.
+It predicts v. Its weights are stored in float16; Retort computes with them in float32.
 
 Made by `{manifest_of(name)}` with seed {record["seed"]} at commit
 {record["commit"]} in {record["seconds"]:.0f} s (teacher/{record["fingerprint"]}, before
 rounding to float16). Reconstruction MSE of the VAE on held-out images in [-1, 1]:
 {metrics["vae_reconstruction_mse"]:.4f}. `python -m tests.benchmarks.shipped_teacher {name}` trains it again.
 
-The digits are those of scikit-learn (UCI, Alpaydin and Kaynak 1998); photographs ship with it and scikit-image.
+The digits ship with scikit-learn (UCI, Alpaydin and Kaynak 1998), the photographs with scikit-learn and scikit-image.
 
 ```python
 import torch

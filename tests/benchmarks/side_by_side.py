@@ -1,4 +1,4 @@
-"""A step of the training loop beside the bare passes of the networks that it needs, in turn, on one machine."""
+"""Times steps of the training loop, and the bare passes of the networks that they need, in turn on one machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from stages.training.loop import train
 
 SHIPPED = Path(__file__).parents[2] / "stages" / "teacher" / "shipped" / "digit_scenes"
 STEPS = 10
-"""As many as the loop makes between two lines of its history."""
+"""The number of steps in a round: those between two lines of the history of the loop."""
 
 
 def compare(method: Method, batch: Mapping[str, Any], bare: Callable[[int], None], rounds: int) -> None:
-    """Print the seconds of a step of both, and their ratio, medians over rounds of STEPS steps, the first left out.
-    `method` is to be made for `rounds + 1` of these; `bare(step)` makes the passes of a step of 0 to STEPS - 1."""
+    """Print the seconds per step of both, and their ratio, as medians over rounds of STEPS steps. The first round is
+    not counted, so `method` needs settings for `rounds + 1` rounds. `bare(step)` makes the passes of a step, 0 to STEPS
+    - 1."""
     execution = TrainingExecution(device="cpu", checkpoint_every=10**6)
     with tempfile.TemporaryDirectory() as folder:
         loop = train(method, lambda _: batch, seed=0, checkpoints=Path(folder), execution=execution)

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.spectra STUDENT... [--samples 1000]
 
 STUDENTs are folders of sealed artifacts of one pairs stage. All start from the last noises of the pairs. Prints, in
-Markdown, of each: the Fréchet distance between its latents and the teacher's, and the power of its decoded images in
-four bands of radial frequency, divided by the teacher's. Below 1 is blur, above 1 is noise. The first row is of the
-teacher's other latents: what to expect of a perfect student.
+Markdown, for each student: the Fréchet distance between its latents and the teacher's, and the power of its decoded
+images in four bands of radial frequency, divided by the teacher's. Below 1 is blur, above 1 is noise. The first row
+compares other latents of the teacher itself: the values of a perfect student.
 """
 
 from __future__ import annotations

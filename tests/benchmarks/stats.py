@@ -1,10 +1,10 @@
-"""`retort stats` on the receipts of a million pairs, and `--deep` against sha256sum.
+"""Times `retort stats` on the receipts of a million pairs, and `retort stats --deep` against sha256sum.
 
     python -m tests.benchmarks.stats [--pairs 1000000] [--deep-gigabytes 2]
 
-The receipts are synthetic: real rows and facts of small arrays, as many as a million pairs have, in shards of 1,000
-beside sparse tars of the recorded size. Seconds and peak memory are of the whole command. For `--deep` real shards are
-written; both commands read the same files, warm, in turn, three times, and the medians count. Prints JSON.
+The receipts are synthetic: they have real rows and facts of small arrays for a million pairs, in shards of 1,000,
+beside sparse tars of the recorded size. Seconds and peak memory are those of the whole command. For `--deep`, real
+shards are written. Both commands read the same cached files in turn, three times, and the medians count. Prints JSON.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Does a calibrated network side with the weaker distortion, also in families that its heads never saw?
+"""Tests whether a calibrated network prefers the weaker distortion, also in families that its heads never saw.
 
     python -m tests.benchmarks.two_afc PERCEPTUAL [--threads 1]
 
 PERCEPTUAL is the folder of a sealed `perceptual` artifact with synthetic triplets and a trained trunk. The trunk is
-kept; for each of the six families the heads are calibrated anew, as the artifact's were, on the other five, and tested
-on that one, on held-out images. Prints, in Markdown, the scores of two-alternative forced choice of the network, of the
-mean squared error in its space, and of the same heads on the untrained trunk; and by how much the network is above
-either on the same triplets, with the standard error of that.
+kept. For each of the six families, new heads are calibrated on the other five, with the artifact's settings, and tested
+on this one, on held-out images. Prints, in Markdown, the scores of two-alternative forced choice of three distances:
+the network, the mean squared error in its space, and the same heads on the untrained trunk. Also prints how much higher
+the network scores than each of the other two on the same triplets, with the standard error of the difference.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stages.perceptual.train import calibrate
 
 
 def finished(generator):
-    """What a stage's generator returns, its progress left unseen."""
+    """Run a stage's generator, ignore its progress, and return its result."""
     while True:
         try:
             next(generator)

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def serve():
-    """Start a server on 127.0.0.1 with a handler; gives its address."""
+    """A function that starts a server on 127.0.0.1 with a handler, and returns its address."""
     servers = []
 
     def serve(handler):

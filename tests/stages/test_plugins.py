@@ -190,11 +190,11 @@ def test_a_version_above_1_is_part_of_the_identity(installed, tmp_path):
 
     from stages.distill import Distill
 
-    def of(method):
+    def identity_of(method):
         stage = Distill(kind="distill", pairs=["p"], method=method, training=StudentTraining(steps=1))
         return identity(stage, 0, {}, {})
 
-    before, after = of(First()), of(Raised())
+    before, after = identity_of(First()), identity_of(Raised())
     assert "VERSION" not in before["settings"]["method"]
     assert fingerprint(before) != fingerprint(after)
     assert list(changes(before, after, {})) == ["method.VERSION 1 -> 2"]

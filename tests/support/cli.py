@@ -38,8 +38,8 @@ def command(*arguments: object) -> list[str]:
 
 
 def started(store: Path, *options: str, text: str = SLOW, shards: int = 1) -> subprocess.Popen[str]:
-    """Submit a manifest's text, written to m.yaml beside the store, in a process of its own. Returns the process when
-    so many shards are there; all that it prints is in `stdout`."""
+    """Write a manifest to m.yaml beside the store, and submit it in a new process. Return the process as soon as
+    `shards` shards exist. All that it prints is in `stdout`."""
     manifest = store.parent / "m.yaml"
     manifest.write_text(text)
     process = subprocess.Popen(
@@ -55,8 +55,8 @@ def started(store: Path, *options: str, text: str = SLOW, shards: int = 1) -> su
 
 
 def retort(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line: in this process, where torch is imported already, or in one of its own where variables
-    of an `environment` are given, since many are read as a process starts."""
+    """Run the command line: in this process, which has imported torch already; or in a new process if `environment` is
+    given, because many variables are read when a process starts."""
     if environment:
         return subprocess.run(
             command(*arguments),

@@ -1,4 +1,4 @@
-"""Manifests as tired people write them: the shipped ones with lines lost, keys misspelt, values of the wrong sort."""
+"""Makes manifests with mistakes from the shipped ones: lost lines, misspelt keys, values of the wrong type."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Mutation:
     text: str
     what: str
     line: int | None = None
-    """Where a problem has to be found, counted from 1; None if the text may as well be valid."""
+    """The line in which a problem must be found, counted from 1. None if the text may be valid."""
 
 
 @st.composite
@@ -38,7 +38,7 @@ def mutations(draw: st.DrawFn) -> Mutation:
 
 
 def _misspelt(draw: st.DrawFn, text: str) -> Mutation:
-    """A key that nobody knows, below the settings of a stage: it has to be found where it stands."""
+    """Misspell a key in the settings of a stage. The problem must be found at this key."""
     document = parse(text, "m.yaml")
     keys = [path for path in document.keys if len(path) > 2 and path[0] == "stages" and "matrix" not in path]
     line, column = document.keys[draw(st.sampled_from(keys))]

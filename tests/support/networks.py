@@ -144,8 +144,8 @@ def _letters(padding: str) -> CLIPTokenizer:
 
 
 def adapter_around(network: Any, family: type[Adapter] = StableDiffusion) -> Any:
-    """An adapter of `family` around a network of the test's own, on the CPU, without a folder and all that lies there:
-    it calls the network and listens to it."""
+    """Return an adapter of `family` around a network of the test, on the CPU. It has no folder and no components from
+    one: it can only call the network and read its features."""
     adapter = family.__new__(family)
     adapter.network, adapter.device, adapter._timesteps = network, torch.device("cpu"), {}
     return adapter
@@ -181,7 +181,7 @@ def photographs(path: Path, size: int = 16) -> Path:
 
 def shaken(student: Student) -> Student:
     """Add noise to all weights of the student, and freeze it. A new student has layers of zeros and the teacher's
-    weights, with which a wrong path through it can give the right result."""
+    weights, so a wrong computation could give the right result."""
     torch.manual_seed(1)
     with torch.no_grad():
         for value in student.parameters():

@@ -29,7 +29,7 @@ stages:
 SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.06")
 """Its 40 pairs take 3 seconds, the first of its shards 1.2."""
 LONG = SLOW.replace("count: 40", "count: 400")
-"""For tests that end it: after the first of its shards, 29 seconds of work are left, however busy the machine is."""
+"""For tests that end a run. After its first shard, 29 seconds of work remain, also on a busy machine."""
 
 TINY = """
 name: tiny

@@ -41,14 +41,16 @@ class Cluster:
             time.sleep(0.1)
 
     def environment(self, **more: str) -> dict[str, str]:
-        """What a process of this cluster runs with: this checkout's retort, and no settings of the tester's own."""
+        """Return the environment of processes of this cluster: they use this checkout's retort, and no settings of the
+        user."""
         own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RETORT_"))}
         path = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"
         cluster = {"HOME": str(self.folder), "PATH": path, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"}
         return {**own, **cluster, "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", **more}
 
     def add_node(self, python_path: str) -> subprocess.Popen[bytes]:
-        """A node with the cluster's only GPU (in name), and with `python_path` as its PYTHONPATH."""
+        """Add a node with the cluster's only GPU, which exists only in name, and with `python_path` as its
+        PYTHONPATH."""
         more = {"PYTHONPATH": python_path}
         return self._start(f"--address=127.0.0.1:{self.gcs}", "--num-cpus=0", "--num-gpus=1", environment=more)
 
@@ -90,8 +92,8 @@ class Cluster:
 
 
 class Proxy:
-    """Stands before a port and cuts connections that follow a log: the k-th after `cuts[k]` bytes. For `outage`
-    seconds after each cut it refuses everything."""
+    """A proxy for a port. It cuts connections that follow a log, the k-th after `cuts[k]` bytes. For `outage` seconds
+    after each cut, it refuses all connections."""
 
     def __init__(self, port: int, cuts: list[int], outage: float) -> None:
         self._port, self._cuts, self._outage, self._dark_until = port, cuts.copy(), outage, 0.0

@@ -1,6 +1,6 @@
-"""A family of architectures as small as can be: what the smallest adapter looks like.
+"""The smallest possible family of architectures. It shows what the smallest adapter looks like.
 
-Two layers, a flow, three channels, and a condition of two tensors. Nothing in Retort knows it but by the entry point
+Two layers, a flow, three channels, and a condition of two tensors. Retort knows it only through the entry point
 `retort.teachers`: see tests/stages/networks/test_adapter.py.
 """
 

@@ -52,8 +52,8 @@ class Digits(ImageSet):
     )
     named: Annotated[Literal["all", "first", "digit", "colour"], Neutral()] = Field(
         "all",
-        description="what a caption names; first: only the first of two digits, as in `a red seven`; digit or colour: "
-        "both words, but only the named one is true of the image; the other is random",
+        description="what a caption names; all: everything; first: only the first of two digits, as in `a red seven`; "
+        "digit or colour: the caption has both words, but only this one is true of the image; the other word is random",
     )
 
     @model_validator(mode="after")

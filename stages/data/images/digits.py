@@ -1,9 +1,9 @@
 """The embedded image set `digits`: coloured scans of handwritten digits (the 1,797 scans of 8x8 in scikit-learn).
 
 An image shows one digit ("a red handwritten seven") or two ("a red seven above a blue two", "a red seven left of a blue
-two"). A caption may also name only the first of two digits ("a red seven"), or be true of only the digit or only the
-colour. The background is black or a crop of a photograph. Every fifth scan is held out: training images (for a teacher
-or a probe) never contain it.
+two"). A caption may also name only the first of two digits ("a red seven"). With other settings, a caption is right
+only about the digit, or only about the colour. The background is black or a crop of a photograph. Every fifth scan is
+held out: training images (for a teacher or a probe) never contain it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 ARRANGEMENTS = ("above", "left of")
 HOLD_OUT_EVERY = 5
 SCENES = 20_000
-"""Number of training images of a randomly composed set. A fifth as many are held out."""
+"""Number of training images of a randomly composed set. The number of held-out images is a fifth of it."""
 DIM = 0.5
 """Factor that darkens the photographs, so that the digits in front of them stay legible."""
 
@@ -102,7 +102,8 @@ def load(
 
 
 def _half_told(images: LabelledImages, named: str, held_out: bool) -> LabelledImages:
-    """Return images of one digit whose captions name a random colour (`named` digit) or a random digit (colour)."""
+    """Return images of one digit with partly random captions: with `named` "digit" the colour is random, with "colour"
+    the digit."""
     other = {"digit": "colour", "colour": "digit"}.get(named)
     if other is None:
         return images

@@ -92,9 +92,10 @@ def _joined(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
 
 
 def _without_covered(source: Source, checked: Iterable[Checked]) -> list[Checked]:
-    """Return the shards without those whose samples a longer shard of the same pool also holds.
+    """Leave out each shard whose samples are also in a longer shard of the same pool.
 
-    If `count` is raised, the short last shard of the lower count stays in the pool for the artifacts that list it."""
+    This happens after `count` was raised: the short last shard of the lower count stays in the pool, because older
+    artifacts list it."""
     found = list(checked)
     if source.sealed:
         return found

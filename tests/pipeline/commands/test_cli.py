@@ -111,7 +111,7 @@ def test_a_locked_stage_is_exit_3(tmp_path):
 
 
 def test_an_unexpected_error_is_in_the_log_and_not_on_the_terminal(gaussian, tmp_path):
-    """A store whose pool is a file where a folder should be: nothing any stage foresees."""
+    """The pool of the store is a file instead of a folder. No stage expects this error."""
     store = tmp_path / "store"
     (store / "pairs").mkdir(parents=True)
     (store / "pairs" / "pool").write_text("")

@@ -1,4 +1,4 @@
-"""What is refused before a cluster is asked, and `retort stop` on this machine."""
+"""Cluster commands: problems that are found before a cluster is contacted, and `retort stop` on this machine."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_nobody_listening_is_said(manifest, tmp_path):
 
 @pytest.fixture
 def answering():
-    """Serve one answer to everything."""
+    """Start a server that gives one answer to every request."""
     servers = []
 
     def answer(body: bytes) -> str:
@@ -154,9 +154,9 @@ server:/twice /twice lustre rw 0 0
 def test_a_folders_file_system_is_that_of_the_longest_mount(tmp_path):
     mounts = tmp_path / "mounts"
     mounts.write_text(MOUNTS.strip())
-    of = {"/data/s": "nfs4", "/data/scratch/s": "xfs", "/data/scratchy": "nfs4", "/data/scratch/fast": "tmpfs"}
-    of |= {"/my bucket/s": "fuse.s3fs", "/twice/s": "lustre", "/elsewhere": "ext4"}
-    assert {path: file_system(Path(path), mounts) for path in of} == of
+    expected = {"/data/s": "nfs4", "/data/scratch/s": "xfs", "/data/scratchy": "nfs4", "/data/scratch/fast": "tmpfs"}
+    expected |= {"/my bucket/s": "fuse.s3fs", "/twice/s": "lustre", "/elsewhere": "ext4"}
+    assert {path: file_system(Path(path), mounts) for path in expected} == expected
     assert file_system(tmp_path, tmp_path / "none") is None
 
 

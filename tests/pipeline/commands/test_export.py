@@ -1,4 +1,4 @@
-"""`retort export`: a student as one file that stock diffusers draws with, as a LoRA, and what it refuses."""
+"""`retort export`: a student as one file that plain diffusers samples, as a LoRA, and the cases that are refused."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from tests.support.pipelines import TINY, execute
 
 
 def test_one_file_draws_what_the_student_draws(tiny, tmp_path):
-    """The file has no scheduler and no guidance embedding: the scheduler is the one that the command names."""
+    """The file has no scheduler and no guidance embedding. The test uses the scheduler that the command names."""
     plan = tiny[1]
     out = tmp_path / "new" / "student.safetensors"
     done = retort("export", plan["student"].artifact.folder, out, "--single-file")
@@ -147,7 +147,7 @@ LORA_STUDENT = """
 
 
 def test_a_lora_student_becomes_a_pipeline_without_training_again(tiny, tmp_path):
-    """Also one that takes w, whose guidance embedding load_lora_weights could not load."""
+    """Also tests a student that takes w: load_lora_weights cannot load its guidance embedding."""
     folder = execute(TINY + LORA_STUDENT, tiny[0], name="small")["small/2"].artifact.folder
     assert "`retort export --pipeline` writes" in (folder / "README.md").read_text()
     out = tmp_path / "pipeline"

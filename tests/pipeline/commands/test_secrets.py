@@ -15,7 +15,7 @@ from tests.support.pipelines import GAUSSIAN, execute, plan_of
 
 class Files(SimpleHTTPRequestHandler):
     def log_message(self, *_):
-        """Standard error is what a test looks at."""
+        """Print nothing, because the test checks standard error."""
 
 
 def test_reports_pages_and_errors_about_a_url_hold_no_secrets(serve, tmp_path):
@@ -39,7 +39,7 @@ def test_reports_pages_and_errors_about_a_url_hold_no_secrets(serve, tmp_path):
 
 
 def test_plans_logs_and_events_about_a_url_hold_no_secrets(tmp_path, monkeypatch):
-    """A URL where a path is expected is taken for one."""
+    """A URL in place of a path is treated as a path."""
     monkeypatch.chdir(tmp_path)
     text = GAUSSIAN.replace("prompts: digits", "prompts: http://me:hunter2@host/p.txt?token=hunter2")
     (tmp_path / "m.yaml").write_text(text)

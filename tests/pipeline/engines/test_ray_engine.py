@@ -1,4 +1,4 @@
-"""Ray, for real: warm workers, lost workers, the same bytes as inline. One embedded Ray for the module."""
+"""The Ray engine with a real Ray: warm workers, lost workers, the same bytes as inline. All tests share one Ray."""
 
 import os
 import re
@@ -33,7 +33,8 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ray(home):
-    """With two GPUs, in name, and started by a user who has set Ray's variables for another cluster."""
+    """A Ray engine with two GPUs that exist only in name. The user's environment has Ray's variables of another
+    cluster."""
     engine = RayEngine()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**THEIRS, "HOME": str(home), "RAY_OVERRIDE_RESOURCES": '{"GPU": 2}'}.items():
@@ -51,7 +52,7 @@ class ProcessOf:
 
 
 class Meeting:
-    """Returns its process once as many as `processes` have come."""
+    """Waits until `processes` processes have called it, then returns the process id."""
 
     def __init__(self, folder: Path, processes: int) -> None:
         self.folder, self.processes = folder, processes
@@ -132,10 +133,11 @@ def test_no_server_of_ray_listens_on_another_address_of_the_machine(ray):
 
 
 def addresses() -> set[str]:
-    """Of this machine, but for the loopback address: those that it is reached at, as far as it knows."""
+    """Return the addresses at which this machine can be reached, as far as it knows them, except the loopback
+    address."""
     found = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        if probe.connect_ex(("192.0.2.1", 9)) == 0:  # an address of documents: nothing is sent
+        if probe.connect_ex(("192.0.2.1", 9)) == 0:  # an address reserved for documentation; nothing is sent
             found.add(probe.getsockname()[0])
     return {address for address in found if not address.startswith("127.")}
 
@@ -206,7 +208,7 @@ def test_an_item_that_always_kills_its_worker_is_named_and_its_neighbours_are_no
 
 @pytest.mark.parametrize(("workers", "gpus", "fit"), [(2, 9.0, 0), (3, 0.6, 2), (5, 0.5, 4)])
 def test_workers_that_do_not_fit_are_a_sentence_and_no_waiting(ray, workers, gpus, fit):
-    """Three times 0.6 GPU are less than 2 GPUs, but no GPU serves two of them."""
+    """Three workers of 0.6 GPU need less than 2 GPUs in sum, but two of them do not fit on one GPU."""
     says = f"{workers} workers with {gpus:g} GPUs each do not fit: Ray found 2 GPUs, enough for {fit} "
     with pytest.raises(StageError, match=re.escape(says)):
         list(ray.map("many", ProcessOf, range(workers), WorkerShape(workers, gpus)))
@@ -223,7 +225,7 @@ class Holder:
 
 @pytest.fixture
 def taken(ray, monkeypatch):
-    """Have somebody else hold GPUs; waits are short."""
+    """A function that lets another process hold GPUs. Waiting times are short."""
     monkeypatch.setattr(cluster, "LOOK_EVERY", 0.1)
     monkeypatch.setattr(cluster, "PENDING_AFTER", 0.2)
     list(ray.map("free", ProcessOf, [0], ONE))  # workers with GPUs go
@@ -308,7 +310,8 @@ def test_calls_are_judged_by_the_median_only_where_they_are_alike():
 
 
 def killed_at(deaths: list[int], folder: Path):
-    """Six steps, from where the last attempt stopped; an attempt is killed once it was seen at the next of `deaths`."""
+    """Run six steps, continuing the last attempt. An attempt is killed as soon as the test has seen the next step in
+    `deaths`."""
     attempt = len(list(folder.glob("attempt*")))
     (folder / f"attempt{attempt}").touch()
     for step in range(deaths[attempt - 1] if attempt else 1, 7):
@@ -320,7 +323,7 @@ def killed_at(deaths: list[int], folder: Path):
 
 
 def watched(ray, deaths: list[int], folder: Path) -> int:
-    """The attempts that were lost."""
+    """Return the attempts that were lost."""
     steps = ray.run(killed_at, (deaths, folder), ONE)
     while True:
         try:
@@ -356,7 +359,8 @@ def hashes(pool: Path) -> dict[str, str]:
 
 
 def test_ray_and_inline_make_the_same_bytes_also_with_workers_killed(ray, tiny, tmp_path):
-    """A real U-Net's shards from two Ray workers, one of them killed on the way, against the inline engine's."""
+    """Compares the shards of a real U-Net from two Ray workers, one of which is killed, with those of the inline
+    engine."""
     teacher = tiny[1]["teacher"].artifact.folder
     text = f"""
 name: same
@@ -389,7 +393,8 @@ resources: {{pairs: {{workers: 2}}}}
 
 
 def working() -> set[int]:
-    """Processes of our workers; Ray's own helpers, which hold no model, may take longer to notice."""
+    """Return the processes of our workers. Ray's own helper processes do not count: they hold no model, and may end
+    later."""
     names = subprocess.run(["ps", "-e", "-o", "pid=,stat=,args="], capture_output=True, text=True).stdout
     lines = [line.split(maxsplit=2) for line in names.splitlines()]
     return {int(pid) for pid, state, *name in lines if not state.startswith("Z") and "ray::Host" in " ".join(name)}

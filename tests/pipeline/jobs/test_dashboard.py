@@ -1,4 +1,4 @@
-"""Tokens go to no host but the one that the user named."""
+"""A token is sent only to the host that the user named."""
 
 from http.server import BaseHTTPRequestHandler
 

@@ -1,5 +1,5 @@
-"""Runs as jobs of a real Ray cluster, through the command line. Not among the tests that run by default:
-`pytest -m cluster`."""
+"""Runs as jobs of a real Ray cluster, through the command line. These tests do not run by default: use `pytest -m
+cluster`."""
 
 import json
 import os
@@ -37,7 +37,8 @@ def cluster():
 
 @pytest.fixture
 def run(cluster):
-    """Run the command line as a user of the cluster, to its end or, with `wait=False`, as a process."""
+    """A function that runs the command line as a user of the cluster. With `wait=False` it returns the running
+    process."""
     started = []
 
     def run(*arguments, wait=True, **environment):
@@ -167,7 +168,7 @@ def job_of(address, entry_point, name):
 
 
 def test_a_cut_log_goes_on_where_it_was(cluster, user, capsys):
-    """Cut four times at odd places, in the middle of lines and of the dashboard's own messages."""
+    """The log is cut four times, in the middle of lines and of messages of the dashboard."""
     proxy = Proxy(cluster.port, cuts=[350, 1200, 1777, 2503], outage=0.7)
     entry_point = 'i=0; while [ $i -lt 300 ]; do echo "line $i ☃ of the log"; i=$((i+1)); sleep 0.03; done; exit 7'
     job = job_of(proxy.address, entry_point, "cut")
@@ -257,6 +258,6 @@ def test_a_node_with_another_retort_or_none_is_explained(cluster, user, run, man
 
 
 def gpus(cluster):
-    """Of all nodes that are alive, as the dashboard counts them."""
+    """Return the number of GPUs of all nodes that are alive, according to the dashboard."""
     nodes = ask(cluster.address, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
     return sum(node["resources_total"].get("GPU", 0) for node in nodes if node["state"] == "ALIVE")

@@ -1,4 +1,4 @@
-"""Manifests: what is read, and that every error points at its place."""
+"""Manifests: how they are read, and that every error names its place."""
 
 import textwrap
 import tracemalloc

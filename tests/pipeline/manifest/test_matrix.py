@@ -1,4 +1,4 @@
-"""`matrix:`: what it expands to, who follows it, and that problems still point at the text."""
+"""`matrix:`: what it expands to, which stages are repeated with it, and problems that point at the text."""
 
 import json
 

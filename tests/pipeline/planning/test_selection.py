@@ -1,4 +1,4 @@
-"""--only, --from, --force, --dry-run and --diff: which stages a command is about."""
+"""--only, --from, --force, --dry-run and --diff: which stages a command selects."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_forcing_takes_nothing_away_that_it_does_not_make_again(made):
 
 
 def test_forcing_is_all_or_nothing(made):
-    """While another run makes, or reads by its path, what would be forced, nothing at all is taken away."""
+    """If another run makes one of the forced artifacts, or reads it by its path, nothing is removed."""
     _, store = made
     teacher = plan_of(CHAIN, store)["teacher"].artifact.folder
     text = GAUSSIAN.replace("delay: 0.0", "delay: 0.1").replace("teacher: teacher", f"teacher: {teacher}")

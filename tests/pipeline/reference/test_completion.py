@@ -1,4 +1,4 @@
-"""What a shell offers, asked as the shell's own script asks; and the scripts."""
+"""Shell completion: what is offered when the shell's script asks, and the scripts themselves."""
 
 import subprocess
 
@@ -8,7 +8,7 @@ from tests.support.cli import ROOT, retort
 
 
 def offered(words, cwd=ROOT, **environment):
-    """What bash would offer for the last of `words`."""
+    """Return what bash would offer for the last of `words`."""
     asked = {"_RETORT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     done = retort(cwd=cwd, **asked, **environment)
     assert done.stderr == "", done.stderr

@@ -1,4 +1,4 @@
-"""`retort explain`: every setting says what it means, and the command says it."""
+"""`retort explain`: every setting has a description, and the command prints it."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def test_everything_says_what_it_is_and_what_each_setting_means(path):
     assert all("any value" not in setting.allowed for setting in settings_of(config))
 
 
-def of(path):
+def type_and_default(path):
     setting = next(s for topic in topics(path) for s in topic.settings() if s.name == path.rpartition(".")[2])
     return setting.allowed, "required" if setting.required else setting.default
 
@@ -67,7 +67,7 @@ def of(path):
     ],
 )
 def test_types_and_defaults_in_words(path, allowed, default):
-    assert of(path) == (allowed, default)
+    assert type_and_default(path) == (allowed, default)
 
 
 def test_words_of_other_annotations():

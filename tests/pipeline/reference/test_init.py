@@ -12,7 +12,7 @@ from tests.support.cli import ROOT, retort
 
 @pytest.fixture(scope="module")
 def pixels(tmp_path_factory):
-    """Unconditional and by class, as diffusers saves them."""
+    """Folders of an unconditional and of a class-conditional pipeline, as diffusers saves them."""
     from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
     folders = {}
@@ -27,7 +27,7 @@ def pixels(tmp_path_factory):
 
 
 def planned(folder, *arguments):
-    """Write a manifest with `retort init` and plan it: its values, state and reason of each stage."""
+    """Write a manifest with `retort init` and plan it. Return its values, and the state and reason of each stage."""
     done = retort("init", "m.yaml", *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "next: retort plan m.yaml" in done.stdout

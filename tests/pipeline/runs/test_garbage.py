@@ -1,4 +1,4 @@
-"""`retort gc`: what no run refers to goes, and nothing that any run could want."""
+"""`retort gc` removes what no run refers to, and nothing that a run may need."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def test_a_pool_stays_as_long_as_one_artifact_lists_it(tmp_path):
 
 
 def test_what_an_artifact_was_made_from_stays(tmp_path):
-    """Named by its path, in a run that has not even begun, and through a link to the store."""
+    """The artifact is named by its path, through a link to the store, in a run that has not started."""
     made = execute(GAUSSIAN, tmp_path / "store", name="first")
     (tmp_path / "link").symlink_to(tmp_path / "store")
     teacher = tmp_path / "link" / made["teacher"].artifact.folder.relative_to(tmp_path / "store")

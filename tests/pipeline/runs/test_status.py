@@ -1,4 +1,4 @@
-"""status, runs and logs: where a run stands, what it cost, and following it while it goes on."""
+"""status, runs and logs: the state and cost of a run, and how to follow it while it is running."""
 
 import json
 import os

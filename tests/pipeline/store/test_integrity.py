@@ -1,4 +1,4 @@
-"""Sealed bytes are checked before they are used, inputs that were made again are seen, and no kill leaves a trap."""
+"""Sealed bytes are checked before use, inputs that were made again are noticed, and no kill leaves a broken store."""
 
 import hashlib
 import itertools
@@ -38,14 +38,14 @@ def store(sealed, tmp_path):
 
 
 def edit(path: Path) -> None:
-    """Another mean, in as many bytes."""
+    """Write another mean without changing the size of the file."""
     content = path.read_text()
     assert "0.5" in content
     path.write_text(content.replace("0.5", "0.9"))
 
 
 def made_again(folder: Path, name: str, content: bytes) -> None:
-    """As if the artifact had been made again where it comes to other bytes, such as on another GPU."""
+    """Change the artifact as if it had been made again with other bytes, for example on another GPU."""
     (folder / name).write_bytes(content)
     record = json.loads((folder / "artifact.json").read_text())
     record["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -257,7 +257,8 @@ def test_repair_touches_nothing_if_the_teacher_is_another(store, made):
 
 @pytest.mark.parametrize("by_path", [False, True])
 def test_repair_waits_for_no_one_who_reads(store, by_path):
-    """A run under way that has the pairs in its plan, or reads by their path others that share the pool."""
+    """Another run is under way. It has the pairs in its plan, or it reads other pairs of the same pool by their
+    path."""
     pairs = plan_of(GAUSSIAN, store)["pairs"]
     run = Run(Store(store), "gaussian")
     if by_path:
@@ -279,11 +280,11 @@ def test_repair_waits_for_no_one_who_reads(store, by_path):
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: from then on nothing changes the disk, no `finally` either."""
+    """Simulates the end of the process: after it nothing changes the disk, not even a `finally` block."""
 
 
 def killed_at(number: int, store: Path, patch: pytest.MonkeyPatch) -> None:
-    """Die before the change of that number, from 0, of what the store holds beside runs and locks."""
+    """Raise Killed before change `number` (counted from 0) of the store. Changes of runs and locks do not count."""
     done = itertools.count()
     dead = False
 

@@ -85,7 +85,7 @@ def test_looking_at_a_lock_does_not_make_it_fail(tmp_path):
 
 
 def test_two_runs_at_once_make_a_shared_stage_once(tmp_path):
-    """Two drivers, one waiting for the other; every stage is made by one of them and reused by the other."""
+    """Of two drivers, one waits for the other. Every stage is made by one of them and reused by the other."""
     manifest = tmp_path / "m.yaml"
     manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.02"))
     store = tmp_path / "store"

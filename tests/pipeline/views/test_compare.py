@@ -111,7 +111,7 @@ def test_what_is_shown_is_kept_with_the_evaluation(store):
 
 
 class Checked(HTMLParser):
-    """Fails where tags do not match; keeps images with their alternative texts, in order."""
+    """A parser that fails if tags do not match. It keeps the images with their alternative texts, in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -336,7 +336,8 @@ def test_a_sweep_over_seeds_has_a_mean(store, tmp_path):
 
 
 def test_quality_is_drawn_against_network_calls(tmp_path):
-    """A line for the teacher and one for each chain, its seeds as their mean; a single student is a point."""
+    """The teacher and each chain have one line, and a single student is a point. Several seeds are drawn as their
+    mean."""
 
     def figures(calls, distance, mse=0.5):
         return {"network_calls": calls, "kernel_distance": distance, "kernel_distance_se": 0.01, "latent_mse": mse}

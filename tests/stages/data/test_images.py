@@ -26,7 +26,8 @@ def scenes():
 
 
 def test_every_image_is_what_its_caption_says(scenes):
-    """Where there is ink its colour is the caption's, and the first digit lies above, or left of, the second."""
+    """All ink has the colour that the caption names. The first digit lies above or left of the second, as the caption
+    says."""
     asked = digits.prompt_labels(scenes.captions)
     assert {name: labels.tolist() for name, labels in asked.items()} == {
         name: labels.tolist() for name, labels in scenes.labels.items() if name != "photograph"
@@ -62,7 +63,7 @@ def test_captions_may_name_only_the_first_digit(scenes):
 
 @pytest.mark.parametrize(("named", "other"), [("digit", "colour"), ("colour", "digit")])
 def test_a_caption_may_be_true_of_only_the_digit_or_only_the_colour(named, other):
-    """The other word is as often right as a random one."""
+    """The other word is right as often as a random word."""
     config = Digits(named=named)
     images = load(config)
     asked = digits.prompt_labels(images.captions)
@@ -75,7 +76,7 @@ def test_a_caption_may_be_true_of_only_the_digit_or_only_the_colour(named, other
 
 
 def test_held_out_images_show_other_scans():
-    """On black and without a neighbour, no held-out image is a training image."""
+    """Uses single digits on black. No held-out image is equal to a training image."""
     seen, unseen = load(Digits()), load(Digits(), held_out=True)
     assert (len(seen), len(unseen)) == (8_622, 2_160)
     known = {image.tobytes() for image in seen.images}

@@ -1,4 +1,4 @@
-"""`retort stats` and `retort shards`: what they say of good shards, of every kind of damage, and of hostile ones."""
+"""`retort stats` and `retort shards`: reports on good shards, on every kind of damage, and on hostile shards."""
 
 import hashlib
 import io
@@ -412,7 +412,8 @@ def blank(width, height, form):
 
 
 def test_a_small_tar_of_large_images_takes_little_memory(tmp_path):
-    """Twelve images of 265 MB each in 3 MB. Those that cannot be scaled down while they are decoded are left out."""
+    """A tar of 3 MB holds twelve images of 265 MB each. Images that cannot be scaled down during decoding are left
+    out."""
     huge, large = blank(9400, 9400, "PNG"), blank(3000, 1500, "PNG")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i in range(12):
@@ -442,7 +443,7 @@ def sealed(content):
 
 @pytest.mark.parametrize("footer", ["honest", "lying"])
 def test_a_receipt_of_more_rows_than_its_tar_has_room_for_is_not_read(pairs, tmp_path, footer):
-    """Two million rows in some kilobytes, for a tar of 1024 bytes that says it has more."""
+    """The receipt has two million rows in a few kilobytes. Its tar has 1024 bytes, but the receipt claims more."""
     from stages.data.receipts import METADATA, UNSEALED, read_facts
 
     million, groups = 1_000_000, 2
@@ -476,7 +477,7 @@ def test_a_receipt_of_more_rows_than_its_tar_has_room_for_is_not_read(pairs, tmp
     ("column", "words"), [("noise_hash", "noise_hash does not hold numbers"), ("prompt", "prompts longer than a tar")]
 )
 def test_a_receipt_whose_few_bytes_stand_for_gigabytes_is_refused(pairs, column, words):
-    """One string of 300 kB, by reference in each of 2,000 rows: 600 MB once it is read."""
+    """2,000 rows refer to one string of 300 kB. If they were read, they would take 600 MB."""
     from stages.data.receipts import METADATA, UNSEALED, read_facts, read_receipt
 
     rows = 2000

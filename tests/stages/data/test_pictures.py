@@ -1,4 +1,4 @@
-"""Images as a person sees them: the figure and the table, through `stages.data.pictures` alone."""
+"""Images for viewing: the figure and the table of `stages.data.pictures`."""
 
 import base64
 import re
@@ -16,7 +16,7 @@ PAPER = (255, 255, 255)
 
 
 def noise(columns=3, width=32, height=32, seed=0):
-    """Images of noise, none of whose pixels is as light as paper."""
+    """Return images of noise. No pixel is as light as the paper."""
     pixels = np.random.default_rng(seed).integers(0, 200, (height, columns * width, 3), np.uint8)
     return cut(Image.fromarray(pixels), columns)
 
@@ -25,7 +25,7 @@ ROWS = [("teacher, 20 steps\n40 network calls", noise(seed=1)), ("student", nois
 
 
 def places(drawn, image, factor):
-    """(x, y) of each place where an image stands unchanged but for its enlargement."""
+    """Return (x, y) of each place where an image was drawn enlarged and otherwise unchanged."""
     wanted = np.asarray(image).repeat(factor, 0).repeat(factor, 1)
     height, width = wanted.shape[:2]
     corners = np.argwhere((drawn[: 1 - height or None, : 1 - width or None] == wanted[0, 0]).all(-1))

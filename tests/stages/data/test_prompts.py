@@ -1,4 +1,4 @@
-"""Prompts from files of every kind: the same rows come out, and what is wrong is named."""
+"""Prompts from files of every kind: the rows that are read, and errors that name the place."""
 
 import csv
 import json
@@ -117,7 +117,7 @@ def test_a_tokenizer_of_bytes_knows_every_word(tmp_path):
 
 
 def test_prompts_that_the_encoder_cuts_are_counted(tmp_path):
-    """With the files that transformers writes today, and with those of the published pipelines."""
+    """Tests the tokenizer files that transformers writes today, and those of the published pipelines."""
     from transformers import CLIPTokenizer
 
     letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]

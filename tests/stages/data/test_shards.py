@@ -242,7 +242,7 @@ def test_a_source_that_would_never_be_drawn_is_refused():
 @given(count=st.integers(4, 90), batch=st.integers(1, 4), stop=st.integers(0, 30), seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
 def test_four_ranks_stopped_in_the_middle_see_each_sample_exactly_once(tmp_path_factory, count, batch, stop, seed):
-    """An epoch read by four readers, killed after `stop` steps and begun again by four new ones."""
+    """Four readers read an epoch. They are killed after `stop` steps, and four new ones continue."""
     folder = tmp_path_factory.mktemp("pool")
     shards = [write(folder, k, make_pairs(s, min(s + 16, count))) for k, s in enumerate(range(0, count, 16))]
     size = 4 * batch

@@ -1,4 +1,4 @@
-"""Triplets for two-alternative forced choice: people's from disk, and synthetic ones."""
+"""Triplets for two-alternative forced choice: human judgements from disk, and synthetic ones."""
 
 import io
 from typing import Annotated, Literal
@@ -97,7 +97,7 @@ def test_images_of_256_pixels_and_oblong_ones(family):
 
 
 def ramps(size):
-    """Channels that say where they are: the row, the column."""
+    """Return an image whose channels hold the row and the column of each pixel."""
     rows, columns = np.mgrid[:size, :size]
     return np.stack([rows, columns, rows]).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""What URLs hold in secret is not printed."""
+"""Secrets in URLs are not printed."""
 
 import pytest
 

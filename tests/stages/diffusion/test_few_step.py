@@ -20,11 +20,11 @@ def test_noising_keeps_the_variance():
 
 
 def test_the_stochastic_sampler_calls_n_times_and_keeps_the_marginals():
-    """With the exact map over two steps, and one at last: N = 8, mean 1.5, standard deviation 0.6."""
+    """Uses the exact map over two steps, and over one step at the end: N = 8, mean 1.5, standard deviation 0.6."""
     grid, calls = Grid.cosine(8), []
 
     def exact(z, i):
-        """The x0 with which one DDIM step of double length is the ODE's own."""
+        """Return the x0 for which one DDIM step of double length equals the exact ODE."""
         calls.append(i)
         (alpha, sigma), (alpha_s, sigma_s) = grid.level(i), grid.level(max(i - 2, 0))
         here, there = (a**2 * STD**2 + s**2 for a, s in ((alpha, sigma), (alpha_s, sigma_s)))
@@ -43,7 +43,8 @@ def test_the_stochastic_sampler_calls_n_times_and_keeps_the_marginals():
 
 
 def test_the_sampler_noises_its_estimate_anew():
-    """Of N(m, S^2), with the exact end of the ODE at every point: the law of the data, whatever the steps."""
+    """The data are N(m, S^2), and the estimate at every point is the exact end of the ODE. Then samples have the
+    distribution of the data, for any number of steps."""
     mean, std, grid, calls = 1.5, 0.6, Grid.cosine(4), []
 
     def end(z, i):

@@ -11,7 +11,7 @@ MEAN, OTHER_MEAN, STD = 1.5, -0.5, 0.6
 
 
 def denoised(z, alpha, sigma, mean, std=STD):
-    """What the best denoiser of N(mean, std^2) makes of z."""
+    """Return the estimate of the optimal denoiser of N(mean, std^2) at z."""
     return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (z - alpha * mean)
 
 
@@ -30,7 +30,7 @@ def test_guidance_of_equal_normals_shifts_the_mean_alone():
 
 
 def test_a_linear_student_of_every_strength_finds_the_guided_gain_affine_in_w():
-    """Fitted exactly to its targets: (1 + w) times one class's own gain, less w times that without a class."""
+    """An exact fit to its targets has the gain (1 + w) times that of the class, minus w times that without a class."""
     alpha, sigma, wide = 0.6, 0.8, 1.2
     z, w = (torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(2, -1) * 4).unbind()
     target = guide_by_w(denoised(z, alpha, sigma, OTHER_MEAN, wide), denoised(z, alpha, sigma, MEAN), w)
@@ -41,11 +41,11 @@ def test_a_linear_student_of_every_strength_finds_the_guided_gain_affine_in_w():
 
 
 def test_the_stronger_guidance_the_surer_the_class_and_the_narrower_it_is():
-    """Two classes, N(1, 0.6^2) and N(-1, 0.6^2), as likely as one another: samples of the first by 64 steps."""
+    """Two equally likely classes, N(1, 0.6^2) and N(-1, 0.6^2). The first is sampled in 64 steps."""
     grid = Grid.cosine(64)
 
     def classes(z, alpha=1.0, sigma=0.0):
-        """How likely the first is of z: a logistic of the difference of two squares."""
+        """Return the probability of the first class given z: a logistic function of the difference of two squares."""
         return torch.sigmoid(2 * alpha * z / (alpha**2 * STD**2 + sigma**2))
 
     def sampled(w):

@@ -1,4 +1,4 @@
-"""The target with which one step of a student ends where two of its teacher end: in closed form, and learned."""
+"""The target for which one step of a student ends where two steps of its teacher end: in closed form, and learned."""
 
 import copy
 
@@ -16,12 +16,12 @@ TABLE = {
     1.0: {1: 0.0, 2: 0.5, 4: 0.72855, 8: 0.85623, 16: 0.92568, 64: 0.98091, 1024: 0.99880, 8192: 0.99985},
     0.6: {1: 0.0, 2: 0.26471, 4: 0.41725, 8: 0.50297, 16: 0.54968, 64: 0.58703, 1024: 0.59918, 8192: 0.59990},
 }
-"""The standard deviation that N steps of DDIM leave of data N(m, S^2), on the cosine schedule: S -> N -> it."""
+"""S -> N -> standard deviation of the samples of N steps of DDIM, for data N(m, S^2) on the cosine schedule."""
 MEAN = 1.5
 
 
 class Linear:
-    """Estimates x0 as a + b z at each point of a grid, as the data N(MEAN, S^2) makes it or as was fitted."""
+    """Estimates x0 as a + b z at each point of a grid: exactly for data N(MEAN, S^2), or fitted."""
 
     def __init__(self, grid, a, b):
         self.grid, self.a, self.b = grid, a, b
@@ -38,7 +38,7 @@ class Linear:
         return a + b * z
 
     def halved(self):
-        """Least squares through targets at three z of each point: the fit is exact."""
+        """Fit a student by least squares to the targets at three z of each point. The fit is exact."""
         steps, seen = self.grid.steps // 2, torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64)
         i, z = torch.arange(1, steps + 1).repeat_interleave(3), seen.repeat(steps).view(-1, 1, 1, 1)
         target = two_step_target(self, z, i, self.grid).view(steps, 3)
@@ -56,7 +56,7 @@ class Linear:
 
 @pytest.mark.parametrize("std", TABLE)
 def test_students_that_fit_exactly_do_what_their_first_teacher_did(std):
-    """At every N, and to any number of steps: even one of a teacher of 8,192."""
+    """Holds for every N and any number of steps, even for one step of a student of a teacher with 8,192 steps."""
     for steps, expected in TABLE[std].items():
         teacher = Linear.exact(steps, std)
         alpha, sigma = teacher.grid.alpha * std, teacher.grid.sigma
@@ -102,8 +102,9 @@ def test_the_target_of_a_gaussian_in_closed_form():
 
 
 def test_a_student_for_stochastic_sampling_jumps_twice_as_far():
-    """Its target leads where two of the teacher's jumps do; at the last point, where two halves of one do: to what the
-    teacher says at point 1. Here it says the number of the point."""
+    """The target leads to the end of two of the teacher's jumps. At the last point, it leads to the end of two half
+    jumps, which is the teacher's estimate at point 1. In this test, the teacher's estimate is the number of the
+    point."""
     grid, asked, z = Grid.cosine(8), [], torch.randn(4, 1, 1, 1, dtype=torch.float64)
 
     def denoise(z, j):
@@ -121,7 +122,7 @@ def test_a_student_for_stochastic_sampling_jumps_twice_as_far():
 
 
 def test_few_steps_of_a_mixture_follow_the_ode_and_one_step_follows_it_worse():
-    """Small networks on two dimensions, a mixture of four normals, from 8 steps down."""
+    """Small networks learn a mixture of four normals in two dimensions, from 8 steps down to 1."""
     torch.manual_seed(0)
     means, std = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]), 0.2
 

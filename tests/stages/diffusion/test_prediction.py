@@ -71,7 +71,8 @@ def test_ddim_on_a_flow_is_the_euler_step():
 
 
 def exact(schedule, mean=0.4, std=0.3):
-    """x0 as N(mean, std^2) data has it, and where its ODE leads from `noise` at timestep t."""
+    """Return two functions for data N(mean, std^2): the exact x0, and the state at timestep t of the ODE from
+    `noise`."""
 
     def x0(z, t):
         alpha, sigma = schedule.at(t)

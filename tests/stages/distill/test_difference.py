@@ -1,4 +1,4 @@
-"""Students handed out as a LoRA: what it keeps, what it costs, and that plain diffusers draws what Retort draws."""
+"""Students exported as a LoRA: what it keeps, what it loses, and that plain diffusers samples the same as Retort."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def student(tiny):
 
 @pytest.fixture
 def remake(student, teacher, tmp_path):
-    """A copy of the sealed student, with another form or network."""
+    """A function that makes a copy of the sealed student, with another form or network."""
 
     def remade(network=None, **form):
         loaded = Student.load(student.folder, teacher)
@@ -114,7 +114,7 @@ def test_biases_and_norms_are_lost_and_counted(remake, teacher):
 
 @contextlib.contextmanager
 def warnings_of_diffusers():
-    """All that diffusers and peft say."""
+    """All log messages of diffusers and peft."""
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     diffusers.utils.logging.add_handler(handler)

@@ -71,8 +71,8 @@ def test_the_export_says_what_it_is(tiny):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_an_epsilon_teacher_of_stable_diffusions_own_layout(tmp_path, prediction):
-    """CLIP's own tokenizer and PNDM's scheduler config, as in the published folders; the exported student of either
-    prediction is what plain diffusers runs."""
+    """Uses CLIP's tokenizer and PNDM's scheduler config, as in the published folders. Plain diffusers runs the exported
+    student of either prediction type."""
     from diffusers import DiffusionPipeline
 
     text = f"""
@@ -120,7 +120,7 @@ def test_training_twice_gives_the_same_bytes(tiny, tmp_path):
 
 
 def test_a_killed_driver_resumes_training_to_the_same_bytes(tiny, tmp_path):
-    """SIGKILL once two checkpoints have been seen; the resumed student equals the uninterrupted one."""
+    """The driver gets SIGKILL after two checkpoints. The resumed student equals the uninterrupted one."""
     store = tmp_path / "store"
     pairs = tiny[1]["pairs"].artifact.folder
     text = TINY.replace("pairs: pairs", f"pairs: {pairs}")
@@ -145,7 +145,7 @@ def test_a_killed_driver_resumes_training_to_the_same_bytes(tiny, tmp_path):
 
 
 def test_a_student_that_goes_on_from_another(tiny, teacher):
-    """With a learning rate of nothing it stays what the other was; its export runs as any other."""
+    """With a learning rate of almost 0, the student stays equal to the first one. Plain diffusers runs its export."""
     text = TINY.replace("    held_out: 32\n", "    held_out: 32\n    start_from: first\n").replace(
         "  student:\n", "  first:\n" + TINY.split("  student:\n")[1] + "  student:\n"
     )

@@ -1,4 +1,4 @@
-"""What a method is trained on: any combination of pairs, latents and prompts; and with which network it begins."""
+"""The data of a method (any combination of pairs, latents and prompts), and the network that a student starts from."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ SEEN = []
 
 
 class Listener:
-    """Trains on nothing but what makes it run, and keeps the batches that it was given."""
+    """A method that keeps the batches that it is given. Its loss does not depend on them."""
 
     def __init__(self, materials):
         self.student = materials.student(ListenerConfig().form)
@@ -161,7 +161,7 @@ def test_a_student_starts_from_a_smaller_network_that_was_trained_for_the_teache
 
 
 def test_a_lost_worker_finds_the_pipeline_as_it_was(tiny, tmp_path, monkeypatch):
-    """The first attempt ends when the old network is gone and the new one is not in its place yet."""
+    """The first attempt ends after the old network was removed and before the new one is in its place."""
     from stages.teacher import stage
 
     replace = stage.os.replace

@@ -35,7 +35,7 @@ def quality(tiny):
 
 
 def sampled(pairs, student, samples, **execution):
-    """What `sample_sides` comes to on test noises, without few steps of the teacher."""
+    """Return the result of `sample_sides` on test noises, without the teacher in fewer steps."""
     noises = held_out(pairs, student, "test", samples)
     steps = sample_sides(pairs, student, None, noises, [], EvaluationExecution(device="cpu", **execution))
     try:
@@ -64,7 +64,7 @@ def test_every_side_is_measured_on_the_same_prompts_and_noise(quality):
 
 
 def test_held_out_pairs_are_taken_and_the_rest_is_solved_as_the_factory_would(quality, tiny):
-    """32 held-out pairs, 60 samples: the other 28 are what pairs 96 to 123 would be."""
+    """32 pairs are held out, and there are 60 samples. The other 28 are what pairs 96 to 123 would be."""
     student = tiny[1]["student"].artifact
     sides, setting = sampled(sources(student.inputs)[0], student, 60)
     more = execute(TINY, tiny[0], ["stages.pairs.count=128", "stages.student.held_out=33"], only=["pairs"])["pairs"]
@@ -173,7 +173,7 @@ def test_noises_of_a_mixture_and_of_earlier_students_are_refused_too(tmp_path):
 
 
 def test_held_out_noises_are_past_all_that_the_student_and_those_before_it_saw(tmp_path):
-    """Of pairs of 96 noises, 32 of them held out, and in a student before, of 40, of which 8 are held out."""
+    """The student has pairs of 96 noises, 32 of them held out. An earlier student had 40 noises, 8 of them held out."""
     small = OTHERS.replace("others", "small") % f"count: 40, {SAMPLER}"
     mixed = OTHERS.replace("others", "mixed") % f"count: 50, seed: 5, {SAMPLER}"
     first = STUDENT.replace("pairs: pairs", "pairs: small").replace("held_out: 32", "held_out: 8")

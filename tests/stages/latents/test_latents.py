@@ -1,4 +1,4 @@
-"""Latents of image sets: what the teacher's VAE makes of every image, whatever happens on the way."""
+"""Latents of image sets: they are those of the teacher's VAE, also after interruptions."""
 
 import itertools
 import json
@@ -52,8 +52,8 @@ def latents(tiny):
 
 @pytest.fixture
 def folder(tmp_path):
-    """90 images of 32 pixels in two colours, by which they are classed; every tenth is held out. Grainy ones: of even
-    ones a VAE's group norms blow up the rounding."""
+    """90 images of 32 pixels in two colours, which are their classes. Every tenth is held out. The images are grainy,
+    because a VAE's group norms amplify the rounding of uniform images."""
     images = tmp_path / "images"
     images.mkdir()
     names = [["red", "blue"][i // 3 % 2] for i in range(90)]
@@ -117,8 +117,9 @@ def steps(teacher, output, images, dtype="float16"):
 
 
 def test_killed_anywhere_it_goes_on_and_comes_to_the_same_bytes(teacher, folder, tmp_path, monkeypatch):
-    """The generator is dropped where a kill would end it: nothing of it runs after that. 81 images to train on are
-    three batches of 30, and 9 are held out; every second batch is recorded, and the last of a split."""
+    """The test drops the generator where a kill would end it: none of its code runs after that. The 81 training images
+    are three batches of up to 30, and 9 images are held out. Every second batch is recorded, and the last one of a
+    split."""
     monkeypatch.setattr("stages.latents.encoding.BATCH", 30)
     monkeypatch.setattr("stages.latents.encoding.RECORD_EVERY", 2)
     whole = tmp_path / "whole"
@@ -147,7 +148,7 @@ def test_a_killed_run_says_what_it_will_go_on_from(teacher, folder, tmp_path):
 
 
 def test_images_of_ones_own_and_of_another_size(teacher, folder, tmp_path):
-    """The VAE of a teacher of 16 pixels takes 32 as well, if nobody says that it was trained on 16."""
+    """The VAE of a teacher for images of 16 pixels also takes 32, if it is not known that it was trained on 16."""
     text = own(teacher.folder, folder).replace("images: {", "storage_dtype: float32, images: {")
     made = execute(text, tmp_path / "store")["latents"].artifact
     seen, unseen = read_latents(made.folder, False), read_latents(made.folder, True)

@@ -21,7 +21,8 @@ def noise(*shape, seed=0):
 
 
 def moved(x, matrix, groups="g"):
-    """`x` by one known matrix, from points of the output to those of the input, in pixels from the middle."""
+    """Transform `x` by one given matrix. It maps points of the output to points of the input, in pixels from the
+    middle."""
     augmentation = Augmentation(groups)
     matrix = torch.as_tensor(matrix, dtype=torch.float32).expand(len(x), 3, 3)
     return augmentation(x, Draw(augmentation._grid(matrix, *x.shape[2:]), None, None))
@@ -41,7 +42,8 @@ def matrices(groups, size=(32, 32), count=20_000):
 
 
 def assert_distribution(samples, quantile, tolerance=0.03):
-    """Samples lie where their distribution's inverse, at 5%, 10%, ... 95%, says; in units of its spread."""
+    """Assert that the quantiles of the samples at 5%, 10%, ... 95% are those of the distribution, in units of its
+    spread."""
     at = np.arange(1, 20) / 20
     expected = np.array([quantile(p) for p in at])
     np.testing.assert_allclose(np.quantile(samples, at), expected, atol=tolerance * np.ptp(expected))
@@ -125,8 +127,9 @@ def test_it_holds_no_weights_and_moves_with_its_model():
 
 
 def rearranged(x, reach):
-    """All of (H, W) mirrored, turned by quarters, and seen through a window moved by up to `reach` (y, x):
-    (mirrored, quarters, down, across) -> (H, W). A turn of an odd side upon an even one has no middle: one more."""
+    """Return every version of `x` (H, W) that is mirrored or not, turned by quarters, and seen through a window moved
+    by up to `reach` (y, x): (mirrored, quarters, down, across) -> list of (H, W). If a turn puts an odd side on an even
+    one, the middle lies between two pixels, and the windows at both are in the list."""
     height, width = x.shape
     margin = 2 * max(x.shape)
     found = {}
@@ -160,7 +163,7 @@ def test_blitting_mirrors_turns_and_shifts_whole_pixels(size):
 
 
 def test_blitting_is_evenly_distributed():
-    """Mirroring and turn in the matrix's linear part, and the shift before them."""
+    """Mirroring and turn are in the linear part of the matrix. The shift comes before them."""
     found = matrices("b", (32, 64))
     turns = np.rint(found[:, :2, :2]).astype(int)
     np.testing.assert_allclose(found[:, :2, :2], turns, atol=1e-6)
@@ -206,7 +209,8 @@ def test_whole_pixels_are_resampled_exactly_where_they_fall_on_pixels(size):
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (31, 32)])
 def test_a_smooth_function_is_found_where_the_matrix_says(size):
-    """Cosines that are even about the outermost pixels, as reflection is: so beyond the borders, too."""
+    """The function is a sum of cosines that are symmetric about the outermost pixels. Reflected borders continue it
+    exactly, so the test also holds beyond the borders."""
     height, width = size
     y, x = np.mgrid[:height, :width].astype(float)
 
@@ -226,7 +230,8 @@ def test_a_smooth_function_is_found_where_the_matrix_says(size):
 
 @pytest.mark.parametrize("turn, scale", [(0.0, 0.6), (0.3, 0.6), (1.1, 0.55), (math.pi / 4, 0.55)])
 def test_shrinking_does_not_alias(turn, scale):
-    """The finest pattern there is, made smaller: only its mean remains. Without filters it turns into another."""
+    """If the finest possible pattern is made smaller, only its mean remains. Without filters it would turn into another
+    pattern."""
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     for fine in ((x + y) % 2, x % 2):
         image = (2.0 * fine - 0.7)[None, None]
@@ -240,7 +245,8 @@ def test_shrinking_does_not_alias(turn, scale):
 
 
 def test_geometry_follows_its_distributions():
-    """Of L = R(a) diag(1/t, t) R(b) / s the determinant gives s, the singular values t, the polar part a + b."""
+    """The linear part is L = R(a) diag(1/t, t) R(b) / s. Its determinant gives s, its singular values t, and its polar
+    part a + b."""
     found = matrices("g", (32, 64))
     left, singular, right = np.linalg.svd(found[:, :2, :2])
     assert (np.linalg.det(found[:, :2, :2]) > 0).all()
@@ -260,7 +266,7 @@ def test_geometry_follows_its_distributions():
 
 
 def test_colours_in_closed_form():
-    """One pixel pair, two channels, mean 2.5, means over channels 1.5 and 3.5."""
+    """The image has two pixels and two channels. Its mean is 2.5, and the means over channels are 1.5 and 3.5."""
     x = torch.tensor([[[[1.0, 3.0]], [[2.0, 4.0]]]])
     recolour = Augmentation("c")
 
@@ -277,7 +283,7 @@ def test_colours_in_closed_form():
 
 
 def test_colours_are_each_inputs_own_and_their_order_does_not_matter():
-    """Brightness, contrast about the input's mean and saturation about the pixel's, one after the other."""
+    """Applies brightness, contrast about the input's mean, and saturation about the pixel's mean, in turn."""
     x = noise(2, 4, 6, 5, seed=1) + torch.tensor([0.0, 3.0])[:, None, None, None]
     colour = torch.tensor([[0.3, 0.6, 1.7], [-0.4, 1.4, 0.2]])
     brightness, contrast, saturation = colour.T[:, :, None, None, None]
@@ -329,7 +335,7 @@ def test_the_hole_is_a_square_of_half_the_side_full_of_zeros(size):
 
 
 def test_the_hole_lies_anywhere():
-    """Its expected share: of each side 1/2 less what hangs over the borders, twice 1/32."""
+    """The expected share of each side is 1/2 minus the part beyond the two borders, 1/32 at each."""
     torch.manual_seed(0)
     x = torch.ones(20_000, 1, 16, 16)
     augmentation = Augmentation("o")

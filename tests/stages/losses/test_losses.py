@@ -1,4 +1,4 @@
-"""Losses through networks, on networks of random weights: what each of them is made of."""
+"""Losses that use networks, with random weights: the terms of each loss."""
 
 import json
 import logging
@@ -38,7 +38,8 @@ X, Y = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def test_regression_by_hand():
-    """Differences 3 and -4: |d| is 3.5 on average, d^2 12.5, and the norm 5 with c = 0.00054 sqrt(2)."""
+    """The differences are 3 and -4. The mean of |d| is 3.5, that of d^2 is 12.5, and the norm is 5, with c = 0.00054
+    sqrt(2)."""
     a, b, c = torch.tensor([[4.0, -2.0], [1.0, 1.0]]), torch.tensor([[1.0, 2.0], [1.0, 1.0]]), 0.00054 * 2**0.5
     torch.testing.assert_close(l1(a, b), torch.tensor([3.5, 0.0]))
     torch.testing.assert_close(mse(a, b), torch.tensor([12.5, 0.0]))
@@ -89,7 +90,8 @@ def test_r1_of_a_discriminator_of_matrix_products_is_in_full_precision_inside_au
 
 @pytest.fixture
 def teachers(tiny, tmp_path):
-    """Records of three teachers, of which the last has another VAE, and a network trained in the first's latents."""
+    """Records of three teachers, and a network that was trained on latents of the first. The last teacher has another
+    VAE."""
 
     def sealed(name, vae, unet, readme):
         (tmp_path / name).mkdir()

@@ -65,8 +65,8 @@ def test_the_difference_of_two_gaussian_scores_is_the_gradient_of_their_kl_diver
 
 @pytest.mark.parametrize("t", [100, 500, 900])
 def test_at_particles_it_is_the_kl_gradient_to_the_exact_teachers_density(t):
-    """A generator of three particles, scored exactly with spread 0, against images with a spread: by finite
-    differences of the divergence, which is integrated over a line."""
+    """The generator has three particles, whose exact score has spread 0. The teacher's images have a spread. The
+    gradient is compared with finite differences of the divergence, which is integrated over a line."""
     at, spread = level(t), 0.2
     alpha, sigma = float(at.alpha), float(at.sigma)
     data = torch.tensor([[-1.0], [0.3], [1.2]], dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_at_particles_it_is_the_kl_gradient_to_the_exact_teachers_density(t):
 
 
 def test_with_an_exact_fake_score_it_ends_at_the_teachers_mean_and_deviation():
-    """By DMD's loss as it is used, from (-1, 1.5) to (1.5, 0.6) within 1e-3."""
+    """DMD's loss moves mean and deviation from (-1, 1.5) to (1.5, 0.6) within 1e-3."""
     a, b = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (-1.0, 1.5))
     optimizer = torch.optim.Adam([a, b], 0.02)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)

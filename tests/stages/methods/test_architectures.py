@@ -1,4 +1,5 @@
-"""Every method with every architecture, in full and as LoRA: trained, interrupted, resumed, exported, run by diffusers.
+"""Tests every method with every architecture, with all weights and as LoRA: students are trained, interrupted, resumed,
+exported, and run by diffusers.
 
 docs/methods.md has a table of these tests.
 """
@@ -30,8 +31,8 @@ METHODS = {
     "dmd": "loss: l1, fake_score: {LORA}",
     "dmd2": "guidance_scale: 2.0, fake_updates: 1, fake_score: {LORA}",
 }
-"""Method -> its settings. TYPE is the teacher's prediction type, EPSILON whether it is epsilon, LORA the fake score's.
-DMD2 reads latents, all others pairs."""
+"""Method -> its settings. TYPE stands for the teacher's prediction type, EPSILON for whether it is epsilon, LORA for
+the LoRA settings of the fake score. DMD2 reads latents, all others pairs."""
 FULL = [(family, method) for family in ("stable_diffusion", "sdxl", "pixels") for method in METHODS]
 FULL.remove(("pixels", "guided"))  # a UNet2DModel cannot take w
 LORA = [(family + ("_v" if method in ("progressive", "guided") else ""), method) for family, method in FULL]
@@ -58,10 +59,10 @@ FAMILIES = {"stable_diffusion": stable_diffusion, "sdxl": stable_diffusion_xl_la
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A function from the name of a family to (the plan of its teacher, pairs and latents, its prediction type)."""
+    """A function: name of a family -> (plan with its teacher, pairs and latents; its prediction type)."""
     made = {}
 
-    def of(name):
+    def family_pairs(name):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             prediction = "v_prediction" if name.endswith("_v") else "epsilon"
@@ -90,7 +91,7 @@ stages:
             made[name] = execute(text, folder / "store"), prediction
         return made[name]
 
-    return of
+    return family_pairs
 
 
 class Interrupting(Quiet):
@@ -106,7 +107,7 @@ class Interrupting(Quiet):
 
 
 def hashes(folder):
-    """The hash of each file of a student, but for the record of the artifact."""
+    """Return the hash of each file of a student, except the record of the artifact."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != "artifact.json"]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -121,7 +122,8 @@ def checkpointed(store):
 
 
 def is_trained(name):
-    """Whether a LoRA student or its discriminator trains this tensor of a checkpoint: the LoRA, and what it adds."""
+    """Whether this tensor of a checkpoint is trained for a LoRA student or its discriminator: LoRA weights and new
+    layers."""
     added = ("cond_proj", "/module/noise", "/module/resized", "/module/heads", "/module/head.")
     return ".lora_" in name or "/optimizer/" in name or any(part in name for part in added)
 

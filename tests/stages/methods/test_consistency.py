@@ -60,8 +60,8 @@ def test_a_student_is_trained_on_more_points_than_it_is_sampled_at(teacher):
 
 @pytest.mark.parametrize("guidance", [{"guidance_scale": 2.0}, {"w_range": (0.0, 4.0)}])
 def test_the_target_is_the_averaged_weights_where_the_teacher_leads(teacher, guidance):
-    """By hand, with the loop's own random numbers; at the last point before data it is the teacher's estimate. Of a
-    range, one w for teacher, target and student."""
+    """Computes the loss by hand, with the random numbers of the loop. At the last point before data, the target is the
+    teacher's estimate. With a range of w, teacher, target and student get the same w."""
     method, given = method_of(teacher, **guidance), batch(teacher)
     shaken(method.target)
     shaken(shaken(method.student))

@@ -1,4 +1,4 @@
-"""Diffusion2GAN: what its discriminator sees, its losses in closed form, its false triples, its resume."""
+"""Diffusion2GAN: what its discriminator sees, its losses in closed form, its false triples, and resuming."""
 
 import copy
 import itertools
@@ -88,7 +88,8 @@ def inputs(d, layout="sd15", seed=1):
 
 
 def awake(d):
-    """With its new ways in no longer at zero, as after some steps."""
+    """Return the discriminator with random weights in the layers of its new inputs, as after some training steps. They
+    start as zeros."""
     for parameter in [*d.resized.parameters(), *(d.noise.parameters() if d.noise else [])]:
         nn.init.normal_(parameter, std=0.1)
     return d
@@ -105,7 +106,8 @@ def test_three_maps_at_every_scale_of_the_decoder(layout):
 
 
 def test_what_is_judged_is_what_flows_through_the_unet():
-    """Seen by hooks of the test's own: the middle's output, the encoder's skips, what the output layer reads."""
+    """The test's own hooks record the output of the middle block, the skips of the encoder, and the input of the output
+    layer."""
     d = awake(discriminator())
     seen = {}
     unet = d.network
@@ -177,7 +179,7 @@ def test_a_copied_discriminator_listens_to_its_own_unet():
 
 
 def test_losses_are_small_for_whom_the_logits_favour():
-    """Positive is what a discriminator takes for real."""
+    """A positive logit means that the discriminator takes the input for real."""
     yes, no = [torch.full((2, 4, 4), 3.0)], [torch.full((2, 4, 4), -3.0)]
     small, large = math.log1p(math.exp(-3)), math.log1p(math.exp(3))
     assert float(generator_loss(yes)) == pytest.approx(small) and float(generator_loss(no)) == pytest.approx(large)
@@ -198,8 +200,8 @@ def test_every_map_counts_alike_whatever_its_size():
 
 
 def test_r1_of_a_linear_discriminator_in_closed_form():
-    """D(x) = w . x, spread over the positions of a map: weight / 2 |w|^2, whatever x; its gradient in w is weight times
-    w. Of several maps the mean counts, whatever their sizes."""
+    """For D(x) = w . x, spread over the positions of a map, the penalty is weight / 2 |w|^2 for any x. Its gradient in
+    w is weight times w. Of several maps, the mean counts, whatever their sizes."""
     w, u = (torch.randn(3, 4, 4, requires_grad=True) for _ in "wu")
     x = torch.randn(5, 3, 4, 4)
     penalty = r1_penalty(lambda x: [(x * w).sum(1)], x, 7.0)
@@ -211,7 +213,7 @@ def test_r1_of_a_linear_discriminator_in_closed_form():
 
 
 def test_r1_grows_with_the_number_of_positions():
-    """Of a discriminator that judges each position alike: so its weight has to fall as latents grow."""
+    """The discriminator judges each position in the same way. So the weight of R1 has to fall as latents grow."""
     judge = nn.Conv2d(3, 1, 1)
     small, large = (
         float(r1_penalty(lambda x: [judge(x)[:, 0]], torch.randn(2, 3, n, n), 1.0).detach()) for n in (8, 32)
@@ -251,7 +253,8 @@ def test_gradient_checkpointing_gives_the_same_gradients_second_order_too(layout
 
 
 def false(rows=64, share=0.5, sees_noise=True, texts=True, seed=0):
-    """Rows are told apart by their numbers: made ones are negative. `texts`: all different, or a list, or None."""
+    """Each row has its own number, and generated rows have negative ones. `texts`: all different, or a list, or
+    None."""
     torch.manual_seed(seed)
     own = torch.arange(1.0, rows + 1)
     real, noise, made = (t.view(-1, 1, 1, 1).expand(-1, 2, 2, 2) for t in (own, 100 * own, -own))
@@ -356,7 +359,7 @@ def test_without_its_gan_it_is_knowledge_distillation(teacher, batch, tmp_path):
 
 
 class Recorder(nn.Module):
-    """Passes on what it is asked and what it answers, and keeps both."""
+    """Wraps a discriminator, and keeps its inputs and outputs."""
 
     def __init__(self, discriminator):
         super().__init__()
@@ -390,7 +393,7 @@ def test_what_the_discriminator_is_shown_as_real_and_as_false_and_where_it_is_pe
 
 
 def minus_log(probabilities):
-    """-log of probabilities, over the positions of each map, then over maps."""
+    """Return the mean of -log of probabilities over the positions of each map, then over maps."""
     return sum(float(-p.double().log().mean()) for p in probabilities) / len(probabilities)
 
 
@@ -472,7 +475,8 @@ def test_every_third_step_is_penalised_beginning_with_the_first(teacher, batch):
 
 
 def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, batch, tmp_path):
-    """Two optimizers, an average, the count of steps to the next penalty, and figures logged as last given."""
+    """The state has two optimizers, an average, the number of steps to the next penalty, and the last logged
+    figures."""
 
     def batches(step):
         return batch(range(8 * (step % 8), 8 * (step % 8) + 8))
@@ -486,7 +490,7 @@ def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, batch, tmp_pat
 
 
 def test_two_halves_accumulated_are_one_whole_batch(teacher, batch, tmp_path):
-    """Each half of the discriminator's turn meets the latents that the student made of that half."""
+    """Each half of the discriminator's turn gets the latents that the student made from the same half."""
     switches = {"r1_weight": 0, "mix_and_match": 0}
     whole = trained(made(teacher, 3, **switches), lambda step: batch(range(16)), tmp_path / "whole")
     halves = made(teacher, 3, accumulate=2, **switches)

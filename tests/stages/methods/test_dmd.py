@@ -74,7 +74,8 @@ def dmd2(teacher, given=None, **settings):
 
 
 def stirred(method):
-    """With a fake score that is no longer the teacher, and a student that is no longer either."""
+    """Change the weights of the fake score and of the student, so that both differ from the teacher and from each
+    other."""
     shaken(method.student).requires_grad_(True)
     with torch.no_grad():
         for parameter in method.fake.parameters():
@@ -202,8 +203,8 @@ def test_the_students_times_are_from_20_to_980_and_the_fake_scores_from_0_to_999
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 @pytest.mark.parametrize("schedule", ["stable_diffusion", "flow", "zero_terminal_snr"])
 def test_any_prediction_type_and_schedule_by_hand(prediction, schedule):
-    """Real and fake score at a network's output, converted by hand; and errors: output is the error of what the network
-    says, snr that of the noise, edm (snr + 4) times that of x0."""
+    """Converts the network's output to real and fake score by hand. Also checks the error for each weighting: output is
+    the error of the network's output, snr that of the noise, edm (snr + 4) times that of x0."""
     adapter = of_schedule(prediction, schedule)
     if prediction == "epsilon" and adapter.schedule.alpha[-1] == 0:
         with pytest.raises(StageError, match="ends in pure noise"):
@@ -472,7 +473,7 @@ def test_checkpointed_activations_give_the_head_the_same_gradients(teacher):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, name, tmp_path):
-    """Also where the kill falls between two turns of the student."""
+    """Also if the kill happens between two turns of the student."""
     made, settings, given = METHODS[name]
     settings = {**settings, **({"fake_updates": 3} if made is dmd2 else {})}
 

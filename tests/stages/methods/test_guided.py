@@ -1,4 +1,5 @@
-"""Distillation of guided models: its chain, one student for all strengths of guidance, and what is refused."""
+"""Distillation of guided models: its chain, one student for all strengths of guidance, and settings that are
+refused."""
 
 import json
 import re
@@ -89,7 +90,8 @@ def test_every_strength_is_measured_with_one_student(chain):
 
 
 def test_the_first_link_learns_the_guided_teacher(tiny, teacher):
-    """At strengths that this hasty teacher heeds; a new student is the teacher without guidance."""
+    """Uses guidance strengths that have an effect on this briefly trained teacher. A new student is the teacher without
+    guidance."""
     text = TINY + CHAIN.split("  strengths")[0].replace("end_steps: 2", "end_steps: 4").replace("4.0]", "30.0]")
     text = text.replace("steps: 8,", "steps: 60,")
     folder = execute(text, tiny[0], name="learns")["guided/4"].artifact.folder
@@ -115,7 +117,7 @@ def test_a_stochastic_chain_runs_and_says_that_its_sampler_is_retorts_own(tiny):
 
 
 def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
-    """Named as RUN/STAGE, though a link's name has a slash of its own."""
+    """The link is named as RUN/STAGE, although the stage name of a link contains a slash."""
     from PIL import Image
 
     folder = find_artifact("guided/guided/2", str(tiny[0]))
@@ -145,7 +147,7 @@ def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
 
 
 def test_a_chain_that_goes_on_has_no_first_link(tmp_path):
-    """Nor a budget for it, which would otherwise make one wrong round of all that follow."""
+    """It cannot have training steps for a first link either. Otherwise all later links would become one wrong round."""
     settings = "method: {name: guided, start_steps: 4, end_steps: 1, w_range: [0.0, 4.0], training_steps: {%s}}"
     text = TINY + CHAIN.split("  strengths")[0]
     more = "  further:" + CHAIN.partition("  guided:")[2].split("  strengths")[0]

@@ -52,13 +52,13 @@ def x0_of(prediction, output, z, alpha, sigma):
     return alpha * z - sigma * output if prediction == "v_prediction" else output
 
 
-def asked(unet, z, t, condition, **further):
+def asked(unet, z, t, condition, **inputs):
     with torch.no_grad():
-        return unet(torch.from_numpy(z).float(), t, condition.tensors["text"], **further).sample.double().numpy()
+        return unet(torch.from_numpy(z).float(), t, condition.tensors["text"], **inputs).sample.double().numpy()
 
 
 def of_teacher(teacher, grid, z, j, condition, w):
-    """x0 (1, C, H, W) that the teacher makes of z at point j of the grid, guided by w."""
+    """Return the teacher's x0 (1, C, H, W) for z at point j of the grid, guided by w."""
     output = asked(teacher.network, z, grid.timesteps[j], condition)
     if w:
         output = (1 + w) * output - w * asked(teacher.network, z, grid.timesteps[j], teacher.encode_prompts([""]))
@@ -66,7 +66,8 @@ def of_teacher(teacher, grid, z, j, condition, w):
 
 
 def two_steps(denoise, grid, z, i):
-    """x0 with which one step from point 2 i leads where two do; z_s = alpha_s x + sigma_s (z - alpha x) / sigma."""
+    """Return the x0 for which one step from point 2 i ends where two steps end. A step is z_s = alpha_s x + sigma_s (z
+    - alpha x) / sigma."""
     state = z
     for j in (2 * i, 2 * i - 1):
         (alpha, sigma), (alpha_s, sigma_s) = grid.level(j), grid.level(j - 1)
@@ -81,9 +82,9 @@ def noised(x, noise, grid, i):
     return noise if i == grid.steps else alpha * x + sigma * noise
 
 
-def wrong_by(student, z, i, target, condition, **further):
-    """Mean squared error of the student's x0 to the target."""
-    output = asked(student.network, z, student.grid.timesteps[i], condition, **further)
+def wrong_by(student, z, i, target, condition, **inputs):
+    """Return the mean squared error of the student's x0 to the target."""
+    output = asked(student.network, z, student.grid.timesteps[i], condition, **inputs)
     x0 = x0_of(student.form.prediction, output, z, *student.grid.level(i))
     return float(np.mean((x0 - target) ** 2))
 
@@ -170,7 +171,8 @@ def test_error_is_that_of_x0_whatever_is_put_out(teachers, prediction):
 
 
 def test_targets_are_in_full_precision_whatever_the_student_trains_in(teachers, monkeypatch):
-    """Also those of a student that teaches: numerator and denominator are differences of nearly equal numbers."""
+    """Also the targets from an earlier student. Precision matters, because numerator and denominator are differences of
+    nearly equal numbers."""
     teacher = teachers["v_prediction"]
     config = ProgressiveConfig(start_steps=4, end_steps=2, guidance_scale=1.0)
     method = config.create(Materials(teacher, StudentTraining(steps=1)))

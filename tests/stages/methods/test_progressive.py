@@ -67,7 +67,7 @@ def test_it_learns_what_its_teacher_does_in_twice_the_steps(tiny, teacher):
 
 
 def test_a_killed_chain_goes_on_to_the_same_bytes(chain, tiny, tmp_path):
-    """SIGKILL inside the first round, then between it and the next."""
+    """The driver gets SIGKILL during the first round, then between the first and the second."""
     store, manifest = tmp_path / "store", tmp_path / "m.yaml"
     text = "  fewer" + PROGRESSIVE.partition("  fewer")[2].partition("  quality")[0]
     text = "name: killed\nstages:\n" + text.replace("start_steps: 8", "start_steps: 4")
@@ -143,7 +143,7 @@ def test_guidance_needs_a_teacher_that_knows_no_prompt(tmp_path):
 
 
 def test_guidance_is_that_of_the_pairs_where_nothing_else_is_said(tiny, teacher):
-    """And the method's bare name is a chain of its own: from 32 steps."""
+    """Also checks that the method's name alone gives a chain with the default start of 32 steps."""
     text = TINY.replace("{name: knowledge_distillation}", "progressive")
     assert list(plan_of(text, tiny[0]))[2:] == [f"student/{steps}" for steps in (16, 8, 4, 2, 1)]
     text = TINY.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")

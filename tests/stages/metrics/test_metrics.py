@@ -1,4 +1,4 @@
-"""Distances against closed forms and laws."""
+"""Compares distances with closed forms and known properties."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ A = rng.standard_normal((2000, 8))
 
 
 def whitened(x):
-    """Mean exactly 0, covariance exactly the identity."""
+    """Transform samples so that their mean is exactly 0 and their covariance exactly the identity."""
     x = x - x.mean(0)
     return x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
 
@@ -104,7 +104,7 @@ def test_the_standard_error_is_the_spread_over_fresh_samples():
 
 
 def test_the_standard_error_knows_that_copies_of_one_original_are_not_independent():
-    """Forty originals, ten copies of each, in no order; the other set has 400 of its own."""
+    """One set has ten copies of each of forty originals, in random order. The other set has 400 originals."""
 
     def difference(a, b):
         return float(a.mean() - b.mean())

@@ -1,4 +1,4 @@
-"""How distances are scored on triplets, and how sure the scores are."""
+"""How distances are scored on triplets, and the standard errors of the scores."""
 
 import numpy as np
 import pytest

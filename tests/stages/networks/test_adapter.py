@@ -1,4 +1,4 @@
-"""A family of architectures that Retort does not know, offered by a package, goes through every method."""
+"""A package adds a family of architectures that Retort does not know. Every method works with it."""
 
 import json
 import os

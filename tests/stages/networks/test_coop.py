@@ -92,8 +92,8 @@ def test_the_conversion_between_turned_latents_is_exact(delta):
 
 @pytest.mark.parametrize("delta", [0.25, 0.5, 0.9])
 def test_two_gaussians_of_one_deviation_end_between_their_means(delta):
-    """As the samples of one Gaussian of mean (1 - delta) m_A + delta m_B. If the guest keeps to its own path, it pulls
-    harder, because the host's estimate follows the state."""
+    """Samples are those of one Gaussian with mean (1 - delta) m_A + delta m_B. If the guest follows its own path, it
+    has a stronger effect, because the host's estimate follows the state."""
     host, guest, std = Normal(-1.0, 0.4), Normal(2.0, 0.4), 0.4
     mean = (1 - delta) * -1.0 + delta * 2.0
     together, apart, wanted = (

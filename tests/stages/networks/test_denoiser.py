@@ -1,4 +1,4 @@
-"""A teacher of many timesteps asked for x0 at the points of a student's grid."""
+"""A teacher of many timesteps gives x0 at the points of a student's grid."""
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
 
 
 def test_beyond_its_cleanest_level_a_teacher_is_read_at_the_grids(teacher, monkeypatch):
-    """Of 8,192 steps the first lie nearer to data than its timestep 0: there an estimate of x0 is nearly z."""
+    """The cleanest of 8,192 steps are nearer to data than the teacher's timestep 0. There, an estimate of x0 is nearly
+    z."""
     grid = Grid.cosine(8192)
     z, condition = torch.randn(1, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"])
     alpha, sigma = grid.level(1)

@@ -136,7 +136,8 @@ def test_the_nearest_datum_is_the_nearest(chunk):
 
 
 def test_samples_are_images_of_the_set(made, exact):
-    """With noise of the spread around them: the last step is to clean data, whose estimate has a part of it."""
+    """Samples are images plus noise of the spread. The last step goes to clean data, and its estimate keeps a part of
+    this noise."""
     pairs = PairReader(read_list(made[1]["pairs"].artifact.folder)).batch(range(64))
     latents = torch.from_numpy(pairs.latent)
     assert float(exact.nearest(latents).mean()) < 0.1**2
@@ -160,7 +161,8 @@ def test_a_schedule_that_ends_in_noise_samples_the_gaussian_exactly(made):
 
 
 def test_pairs_are_the_same_bytes_again_and_whatever_the_micro_batch(made, tmp_path):
-    """float64 inside: micro-batches change the last bits of float32 seldom, so they are compared by value."""
+    """The teacher computes in float64. Micro-batches seldom change the last bits of float32, so values are compared
+    with a tolerance."""
     again = execute(TEXT, tmp_path / "again")["pairs"].artifact.folder
     ours, theirs = ([one.tar for one in read_list(folder)] for folder in (again, made[1]["pairs"].artifact.folder))
     assert [sha256_of(tar) for tar in ours] == [sha256_of(tar) for tar in theirs]

@@ -43,7 +43,8 @@ STUDENTS = """
 
 
 class PerfectUNet(nn.Module):
-    """The network of a teacher of N(0, 1): epsilon = sigma z, v = 0, x0 = alpha z, read off z by its last layer."""
+    """The network of a perfect teacher of N(0, 1): epsilon = sigma z, v = 0, x0 = alpha z. Its last layer computes them
+    from z."""
 
     def __init__(self, prediction):
         super().__init__()
@@ -70,7 +71,7 @@ def noises(count=64):
 
 
 def error(student, noise):
-    """To the end of the ODE of N(0, 1), which is the noise itself."""
+    """Return the mean squared error to the end of the ODE of N(0, 1), which is the noise itself."""
     with torch.no_grad():
         return float((student(noise, Condition(len(noise))) - noise).square().mean())
 
@@ -78,8 +79,8 @@ def error(student, noise):
 @pytest.mark.parametrize("teacher", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("student", ["v_prediction", "sample"])
 def test_an_untrained_student_is_no_worse_than_one_step_of_its_teacher(teacher, student):
-    """One step of a perfect teacher of N(0, 1) makes alpha z, 0.87 from the end of the ODE. A student of x0 that knows
-    nothing makes 0, and is 1 from it. The weights of epsilon read as v were 3.7 from it."""
+    """One step of a perfect teacher of N(0, 1) gives alpha z, whose error to the end of the ODE is 0.87. An x0 student
+    that knows nothing gives 0, and has the error 1. The weights of epsilon, used for v, had the error 3.7."""
     untrained = Student.from_teacher(perfect_teacher(teacher), Form(prediction=student))
     alpha, _ = NOISY.at(999)
     known = {"epsilon": 0.0, "v_prediction": 0.0, "sample": alpha}[teacher] if student == "sample" else alpha
@@ -99,7 +100,7 @@ def test_a_student_of_the_teachers_own_type_begins_as_the_teacher():
 
 @pytest.mark.parametrize(("teacher", "student"), [("epsilon", "v_prediction"), ("v_prediction", "epsilon")])
 def test_a_fitted_student_makes_what_its_features_can(teacher, student):
-    """Here the features are z, and the end of the ODE is linear in them: fitting finds it, on other noises too."""
+    """Here the features are z, and the end of the ODE is linear in z. So the fit is exact, also on other noises."""
     fitted = Student.from_teacher(perfect_teacher(teacher), Form(prediction=student))
     fitted.fit_head(noises(), noises(), Condition(64))
     others = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -116,7 +117,7 @@ def test_fitting_finds_the_layer_that_made_its_targets():
 
 
 def test_zeros_are_kept_where_nothing_can_be_fitted():
-    """Targets that features say nothing of: any fit to few samples is worse than zeros on others."""
+    """The targets do not depend on the features. So any fit to few samples is worse than zeros on other samples."""
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 3, 3, padding=1)
     fit(layer, [(torch.randn(4, 6, 4, 4), torch.randn(4, 3, 4, 4))])
@@ -138,8 +139,8 @@ def of_epsilon(tmp_path_factory):
 
 
 def test_students_of_a_teacher_of_epsilon(of_epsilon):
-    """A one-step student predicts v, from a fitted last layer; a consistency student predicts epsilon as its teacher
-    does; a chain's first link halves nothing and learns v, and what it comes to is halved."""
+    """A one-step student predicts v, and its last layer is fitted. A consistency student predicts epsilon, like its
+    teacher. The first link of a chain learns v without halving, and the next link halves its steps."""
     store, plan = of_epsilon
     said = {
         name: json.loads((stage.artifact.folder / "student.json").read_text())
@@ -157,7 +158,7 @@ def test_students_of_a_teacher_of_epsilon(of_epsilon):
 
 
 def test_the_first_link_learns_the_teachers_own_output(of_epsilon):
-    """Its target is x0 as the guided teacher has it at the same point, here by hand."""
+    """Its target is the guided teacher's x0 at the same point. The test computes it by hand."""
     _, plan = of_epsilon
     teacher = StableDiffusion(plan["teacher"].artifact.folder)
     config = ProgressiveConfig(start_steps=2, end_steps=2, match_first=True, guidance_scale=3.0)
@@ -191,7 +192,8 @@ def test_the_first_link_learns_the_teachers_own_output(of_epsilon):
     ],
 )
 def test_the_last_layer_is_that_of_the_teacher_times_what_is_known(teacher, student, factors):
-    """In pure noise v = -x0. Of the noise a teacher of x0 says nothing, nor one of the noise of x0 or v."""
+    """In pure noise v = -x0. There, the output of an x0 teacher does not determine the noise, and that of an epsilon
+    teacher determines neither x0 nor v."""
     unet = build.unet(4, 12, (8,))
     layer = copy.deepcopy(unet.conv_out)
     turned = convert(unet, "conv_out", teacher, student).conv_out
@@ -259,7 +261,7 @@ def test_a_consistency_student_of_epsilon_needs_a_teacher_of_epsilon(tiny):
 
 
 def test_going_on_from_a_student_of_another_type_is_refused(of_epsilon):
-    """Where a manifest leaves the type to the teacher, the worker compares."""
+    """If a manifest leaves the prediction type to the teacher, the worker compares the types."""
     _, plan = of_epsilon
     teacher = StableDiffusion(plan["teacher"].artifact.folder)
     with pytest.raises(ValueError, match="in start_from predicts v_prediction, this one predicts epsilon"):

@@ -1,4 +1,5 @@
-"""The latent VGG and LPIPS through it: against torchvision, against the formula in float64, and their laws."""
+"""The latent VGG and its LPIPS, compared with torchvision and with the formula in float64; and properties of a
+distance."""
 
 import copy
 import json
@@ -35,7 +36,7 @@ def trained(space="latents", width=4, channels=None, seed=0):
 
 
 def unfolded(vgg, x):
-    """The taps, layer by layer through a copy of the network as it is."""
+    """Compute the taps layer by layer, with an unchanged copy of the network."""
     found = []
     for place, layer in enumerate(copy.deepcopy(vgg.features)):
         x = layer(x)
@@ -282,7 +283,8 @@ def test_nothing_is_kept_and_nothing_follows_without_gradients(metric):
 
 
 def test_bfloat16_is_close_and_the_sum_is_float32():
-    """Where nearly all features of a pixel vanish the gradient is steep, and precision tells: wide enough, none do."""
+    """The gradient is steep, and sensitive to precision, if nearly all features of a pixel are 0. The network is wide
+    enough that this does not happen."""
     metric, (x0, x1) = lpips(width=16), two(batch=4)
     x0.requires_grad_()
     exact = metric(x0, x1)

@@ -76,7 +76,8 @@ def method(config, teacher, lora):
     ConsistencyConfig(steps=2, solver_steps=4, guidance_scale=2.0), Diffusion2GANConfig(loss={"name": "mse"})
 ], ids=["consistency", "diffusion2gan"])  # fmt: skip
 def test_all_networks_of_a_method_share_the_base(config, teacher):
-    """Student, average, and target or discriminator: only what is trained is in memory more than once."""
+    """The networks are the student, its average, and a target or discriminator. Only trained weights are in memory more
+    than once."""
     made = method(config, teacher, RANK_3)
     run = _Run(made, TrainingExecution(device="cpu"))
     modules = [*(player.module for player in made.players.values()), *run.averages.values()]
@@ -165,7 +166,8 @@ def test_targets_are_ends_of_names_of_layers(teacher):
 
 
 def test_a_guided_student_holds_the_base_once(teacher):
-    """Its guidance embedding is added without another copy of the network, and in no memory of the teacher's."""
+    """Its guidance embedding is added without another copy of the network, and takes no memory of the teacher's
+    weights."""
     form = Form(prediction="v_prediction", steps=2, w_range=(0.0, 4.0))
     student = Student.from_teacher(teacher, form, lora=RANK_3)
     own = {value.data_ptr() for value in trained(student)}

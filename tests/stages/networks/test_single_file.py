@@ -211,8 +211,8 @@ def full_size(layout: str) -> dict[str, torch.Tensor]:
 )
 def test_full_size_networks_have_the_published_names(layout, unet, text):
     weights = full_size(layout)
-    of = {prefix: sum(name.startswith(prefix) for name in weights) for prefix in ("model.", "first_", "cond")}
-    assert of == {"model.": unet, "first_": 248, "cond": text}
+    counts = {prefix: sum(name.startswith(prefix) for name in weights) for prefix in ("model.", "first_", "cond")}
+    assert counts == {"model.": unet, "first_": 248, "cond": text}
     assert not [name for name in WELL_KNOWN[layout].split() if name not in weights]
     assert weights["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
     linear = layout != "1.x"

@@ -1,4 +1,4 @@
-"""Higher-order solvers against the analytic Gaussian's exact ODE, and what pairs store of the way."""
+"""Higher-order solvers, compared with the exact ODE of a Gaussian; and the states that pairs store."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,8 @@ NOISE = np.random.default_rng(0).standard_normal((2, 1, 2, 2))
 
 
 def exact(schedule, t: int) -> np.ndarray:
-    """The ODE's solution at t from NOISE at 999: every point moves so that its quantile stays (methods.md 0.2)."""
+    """Return the solution of the ODE at t that starts from NOISE at 999. Every point keeps its quantile (methods.md
+    0.2)."""
     alpha_1, sigma_1 = schedule.at(999)
     alpha, sigma = schedule.at(t)
     scale = ((alpha**2 * STD**2 + sigma**2) / (alpha_1**2 * STD**2 + sigma_1**2)) ** 0.5
@@ -30,7 +31,8 @@ def exact(schedule, t: int) -> np.ndarray:
 
 
 def error(name: str, steps: int) -> float:
-    """At t = 199, which is on both grids. The last step, to clean data, is of first order in all solvers."""
+    """Return the error at t = 199, which is on both grids. The last step, to clean data, is of first order in all
+    solvers."""
     teacher = GaussianTeacher(MEAN, STD, (1, 2, 2))
     states = dict(trajectory(teacher, NOISE, ["", ""], Sampler(name=name, steps=steps)))
     return float(np.abs(states[199] - exact(teacher.schedule, 199)).max())
@@ -54,7 +56,7 @@ def test_every_state_lies_near_the_exact_trajectory(name):
 
 @pytest.mark.parametrize("solver", [solvers.dpmpp_2m, solvers.heun])
 def test_what_the_network_predicts_makes_no_difference(solver):
-    """The same optimal denoiser, spoken in epsilon, v and x0."""
+    """The same optimal denoiser is given as epsilon, v and x0."""
     teacher = GaussianTeacher(MEAN, STD, (1, 2, 2))
     ends = []
     for prediction in ("epsilon", "v_prediction", "sample"):

@@ -49,7 +49,7 @@ def stock(folder, **options):
 PAIRS = """
 name: sdxl
 stages:
-  teacher: {{kind: teacher, from: {folder}{further}}}
+  teacher: {{kind: teacher, from: {folder}{settings}}}
   pairs:
     kind: pairs
     teacher: teacher
@@ -61,10 +61,10 @@ stages:
 """
 
 
-def pairs(store, folder, scale, batch=4, further=""):
+def pairs(store, folder, scale, batch=4, settings=""):
     prompts = store.with_suffix(".csv")
     prompts.write_text("prompt\n" + "\n".join(f'"{prompt or "a"}"' for prompt in PROMPTS) + "\n")
-    plan = execute(PAIRS.format(folder=folder, scale=scale, batch=batch, prompts=prompts, further=further), store)
+    plan = execute(PAIRS.format(folder=folder, scale=scale, batch=batch, prompts=prompts, settings=settings), store)
     return PairReader(read_list(plan["pairs"].artifact.folder)).batch(range(8)), plan
 
 
@@ -105,7 +105,7 @@ def test_an_empty_prompt_is_encoded_and_a_dropped_one_is_zeros(folder, xl, tmp_p
 
 def test_sizes_are_settings_of_the_teacher_and_lines_of_the_card(folder, tmp_path):
     sizes = ", micro_conditioning: {original_size: [8, 12], crops_coords_top_left: [0, 3]}"
-    found, plan = pairs(tmp_path / "store", folder, 3.0, further=sizes)
+    found, plan = pairs(tmp_path / "store", folder, 3.0, settings=sizes)
     latents = stock(folder)(
         found.prompts, latents=torch.from_numpy(found.noise), num_inference_steps=4, guidance_scale=3.0,
         original_size=(8, 12), crops_coords_top_left=(0, 3), output_type="latent",
@@ -116,7 +116,7 @@ def test_sizes_are_settings_of_the_teacher_and_lines_of_the_card(folder, tmp_pat
     assert default["teacher"].artifact.fingerprint != plan["teacher"].artifact.fingerprint
     for wrong in (sizes.replace("8, 12", "0, 12"), sizes.replace("0, 3", "-1, 3"), sizes.replace("8, 12", "8")):
         with pytest.raises(ManifestError):
-            plan_of(PAIRS.format(folder=folder, scale=3.0, batch=4, prompts="digits", further=wrong), tmp_path)
+            plan_of(PAIRS.format(folder=folder, scale=3.0, batch=4, prompts="digits", settings=wrong), tmp_path)
     teacher = StableDiffusionXL(plan["teacher"].artifact.folder)
     assert teacher.time_ids == [8, 12, 0, 3, 16, 16]
     assert '"a prompt", original_size=(8, 12), crops_coords_top_left=(0, 3), ' in teacher.usage(Form(), "DDIMScheduler")
@@ -175,13 +175,15 @@ def test_a_student_cannot_start_from_stable_diffusion(folder, tmp_path):
 """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\n")
-    text = PAIRS.format(folder=folder, scale=1.0, batch=4, prompts=prompts, further="") + student
+    text = PAIRS.format(folder=folder, scale=1.0, batch=4, prompts=prompts, settings="") + student
     with pytest.raises(StageFailed, match=r"start: its pipeline is of another family than the teacher's"):
         execute(text, tmp_path / "store")
 
 
 def test_sizes_of_another_family_are_refused(tmp_path):
-    text = PAIRS.format(folder="digit_scenes", scale=1.0, batch=4, prompts="digits", further=", micro_conditioning: {}")
+    text = PAIRS.format(
+        folder="digit_scenes", scale=1.0, batch=4, prompts="digits", settings=", micro_conditioning: {}"
+    )
     with pytest.raises(ManifestError, match="only Stable Diffusion XL is conditioned on sizes"):
         plan_of(text, tmp_path)
 

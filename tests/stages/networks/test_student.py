@@ -1,4 +1,4 @@
-"""New students: what they begin as, and what they are trained on at their last point."""
+"""New students: their initial output, and their training at the last point."""
 
 import json
 import shutil
@@ -36,8 +36,8 @@ def test_a_config_that_leaves_a_key_out_takes_the_guidance_embedding(teacher, tm
 
 
 def test_the_last_point_is_trained_on_noise_alone_whatever_the_schedule_ends_in(teacher):
-    """Stable Diffusion's own ends at alpha = 0.068: there a student sees what sampling begins with, and what it learns
-    is what its teacher does when it is begun there."""
+    """Stable Diffusion's own schedule ends at alpha = 0.068. There, a student is trained on the pure noise that
+    sampling starts from, and learns what its teacher does from that noise."""
     x, noise = torch.randn(2, 3, *teacher.latent_shape)
     for schedule, alpha in (("teacher", 0.0683), ("cosine", 0.0)):
         student = Student.from_teacher(teacher, Form(steps=4, schedule=schedule))

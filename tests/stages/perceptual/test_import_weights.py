@@ -20,7 +20,7 @@ HEAD = "model.1.weight"
 
 
 def latent_vgg(channels):
-    """torchvision's vgg16_bn, narrow, made to look at latents as its publisher did; every number drawn at random."""
+    """Return a narrow vgg16_bn of torchvision, changed for latents as its publisher did, with random weights."""
     stock = (64, 64, "M", 128, 128, "M", *(256, 256, 256, "M"), *(512, 512, 512, "M"), *(512, 512, 512, "M"))
     features = make_layers([x if x == "M" else x * WIDTH // 64 for x in stock], batch_norm=True)
     features[0] = nn.Conv2d(channels, WIDTH, 3, padding=1)
@@ -53,7 +53,7 @@ def published(features):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Its path, the tensors in it, and the network that they are of."""
+    """The path of a checkpoint, its tensors, and the network that they belong to."""
     features = latent_vgg(4)
     path, tensors = tmp_path_factory.mktemp("published") / "sd15_latest_vgg16_tuned.pth", published(features)
     torch.save(tensors, path)

@@ -63,7 +63,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_pixels(pictures, tmp_path_factory):
-    """A network that looks at images, of the teacher that ships."""
+    """A network for images instead of latents. Its teacher ships with Retort."""
     text = f"""
 name: pixels
 stages:
@@ -118,7 +118,7 @@ def test_interrupted_anywhere_it_comes_to_the_same_bytes(made, tmp_path):
     )
 
     def attempt(unit, done):
-        """The generator is dropped where a kill would end it; what phase it is in is said by its unit."""
+        """Drop the generator where a kill would end it. The unit of its progress shows the phase."""
         phases = []
         for progress in train_perceptual(recipe, stage.execution, artifact.seed, tmp_path, 1):
             phases.append(progress.unit)
@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused_when_planning(stage, problem, tmp_path):
 
 
 def loss(name, teacher, artifact=None, **settings):
-    """A loss as a method is given it."""
+    """Create a loss as a method gets it."""
     named = {} if artifact is None else {"perceptual": "network"}
     config = LOSSES[name].model_validate({"name": name, **named, **settings})
     contents = {"tiny_vae": "sha256:0"} if "tiny_vae" in settings else {}

@@ -1,4 +1,4 @@
-"""The classifier that evaluations look through: trained once, sealed, the same again."""
+"""The classifier of evaluations: it is trained once and sealed, and training it again gives the same bytes."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ def against(probe):
 
 
 class Interrupting(InlineEngine):
-    """The user presses Ctrl-C when a function tells of its progress for the second time."""
+    """Simulates Ctrl-C when a function reports progress for the second time."""
 
     def run(self, *asked):
         steps = super().run(*asked)

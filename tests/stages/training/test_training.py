@@ -71,7 +71,7 @@ def test_regression_finds_the_teachers_map(tmp_path):
 
 
 def test_killed_at_any_step_the_result_is_the_same_bit_for_bit(tmp_path):
-    """The generator is dropped where a kill would end it: nothing of the loop runs after that."""
+    """The test drops the generator where a kill would end it: no code of the loop runs after that."""
     whole = finish(run(Linear(noisy=True), tmp_path / "whole", every=3))
     for stop in range(1, 5):
         folder = tmp_path / f"stop{stop}"
@@ -129,7 +129,7 @@ FILES = ("tensors.safetensors", "state.json", "SHA256SUMS")
 @pytest.mark.parametrize("damage", [flipped, cut, Path.unlink])
 @pytest.mark.parametrize("file", FILES)
 def test_from_a_damaged_checkpoint_training_falls_back_to_the_one_before(kept, tmp_path, caplog, damage, file):
-    """And ends as if nothing had happened, bit for bit."""
+    """The result is the same as without damage, bit for bit."""
     whole = finish(run(Linear(noisy=True), tmp_path / "whole", every=5))
     folder = shutil.copytree(kept, tmp_path / "killed")
     damage(folder / "step-00000015" / file)
@@ -141,7 +141,7 @@ def test_from_a_damaged_checkpoint_training_falls_back_to_the_one_before(kept, t
 
 
 def test_a_damaged_checkpoint_does_not_stay_for_a_sound_one(kept, tmp_path):
-    """Made again at another interval, the newest two are sound."""
+    """The training goes on with another checkpoint interval. Then the newest two checkpoints are sound."""
     folder = shutil.copytree(kept, tmp_path / "killed")
     flipped(folder / "step-00000015" / "tensors.safetensors")
     list(itertools.islice(run(Linear(noisy=True), folder, every=13), 1))  # from 10 to 20: a checkpoint at 13
@@ -241,7 +241,7 @@ def test_a_gradient_that_is_not_finite_is_not_checkpointed(tmp_path):
 
 
 class TwoPlayers:
-    """Each player's loss also touches the other: only the one whose turn it is may move."""
+    """Each player's loss also depends on the other player. Only the player whose turn it is may change."""
 
     def __init__(self, steps=1, averaged=("student", "critic")):
         settings = TrainingSettings(steps=steps, batch_size=8, learning_rate=0.1)
@@ -284,8 +284,8 @@ def test_only_the_player_whose_turn_it_is_learns(tmp_path):
 
 
 class Uneven(TwoPlayers):
-    """Two turns a step for the critic, one in three steps for the student, and a step that ends with smaller weights.
-    `left` are those that each turn's step left."""
+    """In each step, the critic has two turns. The student has one turn in three steps. Each step ends by making weights
+    smaller. `left` holds the weights after the step of each turn."""
 
     def __init__(self, **settings):
         super().__init__()
@@ -362,7 +362,7 @@ class Exploding(TwoPlayers):
 @pytest.mark.parametrize("factor", [float("inf"), 1e9])
 @pytest.mark.parametrize("every", [4, 13])
 def test_the_player_that_exploded_first_its_step_and_the_last_good_checkpoint_are_named(tmp_path, factor, every):
-    """Figures are looked at every ten steps; by then the student, who learns from the critic, has followed."""
+    """Figures are checked every ten steps. By then the student has exploded too, because it learns from the critic."""
     last = {4: "step-00000008 is the last good checkpoint", 13: "before the first checkpoint"}[every]
     with pytest.raises(StageError, match=rf"the critic loss is \S+ at step 9.*{last}"):
         finish(run(Exploding(factor), tmp_path, every=every))

@@ -62,13 +62,13 @@ def states(
     from `generator`, on the generator's device. If each sample has its own generator, samples do not depend on the
     other samples of their batch."""
 
-    def draw(shape: torch.Size, one: torch.Generator | None) -> Tensor:
-        device = "cpu" if one is None else one.device
-        return torch.randn(shape, generator=one, device=device, dtype=noise.dtype).to(noise.device)
+    def draw(shape: torch.Size, source: torch.Generator | None) -> Tensor:
+        device = "cpu" if source is None else source.device
+        return torch.randn(shape, generator=source, device=device, dtype=noise.dtype).to(noise.device)
 
     def draw_noise() -> Tensor:
         if isinstance(generator, Sequence):
-            return torch.stack([draw(noise.shape[1:], one) for one in generator])
+            return torch.stack([draw(noise.shape[1:], source) for source in generator])
         return draw(noise.shape, generator)
 
     z, step = noise.double(), {"ddim": _ddim, "stochastic": _stochastic, "consistency": _consistency}[name]

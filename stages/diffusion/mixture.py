@@ -33,22 +33,22 @@ def posterior(
     `allowed` (B, N) restricts the data for each sample, at least one for each. `chunk` changes only the rounding and
     the memory."""
     variance = sigma**2 + (alpha * spread) ** 2
-    most, total = z.new_full((len(z), 1), LEAST), z.new_zeros(len(z), 1)
+    largest, total = z.new_full((len(z), 1), LEAST), z.new_zeros(len(z), 1)
     weighted = torch.zeros_like(z)
     for start in range(0, len(data), chunk):
-        some = data[start : start + chunk]
-        square = z.square().sum(1, keepdim=True) - 2 * alpha * (z @ some.T) + alpha**2 * some.square().sum(1)
+        part = data[start : start + chunk]
+        square = z.square().sum(1, keepdim=True) - 2 * alpha * (z @ part.T) + alpha**2 * part.square().sum(1)
         logits = -square / (2 * variance)
         if allowed is not None:
             logits = logits.masked_fill(~allowed[:, start : start + chunk], -math.inf)
-        now = torch.maximum(most, logits.amax(1, keepdim=True))
-        kept, weights = (most - now).exp(), (logits - now).exp()
-        total = total * kept + weights.sum(1, keepdim=True)
-        weighted = weighted * kept + weights @ some
-        most = now
+        new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
+        rescale, weights = (largest - new_largest).exp(), (logits - new_largest).exp()
+        total = total * rescale + weights.sum(1, keepdim=True)
+        weighted = weighted * rescale + weights @ part
+        largest = new_largest
     mean = weighted / total
     count = z.new_full((len(z), 1), len(data)) if allowed is None else allowed.sum(1, keepdim=True).to(z)
-    log_density = most + total.log() - count.log() - z.shape[1] / 2 * (2 * math.pi * variance).log()
+    log_density = largest + total.log() - count.log() - z.shape[1] / 2 * (2 * math.pi * variance).log()
     return mean + alpha * spread**2 / variance * (z - alpha * mean), log_density[:, 0]
 
 

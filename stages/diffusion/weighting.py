@@ -11,10 +11,10 @@ FakeWeighting = Literal["output", "snr", "edm"]
 ScoreWeighting = Literal["dmd", "constant", "sigma2_over_alpha"]
 """Weights of a difference of scores: see `stages.losses.score.difference`."""
 NoiseWeighting = Literal["sigma2", "uniform", "alpha_sigma2"]
-"""Weights of a difference of two estimates of the noise: see `on_noise`."""
+"""Weights of a difference of two estimates of the noise: see `noise_weight`."""
 
 
-def on_noise(name: NoiseWeighting, alpha: Any, sigma: Any) -> Any:
+def noise_weight(name: NoiseWeighting, alpha: Any, sigma: Any) -> Any:
     """Return the weight of a difference of two estimates of the noise.
 
     sigma2: sigma^2, that of DreamFusion (Poole et al. 2022, 2209.14988). uniform: 1. alpha_sigma2: alpha sigma^2, which

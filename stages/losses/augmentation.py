@@ -68,9 +68,8 @@ class Augmentation(nn.Module):
         phases = torch.stack([torch.outer(y, x) for y in (on_pixels, between) for x in (on_pixels, between)])
         self._up: Tensor
         self._down: Tensor
-        self.register_buffer(
-            "_up", phases[:, None], persistent=False
-        )  # one filter for each of the 4 output pixels of a pixel
+        # Upsampling turns each pixel into 4. There is a filter for each of them.
+        self.register_buffer("_up", phases[:, None], persistent=False)
         self.register_buffer("_down", torch.outer(down, down)[None, None], persistent=False)
 
     def draw(self, x: Tensor) -> Draw:

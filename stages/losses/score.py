@@ -1,4 +1,4 @@
-"""The difference of two scores, as a gradient at samples: those of a student, an image or a radiance field.
+"""The difference of two scores, as a gradient at samples: outputs of a student, or renders of particles.
 
 mu_real(z, t) and mu_fake(z, t) are estimates of x0 from z = alpha x + sigma noise. The score of noised samples is
 s = (alpha mu - z) / sigma^2. So mu_fake - mu_real = (sigma^2 / alpha) (s_fake - s_real), the gradient of the KL
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stages.diffusion.levels import Levels
 from stages.diffusion.schedule import Level
-from stages.diffusion.weighting import NoiseWeighting, ScoreWeighting, on_noise
+from stages.diffusion.weighting import NoiseWeighting, ScoreWeighting, noise_weight
 from stages.networks.condition import Condition
 from stages.networks.denoiser import Denoiser
 from stages.networks.fake_score import FakeScore
@@ -29,10 +29,10 @@ def difference(
 ) -> Tensor:
     """Return the weighted mu_fake - mu_real (B, C, H, W). It points away from where the teacher expects x.
 
-    dmd: divided by mean|x - mu_real| of each sample, computed in float32 at the least (2311.18828, eq. 8, without the
+    dmd: divided by mean|x - mu_real| of each sample, computed in at least float32 (2311.18828, eq. 8, without the
     factor alpha, as in the paper's listing). constant: not weighted, which is w_t = sigma^2 / alpha^2 in the paper's
     w_t alpha (s_fake - s_real). sigma2_over_alpha: multiplied by sigma^2 / alpha, which stresses noisy levels. A
-    NoiseWeighting weights noise_real - noise_fake, by `on_noise`. `level` holds alpha and sigma (B, 1, 1, 1)."""
+    NoiseWeighting weights noise_real - noise_fake, by `noise_weight`. `level` holds alpha and sigma (B, 1, 1, 1)."""
     gradient = fake - real
     if weighting == "dmd":
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -42,7 +42,7 @@ def difference(
         return gradient * (level.sigma**2 / level.alpha).to(gradient.dtype)
     if weighting == "constant":
         return gradient
-    return gradient * weight_on_x0(on_noise(weighting, *level), level).to(gradient.dtype)
+    return gradient * weight_on_x0(noise_weight(weighting, *level), level).to(gradient.dtype)
 
 
 def weight_on_x0(weight_on_noise: Tensor | float, level: Level) -> Tensor:

@@ -225,7 +225,7 @@ class MethodConfig(Config):
         yield from ()
 
     def create(self, materials: Materials) -> Method:
-        """Create the method. Torch may be imported only here and below."""
+        """Create the method. Only this method, and the code that it calls, may import torch."""
         raise TypeError(f"{type(self).__name__} does not implement create()")
 
 

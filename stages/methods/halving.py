@@ -77,16 +77,21 @@ class HalvingConfig(MethodConfig):
         if not isinstance(budgets, dict) or any(type(steps) is not int for steps in budgets.values()):
             return []
         found = cls.round_steps(start, end, matches and not has_start)
-        if set(budgets) - {str(to) for _, to in found}:
+        if set(budgets) - {str(after) for _, after in found}:
             return []
         rest = {key: value for key, value in settings.items() if key not in ("training_steps", "match_first")}
         return [
             Round(
-                to,
-                {**rest, "start_steps": from_, "end_steps": to, **({"match_first": True} if from_ == to else {})},
-                budgets.get(str(to)),
+                after,
+                {
+                    **rest,
+                    "start_steps": before,
+                    "end_steps": after,
+                    **({"match_first": True} if before == after else {}),
+                },
+                budgets.get(str(after)),
             )
-            for from_, to in found
+            for before, after in found
         ]
 
     @property
@@ -111,12 +116,12 @@ class HalvingConfig(MethodConfig):
 
     @field_validator("training_steps")
     @classmethod
-    def _of_rounds(cls, budgets: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+    def _keys_are_rounds(cls, budgets: dict[str, int], info: ValidationInfo) -> dict[str, int]:
         """Check that each key is the number of steps of a round. The links of a chain have no `training_steps`."""
         start, end = (info.data.get(name) for name in ("start_steps", "end_steps"))
         if start is None or end is None:
             return budgets
-        known = [str(to) for _, to in cls.round_steps(start, end, info.data.get("match_first", False))]
+        known = [str(after) for _, after in cls.round_steps(start, end, info.data.get("match_first", False))]
         for steps in budgets:
             if steps not in known:
                 wrong = PydanticCustomError("no_round", "should be the number of steps of a round")

@@ -30,8 +30,8 @@ class FakeScoreSettings(Config):
     )
     weighting: FakeWeighting = Field(
         "output",
-        description="squared error to minimise: output, that of the network's output; snr, that of the noise (DMD for "
-        "Stable Diffusion); edm, (snr + 4) times that of x0 (DMD for EDM's teachers)",
+        description="squared error to minimise; output: that of the network's output; snr: that of the noise (DMD for "
+        "Stable Diffusion); edm: (snr + 4) times that of x0 (DMD for EDM's teachers)",
     )
 
     @model_validator(mode="after")
@@ -58,8 +58,8 @@ class MatchingConfig(MethodConfig):
     )
     weighting: ScoreWeighting = Field(
         "dmd",
-        description="weight of mu_fake - mu_real: dmd, 1 / mean|x - mu_real| of each sample; constant, 1; "
-        "sigma2_over_alpha, sigma^2 / alpha",
+        description="weight of mu_fake - mu_real; dmd: 1 / mean|x - mu_real| of each sample; constant: 1; "
+        "sigma2_over_alpha: sigma^2 / alpha",
     )
     time_range: TimeRange = Field(
         (0.02, 0.98), description="range of timesteps at which the two scores are compared, as fractions of T"

@@ -93,8 +93,8 @@ class Adapter(ABC):
     MICRO_CONDITIONING: ClassVar[bool] = False
     """Whether the networks are conditioned on the sizes in `micro_conditioning.json`, as those of SDXL are."""
     LORA_TARGETS: ClassVar[tuple[str, ...]] = ()
-    """The layers that get LoRA weights by default: ends of their names. Names of no layer have no effect. If there are
-    no defaults, LoRA students need the setting `targets`."""
+    """The layers that get LoRA weights by default: ends of their names. Names that match no layer are ignored. If there
+    are no defaults, LoRA students need the setting `targets`."""
     FEATURES: ClassVar[bool] = False
     """Whether the adapter implements `features` and `bottleneck`, which discriminators need."""
 
@@ -350,7 +350,7 @@ class Adapter(ABC):
         """Return a copy of the network that trains only LoRA weights, and shares all other weights with the teacher.
 
         With `takes_w`, the copy also has the guidance strength as an input, with trainable weights. Raises StageError
-        if the family has no such networks, or if a target of `lora` is the name of no layer."""
+        if the family has no such networks, or if a target of `lora` matches no layer."""
         from stages.networks.compute import tie
 
         network = self.network
@@ -426,7 +426,7 @@ class Adapter(ABC):
 
     @property
     def call_settings(self) -> Mapping[str, Any]:
-        """The arguments that a pipeline of this teacher needs in each call, beside the prompt. None by default."""
+        """The arguments that a pipeline of this teacher needs in each call, beside the prompt. Empty by default."""
         return {}
 
     def single_file(self, network: Any, form: Form) -> dict[str, Tensor]:

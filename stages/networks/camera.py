@@ -12,8 +12,8 @@ CAMERA = "camera"
 
 
 class CameraEmbedding(nn.Module):
-    """Embeds a camera and a class. It replaces a U-Net's class embedding, and calls it for the class. Its last layer is
-    zero at first.
+    """Embeds a camera and a class. It replaces a U-Net's class embedding, and uses that one for the class. The
+    weights of its last layer are zero at first.
 
     The U-Net adds the embedding to that of the timestep. Its argument `class_labels` is (the labels or None, cameras).
     """
@@ -45,7 +45,7 @@ def labels(classes: Tensor | None, camera: Tensor | None) -> Any:
     return classes if camera is None else (classes, camera)
 
 
-def dropped(camera: Tensor, part: float) -> Tensor:
-    """Return `camera` (B, 16) with each row set to zero with the probability `part`."""
-    kept = (torch.rand(len(camera)) >= part).to(camera)
+def dropped(camera: Tensor, probability: float) -> Tensor:
+    """Set each row of `camera` (B, 16) to zero with the given probability."""
+    kept = (torch.rand(len(camera)) >= probability).to(camera)
     return camera * kept[:, None]

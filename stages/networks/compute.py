@@ -63,7 +63,7 @@ def shared_copy(module: Any) -> Any:
 
 
 def tie(network: nn.Module, original: nn.Module) -> None:
-    """Let `network` use the parameters of `original`, in place of its own of the same names."""
+    """Replace parameters of `network` by those of `original` with the same names. The two networks then share them."""
     for name, parameter in original.named_parameters():
         module, _, last = name.rpartition(".")
         setattr(network.get_submodule(module), last, parameter)

@@ -47,9 +47,9 @@ class CoopSettings(Config):
     )
     refresh: Literal["own", "re_encode"] = Field(
         "re_encode",
-        description="the estimate of clean data that advances the guest's state: re_encode, the fused image, encoded "
-        "by the guest's VAE, so that both teachers see one image; own, the guest's own estimate, so that the guest "
-        "stays on its own path and has more influence; the paper does not say which",
+        description="which estimate of clean data advances the guest's state; re_encode: the fused image, encoded by "
+        "the guest's VAE, so that both teachers see one image; own: the guest's own estimate, so that the guest stays "
+        "on its own path and has more influence; the paper does not say which it uses",
     )
 
     def share(self, alpha: float, sigma: float) -> float:
@@ -214,7 +214,7 @@ class Coop(Cooperating):
 
 
 class Bridge(Cooperating):
-    """The guest samples at timesteps from `switch` on, and the host below, at another resolution (2312.16486, 3.2).
+    """The guest samples at timesteps t >= `switch`, the host at t < `switch`, at another resolution (2312.16486, 3.2).
 
     The guest's estimate of clean data is decoded, scaled in pixels to the size of the host's images, encoded by the
     host's VAE, and noised with the host's noise. Scaling noisy latents would correlate the noise of neighbours."""
@@ -229,7 +229,7 @@ class Bridge(Cooperating):
     def trajectory(
         self, solver: Solver, noise: Tensor, prompts: Sequence[str], guidance_scale: Guidance, grid: list[int]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Solve the ODE. Yields as other adapters do, but nothing before the host is called.
+        """Solve the ODE. Yields as other adapters do, but nothing for the timesteps of the guest.
 
         If all timesteps of the grid are on one side of `switch`, one teacher samples alone."""
         switch = self.settings.switch

@@ -42,7 +42,7 @@ class TeacherDenoiser:
 
     The teacher was not trained outside the SNR range of its schedule. At noisier points it is called at its last
     timestep, z is not scaled, and x0 is computed with alpha and sigma of that timestep. So on a grid that ends in pure
-    noise, the first call is the one that the teacher's own sampling begins with. At cleaner points it is called at
+    noise, the first call is the same as in the teacher's own sampling. At cleaner points it is called at
     timestep 0, and x0 is computed with alpha and sigma of the grid.
 
     The teacher always computes in its own dtype, also in mixed-precision training, because guidance amplifies rounding

@@ -30,7 +30,7 @@ class DiffusionDiscriminator(nn.Module):
     Without `multi_scale` there is only the last feature.
 
     The added input convolutions are initialised with zeros, so that the features are at first those of the teacher. The
-    paper does not specify the heads, nor the timestep. Both are Retort's.
+    paper specifies neither the heads nor the timestep. Retort chose both.
     """
 
     def __init__(self, adapter: Adapter, network: Any, noise: bool = True, multi_scale: bool = True) -> None:

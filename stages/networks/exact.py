@@ -33,7 +33,7 @@ class Exact(Adapter):
     """A pipeline whose teacher is the optimal denoiser of a set of images, in place of its network.
 
     For a prompt, only the images with that caption count. For the empty prompt, all images count. Students,
-    discriminators and fake scores start from the pipeline's network, and are conditioned as it is."""
+    discriminators and fake scores start from the pipeline's network, and take its conditions."""
 
     def __init__(
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False
@@ -60,7 +60,7 @@ class Exact(Adapter):
         unknown = next((prompt for prompt in prompts if prompt and prompt not in self.captions), None)
         if unknown is not None:
             some = ", ".join(map(repr, list(self.captions)[:5]))
-            raise StageError(f"{unknown!r} is no caption of the exact teacher's images, which have {some}, ...")
+            raise StageError(f"{unknown!r} is not a caption of the exact teacher's images; captions are {some}, ...")
         numbers = [self.captions[prompt] if prompt else ANY for prompt in prompts]
         return Condition(len(numbers), {CAPTION: torch.tensor(numbers, device=self.device)})
 

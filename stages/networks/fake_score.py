@@ -18,7 +18,8 @@ from stages.networks.lora import LoraSettings
 EDM_SIGMA_DATA = 0.5
 """The assumed standard deviation of the data in EDM's loss weight (Karras et al. 2022, 2206.00364)."""
 HEAD_SIDE = 4
-"""The side to which the head halves the features, before one convolution reduces it to 1, as in DMD2's code."""
+"""The head halves the side of the features down to this number. One convolution then reduces it to 1, as in DMD2's
+code."""
 
 
 class FakeScore(nn.Module):
@@ -100,7 +101,9 @@ class FakeScore(nn.Module):
 
         A positive logit means that the latent looks real. Only the encoder of the network is computed."""
         z = self.levels.noised(x, t, noise)
-        features = self._bottleneck.of(lambda: self.adapter.predict(self.network, z, self.levels.at(t), condition))
+        features = self._bottleneck.features(
+            lambda: self.adapter.predict(self.network, z, self.levels.at(t), condition)
+        )
         return [self.head(features).squeeze(1)]
 
 

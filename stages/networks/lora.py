@@ -66,7 +66,7 @@ def adapted(network: Any, settings: LoraSettings, defaults: Sequence[str]) -> An
     """Return a copy of `network` with LoRA weights that change nothing yet.
 
     The copy shares the frozen parameters of `network`. Its other parameters stay trainable. `defaults` are the targets
-    if `settings` give none. Raises StageError if a target is the name of no layer."""
+    if `settings` give none. Raises StageError if a target matches no layer."""
     from peft import LoraConfig, inject_adapter_in_model
 
     from stages.networks.compute import shared_copy
@@ -84,7 +84,7 @@ def adapted(network: Any, settings: LoraSettings, defaults: Sequence[str]) -> An
 def _found(network: Any, targets: Sequence[str] | None, defaults: Sequence[str]) -> list[str]:
     """Return the targets, or else the defaults, that are ends of names of frozen layers.
 
-    Raises StageError if one of the targets is no such end, or if none of the defaults is one."""
+    Raises StageError if one of the targets matches no such layer, or if none of the defaults matches one."""
     from torch import nn
 
     names = [
@@ -96,7 +96,7 @@ def _found(network: Any, targets: Sequence[str] | None, defaults: Sequence[str])
     found = [target for target in wanted if any(f".{name}".endswith(f".{target}") for name in names)]
     missing = [target for target in wanted if target not in found]
     if not found and targets is None:
-        raise StageError(f"lora.targets: give them; there are no defaults for a {type(network).__name__}")
+        raise StageError(f"lora.targets: a {type(network).__name__} has no default targets; give targets")
     if missing and targets is not None:
         parts = (name.split(".") for name in names)
         ends = sorted({".".join(part[-2:]) if part[-1].isdigit() else part[-1] for part in parts})

@@ -29,7 +29,7 @@ class Factors:
 
 
 def factors(difference: Tensor, rank: int) -> Factors:
-    """Return the best factors of a weight's difference: truncated SVD keeps most of its sum of squares.
+    """Return the best factors of a weight's difference. Truncated SVD keeps as much as possible of its sum of squares.
 
     `difference` is (out, in) or (out, in, kh, kw). The rank of the factors is at most the difference's full rank."""
     flat = difference.flatten(1)

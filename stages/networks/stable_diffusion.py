@@ -29,7 +29,8 @@ GUIDANCE_EMBEDDING = 256
 CLIP_WIDTH = 512
 """The width of a CLIP text encoder whose config does not give it."""
 ONE_FILE = "1TB"
-"""The size above which the weights of a network are split into several files. FILES names one file."""
+"""The size above which diffusers splits weights into several files. It is so large that there is always one, as in
+FILES."""
 TEXT = "text"
 """The name of the condition's tensor: text states (B, L, D)."""
 

@@ -64,7 +64,7 @@ class Student(nn.Module):
         lora: LoraSettings | None = None,
     ) -> Student:
         """Create a student with the weights of `origin`, by default the teacher. With `lora`, these weights are frozen.
-        Of a teacher with several networks, it takes the one that is called at the student's noisiest timestep.
+        If the teacher has several networks, it takes the one that is called at the student's noisiest timestep.
 
         If `form.prediction` is None, the student has the prediction type of `origin`. If its type differs, the last
         layer is initialised as `head.FACTORS` says. If the student takes w, its output does not depend on w at first.
@@ -280,8 +280,8 @@ def export(student: Student, folder: Path, card: str) -> None:
 
     `DiffusionPipeline.from_pretrained(folder)` samples it in its steps, unless `Adapter.plain_error` says why not.
 
-    Of a student with LoRA weights, only these and the scheduler are written. `load_lora_weights(folder)` adds them to
-    the teacher's pipeline, unless `Adapter.plain_lora_error` says why not. With `merged`, a pipeline is written, too.
+    If the student has LoRA weights, only these and the scheduler are written. `load_lora_weights(folder)` adds them to
+    the teacher's pipeline, unless `Adapter.plain_lora_error` says why not. With `merged`, a pipeline is also written.
     """
     form, adapter, settings = student.form, student.adapter, student.lora
     grid = Grid.of(form, adapter.schedule)

@@ -101,8 +101,8 @@ class Bottleneck:
         self.groups: int = unet.config["norm_num_groups"]
         """Number of groups of the U-Net's group norms."""
 
-    def of(self, call: Callable[[], Any]) -> Tensor:
-        """Run `call`, which calls the U-Net, and return the features (B, channels, h, w). No decoder is computed."""
+    def features(self, call: Callable[[], Any]) -> Tensor:
+        """Run `call`, which calls the U-Net, and return the features (B, channels, h, w). The decoder is not run."""
         found: list[Tensor] = []
 
         def stop(_block: nn.Module, _args: Any, output: Tensor) -> None:
@@ -120,7 +120,7 @@ class Bottleneck:
 
 
 class _Reached(Exception):
-    """The features that are wanted are computed."""
+    """Raised to stop the U-Net when the features are computed."""
 
 
 def _is_plain(block: Any) -> bool:

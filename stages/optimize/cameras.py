@@ -1,6 +1,6 @@
 """Cameras around an object: where they stand, the rays of their pixels, and the words for what they see.
 
-The object is within the unit ball around the origin. z points up. Azimuth 0 looks at the object's front, from +x.
+The object is within the unit ball around the origin. z points up. A camera at azimuth 0 is at +x and sees the front.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from stages.optimize.representations.config import CameraRange
 
 OVERHEAD, FRONT = 60.0, 45.0
-"""In degrees: a view is from overhead above the elevation OVERHEAD. Otherwise it is of the front or the back if its
-azimuth is within FRONT of theirs, as in threestudio."""
+"""In degrees, as in threestudio. A view is `overhead` if its elevation is above OVERHEAD. Otherwise it is `front` or
+`back` if its azimuth is less than FRONT away from that of the front or back. All other views are `side`."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Cameras:
         return len(self.azimuth)
 
     def at(self, rows: Tensor) -> Cameras:
-        """Return the cameras of these numbers, (N,)."""
+        """Return the cameras at `rows`, row numbers (N,)."""
         return Cameras(self.azimuth[rows], self.elevation[rows], self.distance[rows], self.field_of_view[rows])
 
     @classmethod
     def draw(cls, count: int, among: CameraRange) -> Cameras:
-        """Draw cameras uniformly in each setting of `among`."""
+        """Draw random cameras. Each setting is uniform over its range in `among`."""
 
         def uniform(least: float, most: float) -> Tensor:
             return least + (most - least) * torch.rand(count)

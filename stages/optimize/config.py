@@ -67,7 +67,7 @@ class RepresentationConfig(Config):
         """Copy the files that `create` reads to `folder`. Raises StageError if a file cannot be used."""
 
     def create(self, materials: RepresentationMaterials) -> Representation:
-        """Create the particles as they are before training. Torch may be imported only here and below."""
+        """Create the particles as they are before training. Only this method, and what it calls, may import torch."""
         raise TypeError(f"{type(self).__name__} does not implement create()")
 
 
@@ -97,5 +97,6 @@ class ObjectiveConfig(Config):
         yield from ()
 
     def create(self, materials: ObjectiveMaterials) -> Method:
-        """Create the method, whose first player is called `particles`. Torch may be imported only here and below."""
+        """Create the method, whose first player is called `particles`. Only this method, and what it calls, may import
+        torch."""
         raise TypeError(f"{type(self).__name__} does not implement create()")

@@ -43,7 +43,7 @@ class Optimize(Stage):
         teacher = inputs["teacher"]
         assert isinstance(teacher.stage, Teacher)
         if teacher.stage.gaussian:
-            yield "teacher", "it is `gaussian:`, which makes no images"
+            yield "teacher", "a `gaussian:` teacher makes no images"
         if teacher.stage.cooperating:
             yield "teacher", "a teacher of host and guest can only sample whole trajectories"
         unguided = teacher.stage.guidance_error(False, teacher.folder) if self.objective.uses_guidance else None

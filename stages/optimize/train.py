@@ -40,7 +40,7 @@ def optimize(
     shown = particles.fixed(COLUMNS)
 
     def images(averages: Averages) -> NDArray[np.float32]:
-        return _of(averages).images(shown).numpy()
+        return _averaged_particles(averages).images(shown).numpy()
 
     captions = [f"particle {number}" for number in shown.particles.tolist()]
     previews = Previews(output, captions, stage.training.steps, stage.execution.previews, images)
@@ -53,13 +53,13 @@ def optimize(
         watch=previews,
     )
     previews.draw()
-    _of(trained.averages).save(output)
+    _averaged_particles(trained.averages).save(output)
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
     (output / "history.jsonl").write_text(lines, encoding="utf-8")
     return {"training_loss": trained.losses["particles"], "device": trained.device}
 
 
-def _of(averages: Averages) -> Representation:
+def _averaged_particles(averages: Averages) -> Representation:
     particles = averages["particles"]
     assert isinstance(particles, Representation)
     return particles

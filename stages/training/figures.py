@@ -18,7 +18,8 @@ MAX_LOSS = 1e6
 NEVER = -1
 """Stands for the step of a figure that was never invalid, and for the sample of a scalar figure."""
 VARIANCE, OF_DATA = "variance", "data_variance"
-"""The variance of a student's samples over a batch, averaged over elements, and that of the data."""
+"""The names of two figures: the variance of a student's samples over a batch, averaged over elements, and that of the
+data."""
 LEAST_VARIANCE, PATIENCE = 0.01, 50
 """A student has collapsed if its VARIANCE is below LEAST_VARIANCE times OF_DATA in PATIENCE consecutive turns."""
 
@@ -44,7 +45,7 @@ class Invalid(NamedTuple):
         return f"the {name} is {self.value:.4g} at step {self.step}{sample}"
 
 
-def of_samples(x: Tensor, data: Tensor | None) -> dict[str, Tensor]:
+def sample_figures(x: Tensor, data: Tensor | None) -> dict[str, Tensor]:
     """Return figures of a student's samples x (B, C, H, W): VARIANCE, OF_DATA and `saturated`.
 
     `saturated` is the share of values outside the range of `data` (B, C, H, W), real latents or the teacher's. Without
@@ -63,8 +64,8 @@ class Figures:
     """Keeps the last value and the first invalid value of each figure. A step may omit figures."""
 
     def __init__(self, warmup_steps: int = 0) -> None:
-        """In the first `warmup_steps` steps, a low VARIANCE is no collapse: many students start at the mean of the
-        data."""
+        """In the first `warmup_steps` steps, a low VARIANCE does not count as a collapse, because many students start
+        at the mean of the data."""
         self._warmup = warmup_steps
         self._last: dict[str, Tensor] = {}
         self._invalid: dict[str, tuple[Tensor, Tensor, Tensor]] = {}

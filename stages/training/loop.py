@@ -108,7 +108,7 @@ class Prefetched:
         for ahead in (number, number + 1):
             if ahead not in self._read:
                 self._read[ahead] = self._thread.submit(self._batches, ahead)
-        for old in [one for one in self._read if one <= number - self._kept]:
+        for old in [read for read in self._read if read <= number - self._kept]:
             del self._read[old]
         return self._read[number].result()
 
@@ -260,7 +260,7 @@ class _Run:
         return {"threads": torch.get_num_threads(), "device": device_name(self.accelerator.device.type)}
 
     def _on_device(self, value: Any) -> Any:
-        """Return a batch with its tensors on the device of training. Its mappings stay nested as they are."""
+        """Return a batch with its tensors on the device of training. Nested mappings stay nested."""
         if isinstance(value, Mapping):
             return {name: self._on_device(one) for name, one in value.items()}
         return value.to(self.accelerator.device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
-"""A batch: name -> tensor (B, ...), or list of B strings. The batches of a distillation method are such batches by data
-stream: `batch["pairs"]["noise"]`."""
+"""A batch: name -> tensor (B, ...), or list of B strings. In distillation, a batch maps each data stream to such a
+mapping: `batch["pairs"]["noise"]`."""
 
 
 class TrainingSettings(Config):

@@ -40,7 +40,7 @@ def output(network: Any, z: Tensor, c: Tensor, copies: int = 1) -> Tensor:
 
 def judged(fake: FakeScore, z: Tensor, c: Tensor) -> Tensor:
     """Return the sum of the logits of the GAN's head."""
-    judgement: Tensor = fake.head(Bottleneck(fake.network).of(lambda: output(fake.network, z, c))).sum()
+    judgement: Tensor = fake.head(Bottleneck(fake.network).features(lambda: output(fake.network, z, c))).sum()
     return judgement
 
 

@@ -14,7 +14,7 @@ from stages.losses.score import matching_loss
 from stages.methods.base import Materials, prompts_of
 from stages.networks.fake_score import FakeScore
 from stages.training import Batch, Player, Turn
-from stages.training.figures import of_samples
+from stages.training.figures import sample_figures
 
 if TYPE_CHECKING:
     from stages.methods.dmd.config import DMDConfig
@@ -82,7 +82,7 @@ class DMD:
         figures."""
         self._samples.append((x.detach(), w))
         matching = matching_loss(x, self.matching.gradient(x, prompts, w=w))
-        return matching.mean(), {"matching": matching, **of_samples(x, data)}
+        return matching.mean(), {"matching": matching, **sample_figures(x, data)}
 
     def fake_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L_fake. `batch`: the same as in the student's turn of this step."""

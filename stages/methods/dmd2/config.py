@@ -25,7 +25,8 @@ class GanSettings(Config):
     discriminator_weight: float = Field(
         1e-2,
         gt=0,
-        description="weight of the head's loss in the fake score's loss; a large weight harms the network of both",
+        description="weight of the head's loss in the fake score's loss; a large weight harms the fake score, because "
+        "the head shares its network",
     )
 
 
@@ -36,7 +37,7 @@ class DMD2Config(MatchingConfig):
     steps of the fake score. Real latents are those of the stage in `latents`. Without `prompts`, the student samples
     from their captions.
 
-    In several steps, the student is trained on the states that its own sampling visits, up to a random step (backward
+    A student of several steps is trained on the states that its own sampling visits, up to a random step (backward
     simulation, section 4.5). It is sampled by the consistency sampler, which diffusers calls LCM.
     """
 
@@ -51,7 +52,7 @@ class DMD2Config(MatchingConfig):
         None,
         strict=False,
         description="timesteps at which the student is called, descending, such as [399] for SDXL in one step; "
-        "default: evenly spaced from the last, in 4 steps [999, 749, 499, 249]",
+        "default: evenly spaced from the noisiest, such as [999, 749, 499, 249] in 4 steps",
     )
     backward_simulation: bool = Field(
         True,

@@ -15,7 +15,7 @@ from stages.losses.score import matching_loss, with_gradient
 from stages.methods.base import Materials, prompts_of
 from stages.networks.fake_score import FakeScore
 from stages.training import Batch, Player, Turn
-from stages.training.figures import of_samples
+from stages.training.figures import sample_figures
 from stages.training.loop import step_seed
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class DMD2:
         return turns
 
     def sample(self, batch: Batch, calls: int) -> Tensor:
-        """Return x (B, C, H, W), the student's estimate after `calls` earlier calls. Gradients flow to the last call.
+        """Return x (B, C, H, W), the estimate of the call after `calls` calls. Gradients flow through this last call.
 
         Without backward simulation, the input of the last call is a noised real latent, or pure noise if `calls` is 0.
         """
@@ -86,7 +86,7 @@ class DMD2:
         matching = matching_loss(x, gradient)
         figures = {"matching": matching}
         if not calls:  # later calls start from states with new noise, which adds to the variance
-            figures |= of_samples(x, batch["latents"]["latent"] if "latents" in batch else None)
+            figures |= sample_figures(x, batch["latents"]["latent"] if "latents" in batch else None)
         if self.gan is None:
             return matching.mean(), figures
         # With a detached copy, the head's activations are freed before the student's backward pass.

@@ -32,7 +32,7 @@ class SDS:
 
     z = alpha x + sigma noise at a random timestep t of `time_range`. noise_real is guided, and c the prompt with the
     words for the view. The teacher's Jacobian is left out. The loss is averaged over the elements of x. The
-    paper sums it, so other terms of equal weight matter less in the paper.
+    paper sums it, so a further term of the loss counts more here than with the same weight in the paper.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class SDS:
         annealed = self.config.anneal is not None and step >= self.config.anneal.after
         score = self.scores[1 if annealed else 0]
         prompts = self.particles.prompts(self.prompt, views)
-        gradient = score.gradient(x, prompts, self.seen(x, views))
+        gradient = score.gradient(x, prompts, self.score_condition(x, views))
         matching = matching_loss(x, gradient)
         loss = matching + sum(terms.values(), torch.zeros_like(matching))
         return loss.mean(), {"matching": matching, **terms}
 
-    def seen(self, x: Tensor, views: Views) -> Condition | None:
-        """Return the condition of the particles' score at renders x of `views`. There is none in SDS."""
+    def score_condition(self, x: Tensor, views: Views) -> Condition | None:
+        """Return the condition of the particles' score at renders x of `views`. SDS has no such score: None."""
         return None
 
     def _check_prompts(self, teacher: Adapter) -> None:

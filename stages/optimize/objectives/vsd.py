@@ -28,8 +28,9 @@ class VSD(SDS):
     L_score = |network(z, t, c', camera) - its target|^2     z = alpha x + sigma noise, all t, x without gradient
 
     noise_real is guided, noise_fake is not. noise_fake is a LoRA of the teacher's network, with its prediction type.
-    c' is the prompt without the words for the view: noise_fake gets the camera instead. Training leaves out one camera
-    in ten. If noise_fake is the score of a single point, noise_fake = noise, and VSD is SDS.
+    c' is the prompt without the words for the view: noise_fake gets the camera instead. In training, the camera is left
+    out with the probability `drop_camera`. If noise_fake is the score of a single point, noise_fake = noise, and VSD is
+    SDS.
     """
 
     def __init__(self, config: VSDConfig, materials: ObjectiveMaterials) -> None:
@@ -48,7 +49,7 @@ class VSD(SDS):
         scores = [Turn("score", partial(self.score_loss, again=turn < last)) for turn in range(self.fake_turns)]
         return [*super().turns(step), *scores]
 
-    def seen(self, x: Tensor, views: Views) -> Condition:
+    def score_condition(self, x: Tensor, views: Views) -> Condition:
         """Return the condition of the particles' score, and keep it with x for the score's turns."""
         condition = self.fake.encode([self.prompt] * len(x))
         if views.cameras:
@@ -58,7 +59,7 @@ class VSD(SDS):
         return condition
 
     def score_loss(self, batch: Batch, again: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L_score at the oldest renders that `seen` kept. With `again`, keep them for another turn."""
+        """Return L_score at the oldest renders that are kept. With `again`, keep them for another turn."""
         x, condition = self._renders.popleft()
         if again:
             self._renders.append((x, condition))

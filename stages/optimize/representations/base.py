@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WEIGHTS = "particles.safetensors"
 """The file of the particles' parameters."""
 BACKGROUNDS = {"white": 1.0, "black": 0.0, "grey": 0.5, "random": 0.5}
-"""The colours behind objects, outside training."""
+"""The background colours outside training."""
 FRAMES, MILLISECONDS = 36, 80
 """The number of images of a turntable, and how long each is shown."""
 
@@ -55,7 +55,7 @@ class Look(NamedTuple):
     opacity: Tensor
     """The share of light that the object stops, (B, 1, side, side) in [0, 1]."""
     depth: Tensor
-    """The mean distance from the camera of what stops the light, (B, 1, side, side). 0 where nothing does."""
+    """The mean distance from the camera at which light is stopped, (B, 1, side, side). 0 where none is stopped."""
     terms: Mapping[str, Tensor]
     """Further terms of the loss, each (B,)."""
 
@@ -75,7 +75,7 @@ class Representation(nn.Module, ABC):
         return Views(particles)
 
     def fixed(self, most: int) -> Views:
-        """Return at most `most` views, always the same ones, to be shown and measured: one of each particle."""
+        """Return views for previews and measurements, the same in every call: one of each particle, at most `most`."""
         return Views(torch.arange(min(most, self.count)))
 
     @abstractmethod
@@ -129,9 +129,9 @@ class Solid(Representation):
         return Views(particles, Cameras.draw(len(particles), self.config.cameras))
 
     def fixed(self, most: int) -> Views:
-        """As in the base class, but each particle is seen from as many sides as there is room for.
+        """As in the base class, but each particle is seen from several sides, as many as `most` allows.
 
-        The sides are among those that random cameras see."""
+        The sides are within the range of the random cameras."""
         particles = torch.arange(min(most, self.count))
         sides = most // len(particles)
         around = Cameras.spread(sides, self.config.cameras)

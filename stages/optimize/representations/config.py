@@ -18,7 +18,7 @@ VIEWS = {view: f"{{}}, {view} view" for view in ("front", "side", "back", "overh
 
 
 def _within(least: float, most: float) -> AfterValidator:
-    """Return a check that a range, from which a number is drawn uniformly, is within [least, most]."""
+    """Return a check of a range of uniform random numbers: it must lie within [least, most]."""
 
     def check(value: tuple[float, float]) -> tuple[float, float]:
         if not least <= value[0] <= value[1] <= most:
@@ -57,7 +57,7 @@ class LatentConfig(RepresentationConfig):
 
 
 class ImageConfig(RepresentationConfig):
-    """Images of the teacher's size, which its VAE encodes. Their values start uniform over the range of images."""
+    """Images of the teacher's size, which its VAE encodes. They start as uniform noise over the range of images."""
 
     name: Literal["image"] = "image"
 

@@ -206,7 +206,7 @@ def test_a_prompt_chooses_the_images_with_that_caption(captioned):
     torch.testing.assert_close(both[0], given[0])
     torch.testing.assert_close(both[1], dropped[1])
     assert CAPTION not in captioned.encode_prompts([caption]).tensors  # students are conditioned as their network is
-    with pytest.raises(StageError, match="'a cat' is no caption of the exact teacher's images, which have 'a "):
+    with pytest.raises(StageError, match="'a cat' is not a caption of the exact teacher's images; captions are 'a "):
         captioned.teacher_condition(["a cat"])
 
 

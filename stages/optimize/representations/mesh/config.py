@@ -24,9 +24,9 @@ UP: dict[str, Axis] = {".glb": "y", ".obj": "y", ".ply": "z"}
 class MeshConfig(SolidConfig):
     """The texture or the vertex colours of your own mesh. They start grey, with a little noise.
 
-    The mesh is moved and scaled to be seen: its bounding box is centred, and its farthest vertex is 1 from the origin.
-    Colours are seen as they are, without light. Textures repeat outside [0, 1]. The parts of a scene share one texture:
-    where their UV coordinates overlap, they have the same colours.
+    The mesh is moved and scaled: the origin is the centre of its bounding box, and the farthest vertex is 1 away from
+    it. There is no light: colours are shown as they are. Textures repeat outside [0, 1]. The parts of a scene share one
+    texture: where their UV coordinates overlap, they have the same colours.
     """
 
     name: Literal["mesh"] = "mesh"
@@ -46,8 +46,8 @@ class MeshConfig(SolidConfig):
     smooth: float = Field(
         0.0,
         ge=0,
-        description="weight of the total variation: the mean difference of neighbouring texels or vertices, whose "
-        "colours are in [0, 1]",
+        description="weight of the total variation: the mean difference between the colours, in [0, 1], of "
+        "neighbouring texels or vertices",
     )
 
     def check(self) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Particles that are the colours of one mesh."""
+"""Particles that share one mesh and differ in its colours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOISE = 0.1
 
 
 class Mesh(Solid):
-    """Particles that colour one surface, each with a texture (3, T, T), top row first, or with vertex colours (V, 3).
+    """Particles on one surface. Each is a texture (3, T, T), top row first, or a set of vertex colours (V, 3).
 
     Colours are the sigmoid of `state`, in [0, 1]. There is no light. The geometry is not trained, and not saved."""
 
@@ -34,7 +34,7 @@ class Mesh(Solid):
     corners: Tensor
     """The triangles in the coordinates of the cameras, (F, 3, 3) float64."""
     places: Tensor
-    """What the corners are coloured by: UV coordinates (F, 3, 2), or numbers of vertices (F, 3)."""
+    """Where the colours of the corners are looked up: UV coordinates (F, 3, 2), or vertex numbers (F, 3)."""
     edges: Tensor
     """The vertices at the ends of each edge, (E, 2)."""
 
@@ -73,19 +73,19 @@ class Mesh(Solid):
         )
 
     def _colours(self, own: Tensor, hits: Hits) -> Tensor:
-        """Return the colours at hits (K, 3), by a texture or by vertex colours."""
+        """Look up the colours at the hits, in the texture or in the vertex colours. Returns (K, 3)."""
         places, weights = self.places[hits.faces], hits.weights.unsqueeze(-1)
         if not self.config.texture:
             return (own[places] * weights.to(own)).sum(1)
         u, v = (places * weights).sum(1).unbind(-1)
         place = torch.stack([u - u.floor(), 1 - (v - v.floor())], -1).to(own)  # rows go down, v goes up
         size = self.config.texture
-        grid = (place * size + 1) / (size + 2) * 2 - 1  # a texel is added on each side, as textures repeat
+        grid = (place * size + 1) / (size + 2) * 2 - 1  # the padding adds a texel on each side, because textures repeat
         repeated = functional.pad(own[None], (1, 1, 1, 1), mode="circular")
         return functional.grid_sample(repeated, grid[None, :, None], align_corners=False)[0, :, :, 0].T
 
     def _variation(self, own: Tensor) -> Tensor:
-        """Return the mean difference of neighbouring texels or vertices, without dimensions."""
+        """Return the mean difference of neighbouring texels or vertices, a scalar."""
         if not self.config.texture:
             return own[self.edges].diff(dim=1).abs().mean()
         return (own.diff(dim=1).abs().mean() + own.diff(dim=2).abs().mean()) / 2

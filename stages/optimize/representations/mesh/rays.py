@@ -13,10 +13,11 @@ from stages.optimize.cameras import Cameras
 PAIRS = 2**18
 """About how many pairs of a ray and a triangle are tested at once."""
 NEAR, MARGIN = 1e-4, 1e-6
-"""A triangle is projected if all of it is at least NEAR in front of the camera. MARGIN pixels are added around it."""
+"""If all corners of a triangle are at least NEAR in front of the camera, only the pixels in the bounding box of its
+projection are tested. The box is MARGIN pixels wider on each side."""
 SLACK = 1e-9
-"""Barycentric margin within which a ray beside a triangle also hits it, so that rays do not slip between two triangles.
-"""
+"""Tolerance of barycentric coordinates. A ray that passes a triangle this closely hits it, so that no ray slips between
+two triangles."""
 
 
 class Hits(NamedTuple):
@@ -34,13 +35,14 @@ class Hits(NamedTuple):
 
 @torch.no_grad()
 def first_hits(corners: Tensor, camera: Cameras, side: int) -> Hits:
-    """Return what the side^2 pixels of one camera see of triangles (F, 3, 3), from either side of them.
+    """Return what the side^2 pixels of one camera see of triangles (F, 3, 3). Triangles are visible from both sides.
 
     Each ray is tested against the triangles whose projected bounding box holds its pixel, by the formulas of Möller and
     Trumbore (1997). Use float64: in float32, rays slip between the small triangles of a fine mesh."""
     (origin,), (directions,) = camera.rays(side)
     directions = directions.reshape(-1, 3)
-    # The distance and two weights of a hit are ratios of products with the direction, as all rays have one origin.
+    # All rays have the same origin. So the terms of the formulas are dot products of a ray's direction with three
+    # vectors of the triangle, which are computed once.
     first, along, across = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
     offset = origin - first
     normal, turned = torch.linalg.cross(across, along), torch.linalg.cross(offset, along)

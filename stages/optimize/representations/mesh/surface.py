@@ -33,9 +33,9 @@ class Surface:
     """Texture coordinates of the vertices, (V, 2). v points up: (0, 0) is the lower left corner of the texture."""
 
     def welded(self) -> Surface:
-        """Return the surface without UV coordinates, where vertices at the same place are one vertex.
+        """Return the surface without UV coordinates, with vertices at the same position merged into one.
 
-        Vertices are doubled at the seams of textures. Their colours would differ on the two sides."""
+        Files store a vertex twice at the seam of a texture. The two would otherwise get different colours."""
         vertices, place = np.unique(self.vertices, axis=0, return_inverse=True)
         return Surface(vertices, place.reshape(-1)[self.faces], None)
 
@@ -58,8 +58,7 @@ class Surface:
         """Write a .glb file with this geometry and a texture, or with colours of the vertices (V, 3) in [0, 1].
 
         The coordinates are those of the original file. If z points up in them, the .glb file adds a rotation, since y
-        points up in glTF. glTF's vertex colours are linear, so they are converted from sRGB, which textures and images
-        are in."""
+        points up in glTF. Textures and images are sRGB. Vertex colours are linear in glTF, so they are converted."""
         if isinstance(colours, Image.Image):
             material = PBRMaterial(baseColorTexture=colours, metallicFactor=0.0, roughnessFactor=1.0)
             visual: TextureVisuals | ColorVisuals = TextureVisuals(uv=self.uv, material=material)

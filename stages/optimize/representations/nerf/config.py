@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class NerfConfig(SolidConfig):
     """A radiance field: a small network gives the density and the colour at each position in the unit ball.
 
-    The colour does not depend on the direction, and there is no light: a surface looks alike from all sides. The
+    The colour does not depend on the direction, and there is no light: a surface has one colour from all sides. The
     defaults are small enough for a laptop. For large images on a GPU, use for example levels: 12, log2_table_size: 19,
     finest: 1024, hidden: 64 and samples: 128.
     """
@@ -54,14 +54,14 @@ class NerfConfig(SolidConfig):
     samples: int = Field(
         32,
         ge=1,
-        description="positions on a ray inside the ball, one in each of equal parts: random in training, the middle "
-        "otherwise",
+        description="number of equal parts of a ray inside the ball; the network is evaluated once in each part: at a "
+        "random position in training, in the middle otherwise",
     )
     blob: float = Field(
         10.0,
         ge=0,
-        description="density in the middle before training, which falls linearly to 0 (Magic3D, 2211.10440); "
-        "0: a thin fog, in which often no object forms",
+        description="density in the middle before training; it falls linearly to 0 (Magic3D, 2211.10440); "
+        "0: training starts from a thin fog, and often no object forms",
     )
     blob_radius: float = Field(0.5, gt=0, le=1, description="distance from the middle at which the blob ends")
     sparsity: float = Field(
@@ -71,7 +71,7 @@ class NerfConfig(SolidConfig):
         "for Stable Diffusion is 6e-5 here, because Retort averages the teacher's loss over the elements of latents",
     )
     opaque: float = Field(
-        0.0, ge=0, description="weight of the mean entropy of opacity over the pixels, which makes it 0 or 1"
+        0.0, ge=0, description="weight of the mean entropy of opacity over the pixels, which drives opacity to 0 or 1"
     )
 
     def check(self) -> Iterator[tuple[str, str]]:

@@ -35,10 +35,10 @@ class Field(nn.Module):
 
         density = softplus(network + blob (1 - |position| / blob_radius)), and 0 outside the ball. Density is the share
         of light that is stopped, for each unit of length. The blob is that of Magic3D (2211.10440)."""
-        made = self.network(self.encoding(positions)).to(positions.dtype)
-        away = positions.norm(dim=-1)
-        density = functional.softplus(made[:, 0] + self.blob * (1 - away / self.blob_radius))
-        return density * (away <= 1), made[:, 1:].sigmoid()
+        output = self.network(self.encoding(positions)).to(positions.dtype)
+        radius = positions.norm(dim=-1)
+        density = functional.softplus(output[:, 0] + self.blob * (1 - radius / self.blob_radius))
+        return density * (radius <= 1), output[:, 1:].sigmoid()
 
 
 class Frequencies(nn.Module):
@@ -61,7 +61,8 @@ class HashGrid(nn.Module):
     """Features on the vertices of grids over the cube [-1, 1]^3 (Instant NGP, 2201.05989, section 3).
 
     The number of cells along a side grows geometrically from `coarsest` to `finest`. Features are interpolated
-    linearly along each axis. A grid with more vertices than a table has entries shares the entries by a hash.
+    linearly along each axis. If a grid has more vertices than its table has entries, a hash gives each vertex an entry,
+    and vertices share entries.
     """
 
     strides: Tensor
@@ -85,7 +86,7 @@ class HashGrid(nn.Module):
         `strides`, modulo the number of entries. Hashed levels use the exclusive or in place of the sum."""
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Encode positions (N, 3) as (N, width). Outside the cube, the nearest position of the cube counts."""
+        """Encode positions (N, 3) as (N, width). Positions outside the cube are clamped to it."""
         places = ((positions.t() + 1) / 2).clamp(0, 1)
         return torch.cat([self._level(level, places) for level in range(len(self.cells))]).t()
 
@@ -107,6 +108,9 @@ class HashGrid(nn.Module):
 
 
 def _corners(ends: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Combine values at the two ends of a cell along each axis, (2, 3, N), into one for each of its corners, (8, N)."""
+    """Return a value for each of the 8 corners of a cell, (8, N).
+
+    `ends` (2, 3, N) has a value for both ends of the cell along each axis. A corner is one end along each axis. Its
+    value is that of these three ends, combined by `join`."""
     x, y, z = ends.unbind(1)
     return join(join(x[:, None, None], y[:, None]), z).flatten(0, 2)

@@ -23,8 +23,8 @@ class Nerf(Solid):
     """Radiance fields, one for each particle.
 
     In training, memory grows with the samples on all rays that meet the unit ball. The default settings keep about 750
-    bytes for each: 64 for each level of the hash grid, 4 for each unit of a hidden layer, and 110 for the rest. In
-    evaluation mode, rays are rendered in chunks, and memory grows with the image only.
+    bytes for each sample: 64 for each level of the hash grid, 4 for each unit of a hidden layer, and 110 for the rest.
+    In evaluation mode, rays are rendered in chunks, and memory grows with the image only.
     """
 
     config: NerfConfig
@@ -54,7 +54,7 @@ class Nerf(Solid):
         return torch.cat([march(self.fields[number], *piece, self.config.samples, self.training) for piece in pieces])
 
     def _terms(self, opacity: Tensor) -> dict[str, Tensor]:
-        """Return the weighted terms of opacity, as in threestudio. Those of weight 0 are left out."""
+        """Return the weighted loss terms of opacity, as in threestudio. Terms with the weight 0 are left out."""
         terms = {}
         if self.config.sparsity:
             terms["sparsity"] = self.config.sparsity * (opacity.square() + 0.01).sqrt().mean((1, 2, 3))
@@ -107,7 +107,8 @@ def composite(density: Tensor, colour: Tensor, edges: Tensor) -> tuple[Tensor, T
     `density`: (R, S), for the S parts of each ray. `colour`: (R, S, 3). `edges`: the distances at which the parts begin
     and end, (R, S + 1). The paper uses the distances between neighbouring samples instead. Returns
 
-    - colour (R, 3) = sum_i w_i colour_i     w_i = T_i (1 - exp(-density_i width_i))     T_i = product_j<i of the exp
+    - colour (R, 3) = sum_i w_i colour_i, with w_i = T_i (1 - exp(-density_i width_i)) and
+      T_i = product over j < i of exp(-density_j width_j)
     - opacity (R,) = sum_i w_i, the share of light that is stopped
     - depth (R,) = sum_i w_i middle_i / opacity, the mean distance at which light is stopped; 0 where opacity is 0"""
     stopping = density * edges.diff()

@@ -31,6 +31,11 @@ class Noises:
     def count(self) -> int:
         return len(self.stored) + len(self.fresh)
 
+    def part(self, start: int, stop: int) -> tuple[range, range]:
+        """Return the stored and the fresh numbers among those of samples `start` to `stop` - 1."""
+        after = len(self.stored)
+        return self.stored[start:stop], self.fresh[max(0, start - after) : max(0, stop - after)]
+
 
 def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: int) -> Noises:
     """Return `samples` noises of the pairs' seed that the student was not trained on.

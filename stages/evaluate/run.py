@@ -1,73 +1,72 @@
-"""Runs an evaluation: samples every side, measures it, and writes the page."""
+"""Computes the figures of an evaluation from the parts that its workers measured, and writes the page."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.base import SCRATCH, Artifact, Progress, StageError
-from stages.evaluate.config import EvaluationExecution, Split
-from stages.evaluate.noises import Noises
+import numpy as np
+
+from stages.base import Artifact, Progress, StageError
+from stages.evaluate import measure, page
+from stages.evaluate.config import Split
+from stages.evaluate.parts import Measured, Part
 from stages.pairs import Pairs, stored_scale
-from stages.probe import Probe
 from stages.training.players import PREVIEWS
 
 
 def evaluate(
     pairs: Artifact,
     student: Artifact | None,
-    steps: int | None,
-    noises: Noises,
+    calls: Mapping[str, int],
+    parts: Sequence[Part],
+    folder: Path,
     split: Split,
     guidance_scale: float | None,
-    teacher_steps: list[int],
     probe: Artifact | None,
-    execution: EvaluationExecution,
+    micro_batch: int,
     output: Path,
-    threads: int,
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Write `metrics.json` and the files of `page.write` to `output`. Return the metrics. Raises StageError."""
-    from stages.data.images.load import load
-    from stages.data.images.sealed import images_of
-    from stages.evaluate import measure, page
-    from stages.evaluate.sides import sample_sides
-    from stages.networks.compute import prepare
+    """Write `metrics.json` and the files of `page.write` to `output`. Return the metrics. Raises StageError.
 
-    prepare(threads)
-    real = None
-    if probe:  # first, so that problems with its images are reported before sampling
-        assert isinstance(probe.stage, Probe)
-        unseen = load(images_of(probe), held_out=True, limit=probe.stage.limit, scratch=output / SCRATCH)
-        real = measure.two_real_sets(unseen, noises.count)
-    sides, setting = yield from sample_sides(pairs, student, steps, noises, guidance_scale, teacher_steps, execution)
+    calls: name of a side -> its network calls for an image. parts, folder: what the workers measured.
+    """
+    samples = Measured(folder, [part for part in parts if not part.real])
+    numbers, prompts = ([one for about in samples.about for one in about[key]] for key in ("numbers", "prompts"))
     metrics: dict[str, Any] = {
-        "samples": noises.count,
+        "samples": len(numbers),
         "split": split,
         "student": student and student.fingerprint,
-        "dtype": str(setting.teacher.dtype).removeprefix("torch."),
-        "micro_batch": min(execution.micro_batch, noises.count),
-        "sides": {side.name: measure.against_teacher(side, sides[0], setting.teacher) for side in sides},
+        "dtype": samples.about[0]["dtype"],
+        "micro_batch": min(micro_batch, len(numbers)),
+        "sides": {
+            side: {"network_calls": count, **measure.against_teacher(samples, side)} for side, count in calls.items()
+        },
     }
     assert isinstance(pairs.stage, Pairs)
     scale = guidance_scale or pairs.stage.sampler.guidance_scale
     if scale != stored_scale([pairs]):
         metrics["guidance_scale"] = scale
-    shown = page.columns(noises.count, setting.teacher.decode(sides[0].latents[:1]).shape[-1])
-    pictures = {side.name: setting.teacher.decode(side.latents[shown]).numpy() for side in sides}
-    if probe and real:
+    if probe:
+        real = Measured(folder, [part for part in parts if part.real])
         try:
-            yield from measure.against_real(metrics, sides, setting, probe, real)
+            measure.against_real(metrics, samples, real, probe)
         except ValueError as error:
             raise StageError(f"evaluation against real images: {error}") from error
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    strips = {side: samples[f"{side}/shown"] for side in calls}
+    columns = page.columns(len(numbers), next(iter(strips.values())).shape[-1])
+    order = np.argsort(np.argsort(columns))  # parts hold the shown images in the order of the samples
     about = {
         "pairs": pairs.fingerprint,
         "teacher": pairs.inputs["teacher"].fingerprint,
         "seed": pairs.seed,
-        "samples": [setting.samples[i] for i in shown],
-        "prompts": [setting.prompts[i] for i in shown],
+        "samples": [numbers[i] for i in columns],
+        "prompts": [prompts[i] for i in columns],
     }
-    page.write(output, metrics, pictures, about, student.folder / PREVIEWS if student else None)
-    return {**metrics, "device": setting.teacher.device_name}
+    images = {side: strip[order] for side, strip in strips.items()}
+    page.write(output, metrics, images, about, student.folder / PREVIEWS if student else None)
+    yield Progress(len(numbers), len(numbers), "samples measured")
+    return {**metrics, "device": samples.about[0]["device"]}

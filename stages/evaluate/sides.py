@@ -1,170 +1,240 @@
-"""Samples the sides of an evaluation from the same prompts and noises: the teacher, the teacher in fewer steps, and the
-student.
+"""Samples and measures the parts of an evaluation on workers.
+
+All sides have the same prompts and noises: the teacher, the teacher in fewer steps, and the student. A part is a run of
+samples, or the real images. Its figures do not depend on the worker, so any number of workers gives the same
+evaluation. Images are measured and dropped: only their features are kept.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.base import Artifact, Progress
+from stages.base import SCRATCH, Artifact, StageError
+from stages.data.images.load import load
+from stages.data.images.sealed import images_of
 from stages.data.noise import guidance_scale_for, noise_for
-from stages.data.pool import pool_of, read_list
+from stages.data.pool import pool_of
 from stages.data.prompts.table import PromptTable
 from stages.data.reader import PairReader
-from stages.diffusion.config import Sampler, Scale
+from stages.evaluate import page
 from stages.evaluate.config import EvaluationExecution
 from stages.evaluate.noises import Noises
-from stages.networks.adapter import Adapter
+from stages.evaluate.parts import Part, write
+from stages.evaluate.real import two_real_sets
+from stages.networks.compute import prepare
+from stages.networks.exact import Exact
+from stages.networks.probe import Classifier, batches
 from stages.networks.student import Student
 from stages.networks.teachers import load_network, solve
 from stages.pairs import Pairs
+from stages.probe import Probe
 
-UNIT = "samples"
-
-Sample = Callable[[slice], Tensor]
-"""Latents (B, C, h, w) for a slice of the samples."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """The samples of one side, and their cost.
-
-    latents: (N, C, h, w), scaled, float32, on the CPU. calls: network calls per image. seconds: seconds
-    per image, without decoding.
-    """
-
-    name: str
-    latents: Tensor
-    calls: int
-    seconds: float
+if TYPE_CHECKING:
+    from stages.evaluate.parts import Arrays
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The teacher, prompts and noises that all sides share.
+class Samples:
+    """Some samples of an evaluation. numbers: from which each sample's noise, prompt and guidance scale follow.
 
-    samples: N numbers, from which each sample's noise, prompt and guidance scale follow. noise: (N, C, h, w) in the
-    pairs' storage dtype.
+    noise: (B, C, h, w) in the pairs' storage dtype. scales: (B,), or None if all have the sampler's. solved: the
+    latents of the first samples, which are stored in the pairs.
     """
 
-    teacher: Adapter
-    samples: list[int]
+    numbers: list[int]
     prompts: list[str]
-    noise: np.ndarray
-    scales: NDArray[np.float32]
-    """(N,), the guidance scale of each sample."""
+    noise: NDArray[np.floating]
+    scales: NDArray[np.float32] | None
     solved: Tensor
-    """The teacher's full-step latents of the samples that are stored in the pairs. These samples come first."""
 
 
-def sample_sides(
-    pairs: Artifact,
-    student: Artifact | None,
-    student_steps: int | None,
-    noises: Noises,
-    guidance_scale: float | None,
-    teacher_steps: list[int],
-    execution: EvaluationExecution,
-) -> Generator[Progress, None, tuple[list[Side], Setting]]:
-    """Sample the teacher in full steps, then in each of `teacher_steps`, then the student if there is one.
+Sample = Callable[[Samples, slice], Tensor]
+"""Returns latents (B, C, h, w) of a slice of the samples."""
 
-    student_steps: None for the student's own number of steps. guidance_scale: None for that of each pair. Returns the
-    sides in this order, and their Setting.
+
+@dataclass
+class Measurer:
+    """Measures parts of an evaluation. It loads the networks once. Raises StageError if they do not fit together.
+
+    student_steps: None for the student's own number of steps. guidance_scale: None for that of each pair. folder: where
+    the parts are written.
     """
-    assert isinstance(pairs.stage, Pairs)
-    full = pairs.stage.sampler
-    if guidance_scale:
-        full = full.model_copy(update={"guidance_scale": guidance_scale})
-    setting = _setting(pairs, noises, full.guidance_scale, execution)
-    drawn = isinstance(full.guidance_scale, tuple)
 
-    def ode(sampler: Sampler) -> Sample:
-        def sampled(rows: slice) -> Tensor:
-            scales = setting.scales[rows] if drawn else None
-            return solve(setting.teacher, setting.noise[rows], setting.prompts[rows], sampler, scales)
+    pairs: Artifact
+    student: Artifact | None
+    student_steps: int | None
+    noises: Noises
+    guidance_scale: float | None
+    teacher_steps: list[int]
+    probe: Artifact | None
+    execution: EvaluationExecution
+    folder: Path
+    threads: int
+    _busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        prepare(self.threads)
+        stage = self.pairs.stage
+        assert isinstance(stage, Pairs)
+        # computes in the dtype that the pairs were made with
+        self.teacher = load_network(self.pairs.inputs["teacher"].folder, self.execution, dtype=stage.dtype)
+        self.sampler = stage.sampler
+        if self.guidance_scale:
+            self.sampler = self.sampler.model_copy(update={"guidance_scale": self.guidance_scale})
+        height, width = (side * self.teacher.down_sampling for side in self.teacher.latent_shape[1:])
+        self.size = height, width
+        self.shown = set(page.columns(self.noises.count, self.size[1]))
+        self.classifier = self._probe() if self.probe else None
+        self.sides = dict(self._teacher_sides())
+        if self.student:
+            network = Student.load(self.student.folder, self.teacher, self.student_steps)
+            if self.teacher.dtype != torch.float32:
+                network.compute_in(self.teacher.dtype)
+            self.sides["student"] = self._few_steps(network)
+
+    def __call__(self, part: Part) -> str:
+        with self._busy:
+            prepare(self.threads)  # the number of threads is a setting of each thread
+            arrays, about = self._real() if part.real else self._samples(part)
+            return write(self.folder, part, arrays, about)
+
+    def _probe(self) -> Classifier:
+        assert self.probe and isinstance(self.probe.stage, Probe)
+        side = self.probe.stage.images.size
+        if self.size != (side, side):
+            raise StageError(
+                f"the probe's images are {side} pixels wide, the teacher's {self.size[1]} x {self.size[0]}"
+            )
+        return Classifier.load(self.probe.folder, self.teacher.device)
+
+    def _teacher_sides(self) -> Iterator[tuple[str, Sample]]:
+        for steps in (self.sampler.steps, *self.teacher_steps):
+            sampler = self.sampler.model_copy(update={"steps": steps})
+
+            def ode(samples: Samples, rows: slice, sampler: Any = sampler) -> Tensor:
+                scales = None if samples.scales is None else samples.scales[rows]
+                found: Tensor = solve(self.teacher, samples.noise[rows], samples.prompts[rows], sampler, scales)
+                return found
+
+            yield f"teacher_{steps}", ode
+
+    def _few_steps(self, student: Student) -> Sample:
+        """Return the sampler of the student. Each sample has its own generator for noise between steps, so that results
+        do not depend on the batch."""
+        scale = self.sampler.guidance_scale
+
+        def sampled(samples: Samples, rows: slice) -> Tensor:
+            noise = self.teacher.to_device(samples.noise[rows])
+            scales = samples.scales[rows] if samples.scales is not None else np.full(len(noise), scale, np.float32)
+            generators = [torch.Generator().manual_seed(number) for number in samples.numbers[rows]]
+            w = self.teacher.to_device(scales - 1)
+            return student(noise, student.encode(samples.prompts[rows]), w, generators)
 
         return sampled
 
-    samplers = [full.model_copy(update={"steps": steps}) for steps in (full.steps, *teacher_steps)]
-    plans = [(f"teacher_{sampler.steps}", ode(sampler), sampler.network_calls) for sampler in samplers]
-    if student:
-        network = Student.load(student.folder, setting.teacher, student_steps)
-        if setting.teacher.dtype != torch.float32:
-            network.compute_in(setting.teacher.dtype)
-        plans.append(("student", _few_steps(network, setting), network.form.steps))
-    sides: list[Side] = []
-    total = len(plans) * noises.count
-    for name, sampler, n_calls in plans:
-        known = setting.solved if not sides else setting.solved[:0]
-        latents, seconds = _sample(sampler, setting, known, execution.micro_batch)
-        sides.append(Side(name, latents, n_calls, seconds))
-        yield Progress(len(sides) * noises.count, total, UNIT, {"seconds_per_image": seconds})
-    return sides, setting
+    def _samples(self, part: Part) -> tuple[Arrays, dict[str, Any]]:
+        """Sample and measure all sides of a part."""
+        samples = self.drawn(part)
+        arrays: Arrays = {}
+        seconds = {}
+        full = torch.empty(0)
+        for name, sampler in self.sides.items():
+            latents = self.latents(name, samples)
+            full = latents if not len(full) else full
+            arrays[f"{name}/latent_mse"] = (latents - full).square().mean((1, 2, 3)).double().numpy()
+            arrays |= self._seen(name, latents, part)
+            if part.start == 0:
+                seconds[name] = self._seconds(sampler, samples)
+        device = {"dtype": str(self.teacher.dtype).removeprefix("torch."), "device": self.teacher.device_name}
+        return arrays, {"numbers": samples.numbers, "prompts": samples.prompts, "seconds": seconds, **device}
 
+    def drawn(self, part: Part) -> Samples:
+        """Read the stored noises and prompts of a part, and draw the fresh ones.
 
-def _few_steps(student: Student, setting: Setting) -> Sample:
-    """Return the sampler of the student. Each sample has its own generator for noise between steps, so that results do
-    not depend on the batch."""
-    teacher = setting.teacher
+        The latents of the pairs are kept if they have the guidance scale of the evaluation."""
+        stage, seed = self.pairs.stage, self.pairs.seed
+        assert isinstance(stage, Pairs)
+        stored, fresh = (list(numbers) for numbers in self.noises.part(part.start, part.stop))
+        numbers = [*stored, *fresh]
+        noise = np.empty((len(numbers), *self.teacher.latent_shape), stage.storage_dtype)
+        solved: NDArray[np.floating] = noise[:0]
+        prompts: list[str] = []
+        if stored:
+            held = PairReader.of(self.pairs).batch(stored)
+            noise[: len(stored)], solved, prompts = held.noise, held.latent, held.prompts
+        if fresh:
+            prompts += PromptTable(pool_of(self.pairs.folder)).of(fresh)
+        for place, number in enumerate(fresh, len(stored)):
+            noise[place] = noise_for(seed, number, self.teacher.latent_shape, noise.dtype)
+        scale = self.sampler.guidance_scale
+        scales = None
+        if isinstance(scale, tuple):
+            scales = np.array([guidance_scale_for(seed, number, *scale) for number in numbers])
+        if scale != stage.sampler.guidance_scale:
+            solved = solved[:0]
+        return Samples(numbers, prompts, noise, scales, torch.from_numpy(solved).float())
 
-    def sampled(rows: slice) -> Tensor:
-        noise = teacher.to_device(setting.noise[rows])
-        w = teacher.to_device(setting.scales[rows] - 1)
-        generators = [torch.Generator().manual_seed(number) for number in setting.samples[rows]]
-        return student(noise, student.encode(setting.prompts[rows]), w, generators)
+    def latents(self, side: str, samples: Samples) -> Tensor:
+        """Return the latents of a side (B, C, h, w), float32, on the CPU. Those that are solved already are kept."""
+        known = samples.solved if side == next(iter(self.sides)) else samples.solved[:0]
+        latents, size = [known], self.execution.micro_batch
+        with torch.inference_mode():
+            for start in range(len(known), len(samples.noise), size):
+                latents.append(self.sides[side](samples, slice(start, start + size)).float().cpu())
+        return torch.cat(latents)
 
-    return sampled
+    def _seconds(self, sampler: Sample, samples: Samples) -> float:
+        """Measure the seconds for an image, without decoding, on a batch after a warm-up batch."""
+        first = slice(self.execution.micro_batch)
+        with torch.inference_mode():
+            sampler(samples, first).cpu()
+            started = time.perf_counter()
+            sampler(samples, first).cpu()
+        return (time.perf_counter() - started) / min(self.execution.micro_batch, len(samples.noise))
 
+    def _seen(self, name: str, latents: Tensor, part: Part) -> Arrays:
+        """Return what is measured on the images of a side, and those of its images that the page shows."""
+        arrays: Arrays = {}
+        if isinstance(self.teacher, Exact):
+            arrays[f"{name}/nearest_mse"] = self.teacher.nearest(latents).double().cpu().numpy()
+        shown = [i - part.start for i in range(part.start, part.stop) if i in self.shown]
+        if shown:
+            arrays[f"{name}/shown"] = self.teacher.decode(latents[shown]).numpy()
+        return {**arrays, **self._features(name, map(self.teacher.decode, latents.split(self.execution.micro_batch)))}
 
-def _setting(pairs: Artifact, noises: Noises, scale: Scale, execution: EvaluationExecution) -> Setting:
-    """Read the stored noises and prompts of the pairs, draw the fresh ones, and load the teacher.
+    def _features(self, name: str, images: Iterable[Tensor]) -> Arrays:
+        """Return what networks see in batches of images (B, 3, H, W) in [-1, 1]."""
+        if not self.classifier:
+            return {}
+        features, predicted = self.classifier.look(images)
+        return {f"{name}/features": features, **{f"{name}/label/{k}": classes for k, classes in predicted.items()}}
 
-    The latents of the pairs are kept if they have the guidance scale `scale`."""
-    assert isinstance(pairs.stage, Pairs)
-    # computes in the dtype that the pairs were made with
-    teacher = load_network(pairs.inputs["teacher"].folder, execution, dtype=pairs.stage.dtype)
-    noise = np.empty((noises.count, *teacher.latent_shape), pairs.stage.storage_dtype)
-    solved: np.ndarray = noise[:0]
-    prompts: list[str] = []
-    if noises.stored:
-        held = PairReader(read_list(pairs.folder)).batch(noises.stored)
-        noise[: len(noises.stored)], solved, prompts = held.noise, held.latent, held.prompts
-    if noises.fresh:
-        prompts += PromptTable(pool_of(pairs.folder)).of(noises.fresh)
-    for place, number in enumerate(noises.fresh, len(noises.stored)):
-        noise[place] = noise_for(pairs.seed, number, teacher.latent_shape, noise.dtype)
-    numbers = [*noises.stored, *noises.fresh]
-    return Setting(
-        teacher=teacher,
-        samples=numbers,
-        prompts=prompts,
-        noise=noise,
-        scales=np.array([guidance_scale_for(pairs.seed, n, *scale) for n in numbers])
-        if isinstance(scale, tuple)
-        else np.full(len(numbers), scale, np.float32),
-        solved=torch.from_numpy(solved if scale == pairs.stage.sampler.guidance_scale else solved[:0]).float(),
-    )
-
-
-def _sample(sampler: Sample, setting: Setting, known: Tensor, micro_batch: int) -> tuple[Tensor, float]:
-    """Sample all latents except the first ones, which are already `known`. Return all latents and seconds per image.
-
-    The seconds are measured on one additional batch, after a warm-up batch.
-    """
-    latents = [known]
-    with torch.inference_mode():
-        for start in range(len(known), len(setting.noise), micro_batch):
-            latents.append(sampler(slice(start, start + micro_batch)).float().cpu())
-        first = slice(micro_batch)
-        sampler(first).cpu()
-        started = time.perf_counter()
-        sampler(first).cpu()
-        seconds = (time.perf_counter() - started) / min(micro_batch, len(setting.noise))
-    return torch.cat(latents), seconds
+    def _real(self) -> tuple[Arrays, dict[str, Any]]:
+        """Measure two sets of real images that share no original, and the second set after encoding and decoding."""
+        assert self.probe and isinstance(self.probe.stage, Probe)
+        scratch = self.folder / SCRATCH
+        unseen = load(images_of(self.probe), held_out=True, limit=self.probe.stage.limit, scratch=scratch)
+        reference, other = two_real_sets(unseen, self.noises.count)
+        latents = torch.cat([self.teacher.encode(x).cpu() for x in batches(other)])
+        rebuilt = map(self.teacher.decode, latents.split(self.execution.micro_batch))
+        arrays = {
+            **self._features("reference", batches(reference)),
+            **self._features("real", batches(other)),
+            **self._features("vae_reconstruction", rebuilt),
+            "reference/origins": reference.origins,
+            "real/origins": other.origins,
+            **{f"real/wanted/{name}": classes for name, classes in other.labels.items()},
+        }
+        if isinstance(self.teacher, Exact):
+            arrays["vae_reconstruction/nearest_mse"] = self.teacher.nearest(latents).double().cpu().numpy()
+        return arrays, {"captions": other.captions}

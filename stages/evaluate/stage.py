@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.base import Artifact, Input, Neutral, Stage, StageContext
+from stages.base import SCRATCH, Artifact, Input, Neutral, Progress, Stage, StageContext
 from stages.data.images.config import Digits
 from stages.diffusion.config import Sampler, covers, in_words
 from stages.distill import Distill, sources, teacher_of
 from stages.evaluate.config import MIN_SAMPLES, EvaluationExecution, Split
 from stages.evaluate.noises import held_out, overlap
+from stages.evaluate.parts import FOLDER, SIZE, parts_of
 from stages.optimize import Optimize
 from stages.pairs import Pairs, guidance_scales
 from stages.probe import Probe
@@ -45,6 +48,7 @@ class Evaluate(Stage):
     """
 
     VERSION: ClassVar[int] = 6
+    PARALLEL: ClassVar[bool] = True
     kind: Literal["evaluate"]
     student: Annotated[str | None, Input("distill")] = Field(None, description="student to measure")
     pairs: Annotated[str | None, Input("pairs")] = Field(
@@ -188,24 +192,44 @@ class Evaluate(Stage):
             where = self.execution, context.seed, context.output, context.threads
             return context.run(_particles, *measured, *where)
         from stages.evaluate.run import evaluate
+        from stages.evaluate.sides import Measurer
 
         found, student = subject(context.inputs)
         assert isinstance(found.stage, Pairs)
-        full = found.stage.sampler.steps
-        return context.run(
-            evaluate,
-            found,
-            student,
-            self.steps,
-            held_out(found, student, self.split, self.samples),
-            self.split,
-            self.guidance_scale,
-            self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < full],
-            context.inputs.get("real"),
-            self.execution,
-            context.output,
-            context.threads,
+        sampler, probe = found.stage.sampler, context.inputs.get("real")
+        if self.guidance_scale:
+            sampler = sampler.model_copy(update={"guidance_scale": self.guidance_scale})
+        fewer = self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < sampler.steps]
+        folder, parts = context.output / SCRATCH / FOLDER, parts_of(self.samples, real=probe is not None)
+        make = partial(
+            Measurer,
+            pairs=found,
+            student=student,
+            student_steps=self.steps,
+            noises=held_out(found, student, self.split, self.samples),
+            guidance_scale=self.guidance_scale,
+            teacher_steps=fewer,
+            probe=probe,
+            execution=self.execution,
+            folder=folder,
+            threads=context.threads,
         )
+        missing = [part for part in parts if not (folder / part.file).exists()]
+        done = self.samples - sum(part.stop - part.start for part in missing)
+        for part, _ in context.map(make, missing):
+            done += part.stop - part.start
+            context.progress(Progress(done, self.samples, "samples"))
+        in_steps = [sampler.model_copy(update={"steps": steps}) for steps in (sampler.steps, *fewer)]
+        calls = {f"teacher_{one.steps}": one.network_calls for one in in_steps}
+        if student:
+            assert isinstance(student.stage, Distill)
+            calls["student"] = self.steps or student.stage.method.form.steps
+        settings = self.split, self.guidance_scale, probe, self.execution.micro_batch
+        return context.run(evaluate, found, student, calls, parts, folder, *settings, context.output)
+
+    def progress_in(self, work: Path, pool: Path) -> str | None:
+        done = len(list((work / SCRATCH / FOLDER).glob("*.safetensors")))
+        return f"{done} parts of {SIZE} samples are measured" if done else None
 
 
 def _particles(*arguments: Any) -> Any:

@@ -5,12 +5,14 @@ Reports name each distance with the features that it uses. Only distances of Inc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 Features = NDArray[np.float64]
+ROWS = 1024
+"""Rows of a matrix of distances that are in memory at once."""
 
 
 def frechet_distance(a: Features, b: Features) -> float:
@@ -37,15 +39,14 @@ def kernel_distance(a: Features, b: Features) -> float:
     Its expectation is 0 if both distributions are equal, so it may be negative.
     """
 
-    def kernel(x: Features, y: Features) -> NDArray[np.float64]:
-        values: NDArray[np.float64] = (x @ y.T / x.shape[1] + 1.0) ** 3
-        return values
+    def total(x: Features, y: Features) -> float:
+        return sum(float(((rows @ y.T / x.shape[1] + 1.0) ** 3).sum()) for rows in _in_rows(x))
 
-    def off_diagonal_mean(values: NDArray[np.float64]) -> float:
-        n = len(values)
-        return float((values.sum() - np.trace(values)) / (n * (n - 1)))
+    def mean_of_different(x: Features) -> float:
+        n, equal = len(x), ((np.square(x).sum(1) / x.shape[1] + 1.0) ** 3).sum()
+        return (total(x, x) - float(equal)) / (n * (n - 1))
 
-    return off_diagonal_mean(kernel(a, a)) + off_diagonal_mean(kernel(b, b)) - 2.0 * float(kernel(a, b).mean())
+    return mean_of_different(a) + mean_of_different(b) - 2.0 * total(a, b) / (len(a) * len(b))
 
 
 def precision_recall(real: Features, made: Features, k: int = 3) -> tuple[float, float]:
@@ -53,11 +54,18 @@ def precision_recall(real: Features, made: Features, k: int = 3) -> tuple[float,
 
     Source: Kynkäänniemi et al. 2019, 1904.06991, eq. 1 and 2.
     """
-    across = _squared_distances(made, real)
-    return (
-        float((across <= _radii(real, k)[None, :]).any(1).mean()),
-        float((across <= _radii(made, k)[:, None]).any(0).mean()),
-    )
+    return _inside(made, real, k), _inside(real, made, k)
+
+
+def _inside(points: Features, manifold: Features, k: int) -> float:
+    """Return the share of `points` that lie no farther from some point of `manifold` than its k-th neighbour."""
+    radii = _radii(manifold, k)[None, :]
+    inside = [(_squared_distances(rows, manifold) <= radii).any(1) for rows in _in_rows(points)]
+    return float(np.concatenate(inside).mean())
+
+
+def _in_rows(points: Features) -> Iterator[Features]:
+    return (points[start : start + ROWS] for start in range(0, len(points), ROWS))
 
 
 def _squared_distances(a: Features, b: Features) -> NDArray[np.float64]:
@@ -68,10 +76,12 @@ def _squared_distances(a: Features, b: Features) -> NDArray[np.float64]:
 
 def _radii(points: Features, k: int) -> NDArray[np.float64]:
     """Return the squared distance (N,) from each point to its k-th nearest neighbour."""
-    distances = _squared_distances(points, points)
-    np.fill_diagonal(distances, np.inf)
-    radii: NDArray[np.float64] = np.partition(distances, k - 1, axis=1)[:, k - 1]
-    return radii
+    radii = []
+    for start, rows in zip(range(0, len(points), ROWS), _in_rows(points), strict=True):
+        distances = _squared_distances(rows, points)
+        np.fill_diagonal(distances[:, start:], np.inf)
+        radii.append(np.partition(distances, k - 1, axis=1)[:, k - 1])
+    return np.concatenate(radii)
 
 
 def diversity(features: Features, groups: list[str]) -> float | None:
@@ -83,9 +93,9 @@ def diversity(features: Features, groups: list[str]) -> float | None:
     total, pairs = 0.0, 0
     for name in dict.fromkeys(groups):
         members = features[names == name]
-        upper = np.triu_indices(len(members), 1)
-        total += float(np.sqrt(_squared_distances(members, members))[upper].sum())
-        pairs += len(upper[0])
+        for start, rows in zip(range(0, len(members), ROWS), _in_rows(members), strict=True):
+            total += float(np.triu(np.sqrt(_squared_distances(rows, members[start:])), 1).sum())
+        pairs += len(members) * (len(members) - 1) // 2
     return total / pairs if pairs else None
 
 

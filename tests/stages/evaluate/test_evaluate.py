@@ -1,23 +1,28 @@
 """The comparison of a student with its teacher, small."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.engines.ray import RayEngine
 from pipeline.errors import ManifestError
+from pipeline.views.progress import Quiet
 from stages.base import StageError
 from stages.data.images.config import Digits
 from stages.data.images.load import load
 from stages.data.pool import read_list
 from stages.data.reader import PairReader
 from stages.distill import sources
-from stages.evaluate import Evaluate, figures
+from stages.evaluate import Evaluate, figures, parts
 from stages.evaluate.config import EvaluationExecution
-from stages.evaluate.measure import two_real_sets
 from stages.evaluate.noises import VALIDATION, Noises, held_out
-from stages.evaluate.sides import sample_sides
+from stages.evaluate.parts import Part
+from stages.evaluate.real import two_real_sets
+from stages.evaluate.sides import Measurer
 from stages.metrics.distances import frechet_distance
 from stages.networks.probe import Classifier, batches
 from stages.networks.stable_diffusion import StableDiffusion
@@ -35,14 +40,12 @@ def quality(tiny):
 
 
 def sampled(pairs, student, samples, **execution):
-    """Return the result of `sample_sides` on test noises, without the teacher in fewer steps."""
+    """Return the test samples, and the latents of the teacher in full steps and of the student."""
     noises = held_out(pairs, student, "test", samples)
-    steps = sample_sides(pairs, student, None, noises, [], EvaluationExecution(device="cpu", **execution))
-    try:
-        while True:
-            next(steps)
-    except StopIteration as end:
-        return end.value
+    settings = EvaluationExecution(device="cpu", **execution)
+    measurer = Measurer(pairs, student, None, noises, None, [], None, settings, Path("unused"), 1)
+    drawn = measurer.drawn(Part(0, samples))
+    return drawn, *(measurer.latents(side, drawn) for side in measurer.sides)
 
 
 def test_every_side_is_measured_on_the_same_prompts_and_noise(quality):
@@ -66,12 +69,12 @@ def test_every_side_is_measured_on_the_same_prompts_and_noise(quality):
 def test_held_out_pairs_are_taken_and_the_rest_is_solved_as_the_factory_would(quality, tiny):
     """32 pairs are held out, and there are 60 samples. The other 28 are what pairs 96 to 123 would be."""
     student = tiny[1]["student"].artifact
-    sides, setting = sampled(sources(student.inputs)[0], student, 60)
+    samples, latents, _ = sampled(sources(student.inputs)[0], student, 60)
     more = execute(TINY, tiny[0], ["stages.pairs.count=128", "stages.student.held_out=33"], only=["pairs"])["pairs"]
     truth = PairReader(read_list(more.artifact.folder)).batch(range(64, 124))
-    assert setting.prompts == truth.prompts
-    assert (setting.noise == truth.noise).all()
-    error = (sides[0].latents - torch.from_numpy(truth.latent).float()).abs().max()
+    assert samples.prompts == truth.prompts
+    assert (samples.noise == truth.noise).all()
+    error = (latents - torch.from_numpy(truth.latent).float()).abs().max()
     assert error < 2e-2  # float16 storage, other batches
 
 
@@ -261,7 +264,7 @@ def test_too_few_real_images_for_a_distance_are_an_error():
 
 
 def test_both_sides_compute_in_the_dtype_of_the_pairs_in_batches_as_asked(tiny):
-    text = TINY + OTHERS % f"count: 20, seed: 9, dtype: bfloat16, {SAMPLER}"
+    text = TINY + OTHERS % f"count: 12, seed: 9, dtype: bfloat16, {SAMPLER}"  # the other 8 are solved here
     pairs = execute(text, tiny[0], only=["others"], name="bfloat16")["others"].artifact
     student = tiny[1]["student"].artifact
     seen = set()
@@ -272,7 +275,7 @@ def test_both_sides_compute_in_the_dtype_of_the_pairs_in_batches_as_asked(tiny):
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
     try:
-        (_, drawn), setting = sampled(pairs, student, 20, micro_batch=8)
+        samples, _, drawn = sampled(pairs, student, 20, micro_batch=8)
     finally:
         hook.remove()
     assert {(weight, given) for weight, given, _ in seen} == {(torch.bfloat16, torch.bfloat16)}
@@ -280,9 +283,9 @@ def test_both_sides_compute_in_the_dtype_of_the_pairs_in_batches_as_asked(tiny):
     exact = StableDiffusion(pairs.inputs["teacher"].folder)
     with torch.no_grad():
         wanted = Student.load(student.folder, exact)(
-            exact.to_device(setting.noise), exact.encode_prompts(setting.prompts)
+            exact.to_device(samples.noise), exact.encode_prompts(samples.prompts)
         )
-    assert 0 < (drawn.latents - wanted).abs().max() < 0.1
+    assert 0 < (drawn - wanted).abs().max() < 0.1
 
 
 def test_how_an_evaluation_is_batched_is_told_and_makes_nothing_stale(tiny):
@@ -292,3 +295,79 @@ def test_how_an_evaluation_is_batched_is_told_and_makes_nothing_stale(tiny):
     assert (made.record["metrics"]["micro_batch"], made.record["metrics"]["dtype"]) == (8, "float32")
     told = "in batches of 8, computed in float32"
     assert told in (made.folder / "index.html").read_text() and told in figures.legend(made.record["metrics"])[2]
+
+
+# --- Parts ---
+
+PARTED = (
+    PROBE
+    + """
+  parted:
+    kind: evaluate
+    student: student
+    real: probe
+    samples: 100
+    teacher_steps: [2]
+    execution: {threads: 1} # two workers on two cores have one each
+"""
+)
+
+
+class InterruptedAfter(Quiet):
+    """Presses Ctrl-C once so many samples are measured, and notes all progress."""
+
+    def __init__(self, samples: int = 10**9) -> None:
+        self.samples = samples
+        self.seen: list[int] = []
+
+    def progress(self, stage, progress):
+        if stage == "parted" and progress.unit == "samples":
+            self.seen.append(progress.done)
+            if progress.done >= self.samples:
+                raise KeyboardInterrupt
+
+
+def without_seconds(metrics):
+    return {
+        side: {name: value for name, value in values.items() if name != "seconds_per_image"}
+        for side, values in {**metrics["sides"], **metrics["references"]}.items()
+    }
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(parts, "SIZE", 32)
+
+
+def test_an_interrupted_evaluation_goes_on_after_its_measured_parts(tiny, small_parts):
+    whole = execute(PARTED, tiny[0], force=["parted"], name="whole")["parted"].artifact.record["metrics"]
+    shutil.rmtree(plan_of(PARTED, tiny[0])["parted"].artifact.folder)
+    with pytest.raises(KeyboardInterrupt):
+        execute(PARTED, tiny[0], name="cut", reporter=InterruptedAfter(64))
+    going_on = InterruptedAfter()
+    again = execute(PARTED, tiny[0], name="cut", reporter=going_on)["parted"].artifact
+    assert going_on.seen == [96, 100]
+    assert without_seconds(again.record["metrics"]) == without_seconds(whole)
+    assert not list(again.folder.rglob("*.safetensors"))
+
+
+def test_figures_do_not_depend_on_the_number_of_workers(tiny, small_parts):
+    alone = execute(PARTED, tiny[0], force=["parted"], name="alone")["parted"].artifact.record["metrics"]
+    text = PARTED + "resources: {parted: {workers: 2}}\n"
+    engine = RayEngine()
+    try:
+        two = execute(text, tiny[0], engine=engine, force=["parted"], name="two")["parted"].artifact.record["metrics"]
+    finally:
+        engine.close()
+    assert without_seconds(two) == without_seconds(alone)
+
+
+def test_parts_of_another_size_change_rounding_only(tiny, quality, monkeypatch):
+    text = QUALITY.replace("  quality:", "  again:")
+    monkeypatch.setattr(parts, "SIZE", 50)
+    found = execute(text, tiny[0], force=["again"], name="fifty")["again"].artifact
+    before = quality.record["metrics"]["sides"]
+    for side, values in found.record["metrics"]["sides"].items():
+        for name in ("latent_mse", "prompt_accuracy", "frechet_distance", "diversity"):
+            assert values[name] == pytest.approx(before[side][name], rel=1e-3, abs=1e-5)
+    assert json.loads((found.folder / "shown.json").read_text())["samples"]

@@ -134,7 +134,7 @@ def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [
-    ("[1.0, 3.0]", "[1.0, 5.5]", "guidance_scale: 5.5; the student takes scales of [1, 5]"),
+    ("[1.0, 3.0]", "[1.0, 5.5]", "guidance_scale: 5.5; the student takes scales of .1, 5."),
     ("w_range: [0.0, 4.0]", "w_range: 4.0", "method.w_range: should be a list, not 4.0"),
     ("w_range: [0.0, 4.0]", "w_range: [4.0, 4.0]", "w_range should be two numbers"),
     ("start_steps: 4", "start_steps: 5", "end_steps: should be start_steps: 5 halved one or more times, not 2"),

@@ -1,0 +1,85 @@
+"""The parts of an evaluation, and the files in which workers leave what they measured.
+
+Planning imports this module, so it imports neither torch nor, at module level, NumPy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.data.files import publish, temporary_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Arrays = dict[str, NDArray[Any]]
+    """`SIDE/WHAT` -> values, one row for each image: such as student/latent_mse and real/features."""
+
+FOLDER = "parts"
+"""The folder of measured parts, in the scratch folder of an unfinished evaluation."""
+SIZE = 512
+"""Samples in a part."""
+ABOUT = "about"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples `start` to `stop` - 1 of an evaluation; with `real`, its real images."""
+
+    start: int
+    stop: int
+    real: bool = False
+
+    @property
+    def file(self) -> str:
+        return "real.safetensors" if self.real else f"{self.start:09d}.safetensors"
+
+    def __str__(self) -> str:
+        return "the real images" if self.real else f"samples {self.start} to {self.stop - 1}"
+
+
+def parts_of(samples: int, real: bool) -> list[Part]:
+    """Return the parts of an evaluation. The real images come first, so that problems with them are found early."""
+    return [
+        *([Part(0, 0, real=True)] if real else []),
+        *(Part(start, min(start + SIZE, samples)) for start in range(0, samples, SIZE)),
+    ]
+
+
+def write(folder: Path, part: Part, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> str:
+    """Write a part to `folder`, completely or not at all. Return the name of the file."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_of(folder / part.file)
+    try:
+        kept = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+        save_file(kept, temporary, {ABOUT: json.dumps(about)})
+        publish(temporary, folder / part.file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return part.file
+
+
+class Measured:
+    """What the workers measured: the arrays of several parts, joined in order, and what is known about each part."""
+
+    def __init__(self, folder: Path, parts: Iterable[Part]) -> None:
+        from safetensors import safe_open
+
+        self._files = [safe_open(folder / part.file, "np") for part in parts]
+        self.about: list[dict[str, Any]] = [json.loads(file.metadata()[ABOUT]) for file in self._files]
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in file.keys() for file in self._files)  # noqa: SIM118 - it is no mapping
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Return an array of all parts that have it, (N, ...)."""
+        import numpy as np
+
+        return np.concatenate([file.get_tensor(name) for file in self._files if name in file.keys()])  # noqa: SIM118

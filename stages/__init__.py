@@ -8,6 +8,7 @@ from stages.optimize import Optimize
 from stages.pairs import Pairs
 from stages.perceptual import Perceptual
 from stages.probe import Probe
+from stages.reference import Reference
 from stages.registry import Registry
 from stages.teacher import Teacher
 
@@ -23,6 +24,7 @@ KINDS: Registry[Stage] = Registry(
         "distill": Distill,
         "optimize": Optimize,
         "probe": Probe,
+        "reference": Reference,
         "evaluate": Evaluate,
     },
     reserved=("locks", "runs", "work"),  # a store's own folders, beside those of the kinds

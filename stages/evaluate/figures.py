@@ -31,6 +31,14 @@ FIGURES = {
     "precision": Figure("precision", "{:.3f}"),
     "recall": Figure("recall", "{:.3f}"),
     "diversity": Figure("diversity", "{:.2f}"),
+    "fid": Figure("FID", "{:.2f}"),
+    "kid": Figure("KID", "{:.5f}"),
+    "inception_precision": Figure("precision (Inception)", "{:.3f}"),
+    "inception_recall": Figure("recall (Inception)", "{:.3f}"),
+    "patch_fid": Figure("patch FID", "{:.2f}"),
+    "fd_dinov2": Figure("FD-DINOv2", "{:.1f}"),
+    "clip_score": Figure("CLIP score", "{:.2f}"),
+    "lpips_diversity": Figure("LPIPS diversity", "{:.3f}"),
     "nearest_mse": Figure("MSE to nearest", "{:.4f}"),
     # only for particles, and for the teacher's samples beside them
     "image_distance": Figure("image distance", "{:.3f}"),
@@ -102,6 +110,13 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         lines.append(
             "MSE to nearest is measured to the nearest image of the exact teacher's set. Memorised images have "
             "almost 0. Images that are as new as held-out ones have about the value of 'VAE reconstruction'."
+        )
+    if "reference" in metrics:
+        about = metrics["reference"]
+        lines.append(
+            f"FID, KID, patch FID, FD-DINOv2, CLIP score and LPIPS diversity follow {about['preset']}, against "
+            f"{about['images']:,} real images. The sha256 of the weights: "
+            f"{', '.join(f'{name} {sha256}' for name, sha256 in about['weights_sha256'].items()) or 'none given'}."
         )
     if "features" in metrics:
         lines += [

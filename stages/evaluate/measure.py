@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.base import Artifact
+from stages.base import Artifact, Progress
 from stages.data.images import digits
 from stages.data.images.config import Digits
 from stages.evaluate.parts import Measured
 from stages.metrics import distances
+from stages.metrics.protocols import SUBSET_SIZE, SUBSETS
 from stages.probe import Probe
+from stages.reference import Reference
+
+STANDARD = {"inception": ("fid", True), "inception_patch": ("patch_fid", False), "dinov2": ("fd_dinov2", False)}
+"""Features -> the name of their Fréchet distance, and whether KID, precision and recall are measured on them, too."""
 
 
 def against_teacher(samples: Measured, side: str) -> dict[str, float]:
@@ -90,3 +95,36 @@ def _figures(
     figures["precision"], figures["recall"] = distances.precision_recall(real, features)
     diversity = distances.diversity(features, captions)
     return figures if diversity is None else {**figures, "diversity": diversity}
+
+
+def standard(
+    metrics: dict[str, Any], samples: Measured, prompts: Measured, reference: Artifact
+) -> Generator[Progress, None, None]:
+    """Add the standard metrics to `metrics`, as far as the reference has the networks: FID, KID, precision and recall
+    of Inception features, patch FID, the Fréchet distance of DINOv2 features, CLIP score and LPIPS diversity.
+
+    prompts: the parts that compare images of one prompt."""
+    about = reference.record["metrics"]
+    assert isinstance(reference.stage, Reference)
+    metrics["reference"] = {
+        "preset": reference.stage.preset,
+        "images": about["images"],
+        "weights_sha256": about["weights_sha256"],
+    }
+    for done, (side, figures) in enumerate(metrics["sides"].items(), 1):
+        for name, (key, several) in STANDARD.items():
+            if f"{side}/{name}" in samples:
+                real, made = np.load(reference.folder / f"{name}.npy").astype(np.float64), samples[f"{side}/{name}"]
+                figures |= {key: distances.frechet_distance(real, made.astype(np.float64))}
+                if several:
+                    figures |= _of_inception(real, made.astype(np.float64))
+        for measured, key in ((samples, "clip_score"), (prompts, "lpips_diversity")):
+            if f"{side}/{key}" in measured:
+                figures |= _mean(key, measured[f"{side}/{key}"])
+        yield Progress(done, len(metrics["sides"]), "sides measured")
+
+
+def _of_inception(real: NDArray[np.float64], made: NDArray[np.float64]) -> dict[str, float]:
+    kid, error = distances.kernel_distance_of_subsets(real, made, SUBSETS, min(SUBSET_SIZE, len(real), len(made)))
+    precision, recall = distances.precision_recall(real, made)
+    return {"kid": kid, "kid_se": error, "inception_precision": precision, "inception_recall": recall}

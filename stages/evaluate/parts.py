@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stages.data.files import publish, temporary_of
 
@@ -21,32 +21,39 @@ if TYPE_CHECKING:
 
 FOLDER = "parts"
 """The folder of measured parts, in the scratch folder of an unfinished evaluation."""
-SIZE = 512
-"""Samples in a part."""
+SIZE, PROMPTS = 512, 25
+"""The number of samples in a part, and of prompts in a part that compares images of one prompt."""
 ABOUT = "about"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Samples `start` to `stop` - 1 of an evaluation; with `real`, its real images."""
+    """What a worker measures at once: samples `start` to `stop` - 1; or real images; or several images of one prompt,
+    for the prompts `start` to `stop` - 1."""
 
     start: int
     stop: int
-    real: bool = False
+    what: Literal["samples", "real", "prompts"] = "samples"
 
     @property
     def file(self) -> str:
-        return "real.safetensors" if self.real else f"{self.start:09d}.safetensors"
+        return f"{self.what}-{self.start:09d}.safetensors"
 
     def __str__(self) -> str:
-        return "the real images" if self.real else f"samples {self.start} to {self.stop - 1}"
+        return "the real images" if self.what == "real" else f"{self.what} {self.start} to {self.stop - 1}"
 
 
-def parts_of(samples: int, real: bool) -> list[Part]:
-    """Return the parts of an evaluation. The real images come first, so that problems with them are found early."""
+def parts_of(samples: int, real: bool, prompts: int = 0) -> list[Part]:
+    """Return the parts of an evaluation. The real images come first, so that problems with them are found early.
+
+    real: whether real images are measured. prompts: the number of prompts of which several images are compared."""
+    runs: list[tuple[Literal["samples", "prompts"], int, int]] = [
+        ("samples", samples, SIZE),
+        ("prompts", prompts, PROMPTS),
+    ]
     return [
-        *([Part(0, 0, real=True)] if real else []),
-        *(Part(start, min(start + SIZE, samples)) for start in range(0, samples, SIZE)),
+        *([Part(0, 0, "real")] if real else []),
+        *(Part(i, min(i + size, count), what) for what, count, size in runs for i in range(0, count, size)),
     ]
 
 

@@ -26,6 +26,7 @@ def evaluate(
     split: Split,
     guidance_scale: float | None,
     probe: Artifact | None,
+    reference: Artifact | None,
     micro_batch: int,
     output: Path,
 ) -> Generator[Progress, None, dict[str, Any]]:
@@ -33,7 +34,9 @@ def evaluate(
 
     calls: name of a side -> its network calls for an image. parts, folder: what the workers measured.
     """
-    samples = Measured(folder, [part for part in parts if not part.real])
+    samples, real, prompts_alone = (
+        Measured(folder, [part for part in parts if part.what == what]) for what in ("samples", "real", "prompts")
+    )
     numbers, prompts = ([one for about in samples.about for one in about[key]] for key in ("numbers", "prompts"))
     metrics: dict[str, Any] = {
         "samples": len(numbers),
@@ -50,11 +53,12 @@ def evaluate(
     if scale != stored_scale([pairs]):
         metrics["guidance_scale"] = scale
     if probe:
-        real = Measured(folder, [part for part in parts if part.real])
         try:
             measure.against_real(metrics, samples, real, probe)
         except ValueError as error:
             raise StageError(f"evaluation against real images: {error}") from error
+    if reference:
+        yield from measure.standard(metrics, samples, prompts_alone, reference)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     strips = {side: samples[f"{side}/shown"] for side in calls}
     columns = page.columns(len(numbers), next(iter(strips.values())).shape[-1])

@@ -31,6 +31,8 @@ from stages.evaluate.config import EvaluationExecution
 from stages.evaluate.noises import Noises
 from stages.evaluate.parts import Part, write
 from stages.evaluate.real import two_real_sets
+from stages.metrics.protocols import DIVERSITY_IMAGES, PROTOCOLS
+from stages.networks import standard
 from stages.networks.compute import prepare
 from stages.networks.exact import Exact
 from stages.networks.probe import Classifier, batches
@@ -38,6 +40,7 @@ from stages.networks.student import Student
 from stages.networks.teachers import load_network, solve
 from stages.pairs import Pairs
 from stages.probe import Probe
+from stages.reference import Reference
 
 if TYPE_CHECKING:
     from stages.evaluate.parts import Arrays
@@ -77,6 +80,7 @@ class Measurer:
     guidance_scale: float | None
     teacher_steps: list[int]
     probe: Artifact | None
+    reference: Artifact | None
     execution: EvaluationExecution
     folder: Path
     threads: int
@@ -95,6 +99,11 @@ class Measurer:
         self.size = height, width
         self.shown = set(page.columns(self.noises.count, self.size[1]))
         self.classifier = self._probe() if self.probe else None
+        self.eyes = None
+        if self.reference:
+            assert isinstance(self.reference.stage, Reference)
+            networks = self.reference.folder / standard.FOLDER
+            self.eyes = standard.Eyes(networks, PROTOCOLS[self.reference.stage.preset], self.teacher.device)
         self.sides = dict(self._teacher_sides())
         if self.student:
             network = Student.load(self.student.folder, self.teacher, self.student_steps)
@@ -105,8 +114,8 @@ class Measurer:
     def __call__(self, part: Part) -> str:
         with self._busy:
             prepare(self.threads)  # the number of threads is a setting of each thread
-            arrays, about = self._real() if part.real else self._samples(part)
-            return write(self.folder, part, arrays, about)
+            measure = {"samples": self._samples, "real": self._real, "prompts": self._prompts}[part.what]
+            return write(self.folder, part, *measure(part))
 
     def _probe(self) -> Classifier:
         assert self.probe and isinstance(self.probe.stage, Probe)
@@ -152,7 +161,7 @@ class Measurer:
             latents = self.latents(name, samples)
             full = latents if not len(full) else full
             arrays[f"{name}/latent_mse"] = (latents - full).square().mean((1, 2, 3)).double().numpy()
-            arrays |= self._seen(name, latents, part)
+            arrays |= self._seen(name, latents, part, samples.prompts)
             if part.start == 0:
                 seconds[name] = self._seconds(sampler, samples)
         device = {"dtype": str(self.teacher.dtype).removeprefix("torch."), "device": self.teacher.device_name}
@@ -162,10 +171,12 @@ class Measurer:
         """Read the stored noises and prompts of a part, and draw the fresh ones.
 
         The latents of the pairs are kept if they have the guidance scale of the evaluation."""
-        stage, seed = self.pairs.stage, self.pairs.seed
+        return self._of(*(list(numbers) for numbers in self.noises.part(part.start, part.stop)))
+
+    def _of(self, stored: list[int], fresh: list[int]) -> Samples:
+        """Return samples by their numbers. Those of `stored` are in the pairs."""
+        stage, seed, numbers = self.pairs.stage, self.pairs.seed, [*stored, *fresh]
         assert isinstance(stage, Pairs)
-        stored, fresh = (list(numbers) for numbers in self.noises.part(part.start, part.stop))
-        numbers = [*stored, *fresh]
         noise = np.empty((len(numbers), *self.teacher.latent_shape), stage.storage_dtype)
         solved: NDArray[np.floating] = noise[:0]
         prompts: list[str] = []
@@ -202,7 +213,7 @@ class Measurer:
             sampler(samples, first).cpu()
         return (time.perf_counter() - started) / min(self.execution.micro_batch, len(samples.noise))
 
-    def _seen(self, name: str, latents: Tensor, part: Part) -> Arrays:
+    def _seen(self, name: str, latents: Tensor, part: Part, prompts: list[str]) -> Arrays:
         """Return what is measured on the images of a side, and those of its images that the page shows."""
         arrays: Arrays = {}
         if isinstance(self.teacher, Exact):
@@ -210,16 +221,48 @@ class Measurer:
         shown = [i - part.start for i in range(part.start, part.stop) if i in self.shown]
         if shown:
             arrays[f"{name}/shown"] = self.teacher.decode(latents[shown]).numpy()
-        return {**arrays, **self._features(name, map(self.teacher.decode, latents.split(self.execution.micro_batch)))}
+        found: dict[str, list[NDArray[Any]]] = {}
+        for start in range(0, len(latents), self.execution.micro_batch):
+            rows = slice(start, start + self.execution.micro_batch)
+            images = self.teacher.decode(latents[rows])
+            for what, values in {
+                **self._features(name, [images]),
+                **self._standard(name, images, prompts[rows]),
+            }.items():
+                found.setdefault(what, []).append(values)
+        return {**arrays, **{what: np.concatenate(values) for what, values in found.items()}}
 
     def _features(self, name: str, images: Iterable[Tensor]) -> Arrays:
-        """Return what networks see in batches of images (B, 3, H, W) in [-1, 1]."""
+        """Return what the probe sees in batches of images (B, 3, H, W) in [-1, 1]."""
         if not self.classifier:
             return {}
         features, predicted = self.classifier.look(images)
         return {f"{name}/features": features, **{f"{name}/label/{k}": classes for k, classes in predicted.items()}}
 
-    def _real(self) -> tuple[Arrays, dict[str, Any]]:
+    def _standard(self, name: str, images: Tensor, prompts: list[str]) -> Arrays:
+        """Return what the networks of the standard metrics see in images (B, 3, H, W) in [-1, 1]."""
+        if not self.eyes:
+            return {}
+        saved = in_bytes(images)
+        found: Arrays = {f"{name}/{what}": values for what, values in self.eyes.features(saved).items()}
+        scores = self.eyes.clip_scores(saved, prompts) if any(prompts) else None
+        return found if scores is None else {**found, f"{name}/clip_score": scores}
+
+    def _prompts(self, part: Part) -> tuple[Arrays, dict[str, Any]]:
+        """Measure the LPIPS distance between images of one prompt, for some prompts, from noises that are new."""
+        assert self.eyes
+        table = PromptTable(pool_of(self.pairs.folder))
+        first = max(self.noises.stored.stop, self.noises.fresh.stop)  # later numbers are those of no other sample
+        distances: dict[str, list[float]] = {side: [] for side in self.sides}
+        for prompt in range(part.start, min(part.stop, len(table))):
+            start = first + (prompt - first) % len(table)
+            samples = self._of([], [start + n * len(table) for n in range(DIVERSITY_IMAGES)])
+            for side, found in distances.items():
+                distance = self.eyes.diversity(in_bytes(self.teacher.decode(self.latents(side, samples))))
+                found += [] if distance is None else [distance]
+        return {f"{side}/lpips_diversity": np.array(found) for side, found in distances.items() if found}, {}
+
+    def _real(self, _: Part) -> tuple[Arrays, dict[str, Any]]:
         """Measure two sets of real images that share no original, and the second set after encoding and decoding."""
         assert self.probe and isinstance(self.probe.stage, Probe)
         scratch = self.folder / SCRATCH
@@ -238,3 +281,8 @@ class Measurer:
         if isinstance(self.teacher, Exact):
             arrays["vae_reconstruction/nearest_mse"] = self.teacher.nearest(latents).double().cpu().numpy()
         return arrays, {"captions": other.captions}
+
+
+def in_bytes(images: Tensor) -> Tensor:
+    """Convert images in [-1, 1] to uint8 in 0 to 255 on the CPU, as pipelines save them."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -16,9 +16,11 @@ from stages.distill import Distill, sources, teacher_of
 from stages.evaluate.config import MIN_SAMPLES, EvaluationExecution, Split
 from stages.evaluate.noises import held_out, overlap
 from stages.evaluate.parts import FOLDER, SIZE, parts_of
+from stages.metrics.protocols import DIVERSITY_PROMPTS, PROTOCOLS
 from stages.optimize import Optimize
 from stages.pairs import Pairs, guidance_scales
 from stages.probe import Probe
+from stages.reference import Reference
 from stages.teacher import Teacher
 
 
@@ -44,6 +46,10 @@ class Evaluate(Stage):
     pairs and test noises have lower numbers. All validation noises are fresh, so each evaluation runs the teacher on
     them again.
 
+    `reference` adds FID, KID, precision and recall, CLIP score and the other standard metrics, with the networks whose
+    weights it has. Samples are measured in parts, so images are never all in memory, and several workers can share the
+    work (`resources`).
+
     With `particles`, it compares the objects of an optimize stage with as many samples of their teacher.
     """
 
@@ -64,6 +70,11 @@ class Evaluate(Stage):
     )
     real: Annotated[str | None, Input("probe")] = Field(
         None, description="probe of the real images to compare with; if left out, nothing is compared with real images"
+    )
+    reference: Annotated[str | None, Input("reference"), Neutral()] = Field(
+        None,
+        description="real images, seen by the networks of FID and the other standard metrics; if left out, none of "
+        "these metrics is measured",
     )
     samples: int = Field(
         2000,
@@ -97,7 +108,16 @@ class Evaluate(Stage):
     @model_validator(mode="after")
     def _a_subject(self) -> Self:
         if self.particles:
-            of_students = ("student", "pairs", "samples", "split", "steps", "guidance_scale", "teacher_steps")
+            of_students = (
+                "student",
+                "pairs",
+                "reference",
+                "samples",
+                "split",
+                "steps",
+                "guidance_scale",
+                "teacher_steps",
+            )
             others = [name for name in of_students if getattr(self, name) != type(self).model_fields[name].default]
             if others:
                 raise ValueError(f"with particles, leave {' and '.join(others)} out")
@@ -200,7 +220,9 @@ class Evaluate(Stage):
         if self.guidance_scale:
             sampler = sampler.model_copy(update={"guidance_scale": self.guidance_scale})
         fewer = self.teacher_steps if self.teacher_steps is not None else [n for n in (4, 2, 1) if n < sampler.steps]
-        folder, parts = context.output / SCRATCH / FOLDER, parts_of(self.samples, real=probe is not None)
+        reference = context.inputs.get("reference")
+        prompts = DIVERSITY_PROMPTS if reference and _has_lpips(reference) else 0
+        folder, parts = context.output / SCRATCH / FOLDER, parts_of(self.samples, probe is not None, prompts)
         make = partial(
             Measurer,
             pairs=found,
@@ -210,26 +232,41 @@ class Evaluate(Stage):
             guidance_scale=self.guidance_scale,
             teacher_steps=fewer,
             probe=probe,
+            reference=reference,
             execution=self.execution,
             folder=folder,
             threads=context.threads,
         )
         missing = [part for part in parts if not (folder / part.file).exists()]
-        done = self.samples - sum(part.stop - part.start for part in missing)
+        done = self.samples - sum(part.stop - part.start for part in missing if part.what == "samples")
         for part, _ in context.map(make, missing):
-            done += part.stop - part.start
+            done += part.stop - part.start if part.what == "samples" else 0
             context.progress(Progress(done, self.samples, "samples"))
         in_steps = [sampler.model_copy(update={"steps": steps}) for steps in (sampler.steps, *fewer)]
         calls = {f"teacher_{one.steps}": one.network_calls for one in in_steps}
         if student:
             assert isinstance(student.stage, Distill)
             calls["student"] = self.steps or student.stage.method.form.steps
-        settings = self.split, self.guidance_scale, probe, self.execution.micro_batch
+        settings = self.split, self.guidance_scale, probe, reference, self.execution.micro_batch
         return context.run(evaluate, found, student, calls, parts, folder, *settings, context.output)
+
+    def warnings(self, inputs: Mapping[str, Artifact]) -> Iterator[str]:
+        reference = inputs["reference"].stage if self.reference else None
+        if isinstance(reference, Reference) and PROTOCOLS[reference.preset].samples != self.samples:
+            wanted = PROTOCOLS[reference.preset].samples
+            yield (
+                f"{reference.preset} has {wanted:,} samples, this evaluation {self.samples:,}: its figures cannot be "
+                "compared with published ones"
+            )
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
         done = len(list((work / SCRATCH / FOLDER).glob("*.safetensors")))
         return f"{done} parts of {SIZE} samples are measured" if done else None
+
+
+def _has_lpips(reference: Artifact) -> bool:
+    assert isinstance(reference.stage, Reference)
+    return reference.stage.lpips is not None
 
 
 def _particles(*arguments: Any) -> Any:

@@ -49,6 +49,15 @@ def kernel_distance(a: Features, b: Features) -> float:
     return mean_of_different(a) + mean_of_different(b) - 2.0 * total(a, b) / (len(a) * len(b))
 
 
+def kernel_distance_of_subsets(a: Features, b: Features, subsets: int, size: int) -> tuple[float, float]:
+    """Return KID: the mean of `kernel_distance` over random subsets of `size` samples, and its standard deviation over
+    them divided by the root of their number (1801.01401). The subsets are those of torch-fidelity."""
+    random = np.random.RandomState(2020)
+    drawn = [[one[random.choice(len(one), size, replace=False)] for one in (a, b)] for _ in range(subsets)]
+    values = np.array([kernel_distance(*pair) for pair in drawn])
+    return float(values.mean()), float(values.std() / subsets**0.5)
+
+
 def precision_recall(real: Features, made: Features, k: int = 3) -> tuple[float, float]:
     """Return precision, the share of `made` in the k-nearest-neighbour manifold of `real`, and recall, the reverse.
 

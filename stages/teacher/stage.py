@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from stages.base import SCRATCH, Artifact, Input, Neutral, Stage, StageContext, StageError
+from stages.data.hub import commit_of, snapshot
 from stages.diffusion.prediction import Prediction
 from stages.networks.adapter import IGNORED, INDEX, Adapter
 from stages.networks.adapters import adapter_of, checked, checked_index
@@ -395,10 +396,10 @@ def _fuse(lora: TeacherLora, context: StageContext) -> Mapping[str, Any]:
 
     A worker writes the changed weights to a folder of their own. They replace the pipeline's when they are complete, so
     that a second worker, which takes over from a lost one, does not fuse the LoRA twice. Raises StageError."""
-    commit = _commit(context.contents["lora.weights"])
+    commit = commit_of(context.contents["lora.weights"])
     source = Path(lora.weights)
     if commit:
-        source = _snapshot(lora.weights, commit, [lora.file or "*.safetensors", "README.md"], ["*/*"])
+        source = snapshot(lora.weights, commit, [lora.file or "*.safetensors", "README.md"], ["*/*"])
     file = lora.found_in(source)
     scratch = context.output / SCRATCH
     scratch.mkdir(exist_ok=True)
@@ -421,7 +422,7 @@ def adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
 
     Returns the source, its commit and its licence. Raises StageError if the pipeline is unsupported or cannot be
     downloaded."""
-    commit = _commit(identity)
+    commit = commit_of(identity)
     folder = _download(source, commit) if commit else Path(FROM.source(source))
     found = checked(folder)
     for pattern in found.FILES:
@@ -435,30 +436,9 @@ def adopt(source: str, identity: str, output: Path) -> Mapping[str, Any]:
     return {"source": source, "revision": commit, "licence": _licence(folder)}
 
 
-def _commit(identity: str) -> str | None:
-    """Return the commit in the identity of a content, or None if the content is not on the hub."""
-    return identity.removeprefix("hub:") if identity.startswith("hub:") else None
-
-
 def _download(source: str, commit: str) -> Path:
-    files = checked_index(_snapshot(source, commit, [INDEX])).FILES
-    return _snapshot(source, commit, [*files, "README.md"])
-
-
-def _snapshot(source: str, commit: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
-    """Download the files of a hub repository that match a pattern and no ignored one. Raises StageError on failure."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(source, revision=commit, allow_patterns=list(patterns), ignore_patterns=[*ignored])
-        )
-    except Exception as error:  # the hub's client raises many kinds; all mean: not reached, or not found
-        first = (str(error).strip() or "no reason given").splitlines()[0]
-        raise StageError(
-            f"{source} cannot be downloaded ({type(error).__name__}: {first}); "
-            "download it on a machine with a network, and give its folder"
-        ) from error
+    files = checked_index(snapshot(source, commit, [INDEX])).FILES
+    return snapshot(source, commit, [*files, "README.md"])
 
 
 def _licence(folder: Path) -> str | None:

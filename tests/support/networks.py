@@ -46,7 +46,7 @@ SCHEDULER = {
 def stable_diffusion_layout(folder: Path, unet: UNet2DConditionModel | None = None) -> Path:
     """Write a text-to-image pipeline with random weights, laid out as Stable Diffusion 1.5 is published. Latents have
     the shape (4, 8, 8), encoded prompts (77, 32)."""
-    tokenizer = _letters("<|endoftext|>")
+    tokenizer = letters("<|endoftext|>")
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline(
         vae=build.autoencoder(16, (8, 16)),
@@ -119,8 +119,8 @@ def stable_diffusion_xl_layout(folder: Path, prediction: str = "epsilon", zeros:
         vae=vae,
         text_encoder=CLIPTextModel(first),
         text_encoder_2=CLIPTextModelWithProjection(second),
-        tokenizer=_letters("<|endoftext|>"),
-        tokenizer_2=_letters("a"),
+        tokenizer=letters("<|endoftext|>"),
+        tokenizer_2=letters("a"),
         unet=network,
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,
@@ -137,7 +137,7 @@ def stable_diffusion_xl_layout(folder: Path, prediction: str = "epsilon", zeros:
     return folder
 
 
-def _letters(padding: str) -> CLIPTokenizer:
+def letters(padding: str) -> CLIPTokenizer:
     letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: i for i, word in enumerate(letters)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, pad_token=padding)

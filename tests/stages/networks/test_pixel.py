@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from io import BytesIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import (
@@ -27,8 +30,9 @@ from stages.networks.condition import Condition
 from stages.networks.pixel import PixelDiffusion
 from stages.networks.student import Student, export
 from stages.teacher import Teacher
+from tests.support.cli import ROOT
 from tests.support.networks import pixel_unet
-from tests.support.pipelines import execute
+from tests.support.pipelines import execute, plan_of
 
 PIPELINE = """
 name: pixels
@@ -292,3 +296,38 @@ stages:
             namespace["noise"], teacher.encode_prompts(["cat"])
         )
     torch.testing.assert_close(namespace["image"], x0, atol=1e-4, rtol=1e-4)
+
+
+def test_the_manifest_of_cifar10_pairs_is_planned_without_a_network_and_runs_small(unconditional, tmp_path):
+    """Its own stages, with fewer pairs, steps and samples, and without the downloads: LPIPS and Inception."""
+    text = (ROOT / "manifests/cifar10_ode_pairs.yaml").read_text()
+    images = [BytesIO() for _ in range(40)]
+    for i, file in enumerate(images):
+        Image.fromarray(np.full((32, 32, 3), i * 5, np.uint8)).save(file, format="PNG")
+    (tmp_path / "plain_text").mkdir()
+    rows = pa.table({"img": [{"bytes": file.getvalue()} for file in images], "label": [i % 10 for i in range(40)]})
+    pq.write_table(rows, tmp_path / "plain_text/train.parquet")
+    here = [
+        f"stages.teacher.from={unconditional}",
+        f"stages.cifar10.images.path={tmp_path / 'plain_text'}",
+    ]
+    plan = plan_of(text, tmp_path / "store", here)
+    assert not [stage.name for stage in plan.values() if stage.state == "blocked"]
+    assert len([name for name in plan if name.startswith("student")]) == 8
+    small = (
+        text.replace("[10240, 102400, 512000, 1024000]", "[12, 20]")
+        .replace("shard_size: 1024\n", "shard_size: 8\n    execution: {threads: 1}\n")
+        .replace("count: 10000\n    shard_size: 1000", "count: 24\n    shard_size: 8")
+        .replace("steps: 100,", "steps: 3,")
+        .replace("{method.loss: [l1, lpips]}", "{method.loss: [l1]}")
+        .replace("steps: 50000, batch_size: 512", "steps: 4, batch_size: 8")
+        .replace("warmup_steps: 5000", "warmup_steps: 1")
+        .replace("samples: 50000", "samples: 30")
+    )
+    done = execute(small[: small.index("resources:")], tmp_path / "store", here)
+    for count in (12, 20):
+        metrics = done[f"quality[count={count},loss=l1]"].artifact.record["metrics"]
+        assert metrics["sides"]["student"]["latent_mse"] > 0 and metrics["reference"]["images"] == 40
+        assert "fid" not in metrics["sides"]["student"]
+    read = PairReader.of(done["pairs[count=20]"].artifact).batch(range(12))
+    assert np.array_equal(read.noise, PairReader.of(done["pairs[count=12]"].artifact).batch(range(12)).noise)

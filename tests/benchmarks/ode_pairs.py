@@ -50,8 +50,9 @@ class Point:
 
 
 def points(store: Path, names: list[str]) -> Iterator[Point]:
-    """Yield the evaluated students of the runs."""
-    for one in collect([Run(Store(store), name) for name in names])[0]:
+    """Yield the evaluated students of the runs, each once."""
+    evaluations = collect([Run(Store(store), name) for name in names])[0]
+    for one in {one.folder: one for one in evaluations}.values():
         folder = one.folder / json.loads((one.folder / RECORD).read_text())["inputs"]["student"]
         student = json.loads((folder / RECORD).read_text())
         settings, training = student["settings"], student["settings"]["training"]

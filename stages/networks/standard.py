@@ -5,10 +5,10 @@ Images are uint8 tensors (B, 3, H, W) in 0 to 255, as pipelines save them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -124,18 +124,41 @@ def middle(images: Tensor, side: int) -> Tensor:
 
 
 def _inception(path: Path, device: str | torch.device) -> nn.Module | None:
-    """Return torch-fidelity's Inception up to its pooled features: input (B, 3, 299, 299) in [-1, 1]."""
+    """Return the Inception network of FID up to its pooled features, from (B, 3, 299, 299) in [-1, 1] to
+    (B, 2048, 1, 1). The layers are torch-fidelity's."""
     if not path.exists():
         return None
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity import feature_extractor_inceptionv3 as layers
 
+    convolution = layers.BasicConv2d
+    trunk = nn.Sequential(
+        OrderedDict(
+            Conv2d_1a_3x3=convolution(3, 32, kernel_size=3, stride=2),
+            Conv2d_2a_3x3=convolution(32, 32, kernel_size=3),
+            Conv2d_2b_3x3=convolution(32, 64, kernel_size=3, padding=1),
+            MaxPool_1=nn.MaxPool2d(3, 2),
+            Conv2d_3b_1x1=convolution(64, 80, kernel_size=1),
+            Conv2d_4a_3x3=convolution(80, 192, kernel_size=3),
+            MaxPool_2=nn.MaxPool2d(3, 2),
+            Mixed_5b=layers.InceptionA(192, pool_features=32),
+            Mixed_5c=layers.InceptionA(256, pool_features=64),
+            Mixed_5d=layers.InceptionA(288, pool_features=64),
+            Mixed_6a=layers.InceptionB(288),
+            Mixed_6b=layers.InceptionC(768, channels_7x7=128),
+            Mixed_6c=layers.InceptionC(768, channels_7x7=160),
+            Mixed_6d=layers.InceptionC(768, channels_7x7=160),
+            Mixed_6e=layers.InceptionC(768, channels_7x7=192),
+            Mixed_7a=layers.InceptionD(768),
+            Mixed_7b=layers.InceptionE_1(1280),
+            Mixed_7c=layers.InceptionE_2(2048),
+            AvgPool=nn.AdaptiveAvgPool2d(1),
+        )
+    )
     try:
-        with NamedTemporaryFile(suffix=".pth") as file:  # the library reads only files, and trusts them: this is ours
-            torch.save(load_file(path), file.name)
-            network = FeatureExtractorInceptionV3("inception", ["2048"], file.name)
+        trunk.load_state_dict({k: v for k, v in load_file(path).items() if not k.startswith("fc.")})
     except RuntimeError as error:
         raise StageError(f"the inception weights are of another network: {str(error).splitlines()[0]}") from error
-    return nn.Sequential(*list(network.children())[:-1]).to(device).eval()
+    return trunk.to(device).eval().requires_grad_(False)
 
 
 def _of_transformers(folder: Path, kind: str, device: str | torch.device) -> Any:

@@ -3,7 +3,7 @@
 These are E-LatentLPIPS networks (Kang et al. 2024, 2405.05967) for the latents of five models
 (https://github.com/mingukkang/elatentlpips, CC BY-NC 4.0).
 
-This is the only module that reads pickles. It uses `torch.load(weights_only=True)`, which runs no code of the file.
+Checkpoints are read with `torch.load(weights_only=True)`, which runs no code of the file.
 """
 
 from __future__ import annotations

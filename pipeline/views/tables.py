@@ -127,7 +127,7 @@ def garbage(found: Mapping[str, Any], deleted: bool) -> str:
     """What can be removed, or was removed, and what is kept."""
     rows = [[one["what"], size(one["bytes"]), one["path"]] for one in found["found"]]
     rows += [["kept", "", f"{one['path']}: {one['why']}"] for one in found["kept"]]
-    verb = "removed" if deleted else "can be removed; --delete removes it"
+    verb = "removed" if deleted else "can be removed by --delete"
     if not rows:
         return "nothing to remove"
     return table(["what", "size", "path"], rows) + f"\n{size(found['bytes'])} {verb}"

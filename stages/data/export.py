@@ -34,7 +34,9 @@ def to_parquet(artifact: Artifact, out: Path) -> None:
             batch = reader.batch(range(start, start + shard.count))
             start += shard.count
             for name, values in batch.arrays.items():
-                rows = rows.append_column(name, pa.FixedShapeTensorArray.from_numpy_ndarray(values))
+                scalars = values.ndim == 1
+                column = pa.array(values) if scalars else pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+                rows = rows.append_column(name, column)
             writer = writer or pq.ParquetWriter(temporary, rows.schema)
             writer.write_table(rows, row_group_size=max(1, shard.count))
         if writer:
@@ -69,7 +71,8 @@ def _card(artifact: Artifact) -> str:
     record = artifact.record
     facts = read_facts(receipt_of(read_list(artifact.folder)[0].tar))
     licence = artifact.inputs["teacher"].record.get("metrics", {}).get("licence")
-    arrays = "\n".join(f"| `{n}.npy` | {a.dtype} | {'x'.join(map(str, a.shape))} |" for n, a in facts.arrays.items())
+    shapes = {name: "x".join(map(str, array.shape)) or "()" for name, array in facts.arrays.items()}
+    arrays = "\n".join(f"| `{name}.npy` | {facts.arrays[name].dtype} | {shape} |" for name, shape in shapes.items())
     metrics = record["metrics"]
     return f"""---
 license: {licence or "unknown"}

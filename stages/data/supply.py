@@ -81,8 +81,11 @@ class PairSupply:
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> Mapping[str, Any]:
         """Return the pairs at `indices`, which count the pairs of all artifacts in their order."""
         drawn = self._reader.batch(indices)
-        scale = drawn.arrays.get("guidance_scale", np.full(len(indices), self._scale, np.float32))
-        return {"noise": drawn.noise, "latent": drawn.latent, "prompts": drawn.prompts, "w": scale - 1}
+        if self._scale is None:
+            w = drawn.arrays["guidance_scale"] - 1
+        else:
+            w = np.full(len(indices), self._scale - 1, np.float32)
+        return {"noise": drawn.noise, "latent": drawn.latent, "prompts": drawn.prompts, "w": w}
 
 
 class LatentSupply:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, Strict, model_validator
+from pydantic import AfterValidator, Field, Strict, WrapValidator, model_validator
 
 from stages.base import Config, Execution
 
@@ -19,16 +19,21 @@ TimeRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_times)
 """Two fractions of T, the number of timesteps, between which timesteps are drawn."""
 
 
-def _scales(value: tuple[float, float]) -> tuple[float, float]:
-    if not 1 <= value[0] < value[1]:
-        raise ValueError("should be two numbers: the first at least 1, the second greater than the first")
-    return value
-
-
-ScaleRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_scales)]
-"""[s_min, s_max]: a guidance scale is drawn for each sample, uniformly between the two."""
 Scale = float | tuple[float, float]
-"""One guidance scale for all samples, or the range from which each sample's is drawn."""
+"""One guidance scale for all samples, or the range from which each sample's is drawn, uniformly."""
+
+
+def _scale(value: Any, _handler: Any) -> Scale:
+    """Validate a scale or a range. One message says all, where a union would report each of its types."""
+    several = isinstance(value, list | tuple)
+    numbers = list(value) if several else [value]
+    if not all(isinstance(number, float | int) and not isinstance(number, bool) for number in numbers):
+        raise ValueError("should be a number, or a list of two numbers")
+    if several and (len(numbers) != 2 or not 1 <= numbers[0] < numbers[1]):
+        raise ValueError("should be two numbers: the first at least 1, the second greater than the first")
+    if not numbers[0] >= 1:
+        raise ValueError("should be greater than or equal to 1")
+    return (float(numbers[0]), float(numbers[1])) if several else float(value)
 
 
 def covers(learned: Scale, scale: Scale) -> bool:
@@ -57,7 +62,7 @@ class Sampler(Config):
         "(2211.01095); heun: second order, twice the network calls",
     )
     steps: int = Field(50, ge=1, le=1000, description="solver steps from noise to data")
-    guidance_scale: Annotated[float, Field(ge=1)] | ScaleRange = Field(
+    guidance_scale: Annotated[Annotated[float, Field(ge=1)] | tuple[float, float], WrapValidator(_scale)] = Field(
         3.0,
         description="scale s of classifier-free guidance, as in diffusers; 1 means no guidance and halves the cost; "
         "[1.0, 8.0] draws one for each pair, and one-step students then take it as an input",

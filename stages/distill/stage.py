@@ -311,6 +311,8 @@ class Distill(Stage):
                 "pairs",
                 "a one-step student needs pairs solved with timestep_spacing: trailing, from the last timestep",
             )
+        if len({isinstance(stage.sampler.guidance_scale, tuple) for stage in stages}) > 1:
+            yield "pairs", "some store a guidance scale for each pair, others have one for all; use pairs of one kind"
         if len({artifact.inputs["teacher"].fingerprint for artifact in found}) > 1:
             yield "pairs", "they were made with several teachers; a student has one"
         if len({artifact.seed for artifact in found}) < len(found):

@@ -34,7 +34,8 @@ def against_teacher(samples: Measured, side: str) -> dict[str, float]:
 
 
 def _mean(name: str, values: NDArray[np.float64]) -> dict[str, float]:
-    return {name: float(values.mean()), f"{name}_se": float(values.std(ddof=1) / len(values) ** 0.5)}
+    error = {f"{name}_se": float(values.std(ddof=1) / len(values) ** 0.5)} if len(values) > 1 else {}
+    return {name: float(values.mean()), **error}
 
 
 def against_real(metrics: dict[str, Any], samples: Measured, real: Measured, probe: Artifact) -> None:
@@ -111,20 +112,22 @@ def standard(
         "images": about["images"],
         "weights_sha256": about["weights_sha256"],
     }
+    seen = [name for name in STANDARD if (reference.folder / f"{name}.npy").exists()]
+    features = {name: np.load(reference.folder / f"{name}.npy").astype(np.float64) for name in seen}
     for done, (side, figures) in enumerate(metrics["sides"].items(), 1):
-        for name, (key, several) in STANDARD.items():
-            if f"{side}/{name}" in samples:
-                real, made = np.load(reference.folder / f"{name}.npy").astype(np.float64), samples[f"{side}/{name}"]
-                figures |= {key: distances.frechet_distance(real, made.astype(np.float64))}
-                if several:
-                    figures |= _of_inception(real, made.astype(np.float64))
+        for name, real in features.items():
+            made = samples[f"{side}/{name}"].astype(np.float64)
+            key, several = STANDARD[name]
+            figures[key] = distances.frechet_distance(made, real)
+            if several:
+                figures |= _of_inception(made, real)
         for measured, key in ((samples, "clip_score"), (prompts, "lpips_diversity")):
             if f"{side}/{key}" in measured:
                 figures |= _mean(key, measured[f"{side}/{key}"])
         yield Progress(done, len(metrics["sides"]), "sides measured")
 
 
-def _of_inception(real: NDArray[np.float64], made: NDArray[np.float64]) -> dict[str, float]:
-    kid, error = distances.kernel_distance_of_subsets(real, made, SUBSETS, min(SUBSET_SIZE, len(real), len(made)))
+def _of_inception(made: NDArray[np.float64], real: NDArray[np.float64]) -> dict[str, float]:
+    kid = distances.kernel_distance_of_subsets(made, real, SUBSETS, min(SUBSET_SIZE, len(real), len(made)))
     precision, recall = distances.precision_recall(real, made)
-    return {"kid": kid, "kid_se": error, "inception_precision": precision, "inception_recall": recall}
+    return {"kid": kid, "inception_precision": precision, "inception_recall": recall}

@@ -37,7 +37,7 @@ class Part:
 
     @property
     def file(self) -> str:
-        return f"{self.what}-{self.start:09d}.safetensors"
+        return f"{self.what}-{self.start:09d}-{self.stop:09d}.safetensors"
 
     def __str__(self) -> str:
         return "the real images" if self.what == "real" else f"{self.what} {self.start} to {self.stop - 1}"

@@ -12,7 +12,7 @@ import numpy as np
 from stages.base import Artifact, Progress, StageError
 from stages.evaluate import measure, page
 from stages.evaluate.config import Split
-from stages.evaluate.parts import Measured, Part
+from stages.evaluate.parts import SIZE, Measured, Part
 from stages.pairs import Pairs, stored_scale
 from stages.training.players import PREVIEWS
 
@@ -43,7 +43,7 @@ def evaluate(
         "split": split,
         "student": student and student.fingerprint,
         "dtype": samples.about[0]["dtype"],
-        "micro_batch": min(micro_batch, len(numbers)),
+        "micro_batch": min(micro_batch, SIZE, len(numbers)),
         "sides": {
             side: {"network_calls": count, **measure.against_teacher(samples, side)} for side, count in calls.items()
         },

@@ -162,6 +162,8 @@ class Evaluate(Stage):
         unguided = teacher.stage.guidance_error(False, teacher.folder) if (self.guidance_scale or 1) > 1 else None
         if unguided:
             yield "guidance_scale", f"it guides the teacher, but {unguided}"
+        if pairs.prompts is None and self.guidance_scale not in (None, 1):
+            yield "guidance_scale", "guidance needs prompts, but the pairs have none; leave it out"
         steps = self.teacher_steps or []
         if len(set(steps)) < len(steps):
             yield "teacher_steps", "a number of steps is given twice"
@@ -260,7 +262,7 @@ class Evaluate(Stage):
             )
 
     def progress_in(self, work: Path, pool: Path) -> str | None:
-        done = len(list((work / SCRATCH / FOLDER).glob("*.safetensors")))
+        done = len(list((work / SCRATCH / FOLDER).glob("samples-*.safetensors")))
         return f"{done} parts of {SIZE} samples are measured" if done else None
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 Stream = Literal["pairs", "latents", "prompts"]
 """The data streams that a method can be trained on, with the entries of a batch. pairs: `noise` and `latent`
-(B, C, H, W), and `prompts` (B strings). latents: `latent`, of real images, and `prompts`. prompts: `prompts`."""
+(B, C, H, W), `prompts` (B strings) and `w` (B,), the guidance scale - 1. latents: `latent`, of real images, and
+`prompts`. prompts: `prompts`."""
 OneStepPrediction = Literal["v_prediction", "epsilon", "flow_prediction"]
 
 
@@ -158,7 +159,7 @@ class MethodConfig(Config):
     DATA: ClassVar[tuple[frozenset[Stream], ...]] = (frozenset({"pairs"}),)
     """The combinations of data streams that the method can be trained on. A batch has all streams of one of them."""
     LEARNS_RANGE: ClassVar[bool] = False
-    """Whether the student can learn pairs of a range of guidance scales. It then takes w as an input."""
+    """Whether the student can learn pairs of a range of guidance scales. It then takes `w` of its pairs as an input."""
     name: str
 
     @classmethod
@@ -256,7 +257,6 @@ def form_mismatches(start: Form, own: Form, ignore: Collection[str] = ()) -> Ite
 class OneStepConfig(MethodConfig):
     """Base class of methods whose student maps a stored noise to its stored latent in one network call."""
 
-    LEARNS_RANGE: ClassVar[bool] = True
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
         description="distance between the student's output and the teacher's"
     )

@@ -49,13 +49,17 @@ def kernel_distance(a: Features, b: Features) -> float:
     return mean_of_different(a) + mean_of_different(b) - 2.0 * total(a, b) / (len(a) * len(b))
 
 
-def kernel_distance_of_subsets(a: Features, b: Features, subsets: int, size: int) -> tuple[float, float]:
-    """Return KID: the mean of `kernel_distance` over random subsets of `size` samples, and its standard deviation over
-    them divided by the root of their number (1801.01401). The subsets are those of torch-fidelity."""
+def kernel_distance_of_subsets(made: Features, real: Features, subsets: int, size: int) -> float:
+    """Return KID: the mean of `kernel_distance` over random subsets of `size` samples (1801.01401).
+
+    The subsets are those of torch-fidelity with `made` as its first input. They overlap, so their spread is no standard
+    error."""
     random = np.random.RandomState(2020)
-    drawn = [[one[random.choice(len(one), size, replace=False)] for one in (a, b)] for _ in range(subsets)]
-    values = np.array([kernel_distance(*pair) for pair in drawn])
-    return float(values.mean()), float(values.std() / subsets**0.5)
+
+    def drawn(features: Features) -> Features:
+        return features[random.choice(len(features), size, replace=False)]
+
+    return sum(kernel_distance(drawn(made), drawn(real)) for _ in range(subsets)) / subsets
 
 
 def precision_recall(real: Features, made: Features, k: int = 3) -> tuple[float, float]:
@@ -68,8 +72,8 @@ def precision_recall(real: Features, made: Features, k: int = 3) -> tuple[float,
 
 def _inside(points: Features, manifold: Features, k: int) -> float:
     """Return the share of `points` that lie no farther from some point of `manifold` than its k-th neighbour."""
-    radii = _radii(manifold, k)[None, :]
-    inside = [(_squared_distances(rows, manifold) <= radii).any(1) for rows in _in_rows(points)]
+    radii, squares = _radii(manifold, k)[None, :], np.square(manifold).sum(1)
+    inside = [(_squared_distances(rows, manifold, squares) <= radii).any(1) for rows in _in_rows(points)]
     return float(np.concatenate(inside).mean())
 
 
@@ -77,17 +81,20 @@ def _in_rows(points: Features) -> Iterator[Features]:
     return (points[start : start + ROWS] for start in range(0, len(points), ROWS))
 
 
-def _squared_distances(a: Features, b: Features) -> NDArray[np.float64]:
-    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :] - 2.0 * a @ b.T
+def _squared_distances(
+    a: Features, b: Features, squares_of_b: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    squares_of_b = np.square(b).sum(1) if squares_of_b is None else squares_of_b
+    squares = np.square(a).sum(1)[:, None] + squares_of_b[None, :] - 2.0 * a @ b.T
     distances: NDArray[np.float64] = np.clip(squares, 0.0, None)
     return distances
 
 
 def _radii(points: Features, k: int) -> NDArray[np.float64]:
     """Return the squared distance (N,) from each point to its k-th nearest neighbour."""
-    radii = []
+    radii, squares = [], np.square(points).sum(1)
     for start, rows in zip(range(0, len(points), ROWS), _in_rows(points), strict=True):
-        distances = _squared_distances(rows, points)
+        distances = _squared_distances(rows, points, squares)
         np.fill_diagonal(distances[:, start:], np.inf)
         radii.append(np.partition(distances, k - 1, axis=1)[:, k - 1])
     return np.concatenate(radii)

@@ -263,8 +263,8 @@ class Adapter(ABC):
         """Return `denoise(z, t)`, the teacher's output at z (B, C, H, W) and timestep t for B prompts.
 
         `guidance_scale` is one scale, or an array (B,) of one for each prompt. With a scale other than 1, and always
-        with an array, the output is guided. The conditional and the unconditional output are then
-        computed in one batch of 2 B.
+        with an array, the output is guided. The conditional and the unconditional output are then computed in one batch
+        of 2 B.
 
         z and the output are float32. Only the network computes in the teacher's dtype, so that the state of a solver is
         not rounded at each step.

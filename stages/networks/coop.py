@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from stages.base import Config, StageError
@@ -180,8 +179,8 @@ class Coop(Cooperating):
 
         host = self.host.denoiser(prompts, guidance_scale)
         guest = TeacherDenoiser(self.guest, Grid.trailing(self.schedule, len(self.schedule)))
-        scales = np.broadcast_to(np.asarray(guidance_scale, np.float64), len(prompts))
-        w = torch.from_numpy(scales - 1).to(self.device) if (scales != 1).any() else None
+        scales = torch.as_tensor(guidance_scale, dtype=torch.float64).expand(len(prompts))
+        w = (scales - 1).to(self.device) if (scales != 1).any() else None
         condition = guest.encode(prompts)
 
         def denoise(state: Tensor, t: int) -> Tensor:

@@ -184,9 +184,10 @@ def guidance_scales(form: Form, sources: Sequence[Artifact]) -> list[Scale]:
 def stored_scale(sources: Sequence[Artifact]) -> float | None:
     """Return the guidance scale of pairs. None: their scales were drawn from a range, so each pair stores its own.
 
-    Of sources with several scales, it is the first: no student takes w from them."""
-    scales = [one.stage.sampler.guidance_scale for one in sources if isinstance(one.stage, Pairs)]
-    return next((scale for scale in scales if not isinstance(scale, tuple)), None)
+    Of several sources, it is that of the first. Sources with and without a range are never mixed."""
+    assert isinstance(sources[0].stage, Pairs)
+    scale = sources[0].stage.sampler.guidance_scale
+    return None if isinstance(scale, tuple) else scale
 
 
 def _seal(context: StageContext, plans: list[ShardPlan], teacher: str, reused: int) -> Mapping[str, Any]:

@@ -75,6 +75,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """Read a state dict. Raises StageError if the file holds anything but tensors."""
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in found.values()):
+            raise ValueError("it holds more than the tensors of a network")
+        return {name: tensor.clone().contiguous() for name, tensor in found.items()}
     except Exception as error:  # torch and safetensors raise many kinds; all mean that it is no such file
         raise StageError(f"{path} is no file of weights: {str(error).splitlines()[0]}") from error
-    return {name: tensor.contiguous() for name, tensor in found.items()}

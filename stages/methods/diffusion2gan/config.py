@@ -59,6 +59,7 @@ class Diffusion2GANConfig(OneStepConfig):
     """
 
     VERSION: ClassVar[int] = 2
+    LEARNS_RANGE: ClassVar[bool] = True
     name: Literal["diffusion2gan"] = "diffusion2gan"
     gan_weight: float = Field(0.1, ge=0, description="weight of the GAN loss; 0: no discriminator")
     discriminator: DiscriminatorSettings = Field(

@@ -28,9 +28,10 @@ class DMD:
 
     gradient = (mu_fake - mu_real) / mean|x - mu_real| at x noised to a random timestep of `time_range` (eq. 7 and 8). z
     is new noise and c a prompt of the stream `prompts`. (z', y', c') is a stored pair, d the distance of the setting
-    `loss`. mu_real is guided, mu_fake is not. If the
-    guidance scales of the pairs differ, G and mu_fake take w as an input, and mu_real is guided by it. w of z is drawn
-    uniformly from the range. The fake score's turn reuses the samples of the student's turn.
+    `loss`. mu_real is guided, mu_fake is not. The fake score's turn reuses the samples of the student's turn.
+
+    If the guidance scales of the pairs differ, G and mu_fake take w as an input, and mu_real is guided by it. w of z is
+    drawn uniformly from the range.
     """
 
     def __init__(self, config: DMDConfig, materials: Materials) -> None:

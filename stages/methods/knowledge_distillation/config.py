@@ -20,6 +20,7 @@ class KnowledgeDistillationConfig(OneStepConfig):
     """
 
     VERSION: ClassVar[int] = 2
+    LEARNS_RANGE: ClassVar[bool] = True
     name: Literal["knowledge_distillation"] = "knowledge_distillation"
     loss: Annotated[LossConfig, Choice("name", LOSSES)] = Field(
         Regression(name="l1"), description="distance between the student's output and the teacher's"

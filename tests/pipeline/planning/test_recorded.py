@@ -103,10 +103,16 @@ RESULTS = {
         "data/{order,shares}.py",
         *IMAGES,
     ],
+    "reference": [
+        "reference/measure.py",
+        "networks/{compute,standard}.py",
+        "metrics/protocols.py",
+        *IMAGES,
+    ],
     "evaluate": [
-        "evaluate/{measure,noises,particles,run,sides}.py",
-        "metrics/{distances,images}.py",
-        "networks/probe.py",
+        "evaluate/{measure,noises,particles,parts,real,run,sides}.py",
+        "metrics/{distances,images,protocols}.py",
+        "networks/{probe,standard}.py",
         "diffusion/config.py",  # which counts network calls
         "data/{noise,reader}.py",
         "data/prompts/table.py",

@@ -78,7 +78,7 @@ def test_a_name_with_several_meanings_gets_all_of_them():
     assert [topic.used for topic in topics("pairs")] == ["kind: pairs", "distill.pairs"]
     assert len(topics("execution")) == 5 and len(topics("distill.execution")) == 1
     methods = ["progressive", "consistency", "dmd", "dmd2"]
-    assert [topic.name for topic in topics("guidance_scale")] == [*methods, "sds", "vsd", "sampler"]
+    assert [topic.name for topic in topics("guidance_scale")] == ["evaluate", *methods, "sds", "vsd", "sampler"]
 
 
 def test_every_name_that_is_listed_or_referred_to_is_explained():

@@ -89,7 +89,7 @@ def test_a_table_of_prompts_has_a_column(tiny, tmp_path):
 
 def test_without_prompts_the_plan_says_what_is_missing(tiny, tmp_path):
     done = retort("init", "m.yaml", "--teacher", tiny[1]["teacher"].artifact.folder, cwd=tmp_path)
-    assert "replace prompts.txt in it by your own file of prompts" in done.stdout
+    assert "replace prompts.txt in it with your own file of prompts" in done.stdout
     (tmp_path / "m.yaml").unlink()
     _, stages = planned(tmp_path, "--teacher", tiny[1]["teacher"].artifact.folder)
     assert stages["teacher"][0] == "run"

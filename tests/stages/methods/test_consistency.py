@@ -155,8 +155,8 @@ def test_its_steps_are_no_part_of_its_training(plan, tiny, tmp_path):
     ("student: student, steps: 2", "pairs: pairs, steps: 2", "steps applies to a student"),
     ("solver_steps: 20", "solver_steps: 18", "solver_steps: 18 is not a multiple of steps: 4"),
     ("w_range: [0.0, 4.0]", "w_range: [0.0, 4.0], guidance_scale: 2.0", "give either guidance_scale or w_range"),
-    ("w_range: [0.0, 4.0]", "w_range: [2.0, 4.0]", "w = 1; the student was trained for w from 2 to 4"),
-    ("w_range: [0.0, 4.0]", "guidance_scale: 3.0", "has guidance_scale: 3 built in; the pairs have 2"),
+    ("w_range: [0.0, 4.0]", "w_range: [2.0, 4.0]", "guidance_scale: 2; the student takes scales of .3, 5."),
+    ("w_range: [0.0, 4.0]", "guidance_scale: 3.0", "the pairs have guidance_scale: 2; the student has learned 3"),
 ])  # fmt: skip
 def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
     assert old in LCM

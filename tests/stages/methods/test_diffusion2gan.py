@@ -315,7 +315,7 @@ def batch(tiny):
     def rows(numbers):
         drawn = reader.batch(list(numbers))
         noise, latent = (torch.from_numpy(array).float() for array in (drawn.noise, drawn.latent))
-        return {"pairs": {"noise": noise, "latent": latent, "prompts": drawn.prompts}}
+        return {"pairs": {"noise": noise, "latent": latent, "prompts": drawn.prompts, "w": torch.zeros(len(noise))}}
 
     return rows
 

@@ -182,7 +182,7 @@ def test_the_gradient_is_guided_on_the_real_side_only(teacher):
 def test_the_students_times_are_from_20_to_980_and_the_fake_scores_from_0_to_999(teacher, monkeypatch, name):
     made, settings, _ = METHODS[name]
     method, seen = made(teacher, **settings), {"real": set(), "fake": set()}
-    monkeypatch.setattr(method.matching, "at", lambda x, prompts, t, noise, fake: seen["real"].update(t.tolist()))
+    monkeypatch.setattr(method.matching, "at", lambda x, prompts, t, noise, fake, w: seen["real"].update(t.tolist()))
     torch.manual_seed(0)
     for _ in range(5):
         method.matching.gradient(torch.randn(4000, 1, 1, 1), [""])
@@ -194,7 +194,7 @@ def test_the_students_times_are_from_20_to_980_and_the_fake_scores_from_0_to_999
     monkeypatch.setattr(
         method.fake.levels, "draw", lambda x, of=None: (torch.full((len(x),), 999), torch.zeros_like(x))
     )
-    method.matching.at = lambda x, prompts, t, noise, fake: torch.zeros_like(x)
+    method.matching.at = lambda x, prompts, t, noise, fake, w: torch.zeros_like(x)
     for turn in method.turns(0):
         turn.loss(METHODS[name][2](teacher))
     assert drawn[0].tolist() == [999] * 6  # the fake score draws its own times
@@ -275,7 +275,7 @@ def test_dmds_loss_is_the_matching_loss_plus_the_weighted_regression(teacher):
 def test_prompts_of_their_own_are_sampled_from_in_place_of_those_of_the_pairs(teacher):
     method, rows = dmd(teacher), pairs_only(teacher)
     seen = []
-    method.matching.gradient = lambda x, prompts: seen.append(prompts) or torch.zeros_like(x)
+    method.matching.gradient = lambda x, prompts, w: seen.append(prompts) or torch.zeros_like(x)
     method.student_loss(rows)
     method.student_loss({**rows, "prompts": {"prompts": PROMPTS[:2]}})
     assert seen == [rows["pairs"]["prompts"], PROMPTS[:2]]
@@ -314,7 +314,7 @@ def test_both_turns_of_a_step_see_the_same_samples(teacher):
     method.fake.errors = lambda x, *rest: seen.append(x) or errors(x, *rest)
     student, fake = method.turns(0)
     gradient = method.matching.gradient
-    method.matching.gradient = lambda x, prompts: seen.append(x.detach()) or gradient(x, prompts)
+    method.matching.gradient = lambda x, prompts, w: seen.append(x.detach()) or gradient(x, prompts)
     student.loss(rows)
     fake.loss(rows)
     assert torch.equal(*seen)
@@ -569,7 +569,7 @@ def test_a_sample_that_is_not_finite_is_named(teacher, tmp_path):
     gradient = method.matching.gradient
     calls = []
 
-    def broken(x, prompts):
+    def broken(x, prompts, w):
         calls.append(1)
         found = gradient(x, prompts)
         if len(calls) == 5:

@@ -3,11 +3,13 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipeline.errors import ManifestError
 from pipeline.manifest import loads
+from stages.data.export import to_huggingface, to_parquet
 from stages.data.noise import guidance_scale_for
 from stages.data.reader import PairReader
 from stages.diffusion.config import Sampler
@@ -167,6 +169,13 @@ def test_an_evaluation_measures_at_each_pairs_scale_or_at_one(made, tiny):
     assert sum("guidance scale 6.0" in title for title in titles) == 1
 
 
+def test_scales_are_exported(made, tmp_path):
+    to_parquet(made["drawn"].artifact, tmp_path / "pairs.parquet")
+    assert pq.read_table(tmp_path / "pairs.parquet")["guidance_scale"].to_pylist() == SCALES.tolist()
+    to_huggingface(made["drawn"].artifact, tmp_path / "hub")
+    assert "| `guidance_scale.npy` | float32 | () |" in (tmp_path / "hub/README.md").read_text()
+
+
 @pytest.mark.parametrize(("old", "new", "path", "words"), [
     ("[1.0, 8.0]", "[8.0, 1.0]", "sampler.guidance_scale", "two numbers"),
     ("[1.0, 8.0]", "[0.5, 8.0]", "sampler.guidance_scale", "at least 1"),
@@ -174,6 +183,8 @@ def test_an_evaluation_measures_at_each_pairs_scale_or_at_one(made, tiny):
     ("{name: dmd}", "{name: dmd2, guidance_scale: null}", "method", "learns one guidance scale"),
     ("[1.0, 6.0]", "[1.0, 9.0]", "guidance_scale", "takes scales of [1, 8]"),
     ("pairs: drawn", "pairs: [drawn, pairs]", "method", "[1, 8] and 2"),
+    ("pairs: drawn", "pairs: [drawn, pairs]", "pairs", "use pairs of one kind"),
+    ("[1.0, 8.0]", "fast", "sampler.guidance_scale", "should be a number, or a list of two numbers, not 'fast'"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(tiny, old, new, path, words):
     text = TINY + DRAWN + STUDENTS
@@ -181,6 +192,7 @@ def test_what_does_not_fit_is_refused(tiny, old, new, path, words):
     with pytest.raises(ManifestError) as refused:
         plan_of(text.replace(old, new), tiny[0])
     assert path in str(refused.value) and words in str(refused.value)
+    assert "function" not in str(refused.value) and "constrained" not in str(refused.value)
 
 
 def test_the_settings_survive_a_round_trip():

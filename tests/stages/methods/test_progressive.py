@@ -111,7 +111,7 @@ def test_a_killed_chain_goes_on_to_the_same_bytes(chain, tiny, tmp_path):
     ("{name: progressive, ", "{name: knowledge_distillation, ", "unknown key"),
     (" guidance_scale: 2.0,", "", "latents have no guidance_scale: set it in the method"),
     ("student: fewer\n    pairs: pairs", "student: fewer", "it was not trained on pairs; give `pairs`"),
-    ("guidance_scale: 2.0", "guidance_scale: 3.0", "has guidance_scale: 3 built in; the pairs have 2"),
+    ("guidance_scale: 2.0", "guidance_scale: 3.0", "the pairs have guidance_scale: 2; the student has learned 3"),
     ("student: fewer", "student: fewer/16", "there is no stage 'fewer/16'; did you mean 'fewer/1'"),
 ])  # fmt: skip
 def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):

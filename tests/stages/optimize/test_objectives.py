@@ -67,7 +67,7 @@ class Given:
     def encode(self, prompts):
         return Condition(len(prompts))
 
-    def x0(self, z, t, condition):
+    def x0(self, z, t, condition, w=None):
         if self.std is None:
             return self.x
         alpha, sigma = EVERY.at(t)
@@ -240,7 +240,7 @@ def test_from_one_start_sds_particles_end_together_and_vsd_particles_spread(tmp_
     from one another, so the images must not be far apart either."""
 
     class Points(Given):
-        def x0(self, z, t, condition):
+        def x0(self, z, t, condition, w=None):
             alpha, sigma = (value.view(-1, 1) for value in EVERY.at(t))
             points = torch.stack(list(self.x.state)).detach().flatten(1).double()
             return posterior(z.flatten(1).double(), points, alpha, sigma, 0.0)[0].view(z.shape).to(z.dtype)
@@ -453,7 +453,7 @@ def test_the_score_gets_the_camera_and_the_plain_prompt_and_the_teacher_the_view
     method = vsd(teacher, particles=Boxes(teacher))
     asked = {"real": [], "fake": []}
     score = method.scores[0]
-    score.at = lambda x, prompts, t, noise, condition: asked["real"].append((prompts, condition)) or x * 0
+    score.at = lambda x, prompts, t, noise, condition, w: asked["real"].append((prompts, condition)) or x * 0
     method.turns(0)[0].loss({"particles": torch.tensor([0, 1])})
     ((prompts, condition),) = asked["real"]
     assert all(prompt.startswith(f"{PROMPT}, ") and prompt.endswith(" view") for prompt in prompts)

@@ -36,12 +36,12 @@ def test_fid_is_torch_fidelitys(features):
 def test_kid_is_torch_fidelitys(features):
     from torch_fidelity.metric_kid import kid_features_to_metric
 
+    made, real = features
     theirs = kid_features_to_metric(
-        *map(torch.from_numpy, features), kid_subsets=20, kid_subset_size=300, verbose=False
+        torch.from_numpy(made), torch.from_numpy(real), kid_subsets=20, kid_subset_size=300, verbose=False
     )
-    ours, error = distances.kernel_distance_of_subsets(*features, 20, 300)
+    ours = distances.kernel_distance_of_subsets(made, real, 20, 300)
     assert ours == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
-    assert error == pytest.approx(theirs["kernel_inception_distance_std"] / 20**0.5, abs=1e-6)
 
 
 def test_precision_and_recall_are_torch_fidelitys(features):
@@ -203,7 +203,7 @@ def test_an_evaluation_has_the_standard_metrics_and_the_weights_hashes(tiny, wei
     metrics = plan["quality"].artifact.record["metrics"]
     for side in metrics["sides"].values():
         assert side["fid"] > 0 and side["fd_dinov2"] > 0 and 0 <= side["clip_score"] <= 100
-        assert side["lpips_diversity"] > 0 and {"kid", "kid_se", "inception_precision", "inception_recall"} <= set(side)
+        assert side["lpips_diversity"] > 0 and {"kid", "inception_precision", "inception_recall"} <= set(side)
         assert "patch_fid" not in side
     hashes = metrics["reference"]["weights_sha256"]
     assert set(hashes) == {"inception", "clip", "dinov2", "lpips"} and all(len(one) == 64 for one in hashes.values())
@@ -253,3 +253,20 @@ def test_a_pickle_that_runs_code_is_refused(tiny, weights, few, tmp_path):
     text = TINY + MEASURED.replace("WEIGHTS/inception.pth", str(tmp_path / "evil.pth")).replace("WEIGHTS", str(weights))
     with pytest.raises(StageFailed, match="is no file of weights"):
         execute(text, tiny[0], name="evil")
+
+
+def test_a_file_with_more_than_tensors_is_refused(tiny, weights, few, tmp_path):
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "epoch": 3}, tmp_path / "checkpoint.pth")
+    text = TINY + MEASURED.replace("WEIGHTS/inception.pth", str(tmp_path / "checkpoint.pth"))
+    with pytest.raises(StageFailed, match="is no file of weights: it holds more than the tensors of a network"):
+        execute(text.replace("WEIGHTS", str(weights)), tiny[0], name="checkpoint")
+
+
+def test_diversity_of_one_prompt_has_no_error(tiny, weights, few, monkeypatch):
+    """Unconditional pairs have one empty prompt. The standard error of one value would be no number."""
+    from stages.evaluate import stage
+
+    monkeypatch.setattr(stage, "DIVERSITY_PROMPTS", 1)
+    text = TINY + MEASURED.replace("WEIGHTS", str(weights))
+    side = execute(text, tiny[0], name="one_prompt", force=["quality"])["quality"].artifact.record["metrics"]["sides"]
+    assert side["student"]["lpips_diversity"] > 0 and "lpips_diversity_se" not in side["student"]

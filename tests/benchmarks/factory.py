@@ -1,7 +1,7 @@
 """Measures the efficiency of the pair factory with one worker: the seconds inside the U-Net, and the seconds spent on
 writing shards, each divided by wall seconds.
 
-    python -m tests.benchmarks.factory ARTIFACT [--engine ray|inline|diffusers] [--shards 12]
+    python -m tests.benchmarks.factory ARTIFACT [--engine ray|inline|compiled|diffusers] [--shards 12]
     python -m tests.benchmarks.factory ARTIFACT --rounds 5 [--shards 6]
 
 ARTIFACT is a sealed `pairs` artifact, such as the main job's. Its teacher, sampler and batches are used. Hooks time the
@@ -9,7 +9,7 @@ calls of the U-Net while the factory runs, so both numbers cover the same second
 from the second finished shard to the last. For a CPU. Prints JSON.
 
 The engine `diffusers` is the loop of diffusers' own pipeline in this process, with the same teacher, batches and
-sampler. It writes nothing. With --rounds, the engines run in turn, each in its own process. Then the medians over the
+sampler. It writes nothing. `compiled` is `inline` with `compile: true`, whose compilation is not timed. With --rounds, the engines run in turn, each in its own process. Then the medians over the
 rounds are printed, of the rates and of their ratios.
 """
 
@@ -96,7 +96,7 @@ def by_diffusers(pairs: Artifact, shards: int) -> float:
 def in_turn(artifact: Path, rounds: int, shards: int) -> dict[str, float]:
     """Run the engines in turn, each in its own process. Return the medians of their rates, and of the ratios within a
     round."""
-    rates: dict[str, list[float]] = {engine: [] for engine in ("diffusers", "inline", "ray")}
+    rates: dict[str, list[float]] = {engine: [] for engine in ("diffusers", "inline", "compiled", "ray")}
     for _ in range(rounds):
         for engine, found in rates.items():
             command = [sys.executable, "-m", "tests.benchmarks.factory", str(artifact), "--engine", engine]
@@ -108,13 +108,14 @@ def in_turn(artifact: Path, rounds: int, shards: int) -> dict[str, float]:
         return round(statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True)), 3)
 
     medians = {engine: statistics.median(found) for engine, found in rates.items()}
-    return {**medians, "ray_of_inline": ratio("ray", "inline"), "inline_of_diffusers": ratio("inline", "diffusers")}
+    pairs = (("ray", "inline"), ("inline", "diffusers"), ("compiled", "inline"))
+    return {**medians, **{f"{one}_of_{other}": ratio(one, other) for one, other in pairs}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--engine", choices=["ray", "inline", "diffusers"], default="ray")
+    parser.add_argument("--engine", choices=["ray", "inline", "compiled", "diffusers"], default="ray")
     parser.add_argument("--shards", type=int, default=12)
     parser.add_argument("--rounds", type=int, help="how often to run all engines in turn")
     arguments = parser.parse_args()
@@ -140,7 +141,7 @@ def main() -> None:
             text_embeddings=config.text_embeddings,
             dtype=config.dtype,
             storage_dtype=config.storage_dtype,
-            execution=config.execution,
+            execution=config.execution.model_copy(update={"compile": arguments.engine == "compiled"}),
             pool=Path(pool),
             seed=0,
             threads=os.cpu_count() or 1,

@@ -9,7 +9,8 @@ calls of the U-Net while the factory runs, so both numbers cover the same second
 from the second finished shard to the last. For a CPU. Prints JSON.
 
 The engine `diffusers` is the loop of diffusers' own pipeline in this process, with the same teacher, batches and
-sampler. It writes nothing. `compiled` is `inline` with `compile: true`, whose compilation is not timed. With --rounds, the engines run in turn, each in its own process. Then the medians over the
+sampler. It writes nothing. `compiled` is `inline` with `compile: true`, whose compilation is not timed. With --rounds,
+the engines run in turn, each in its own process. Then the medians over the
 rounds are printed, of the rates and of their ratios.
 """
 

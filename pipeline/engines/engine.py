@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""A stage fails after this many attempts at one item, or after this many attempts in a row at a function without new
+"""A stage fails after this many attempts at one item, or after this many runs of a function in a row without
 progress."""
 
 FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)

@@ -59,7 +59,7 @@ class Watch:
     """Watches the calls of one stage.
 
     Calls are `alike` if they should take about equally long. The steps of a function are not: it may pause between two
-    of them. The median of the finished calls decides when a call is given up only if calls are alike.
+    of them. Only if calls are alike does their median decide when one is given up.
     """
 
     def __init__(self, alike: bool = True) -> None:

@@ -96,7 +96,7 @@ class Document:
         return self.problem_at(place or (0, 0), f"{dotted}: {message}")
 
     def _origin(self, path: Path) -> Path:
-        """The path in the text that a path of a matrix member or a link comes from."""
+        """Map a path in a matrix member or a link to its path in the text."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self._origin((*self.origins[path[:length]], *path[length:]))

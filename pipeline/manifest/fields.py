@@ -77,7 +77,7 @@ def parts_of(path: str) -> list[str | int]:
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """Return settings as JSON values. Validated, they give equal settings. A null is left out if it is the default."""
+    """Return settings as JSON values. They validate to equal settings. A null is left out if it is the default."""
     values = config.model_dump(mode="json", by_alias=True)
     found: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():

@@ -56,11 +56,10 @@ class Matrix(Config):
     You can name a value, for example one with many settings: `method: [{as: plain, value: {name: ..., loss: ...}},
     ...]`.
 
-    A stage that reads `student` is made once for each member. A stage that reads two stages of one matrix gets those
-    members of both that have the same values. To read a single member, give its whole name in quotes.
+    A stage that reads `student` is made once for each member. A stage that reads two stages of one matrix gets members
+    with equal values from both. To read a single member, give its whole name in quotes.
 
-    If the stage is also a chain, `student/4` is that link of every member, and `student[seed=0]` is every link of that
-    member. Commands accept all of these names.
+    In a chain, `student/4` is link 4 of every member, and `student[seed=0]` is every link of one member. Commands accept all of these names.
     """
 
 
@@ -248,7 +247,7 @@ def expand_readers(
 ) -> dict[str, Stage]:
     """Repeat each stage that reads an expanded stage, once for each member. Each copy refers to single members.
 
-    A copy that reads two stages of one matrix gets the members of both that have the same values.
+    A copy that reads two stages of one matrix gets members with equal values from both.
     """
     at: dict[str, Coordinates] = {}
     done: dict[str, dict[str, Stage]] = {}
@@ -306,8 +305,8 @@ def expand_readers(
 
 
 def _without_links(at: Coordinates, own: Coordinates) -> Coordinates:
-    """Drop the axis of a chain from `at`, the coordinates of an input, if the reader is a link of the same chain,
-    because it reads a different link of that chain."""
+    """Drop the chain's axis from `at`, the coordinates of an input, if the reader is in the same chain: the two are
+    different links."""
     return {axis: value for axis, value in at.items() if axis.path or axis not in own}
 
 

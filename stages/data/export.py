@@ -96,7 +96,7 @@ Retort solved the ODE of a diffusion teacher from the stored noise (pairs/{artif
 | `json` | | index, seed, sampler |
 
 Sampler: `{json.dumps(facts.provenance.get("sampler"))}`. Teacher:
-teacher/{artifact.inputs["teacher"].fingerprint}. Latents are the VAE's times its scaling factor.
+teacher/{artifact.inputs["teacher"].fingerprint}. Latents include the VAE's scaling factor.
 
 ```python
 from datasets import load_dataset

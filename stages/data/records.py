@@ -18,7 +18,7 @@ from stages.data.statistics import BINS, MOST, Moments
 class Pair:
     """Sample `index` of a pool, as stored: the starting noise, and the result of the teacher's ODE.
 
-    arrays, float16 or float32: `noise` and `latent`, each (C, H, W). The latent is the VAE's times its scaling factor;
+    arrays, float16 or float32: `noise` and `latent`, each (C, H, W). The latent includes the VAE's scaling factor;
     for a pixel-space teacher it is an image in [-1, 1]. On request also `path` (K, C, H, W), the states z_t at K
     timesteps, and `text_embedding`, the text encoder's states. If the scales of the pairs differ, also
     `guidance_scale` (), float32.

@@ -41,7 +41,7 @@ class Recipe:
     start: Artifact | None
     """The student in `start_from`, whose weights the student starts from."""
     origin: Origin | None
-    """What `start` names. None: the student starts from the teacher, or from the student in `start_from`."""
+    """The network that the setting `start` names. None: the student starts from the teacher or from `start_from`."""
     inputs: Mapping[str, Artifact]
     """Dotted path of a field in the method's settings -> the sealed artifact that it names."""
     contents: Mapping[str, str]

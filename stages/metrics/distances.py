@@ -71,7 +71,7 @@ def precision_recall(real: Features, made: Features, k: int = 3) -> tuple[float,
 
 
 def _inside(points: Features, manifold: Features, k: int) -> float:
-    """Return the share of `points` that lie no farther from some point of `manifold` than its k-th neighbour."""
+    """Return the share of `points` within the k-th-neighbour radius of some point of `manifold`."""
     radii, squares = _radii(manifold, k)[None, :], np.square(manifold).sum(1)
     inside = [(_squared_distances(rows, manifold, squares) <= radii).any(1) for rows in _in_rows(points)]
     return float(np.concatenate(inside).mean())

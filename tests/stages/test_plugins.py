@@ -178,7 +178,7 @@ main()
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["student"]["identity"]["settings"]["method"]["name"] == "knowledge_distillation"
     (tmp_path / "m.yaml").write_text(DISTILL % ("a/path", "squares"))
-    assert "were looked through" in plan(tmp_path / "m.yaml").stderr  # so it would have been seen
+    assert "were looked through" in plan(tmp_path / "m.yaml").stderr  # proves that the finder works
 
 
 def test_a_version_above_1_is_part_of_the_identity(installed, tmp_path):

@@ -38,7 +38,7 @@ def mix_and_match(
     mixed = (torch.rand(rows, device=device) < share) & (~same_text | sees_noise)
 
     def source(which: int) -> Tensor:
-        """Return, for each row, the row that its part `which` is taken from: another row if this part is mismatched."""
+        """For each row, return the row that supplies part `which`: another row if this part is mismatched."""
         return torch.where(mixed & (kind == which), other, own)
 
     x = torch.where(mixed.view(-1, 1, 1, 1), real[source(TARGET)], generated)

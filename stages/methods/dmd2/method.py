@@ -61,7 +61,7 @@ class DMD2:
         return turns
 
     def sample(self, batch: Batch, calls: int) -> Tensor:
-        """Return x (B, C, H, W), the estimate of the call after `calls` calls. Gradients flow through this last call.
+        """Return x (B, C, H, W), the estimate of call `calls`, counted from 0. Gradients flow through this last call.
 
         Without backward simulation, the input of the last call is a noised real latent, or pure noise if `calls` is 0.
         """

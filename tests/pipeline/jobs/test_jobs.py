@@ -214,7 +214,7 @@ def test_a_token_in_a_file_is_sent(cluster, run, manifest, tmp_path):
     until(lambda: list(tmp_path.glob("s/pairs/*/artifact.json")))
 
 
-# Ray gives workers their driver's sys.path: on one machine they would find its Retort, but for what they start with.
+# Workers get their driver's sys.path, so on one machine they find its Retort. These start codes change that.
 OTHER_VERSION = """
 import importlib.metadata
 true = importlib.metadata.version

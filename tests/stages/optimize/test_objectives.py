@@ -117,7 +117,7 @@ def settings(steps, **given):
 
 
 def test_sds_particles_collapse_to_the_guided_mean(tmp_path):
-    """m + w (m - m_dropped), w = s - 1, wherever they start: with one deviation for all prompts, at any s."""
+    """From any start, with one deviation for all prompts, at any s: m + w (m - m_dropped), w = s - 1."""
     teacher = Gaussians(0.4)
     particles = Numbers(teacher, torch.linspace(-3, 3, 24))
     config = SDSConfig(guidance_scale=3.0)
@@ -195,7 +195,7 @@ def test_particles_distributed_as_the_data_have_no_gradient_samplewise():
 
 
 class Digits(Exact, PixelDiffusion):
-    """The exact teacher of twelve tinted digits, averaged to so many pixels a side, in memory."""
+    """The exact teacher of twelve tinted digits, averaged to `side` pixels a side, in memory."""
 
     def __init__(self, side):
         self.schedule, self.prediction, self.device = SCHEDULE, "epsilon", torch.device("cpu")
@@ -214,7 +214,7 @@ def sds(teacher, start, folder, fake=None):
 
 
 def test_sds_ends_near_single_images_shrunk_to_their_mean(tmp_path):
-    """At the zero of sum_t alpha sigma (x - E x0). At the images themselves there is a pull to their mean."""
+    """Ends are zeros of sum_t alpha sigma (x - E x0). An image itself is still pulled to the mean."""
     images = Digits(8)
     ends = sds(images, images.data.float() + 0.5 * torch.randn(12, 192), tmp_path)
     mean, found = images.data.mean(0), torch.cdist(ends, images.data).argmin(1)
@@ -236,8 +236,8 @@ def test_sds_ends_near_single_images_shrunk_to_their_mean(tmp_path):
 
 
 def test_from_one_start_sds_particles_end_together_and_vsd_particles_spread(tmp_path):
-    """With the exact score of the particles: that of a mixture of points. It repels only points that noise can reach
-    from one another, so the images must not be far apart either."""
+    """With the exact score of the particles: that of a mixture of points. It repels only points that noise can
+    connect, so the images must be near one another."""
 
     class Points(Given):
         def x0(self, z, t, condition, w=None):
@@ -289,7 +289,7 @@ def test_no_gradient_reaches_the_teacher_or_the_other_player(teacher):
 
 
 def test_the_score_of_an_untrained_lora_is_the_teachers_and_a_trained_one_leaves_the_teacher_alone(teacher):
-    """The teacher's pass has the LoRA off: it is another module, which shares only frozen weights."""
+    """The teacher has no LoRA. The network with the LoRA is another module, and they share only frozen weights."""
     method = vsd(teacher, guidance_scale=1.0)
     x, t, noise = torch.randn(3, *teacher.latent_shape), torch.tensor([50, 500, 950]), torch.randn(3, 4, 8, 8)
     at = partial(method.scores[0].at, x, [PROMPT] * 3, t, noise)
@@ -383,7 +383,7 @@ def test_resume_gives_the_same_bits_with_cameras_several_turns_and_accumulation(
 
 
 def test_each_turn_of_the_score_sees_every_render_once(teacher):
-    """With two turns of the score and two batches a step: both renders in each turn, in their order."""
+    """With two turns of the score and two batches a step, each turn sees both renders in order."""
     method = vsd(teacher, score={"turns": 2})
     seen, errors = [], method.fake.errors
     method.fake.errors = lambda x, *rest: seen.append(x) or errors(x, *rest)
@@ -425,7 +425,7 @@ def test_a_prompt_that_the_teacher_does_not_know_is_one_sentence():
 
 
 class Boxes(Representation):
-    """Latents that cameras see: what they see does not depend on the camera."""
+    """Latents with cameras: every camera sees the same latents."""
 
     solid = True
 

@@ -240,7 +240,7 @@ def test_stats_say_what_is_there(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_in_half_precision_the_solvers_state_is_still_float32(tiny, dtype):
-    """Stored noise is what was solved from; and only the network's own rounding is left, not the solver's."""
+    """The solver starts from the stored noise. Only the network rounds, not the solver."""
     import torch
 
     from stages.networks import teachers
@@ -271,7 +271,7 @@ def test_a_compiled_network_solves_the_same(tiny):
 
 
 def test_a_shard_that_was_made_again_with_other_bytes_is_sealed_anew(tmp_path):
-    """As when another artifact of the pool was mended on other hardware: readers refuse it until then."""
+    """As after the repair of another artifact on other hardware. Readers refuse the shard until it is sealed anew."""
     from stages.data.receipts import read_facts
     from stages.data.records import Pair
     from stages.data.shards import write_shard

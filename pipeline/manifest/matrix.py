@@ -59,7 +59,8 @@ class Matrix(Config):
     A stage that reads `student` is made once for each member. A stage that reads two stages of one matrix gets members
     with equal values from both. To read a single member, give its whole name in quotes.
 
-    In a chain, `student/4` is link 4 of every member, and `student[seed=0]` is every link of one member. Commands accept all of these names.
+    In a chain, `student/4` is link 4 of every member, and `student[seed=0]` is every link of one member. Commands
+    accept all of these names.
     """
 
 

@@ -22,8 +22,8 @@ SAMPLERS = {"DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DDIM", "LCM
 def write_single_file(artifact: Artifact, out: Path) -> str:
     """Write a student with its VAE and text encoders to the file `out`, in float32.
 
-    Returns a sentence on how to sample it, because the file does not say it. Raises StageError if there is no such layout
-    for its family, or if other programs cannot sample it."""
+    Returns a sentence on how to sample it, because the file does not say it. Raises StageError if there is no such
+    layout for its family, or if other programs cannot sample it."""
     teacher = load_network(teacher_of(artifact.inputs).folder, Execution(device="cpu"))
     form, _ = stored(artifact.folder)
     grid = Grid.of(form, teacher.schedule)

@@ -184,7 +184,11 @@ def listing() -> str:
     for what, found in names().items():
         packages = {name: _package(what, name) for name in found}
         shown = ", ".join(f"{name} ({packages[name]})" if packages[name] else name for name in found)
-        lines += ["", what, textwrap.fill(shown, _width(), initial_indent="  ", subsequent_indent="  ")]
+        lines += [
+            "",
+            what,
+            textwrap.fill(shown, _width(), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False),
+        ]
     return "\n".join(lines)
 
 

@@ -223,7 +223,7 @@ def test_raising_a_packages_version_makes_its_students_stale(installed, good, ti
 
 
 def test_what_packages_offer_is_explained(good, installed):
-    assert "count (retort-good)" in retort("explain", PYTHONPATH=good).stdout
+    assert "count (retort-good)" in " ".join(retort("explain", PYTHONPATH=good).stdout.split())  # lines are wrapped
     shown = retort("explain", "count", PYTHONPATH=good).stdout
     assert shown.startswith("count: a stage kind, from the package retort-good (kind: count)\n\nCounts pairs.\n")
     assert "added to the number of pairs" in shown

@@ -147,7 +147,7 @@ def test_unknown_kinds_methods_and_missing_fields():
     )
     assert "stages.b.training: missing" in message
     assert (
-        "stages.c.kind: missing (allowed: distill, evaluate, latents, optimize, pairs, perceptual, probe, teacher)"
+        "stages.c.kind: missing (allowed: distill, evaluate, latents, optimize, pairs, perceptual, probe, reference, teacher)"
         in message
     )
 

@@ -43,7 +43,7 @@ def sampled(pairs, student, samples, **execution):
     """Return the test samples, and the latents of the teacher in full steps and of the student."""
     noises = held_out(pairs, student, "test", samples)
     settings = EvaluationExecution(device="cpu", **execution)
-    measurer = Measurer(pairs, student, None, noises, None, [], None, settings, Path("unused"), 1)
+    measurer = Measurer(pairs, student, None, noises, None, [], None, None, settings, Path("unused"), 1)
     drawn = measurer.drawn(Part(0, samples))
     return drawn, *(measurer.latents(side, drawn) for side in measurer.sides)
 

@@ -275,7 +275,7 @@ def test_dmds_loss_is_the_matching_loss_plus_the_weighted_regression(teacher):
 def test_prompts_of_their_own_are_sampled_from_in_place_of_those_of_the_pairs(teacher):
     method, rows = dmd(teacher), pairs_only(teacher)
     seen = []
-    method.matching.gradient = lambda x, prompts, w: seen.append(prompts) or torch.zeros_like(x)
+    method.matching.gradient = lambda x, prompts, w=None: seen.append(prompts) or torch.zeros_like(x)
     method.student_loss(rows)
     method.student_loss({**rows, "prompts": {"prompts": PROMPTS[:2]}})
     assert seen == [rows["pairs"]["prompts"], PROMPTS[:2]]
@@ -314,7 +314,7 @@ def test_both_turns_of_a_step_see_the_same_samples(teacher):
     method.fake.errors = lambda x, *rest: seen.append(x) or errors(x, *rest)
     student, fake = method.turns(0)
     gradient = method.matching.gradient
-    method.matching.gradient = lambda x, prompts, w: seen.append(x.detach()) or gradient(x, prompts)
+    method.matching.gradient = lambda x, prompts, w=None: seen.append(x.detach()) or gradient(x, prompts)
     student.loss(rows)
     fake.loss(rows)
     assert torch.equal(*seen)

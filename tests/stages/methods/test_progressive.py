@@ -174,7 +174,7 @@ def test_guidance_that_is_that_of_the_pairs_is_checked_as_any_other(tmp_path):
     assert plan_of(text + second.replace("pairs: other", "pairs: pairs"), tmp_path)["second/1"]
     refused(
         text + "  quality: {kind: evaluate, student: student, pairs: other, samples: 20, teacher_steps: []}",
-        "the student has guidance_scale: 2 built in; the pairs have 5",
+        "the pairs have guidance_scale: 5; the student has learned 2",
     )
     mixed = text.replace("pairs: pairs\n", "pairs: [pairs, other]\n")
     refused(mixed, "the pairs have guidance_scale: 2 and 5; set one in the method")

@@ -102,7 +102,7 @@ def test_a_student_of_the_teachers_own_type_begins_as_the_teacher():
 def test_a_fitted_student_makes_what_its_features_can(teacher, student):
     """Here the features are z, and the end of the ODE is linear in z. So the fit is exact, also on other noises."""
     fitted = Student.from_teacher(perfect_teacher(teacher), Form(prediction=student))
-    fitted.fit_head(noises(), noises(), Condition(64))
+    fitted.fit_head(noises(), noises(), Condition(64), torch.zeros(64))
     others = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     assert error(fitted, others) < 1e-3
 

@@ -80,13 +80,15 @@ class Measured:
         from safetensors import safe_open
 
         self._files = [safe_open(folder / part.file, "np") for part in parts]
+        self._names = [set(file.keys()) for file in self._files]
         self.about: list[dict[str, Any]] = [json.loads(file.metadata()[ABOUT]) for file in self._files]
 
     def __contains__(self, name: str) -> bool:
-        return any(name in file.keys() for file in self._files)  # noqa: SIM118 - it is no mapping
+        return any(name in names for names in self._names)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Return an array of all parts that have it, (N, ...)."""
         import numpy as np
 
-        return np.concatenate([file.get_tensor(name) for file in self._files if name in file.keys()])  # noqa: SIM118
+        with_it = (file for file, names in zip(self._files, self._names, strict=True) if name in names)
+        return np.concatenate([file.get_tensor(name) for file in with_it])

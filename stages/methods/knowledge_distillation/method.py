@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class KnowledgeDistillation:
     """Minimises E[d(G(z, c), x)] over stored pairs of noise z and latent x = T(z, c) (2101.02388, section 3).
 
-    If the guidance scales of the pairs differ, it minimises E[d(G(z, c, w), x)] with x = T(z, c, w)."""
+    If the guidance scales of the pairs differ, w is an input of G and T, too."""
 
     def __init__(self, distance: Distance, prediction: OneStepPrediction, materials: Materials) -> None:
         self.distance = distance

@@ -55,6 +55,9 @@ class Input:
 
     kind: str
 
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "format": f"a stage of kind {self.kind}, or the path of such an artifact"}
+
 
 @dataclass(frozen=True)
 class Content:
@@ -71,6 +74,9 @@ class Content:
     not change the fingerprint."""
     shipped: Mapping[str, Path] = field(default_factory=dict, hash=False)
     """Short name -> folder that is installed with Retort. Settings store the name, because the path may change."""
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "format": "path or hub id" if self.revision_field else "path"}
 
     def source(self, value: str) -> str:
         """Return the path or hub repository that a value of the field refers to. Shipped names become paths."""

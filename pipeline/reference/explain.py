@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.manifest import Manifest
 from pipeline.manifest.matrix import Matrix
-from pipeline.manifest.settings import Setting, about, settings_of
+from pipeline.reference.settings import Setting, about, properties_of, settings_of
 from stages import KINDS
 from stages.base import Config, Execution
 from stages.data.images.config import IMAGE_SETS
@@ -50,7 +51,7 @@ WIDEST = 100
 @dataclass(frozen=True)
 class Topic:
     """A name that can be explained. what: its category, such as methods. used: where it is used in a manifest. package:
-    the plug-in that provides it; None for built-in names."""
+    the plug-in that provides it; None for built-in names. only: the setting, if one setting is explained."""
 
     name: str
     what: str
@@ -58,14 +59,20 @@ class Topic:
     config: type[Config]
     package: str | None = None
     only: str | None = None
-    """The name of a setting, if only that one is explained."""
 
+    @property
     def settings(self) -> list[Setting]:
         return [s for s in settings_of(self.config) if self.only in (None, s.name)]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the topic for programs. `settings` are the properties of the JSON Schema of its class."""
         own = {"name": self.name, "what": self.what, "used": self.used, "package": self.package}
-        return {**own, "description": about(self.config), "settings": [_as_dict(s) for s in self.settings()]}
+        properties = properties_of(self.config)
+        return {
+            **own,
+            "description": about(self.config),
+            "settings": {s.name: properties[s.name] for s in self.settings},
+        }
 
 
 def names() -> dict[str, list[str]]:
@@ -79,16 +86,17 @@ def topics(asked: str) -> list[Topic]:
 
     Raises UsageError with the most similar name if there is none.
     """
-    first, _, path = asked.partition(".")
-    found = _inside(_named(first), path.split(".")) if path else _named(asked)
+    first, *path = asked.split(".")
+    found = _named(first)
+    for name in path:
+        found = [inner for topic in found for inner in _inside(topic, name)]
     if not found and not path:
         classes = {topic.config: topic for topic in built_in()}
-        found = [topic for topic in classes.values() if any(s.name == asked for s in topic.settings())]
-        found = [Topic(t.name, t.what, t.used, t.config, t.package, only=asked) for t in found]
+        found = [replace(t, only=asked) for t in classes.values() if any(s.name == asked for s in t.settings)]
     if found:
         return found
-    known = [name for group in names().values() for name in group]
-    close = get_close_matches(asked, [*known, *_setting_names()], n=1)
+    known = {name for group in names().values() for name in group} | {s.name for t in built_in() for s in t.settings}
+    close = get_close_matches(asked, sorted(known), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     raise UsageError(f"nothing is called {asked!r}{hint} `retort explain` lists all names")
 
@@ -108,21 +116,21 @@ def _named(name: str) -> list[Topic]:
     return [*found, *(Topic(name, GROUPS, ", ".join(at), config) for config, at in _groups().get(name, {}).items())]
 
 
-def _inside(found: Sequence[Topic], path: Sequence[str]) -> list[Topic]:
-    """Follow a dotted path from topics to a group of settings or a single setting."""
-    reached = []
-    for topic in found:
-        setting = next((s for s in settings_of(topic.config) if s.name == path[0]), None)
-        if setting is None:
-            continue
-        name = f"{topic.name}.{setting.name}"
-        if setting.config is None:
-            one = Topic(topic.name, topic.what, topic.used, topic.config, topic.package, only=setting.name)
-            reached += [one] if len(path) == 1 else []
-        else:
-            inner = Topic(name, GROUPS, name, setting.config, topic.package)
-            reached += _inside([inner], path[1:]) if len(path) > 1 else [inner]
-    return reached
+def _inside(topic: Topic, name: str) -> Iterator[Topic]:
+    """Yield the setting of a topic with this name, or the settings inside it."""
+    for setting in topic.settings if topic.only is None else ():
+        if setting.name == name and setting.config:
+            path = f"{topic.name}.{name}"
+            yield Topic(path, GROUPS, path, setting.config, topic.package)
+        elif setting.name == name:
+            yield replace(topic, only=name)
+
+
+def built_in() -> list[Topic]:
+    """Return the topics of all built-in names, in the order of `names()`."""
+    found = [(what, name) for what, registry in REGISTRIES.items() for name in registry.built_in]
+    found += [(GROUPS, name) for name in names()[GROUPS]]
+    return [topic for what, name in found for topic in _named(name) if topic.what == what]
 
 
 # --- Settings that have settings -----------------------------------------------------------------------
@@ -132,40 +140,19 @@ def _inside(found: Sequence[Topic], path: Sequence[str]) -> list[Topic]:
 def _groups() -> dict[str, dict[type[Config], list[str]]]:
     """Return name of a field -> class of its settings -> paths where it is used, for all built-in names."""
     groups: dict[str, dict[type[Config], list[str]]] = {}
-    for root, config in _roots():
-        for path, setting in _walk(config, root):
-            if setting.config:
-                groups.setdefault(setting.name, {}).setdefault(setting.config, []).append(path)
+    roots: list[tuple[str, type[Config]]] = [("manifest", Manifest)]
+    roots += [root for registry in REGISTRIES.values() for root in registry.built_in.items()]
+    for root, config in roots:
+        for path, setting, inner in _walk(config, root):
+            groups.setdefault(setting, {}).setdefault(inner, []).append(path)
     return groups
 
 
-def _roots() -> Iterator[tuple[str, type[Config]]]:
-    yield "manifest", Manifest
-    for registry in REGISTRIES.values():
-        yield from registry.built_in.items()
-
-
-def _walk(config: type[Config], path: str) -> Iterator[tuple[str, Setting]]:
+def _walk(config: type[Config], path: str) -> Iterator[tuple[str, str, type[Config]]]:
     for setting in settings_of(config):
-        yield f"{path}.{setting.name}", setting
         if setting.config:
+            yield f"{path}.{setting.name}", setting.name, setting.config
             yield from _walk(setting.config, f"{path}.{setting.name}")
-
-
-def built_in() -> list[Topic]:
-    """Return the topics of all built-in names, in the order of `names()`."""
-    return [
-        topic
-        for what, found in names().items()
-        for name in found
-        if not _package(what, name)
-        for topic in _named(name)
-        if topic.what == what
-    ]
-
-
-def _setting_names() -> set[str]:
-    return {setting.name for root, config in _roots() for _, setting in _walk(config, root)}
 
 
 def _shown_elsewhere(config: type[Config]) -> bool:
@@ -182,35 +169,33 @@ def listing() -> str:
     lines = ["retort explain NAME says what NAME is and lists its settings. NAME is one of these, or a path such as"]
     lines += ["pairs.sampler.steps."]
     for what, found in names().items():
-        packages = {name: _package(what, name) for name in found}
-        shown = ", ".join(f"{name} ({packages[name]})" if packages[name] else name for name in found)
-        lines += [
-            "",
-            what,
-            textwrap.fill(shown, _width(), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False),
-        ]
+        registry = REGISTRIES.get(what)
+        packages = {name: registry.package(name) if registry else None for name in found}
+        shown = ", ".join(f"{name} ({package})" if package else name for name, package in packages.items())
+        lines += ["", what, _filled(shown, "  ")]
     return "\n".join(lines)
-
-
-def _package(what: str, name: str) -> str | None:
-    registry = REGISTRIES.get(what)
-    return registry.package(name) if registry else None
 
 
 def text(topic: Topic) -> str:
     """Return a topic as text for the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     source = f", from the package {topic.package}" if topic.package else ""
     used = "" if topic.used == topic.name else f" ({topic.used})"
-    lines = [f"{topic.name}: {_singular(topic.what)}{source}{used}", ""]
+    paragraphs = [f"{topic.name}: {_singular(topic.what)}{source}{used}"]
     if topic.only is None:
-        for paragraph in about(topic.config).split("\n\n"):
-            lines += [textwrap.fill(paragraph, _width()), ""]
-    settings = topic.settings()
-    if settings:
-        lines += _lines(settings, "  ", topic.name)
+        paragraphs += map(_filled, about(topic.config).split("\n\n"))
+    grid = Table.grid("", "", padding=(0, 2, 0, 0))
+    for name, said in _rows(topic.settings, "  ", topic.name):
+        grid.add_row(name, Text(said))
+    printed = io.StringIO()
+    Console(width=_width(), file=printed, color_system=None).print(grid)
+    paragraphs += ["\n".join(map(str.rstrip, printed.getvalue().splitlines()))]
     if topic.what == "stage kinds" and topic.only is None:
-        lines.append("  Like any stage, it may also have a `matrix`: retort explain matrix")
-    return "\n".join(lines).rstrip()
+        paragraphs[-1] += "\n  Like any stage, it may also have a `matrix`: retort explain matrix"
+    return "\n\n".join(paragraphs).rstrip()
 
 
 def _singular(what: str) -> str:
@@ -218,23 +203,16 @@ def _singular(what: str) -> str:
     return what if what == GROUPS else f"{'an' if what[0] in 'aeiou' else 'a'} {one}"
 
 
-def _lines(settings: Sequence[Setting], indent: str, path: str) -> list[str]:
-    width = max(len(setting.name) for setting in settings) + 2
-    lines: list[str] = []
+def _rows(settings: Sequence[Setting], indent: str, path: str) -> Iterator[tuple[str, str]]:
+    """Yield each setting's name, indented, and what is said of it; then the same for the settings inside it."""
     for setting in settings:
-        margin = indent + " " * width
         default = default_text(setting)
         need = "required" if setting.required else f"default {default}" if default else "may be left out"
-        head = f"{indent}{setting.name.ljust(width)}"
-        lines += textwrap.wrap(f"{setting.allowed}; {need}", _width(), initial_indent=head, subsequent_indent=margin)
-        lines += textwrap.wrap(setting.description, _width(), initial_indent=margin, subsequent_indent=margin)
-        if setting.config is None:
-            continue
-        if _shown_elsewhere(setting.config):
-            lines.append(f"{margin}see: retort explain {_reference(setting, path)}")
-        else:
-            lines += _lines(list(settings_of(setting.config)), indent + "    ", f"{path}.{setting.name}")
-    return lines
+        said = f"{setting.allowed}; {need}\n{setting.description}"
+        elsewhere = setting.config and _shown_elsewhere(setting.config)
+        yield indent + setting.name, f"{said}\nsee: retort explain {_reference(setting, path)}" if elsewhere else said
+        if setting.config and not elsewhere:
+            yield from _rows(settings_of(setting.config), f"{indent}    ", f"{path}.{setting.name}")
 
 
 def _reference(setting: Setting, path: str) -> str:
@@ -258,17 +236,9 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _filled(paragraph: str, indent: str = "") -> str:
+    return textwrap.fill(paragraph, _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
 def _width() -> int:
     return max(50, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-
-
-def _as_dict(setting: Setting) -> dict[str, Any]:
-    inner = [_as_dict(s) for s in settings_of(setting.config)] if setting.config else []
-    return {
-        "name": setting.name,
-        "type": setting.allowed,
-        "required": setting.required,
-        "default": setting.default,
-        "description": setting.description,
-        **({"settings": inner} if inner else {}),
-    }

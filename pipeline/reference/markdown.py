@@ -10,8 +10,8 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from pipeline.manifest.settings import Setting, about, settings_of
 from pipeline.reference.explain import GROUPS, REGISTRIES, Topic, built_in, default_text
+from pipeline.reference.settings import Setting, about, settings_of
 from stages.base import Config
 
 OPENING = Path(__file__).parent / "templates" / "manifest.md"

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.manifest import Manifest
 from pipeline.manifest.matrix import Matrix
-from pipeline.manifest.settings import about
+from pipeline.reference.settings import about
 from stages import KINDS
 
 FILE = "retort.schema.json"

@@ -10,8 +10,8 @@ from string import Template
 from pydantic import ValidationError
 
 from pipeline.errors import UsageError, suggest
-from pipeline.manifest.settings import Setting, settings_of
 from pipeline.reference.schema import LINE
+from pipeline.reference.settings import Setting, settings_of
 from stages.base import StageError
 from stages.data.files import files_of
 from stages.data.prompts.config import PATTERNS, Prompts

@@ -84,9 +84,11 @@ class DigitScenes(Digits):
     and methods on it."""
 
     name: Literal["digit_scenes"] = "digit_scenes"  # type: ignore[assignment]
-    digits_per_image: Literal[1, 2] = 2
-    size: Literal[16, 32] = 32
-    background: Literal["plain", "photographs"] = "photographs"
+    digits_per_image: Literal[1, 2] = Field(2, description=Digits.model_fields["digits_per_image"].description)
+    size: Literal[16, 32] = Field(32, description=Digits.model_fields["size"].description)
+    background: Literal["plain", "photographs"] = Field(
+        "photographs", description=Digits.model_fields["background"].description
+    )
 
 
 class FileSet(ImageSet):

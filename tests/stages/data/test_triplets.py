@@ -9,7 +9,7 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from pipeline.manifest.fields import marked, plain
-from pipeline.manifest.settings import about, settings_of
+from pipeline.reference.settings import about, settings_of
 from stages.base import Choice, Content, Stage, StageError
 from stages.data.images import photographs
 from stages.data.images.config import Digits

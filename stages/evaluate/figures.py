@@ -114,8 +114,8 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
     if "reference" in metrics:
         about = metrics["reference"]
         lines.append(
-            f"FID, KID, patch FID, FD-DINOv2, CLIP score and LPIPS diversity follow {about['preset']}, against "
-            f"{about['images']:,} real images. The sha256 of the weights: "
+            f"FID, KID, patch FID, FD-DINOv2, CLIP score and LPIPS diversity are measured with preset "
+            f"{about['preset']} and {about['images']:,} real images. The sha256 of the networks' weights: "
             f"{', '.join(f'{name} {sha256}' for name, sha256 in about['weights_sha256'].items()) or 'none given'}."
         )
     if "features" in metrics:

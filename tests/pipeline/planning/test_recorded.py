@@ -171,7 +171,7 @@ def sources() -> dict[str, dict[str, object]]:
     return {kind: {"version": stage.VERSION, "sha256": source_hash(kind)} for kind, stage in KINDS.built_in.items()}
 
 
-def test_fingerprints_are_those_recorded(tmp_path):
+def test_fingerprints_equal_the_recorded_ones(tmp_path):
     assert fingerprints(tmp_path) == json.loads(RECORDED.read_text())["fingerprints"], (
         "Fingerprints changed. Every artifact of every user becomes stale and is made again. "
         "If you added a setting, mark it Neutral(): at its default it then changes no fingerprint. "
@@ -179,7 +179,7 @@ def test_fingerprints_are_those_recorded(tmp_path):
     )
 
 
-def test_sources_are_those_recorded_for_their_versions():
+def test_source_hashes_equal_the_recorded_ones():
     recorded, now = json.loads(RECORDED.read_text())["sources"], sources()
     changed = [kind for kind in now if now[kind] != recorded.get(kind)]
     assert not changed, (
@@ -190,7 +190,7 @@ def test_sources_are_those_recorded_for_their_versions():
     )
 
 
-def test_every_stage_kind_names_modules_that_exist():
+def test_every_stage_kind_has_an_entry_of_existing_modules():
     assert RESULTS.keys() == KINDS.built_in.keys(), (
         "RESULTS needs an entry for each stage kind: the modules whose code decides its results"
     )
@@ -219,7 +219,7 @@ def check(x):
     ("square()", "abs()", False),
     ("    return x", "    x = x\n    return x", False),
 ])  # fmt: skip
-def test_what_decides_no_result_is_left_out_of_the_hash(old, new, same):
+def test_the_hash_ignores_code_that_changes_no_result(old, new, same):
     assert old in CODE
     assert (code(ast.parse(CODE)) == code(ast.parse(CODE.replace(old, new)))) == same
 

@@ -34,7 +34,7 @@ def test_commands_and_names_are_offered():
     assert offered("retort completion ") == ["bash", "zsh", "fish"]
 
 
-def test_runs_and_stages_are_offered_from_every_place_a_store_may_be_named(store, tmp_path):
+def test_runs_and_stages_are_offered_wherever_the_store_is_named(store, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     runs = ["broken", "first", "second"]
@@ -57,7 +57,7 @@ def test_the_scripts_ask_retort(shell):
     assert "retort completion bash" in retort("completion", "--help").stdout
 
 
-def test_bash_takes_its_script():
+def test_bash_accepts_its_script():
     script = retort("completion", "bash").stdout
     done = subprocess.run(["bash", "-c", script + "\ncomplete -p retort"], capture_output=True, text=True)
     assert done.returncode == 0 and "_retort_completion retort" in done.stdout

@@ -55,7 +55,7 @@ class Linear:
 
 
 @pytest.mark.parametrize("std", TABLE)
-def test_students_that_fit_exactly_do_what_their_first_teacher_did(std):
+def test_exactly_fitted_students_reproduce_their_first_teacher(std):
     """Holds for every N and any number of steps, even for one step of a student of a teacher with 8,192 steps."""
     for steps, expected in TABLE[std].items():
         teacher = Linear.exact(steps, std)
@@ -71,7 +71,7 @@ def test_students_that_fit_exactly_do_what_their_first_teacher_did(std):
     assert halvings == 13
 
 
-def test_one_step_with_the_target_is_two_of_the_teachers():
+def test_one_step_with_the_target_equals_two_of_the_teachers():
     generator = torch.Generator().manual_seed(0)
     noise = {j: torch.randn(64, 4, 2, 2, generator=generator, dtype=torch.float64) for j in "zab"}
     estimates = iter((noise["a"], noise["b"]))
@@ -121,7 +121,7 @@ def test_a_student_for_stochastic_sampling_jumps_twice_as_far():
     assert float(found[3]) == pytest.approx(1.0)
 
 
-def test_few_steps_of_a_mixture_follow_the_ode_and_one_step_follows_it_worse():
+def test_few_steps_follow_the_ode_of_a_mixture_better_than_one_step():
     """Small networks learn a mixture of four normals in two dimensions, from 8 steps down to 1."""
     torch.manual_seed(0)
     means, std = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]), 0.2

@@ -66,7 +66,7 @@ def test_every_side_is_measured_on_the_same_prompts_and_noise(quality):
     assert quality.record["metrics"] == metrics
 
 
-def test_held_out_pairs_are_taken_and_the_rest_is_solved_as_the_factory_would(quality, tiny):
+def test_missing_samples_are_solved_like_those_of_a_pairs_stage(quality, tiny):
     """32 pairs are held out, and there are 60 samples. The other 28 are what pairs 96 to 123 would be."""
     student = tiny[1]["student"].artifact
     samples, latents, _ = sampled(sources(student.inputs)[0], student, 60)
@@ -86,7 +86,7 @@ def test_the_page_is_self_contained(quality):
     assert "10 network calls" in page
 
 
-def test_contradictions_are_found_when_planning(tmp_path):
+def test_contradictory_settings_are_errors_of_the_plan(tmp_path):
     with pytest.raises(ManifestError, match="5 is not fewer than the 5 steps of the pairs"):
         plan_of(QUALITY, tmp_path, ["stages.quality.teacher_steps=[5]"])
     with pytest.raises(ManifestError, match="a number of steps is given twice"):
@@ -102,7 +102,7 @@ def test_contradictions_are_found_when_planning(tmp_path):
         plan_of(QUALITY, tmp_path, ["stages.probe.images=digit_scenes"])
 
 
-def test_without_real_images_only_the_teacher_is_compared_with(tiny):
+def test_without_real_images_only_distances_to_the_teacher_are_measured(tiny):
     text = TINY + "  quality: {kind: evaluate, student: student, samples: 20, teacher_steps: []}\n"
     artifact = execute(text, tiny[0])["quality"].artifact
     metrics = json.loads((artifact.folder / "metrics.json").read_text())
@@ -111,7 +111,7 @@ def test_without_real_images_only_the_teacher_is_compared_with(tiny):
     }  # fmt: skip
 
 
-def test_pairs_alone_show_their_teacher_in_few_steps_through_the_same_probe(quality, tiny):
+def test_pairs_alone_measure_their_teacher_in_few_steps(quality, tiny):
     text = PROBE + "  quality: {kind: evaluate, pairs: pairs, real: probe, samples: 120, teacher_steps: [1]}\n"
     assert plan_of(text, tiny[0])["probe"].state == "reuse"
     artifact = execute(text, tiny[0])["quality"].artifact
@@ -124,7 +124,7 @@ def test_pairs_alone_show_their_teacher_in_few_steps_through_the_same_probe(qual
     )
 
 
-def test_a_student_or_pairs_or_both(tiny):
+def test_an_evaluation_needs_a_student_or_pairs_or_both(tiny):
     with pytest.raises(ManifestError, match="give student, pairs or both"):
         plan_of(TINY + "  quality: {kind: evaluate}\n", tiny[0])
     text = TINY + "  quality: {kind: evaluate, student: student, pairs: others, samples: 20, teacher_steps: []}\n"
@@ -175,7 +175,7 @@ def test_noises_of_a_mixture_and_of_earlier_students_are_refused_too(tmp_path):
         plan_of(text + first, tmp_path, ["stages.student.start_from=first"])
 
 
-def test_held_out_noises_are_past_all_that_the_student_and_those_before_it_saw(tmp_path):
+def test_held_out_noises_follow_all_noises_of_the_student_and_earlier_students(tmp_path):
     """The student has pairs of 96 noises, 32 of them held out. An earlier student had 40 noises, 8 of them held out."""
     small = OTHERS.replace("others", "small") % f"count: 40, {SAMPLER}"
     mixed = OTHERS.replace("others", "mixed") % f"count: 50, seed: 5, {SAMPLER}"
@@ -194,7 +194,7 @@ def test_held_out_noises_are_past_all_that_the_student_and_those_before_it_saw(t
     assert held_out(pairs, None, "test", 20) == Noises(range(76, 96), range(96, 96))  # as of students of these pairs
 
 
-def test_a_student_of_latents_was_trained_on_no_noise_of_any_pairs(tmp_path):
+def test_all_pairs_are_held_out_for_a_student_of_latents(tmp_path):
     latents = "  latents: {kind: latents, teacher: teacher, images: digits}\n"
     method = "{name: progressive, start_steps: 4, end_steps: 2, guidance_scale: 2.0}"
     text = TINY.replace("    pairs: pairs\n", "    latents: latents\n").replace(
@@ -206,7 +206,7 @@ def test_a_student_of_latents_was_trained_on_no_noise_of_any_pairs(tmp_path):
     assert held_out(pairs, student, "test", 100) == Noises(range(96), range(96, 100))
 
 
-def test_evaluating_on_a_source_without_anything_held_out_takes_fresh_noise(tiny):
+def test_a_source_without_held_out_pairs_is_evaluated_on_new_noises(tiny):
     more = OTHERS.replace("others", "more") % f"count: 24, seed: 5, {SAMPLER}"
     text = f"{TINY}{more}  quality: {{kind: evaluate, student: student, pairs: more, samples: 20}}\n"
     sets = ["stages.student.pairs=[pairs, more]", "stages.student.training.steps=2", "stages.quality.teacher_steps=[]"]
@@ -239,7 +239,7 @@ def test_validation_and_test_share_no_sample(tiny):
 
 
 @pytest.mark.parametrize(("manifest", "split"), [("gan_weight", "validation"), ("ablation", "test")])
-def test_a_sweep_chooses_on_other_samples_than_are_reported(tmp_path, manifest, split):
+def test_validation_and_test_of_a_matrix_use_different_samples(tmp_path, manifest, split):
     plan = plan_of((ROOT / "manifests" / f"{manifest}.yaml").read_text(), tmp_path)
     stages = [planned.artifact.stage for planned in plan.values()]
     assert {stage.split for stage in stages if isinstance(stage, Evaluate)} == {split}
@@ -248,7 +248,7 @@ def test_a_sweep_chooses_on_other_samples_than_are_reported(tmp_path, manifest, 
 # --- Real images, cost ---
 
 
-def test_real_references_are_images_that_the_probe_never_saw(quality):
+def test_the_real_images_are_held_out_ones(quality):
     reference, other = two_real_sets(load(Digits(), held_out=True), 120)
     assert not set(reference.origins) & set(other.origins) and len(reference) == len(other) == 120
     classifier = Classifier.load(quality.inputs["real"].folder, "cpu")
@@ -263,7 +263,7 @@ def test_too_few_real_images_for_a_distance_are_an_error():
         two_real_sets(few, 120)
 
 
-def test_both_sides_compute_in_the_dtype_of_the_pairs_in_batches_as_asked(tiny):
+def test_both_sides_use_the_dtype_of_the_pairs_and_the_micro_batch(tiny):
     text = TINY + OTHERS % f"count: 12, seed: 9, dtype: bfloat16, {SAMPLER}"  # the other 8 are solved here
     pairs = execute(text, tiny[0], only=["others"], name="bfloat16")["others"].artifact
     student = tiny[1]["student"].artifact
@@ -288,7 +288,7 @@ def test_both_sides_compute_in_the_dtype_of_the_pairs_in_batches_as_asked(tiny):
     assert 0 < (drawn - wanted).abs().max() < 0.1
 
 
-def test_how_an_evaluation_is_batched_is_told_and_makes_nothing_stale(tiny):
+def test_the_micro_batch_is_recorded_and_makes_nothing_stale(tiny):
     text = TINY + "  quality: {kind: evaluate, student: student, samples: 21, teacher_steps: []}\n"
     made = execute(text, tiny[0], ["stages.quality.execution={micro_batch: 8}"])["quality"].artifact
     assert plan_of(text, tiny[0])["quality"].artifact.fingerprint == made.fingerprint
@@ -339,7 +339,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "SIZE", 32)
 
 
-def test_an_interrupted_evaluation_goes_on_after_its_measured_parts(tiny, small_parts):
+def test_an_interrupted_evaluation_keeps_its_measured_parts(tiny, small_parts):
     whole = execute(PARTED, tiny[0], force=["parted"], name="whole")["parted"].artifact.record["metrics"]
     shutil.rmtree(plan_of(PARTED, tiny[0])["parted"].artifact.folder)
     with pytest.raises(KeyboardInterrupt):

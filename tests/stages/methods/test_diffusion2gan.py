@@ -96,7 +96,7 @@ def awake(d):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_three_maps_at_every_scale_of_the_decoder(layout):
+def test_every_scale_of_the_decoder_has_three_maps(layout):
     d = discriminator(layout)
     maps = d(*inputs(d, layout))
     assert [tuple(m.shape) for m in maps] == [(2, n, n) for n in LAYOUTS[layout][2] for _ in range(3)]
@@ -105,7 +105,7 @@ def test_three_maps_at_every_scale_of_the_decoder(layout):
     assert only.shape == (2, finest, finest) and not len(e.resized)
 
 
-def test_what_is_judged_is_what_flows_through_the_unet():
+def test_the_discriminator_judges_the_features_of_the_unet():
     """The test's own hooks record the output of the middle block, the skips of the encoder, and the input of the output
     layer."""
     d = awake(discriminator())
@@ -128,7 +128,7 @@ def test_what_is_judged_is_what_flows_through_the_unet():
             assert judged[3 * k + 1].shape[-1] == 2 * judged[3 * k - 1].shape[-1]  # made larger in between
 
 
-def test_a_map_changes_if_and_only_if_its_branch_does():
+def test_a_map_changes_only_with_its_own_branch_and_earlier_ones():
     d = awake(discriminator())
     before = d(*inputs(d))
 
@@ -149,7 +149,7 @@ def test_a_map_changes_if_and_only_if_its_branch_does():
     assert not any(changed())
 
 
-def test_a_new_discriminator_is_the_teachers_unet_and_blind_to_the_noise():
+def test_a_new_discriminator_is_the_teachers_unet_and_ignores_the_noise():
     d = discriminator()
     x, z, c = inputs(d)
     assert all(torch.equal(a, b) for a, b in zip(d(x, z, c), d(x, z + 1, c), strict=True))
@@ -169,7 +169,7 @@ def test_a_new_discriminator_is_the_teachers_unet_and_blind_to_the_noise():
     assert blind.noise is None and torch.equal(blind(x, z, c)[0], blind(x, z + 1, c)[0])
 
 
-def test_a_copied_discriminator_listens_to_its_own_unet():
+def test_a_copied_discriminator_reads_its_own_unet():
     d = awake(discriminator())
     twin = copy.deepcopy(d)
     for parameter in d.parameters():
@@ -178,7 +178,7 @@ def test_a_copied_discriminator_listens_to_its_own_unet():
     assert all(float(m.detach().abs().max()) == 0 for m in d(*inputs(d)))
 
 
-def test_losses_are_small_for_whom_the_logits_favour():
+def test_losses_are_small_if_the_logits_are_right():
     """A positive logit means that the discriminator takes the input for real."""
     yes, no = [torch.full((2, 4, 4), 3.0)], [torch.full((2, 4, 4), -3.0)]
     small, large = math.log1p(math.exp(-3)), math.log1p(math.exp(3))
@@ -187,13 +187,13 @@ def test_losses_are_small_for_whom_the_logits_favour():
     assert float(discriminator_loss(no, yes)) == pytest.approx(2 * large)
 
 
-def test_losses_of_a_discriminator_that_cannot_tell():
+def test_losses_at_logits_of_zero():
     nothing = [torch.zeros(3, 4, 4), torch.zeros(3, 8, 8)]
     assert float(generator_loss(nothing)) == pytest.approx(math.log(2), abs=1e-6)
     assert float(discriminator_loss(nothing, nothing)) == pytest.approx(2 * math.log(2), abs=1e-6)
 
 
-def test_every_map_counts_alike_whatever_its_size():
+def test_all_maps_have_the_same_weight():
     small, large = torch.full((1, 1, 1), 3.0), torch.full((1, 50, 50), -3.0)
     expected = (math.log1p(math.exp(-3)) + math.log1p(math.exp(3))) / 2
     assert float(generator_loss([small, large])) == pytest.approx(expected, rel=1e-6)
@@ -222,7 +222,7 @@ def test_r1_grows_with_the_number_of_positions():
     assert large == pytest.approx(16 * small, rel=1e-5)
 
 
-def test_r1_of_single_samples_is_on_average_that_of_the_batch():
+def test_the_mean_r1_of_single_samples_equals_that_of_the_batch():
     d = awake(discriminator("digits"))
     x, z, c = inputs(d, "digits")
     whole = r1_penalty(lambda real: d(real, z, c), x, 1.0)
@@ -266,7 +266,7 @@ def false(rows=64, share=0.5, sees_noise=True, texts=True, seed=0):
 
 @given(st.integers(0, 2**32), st.integers(1, 40), st.floats(0, 1), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_what_is_mixed_is_real_and_of_it_one_thing_is_anothers(seed, rows, share, sees_noise, few_texts):
+def test_mixed_rows_are_real_and_exactly_one_part_is_another_rows(seed, rows, share, sees_noise, few_texts):
     texts = [i % 3 for i in range(rows)] if few_texts else True
     own, x, z, c, false_c = false(rows, share, sees_noise, texts, seed)
     for i in range(rows):
@@ -290,7 +290,7 @@ def test_what_is_mixed_is_real_and_of_it_one_thing_is_anothers(seed, rows, share
         (False, None, (1, 0, 0, 0)),
     ],
 )
-def test_the_share_that_is_mixed_is_the_one_asked_for(sees_noise, texts, parts):
+def test_the_share_of_mixed_rows_equals_the_setting(sees_noise, texts, parts):
     counts = torch.zeros(4)
     for seed in range(40):
         own, x, z, c, false_c = false(sees_noise=sees_noise, texts=texts, seed=seed)
@@ -299,7 +299,7 @@ def test_the_share_that_is_mixed_is_the_one_asked_for(sees_noise, texts, parts):
     torch.testing.assert_close(counts / counts.sum(), torch.tensor(parts, dtype=torch.float), atol=0.03, rtol=0)
 
 
-def test_nothing_is_mixed_of_a_share_of_none_or_of_a_batch_of_one():
+def test_nothing_is_mixed_with_share_0_or_in_a_batch_of_one():
     for rows, share in ((64, 0.0), (1, 1.0)):
         own, x, z, c, false_c = false(rows, share)
         assert torch.equal(x, -own) and torch.equal(z, own) and torch.equal(c, false_c)
@@ -347,7 +347,7 @@ def weights(result):
     return result.averages["student"].state_dict()
 
 
-def test_without_its_gan_it_is_knowledge_distillation(teacher, batch, tmp_path):
+def test_without_the_gan_it_equals_knowledge_distillation(teacher, batch, tmp_path):
     settings = StudentTraining(steps=4, batch_size=8, learning_rate=1e-3)
     plain = KnowledgeDistillationConfig(loss=MSE).create(Materials(teacher, settings))
     batches = [batch(range(8 * i, 8 * i + 8)) for i in range(4)]
@@ -371,7 +371,7 @@ class Recorder(nn.Module):
         return self.said[-1]
 
 
-def test_what_the_discriminator_is_shown_as_real_and_as_false_and_where_it_is_penalised(teacher, batch):
+def test_the_discriminators_real_and_fake_inputs_and_the_input_of_r1(teacher, batch):
     method = made(teacher, mix_and_match=1.0)
     recorder = method.discriminator = Recorder(method.discriminator)
     rows = batch(range(8))
@@ -398,7 +398,7 @@ def minus_log(probabilities):
 
 
 @pytest.mark.parametrize("gan_weight", [0.3, 2.0])
-def test_both_losses_by_hand(teacher, batch, gan_weight):
+def test_both_losses_equal_hand_computed_values(teacher, batch, gan_weight):
     """distance + gan_weight * E[-log D(false)], and E[-log D(real)] + E[-log(1 - D(false))]."""
     method = made(teacher, gan_weight=gan_weight, mix_and_match=0)
     recorder, rows = Recorder(awake(method.discriminator)), batch(range(8))
@@ -425,7 +425,7 @@ def test_both_losses_by_hand(teacher, batch, gan_weight):
     assert {name: float(value.detach()) for name, value in figures.items()} == pytest.approx(means, rel=1e-4, abs=1e-6)
 
 
-def test_a_discriminator_learns_to_tell_and_the_student_to_please_it(teacher, batch):
+def test_discriminator_and_student_lower_their_losses(teacher, batch):
     method = made(teacher, r1_weight=0, mix_and_match=0)
     rows = batch(range(8))
     critic = torch.optim.Adam(method.discriminator.parameters(), 1e-3)
@@ -474,7 +474,7 @@ def test_every_third_step_is_penalised_beginning_with_the_first(teacher, batch):
     assert "r1" not in critic.loss(batch(range(8)))[1]
 
 
-def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, batch, tmp_path):
+def test_killed_between_two_steps_and_resumed_it_gives_the_same_bits(teacher, batch, tmp_path):
     """The state has two optimizers, an average, the number of steps to the next penalty, and the last logged
     figures."""
 
@@ -489,7 +489,7 @@ def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, batch, tmp_pat
     assert again.history == whole.history
 
 
-def test_two_halves_accumulated_are_one_whole_batch(teacher, batch, tmp_path):
+def test_two_accumulated_halves_equal_one_batch(teacher, batch, tmp_path):
     """Each half of the discriminator's turn gets the latents that the student made from the same half."""
     switches = {"r1_weight": 0, "mix_and_match": 0}
     whole = trained(made(teacher, 3, **switches), lambda step: batch(range(16)), tmp_path / "whole")
@@ -500,14 +500,14 @@ def test_two_halves_accumulated_are_one_whole_batch(teacher, batch, tmp_path):
         torch.testing.assert_close(value, weights(whole)[name], atol=2e-5, rtol=1e-3)
 
 
-def test_in_bf16_with_checkpointing_all_of_it_runs(teacher, batch, tmp_path):
+def test_training_runs_in_bf16_with_checkpointing(teacher, batch, tmp_path):
     result = trained(
         made(teacher, 4, mixed_precision="bf16"), lambda step: batch(range(8)), tmp_path, checkpointing=True
     )
     assert all(math.isfinite(value) for line in result.history for value in line.values())
 
 
-def test_only_whose_turn_it_is_learns_and_the_student_learns_from_both_terms(teacher, batch):
+def test_only_the_player_of_the_turn_gets_gradients_and_the_student_from_both_terms(teacher, batch):
     method = made(teacher)
     student, critic = method.turns(1)
     critic_module = method.discriminator.requires_grad_(False)
@@ -533,7 +533,7 @@ GAN = TINY.replace(
 )
 
 
-def test_the_whole_stage_and_its_export(tiny):
+def test_the_stage_runs_and_exports_a_student(tiny):
     student = execute(GAN, tiny[0], name="gan")["student"].artifact
     assert student.record["metrics"]["held_out_mse"] > 0
     assert "diffusion2gan" in (student.folder / "README.md").read_text()
@@ -578,7 +578,7 @@ quality.execution.threads=1
 """
 
 
-def test_the_manifest_for_stable_diffusion_as_it_is_but_small(tmp_path):
+def test_the_manifest_for_stable_diffusion_runs_at_small_size(tmp_path):
     """Only sizes and outside files differ: bf16, checkpointing, accumulation, E-LatentLPIPS and R1 are as published."""
     torch.manual_seed(0)
     folder = stable_diffusion_layout(tmp_path / "sd", sd15(8, 32))

@@ -95,7 +95,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_turn_moves_its_own_player_only_and_never_the_teacher(teacher, name):
+def test_a_turn_changes_only_its_own_player(teacher, name):
     made, settings, given = METHODS[name]
     method, rows = stirred(made(teacher, **settings)), given(teacher)
     student, fake = method.turns(0)
@@ -111,7 +111,7 @@ def test_a_turn_moves_its_own_player_only_and_never_the_teacher(teacher, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_loop_changes_student_and_fake_score_and_leaves_the_teacher(teacher, name, tmp_path):
+def test_the_loop_changes_student_and_fake_score_but_not_the_teacher(teacher, name, tmp_path):
     made, settings, given = METHODS[name]
     method = made(teacher, materials(teacher, steps=2), **settings)
     starts = {player: [p.clone() for p in of.module.parameters()] for player, of in method.players.items()}
@@ -202,7 +202,7 @@ def test_the_students_times_are_from_20_to_980_and_the_fake_scores_from_0_to_999
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 @pytest.mark.parametrize("schedule", ["stable_diffusion", "flow", "zero_terminal_snr"])
-def test_any_prediction_type_and_schedule_by_hand(prediction, schedule):
+def test_any_prediction_type_and_schedule_equal_hand_computed_values(prediction, schedule):
     """Converts the network's output to real and fake score by hand. Also checks the error for each weighting: output is
     the error of the network's output, snr that of the noise, edm (snr + 4) times that of x0."""
     adapter = of_schedule(prediction, schedule)
@@ -272,7 +272,7 @@ def test_dmds_loss_is_the_matching_loss_plus_the_weighted_regression(teacher):
     torch.testing.assert_close(alone.student_loss(rows)[0], figures["matching"].mean())
 
 
-def test_prompts_of_their_own_are_sampled_from_in_place_of_those_of_the_pairs(teacher):
+def test_the_setting_prompts_replaces_the_prompts_of_the_pairs(teacher):
     method, rows = dmd(teacher), pairs_only(teacher)
     seen = []
     method.matching.gradient = lambda x, prompts, w=None: seen.append(prompts) or torch.zeros_like(x)
@@ -351,14 +351,14 @@ def test_a_state_is_the_last_estimate_with_the_noise_of_its_level(teacher):
     assert float(rest.std()) == pytest.approx(student.grid.level(1).sigma, rel=0.01)
 
 
-def test_gradients_flow_to_the_last_call_of_a_roll_out_only(teacher):
+def test_only_the_last_call_of_a_rollout_has_gradients(teacher):
     method, called = stirred(dmd2(teacher, steps=4)), []
     method.student.network.register_forward_hook(lambda *_: called.append(torch.is_grad_enabled()))
     method.sample(latents_only(teacher), 2)
     assert called == [False, False, True]
 
 
-def test_the_exit_is_a_function_of_seed_and_step_and_visits_every_step(teacher):
+def test_the_length_of_a_rollout_depends_only_on_seed_and_step_and_takes_all_values(teacher):
     method, other = dmd2(teacher, steps=4), dmd2(teacher, steps=4)
     exits = [[turn.loss.keywords["calls"] for turn in method.turns(step)] for step in range(40)]
     assert all(len(set(found)) == 1 for found in exits)
@@ -431,7 +431,7 @@ def test_the_head_gives_one_logit_at_every_size(side):
     assert logits.shape == (1, 1, 1)
 
 
-def test_the_discriminators_loss_by_hand(teacher):
+def test_the_discriminators_loss_equals_hand_computed_values(teacher):
     """softplus(-D(real)) + softplus(D(false)), each with its own prompts and noise, weighed against the errors."""
     rows = latents_only(teacher)
     method = stirred(dmd2(teacher, gan=GanSettings(discriminator_weight=0.5)))
@@ -472,7 +472,7 @@ def test_checkpointed_activations_give_the_head_the_same_gradients(teacher):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, name, tmp_path):
+def test_killed_between_two_steps_and_resumed_it_gives_the_same_bits(teacher, name, tmp_path):
     """Also if the kill happens between two turns of the student."""
     made, settings, given = METHODS[name]
     settings = {**settings, **({"fake_updates": 3} if made is dmd2 else {})}
@@ -505,7 +505,7 @@ def test_lora_weights_of_student_and_fake_score_share_the_teachers(teacher, name
     run(method, given(teacher), tmp_path)
 
 
-def test_halves_accumulated_are_paired_with_their_own_samples(teacher, tmp_path):
+def test_accumulated_halves_use_their_own_samples(teacher, tmp_path):
     method = dmd2(teacher, materials(teacher, steps=4, accumulate=2), fake_updates=2)
     run(method, lambda i: latents_only(teacher, seed=i), tmp_path)
     assert not method._samples
@@ -650,7 +650,7 @@ DMD = (
 )
 
 
-def test_pairs_of_another_guidance_scale_are_warned_of(tiny, tmp_path):
+def test_pairs_of_another_guidance_scale_give_a_warning(tiny, tmp_path):
     path = tmp_path / "m.yaml"
     path.write_text(DMD.replace("guidance_scale: 2.0}\n    training", "guidance_scale: 4.0}\n    training"))
     said = retort("plan", str(path), "--store", str(tiny[0])).stderr
@@ -659,7 +659,7 @@ def test_pairs_of_another_guidance_scale_are_warned_of(tiny, tmp_path):
     assert "real score" not in retort("plan", str(path), "--store", str(tiny[0])).stderr
 
 
-def test_a_regression_needs_pairs_and_no_regression_needs_none(tiny):
+def test_pairs_are_needed_if_and_only_if_there_is_a_regression(tiny):
     with pytest.raises(ManifestError, match="without a regression, `pairs` are not used"):
         plan_of(DMD.replace("guidance_scale: 2.0}\n    tr", "regression_weight: 0}\n    tr"), tiny[0])
     prompts = DMD.replace("pairs: pairs\n    prompts: digits", "prompts: digits\n    teacher: teacher")
@@ -667,7 +667,7 @@ def test_a_regression_needs_pairs_and_no_regression_needs_none(tiny):
         plan_of(prompts.replace("    held_out: 32\n", ""), tiny[0])
 
 
-def test_a_loss_without_a_name_finds_its_perceptual_network(tiny):
+def test_a_loss_without_a_name_is_e_latent_lpips(tiny):
     """The short form is read everywhere: by the plan, which finds the stage, and by validation."""
     vgg = "  vgg: {kind: perceptual, from: nowhere}\n  student:"
     text = DMD.replace("  student:", vgg, 1).replace("name: dmd,", "name: dmd, loss: {perceptual: vgg},")
@@ -707,7 +707,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_manifests_run_as_they_are_but_small(name, tmp_path):
+def test_the_published_manifests_run_at_small_size(name, tmp_path):
     layout = stable_diffusion_xl_layout if name.startswith("sdxl") else stable_diffusion_layout
     sets = [*PUBLISHED[name].split(), f"teacher.from={layout(tmp_path / 'teacher')}", *SMALL.split()]
     if name != "sd15_dmd":

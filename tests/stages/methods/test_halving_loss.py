@@ -158,7 +158,7 @@ def test_guided(teachers, of, to, weighting):
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample", "both"])
-def test_error_is_that_of_x0_whatever_is_put_out(teachers, prediction):
+def test_the_error_is_that_of_x0_for_every_prediction_type(teachers, prediction):
     teacher = teachers["v_prediction"]
     student = shaken(Student.from_teacher(teacher, Form(steps=4, schedule="cosine", prediction=prediction)))
     z, x0 = torch.randn(2, 4, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -170,7 +170,7 @@ def test_error_is_that_of_x0_whatever_is_put_out(teachers, prediction):
         assert float(found[k]) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_targets_are_in_full_precision_whatever_the_student_trains_in(teachers, monkeypatch):
+def test_targets_are_in_full_precision_even_in_bf16_training(teachers, monkeypatch):
     """Also the targets from an earlier student. Precision matters, because numerator and denominator are differences of
     nearly equal numbers."""
     teacher = teachers["v_prediction"]

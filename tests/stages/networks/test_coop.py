@@ -72,7 +72,7 @@ SAMPLER = Sampler(steps=20, guidance_scale=1.0)
 
 
 @pytest.mark.parametrize("refresh", ["own", "re_encode"])
-def test_at_delta_0_the_host_samples_and_at_delta_1_the_guest(refresh):
+def test_delta_0_gives_the_hosts_samples_and_delta_1_the_guests(refresh):
     host, guest = Normal(-1.0, 0.5), Normal(2.0, 0.3)
     alone = [solve(one, noise(), [""] * 5, SAMPLER) for one in (host, guest)]
     first, last = (solve(fused(host, guest, delta=d, refresh=refresh), noise(), [""] * 5, SAMPLER) for d in (0, 1))
@@ -91,7 +91,7 @@ def test_the_conversion_between_turned_latents_is_exact(delta):
 
 
 @pytest.mark.parametrize("delta", [0.25, 0.5, 0.9])
-def test_two_gaussians_of_one_deviation_end_between_their_means(delta):
+def test_fused_gaussians_of_equal_deviation_sample_a_mean_between_theirs(delta):
     """Samples are those of one Gaussian with mean (1 - delta) m_A + delta m_B. If the guest follows its own path, it
     has a stronger effect, because the host's estimate follows the state."""
     host, guest, std = Normal(-1.0, 0.4), Normal(2.0, 0.4), 0.4
@@ -200,7 +200,7 @@ def test_a_bridge_noises_scaled_images_with_the_hosts_noise():
 
 
 @pytest.mark.parametrize("finish", [False, True])
-def test_the_host_goes_on_from_the_guests_estimate_or_from_its_image(finish):
+def test_the_host_starts_from_the_guests_estimate_or_from_its_image(finish):
     host, guest = Large(8, 0.7, 0.5), Large(8, -0.2, 0.1)
     drawn, grid = torch.from_numpy(noise(5, (3, 8, 8))), list(range(999, 0, -50))
     made = solve(bridged(host, guest, finish=finish), drawn.numpy(), [""] * 5, SAMPLER)
@@ -331,7 +331,7 @@ PARTS = f"""{HEAD}
         ("{train: {dataset: digits, start: teacher, vae: teacher}}", "denoiser.channels: [16, 32]; set these"),
     ],
 )
-def test_what_was_never_trained_is_not_called(tmp_path, made, expected):
+def test_teachers_called_at_timesteps_they_were_not_trained_on_are_refused(tmp_path, made, expected):
     text = PARTS + made.replace("{", "{kind: teacher, ", 1)
     if expected is None:
         plan_of(text, tmp_path)

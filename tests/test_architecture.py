@@ -9,7 +9,7 @@ import pytest
 from tests.support.cli import ROOT
 
 FLOORS = [
-    # a room may import rooms of the rows below its own
+    # a module may import modules of the rows below its own
     {"pipeline.cli", "pipeline.api"},
     {"pipeline.commands"},
     {"pipeline.views", "pipeline.jobs", "pipeline.reference"},

@@ -3,8 +3,8 @@ work.
 
 Each block runs in its own folder. There, `manifests/` is that of the repository, `retort-store/` holds one small sealed
 run under the name of every manifest, and the manifests and files that the document describes exist. Commands that would
-take minutes (`submit`) are planned instead. Those that need another machine are only parsed, and for benchmarks only
-their existence is checked.
+take minutes (`submit`) are planned instead. Commands that need another machine are only parsed. Of benchmarks, only the
+module and its options are checked.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def place(tmp_path: Path, sealed: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "docs").mkdir()  # figures and charts are written there
     store = tmp_path / "retort-store"
     shutil.copytree(sealed, store, copy_function=os.link, ignore=shutil.ignore_patterns("runs"))
-    shutil.copytree(sealed / "runs", store / "runs")  # no links: commands append to files there
+    shutil.copytree(sealed / "runs", store / "runs")  # copies instead of links, because commands append to these files
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RETORT_STORE", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # stages take one thread: another test runs beside this one
@@ -261,7 +261,7 @@ def check_module(module: str, arguments: list[str]) -> None:
 
 
 def complete(block: Block) -> dict[str, Any] | None:
-    """The content of a block that is a whole manifest."""
+    """Return the content of a block that is a whole manifest, or None."""
     if block.language != "yaml" or not re.search("^name:", block.text, re.M):
         return None
     content: dict[str, Any] = yaml.safe_load(block.text)
@@ -300,7 +300,7 @@ def entries(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def stages_before(block: Block) -> dict[str, Any]:
-    """The stages that a document has so far, above those of manifests/digits.yaml."""
+    """Return the stages of the document up to this block, and those of manifests/digits.yaml."""
     stages: dict[str, Any] = yaml.safe_load(MANIFESTS["digits"].read_text(encoding="utf-8"))["stages"]
     for other in BLOCKS.get(block.document, []):
         if other.line < block.line and (manifest := complete(other)):
@@ -340,7 +340,7 @@ def check_setting(key: str, value: Any) -> None:
 
 
 def check_python(block: Block, place: Path) -> None:
-    """Run it, or import the module that it is."""
+    """Run a block, or import it if it is a module."""
     if block.file:
         importlib.import_module(block.file.removesuffix(".py").replace("/", "."))
     else:

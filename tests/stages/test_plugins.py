@@ -1,4 +1,4 @@
-"""Stage kinds, methods and image sets of other packages: small ones, really installed, seen by the command line."""
+"""Stage kinds, methods and image sets of other packages. The tests install small packages and run the command line."""
 
 import json
 import os
@@ -156,7 +156,7 @@ def test_a_kind_cannot_have_the_name_of_a_store_folder(installed, tmp_path):
 
 
 def test_a_built_in_name_is_found_without_a_search_of_packages(good, tmp_path):
-    """Whatever looks through the installed packages asks every finder on sys.meta_path."""
+    """A search of the installed packages would call every finder on sys.meta_path."""
     code = """
 import sys
 class Finder:

@@ -1,4 +1,4 @@
-"""The command line as users meet it: exit codes, words, signals, JSON."""
+"""The command line: exit codes, messages, signals, JSON."""
 
 import json
 import signal

@@ -147,7 +147,8 @@ LORA_STUDENT = """
 
 
 def test_a_lora_student_is_exported_as_a_pipeline(tiny, tmp_path):
-    """Also tests a student that takes w: load_lora_weights cannot load its guidance embedding."""
+    """The student takes w, so diffusers' load_lora_weights cannot load it: its guidance embedding is not part of a
+    LoRA."""
     folder = execute(TINY + LORA_STUDENT, tiny[0], name="small")["small/2"].artifact.folder
     assert "`retort export --pipeline` writes" in (folder / "README.md").read_text()
     out = tmp_path / "pipeline"

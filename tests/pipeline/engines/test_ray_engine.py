@@ -33,8 +33,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ray(home):
-    """A Ray engine with two GPUs that exist only in name. The user's environment has Ray's variables of another
-    cluster."""
+    """A Ray engine with two GPUs that exist only in name. The environment has Ray's variables for another cluster."""
     engine = RayEngine()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**THEIRS, "HOME": str(home), "RAY_OVERRIDE_RESOURCES": '{"GPU": 2}'}.items():
@@ -111,7 +110,7 @@ print(ray.get(ray.remote(lambda: "ran").remote(), timeout=30))
 def test_a_client_without_the_right_token_can_run_no_code(ray, tmp_path, credentials):
     address = ray.start().get_runtime_context().gcs_address
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    # It looks for the cluster at the loopback address too, and gives up after its second attempt.
+    # Ray also looks for the cluster at the loopback address, and gives up after its second attempt.
     search = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_NUM_REDIS_GET_RETRIES": "2", "HOME": str(tmp_path)}
     stranger = subprocess.run(
         [sys.executable, "-c", STRANGER, address], env={**own, **search, **credentials}, capture_output=True, text=True
@@ -228,7 +227,7 @@ def taken(ray, monkeypatch):
     """A function that lets another process hold GPUs. Waiting times are short."""
     monkeypatch.setattr(cluster, "LOOK_EVERY", 0.1)
     monkeypatch.setattr(cluster, "PENDING_AFTER", 0.2)
-    list(ray.map("free", ProcessOf, [0], ONE))  # workers with GPUs go
+    list(ray.map("free", ProcessOf, [0], ONE))  # ends the workers that hold GPUs
     held = []
 
     def take(gpus: int):

@@ -23,7 +23,7 @@ from tests.support.ray_cluster import TOKEN, Cluster, Proxy
 
 pytestmark = pytest.mark.cluster
 
-SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.25")  # long enough to be met half-way on a busy machine
+SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.25")  # long enough to be interrupted half-way on a busy machine
 
 
 @pytest.fixture(scope="session")

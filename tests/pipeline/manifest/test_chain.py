@@ -1,4 +1,4 @@
-"""Chains: the stages that a chain stands for, chains in matrices, and how other stages name them."""
+"""Chains: their links, chains in matrices, and how other stages name them."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_a_stage_can_read_one_link_of_all_members_or_all_links_of_one_member(var
         return {n: s.student for n, s in stages.items() if n.startswith("quality")}
 
     assert read("fewer[seed=1]") == {f"quality/{n}": f"fewer/{n}[seed=1]" for n in (4, 2, 1)}
-    link = "" if varied == "fewer" else "/2"  # which is then a stage, that comes to several
+    link = "" if varied == "fewer" else "/2"  # the name then means several stages
     assert read("fewer/2") == {f"quality{link}[seed={seed}]": f"fewer/2[seed={seed}]" for seed in (0, 1)}
     assert read("fewer/2[seed=1]") == {"quality": "fewer/2[seed=1]"}
     assert len(read("fewer")) == 6
@@ -54,7 +54,7 @@ def test_a_stage_can_read_one_link_of_all_members_or_all_links_of_one_member(var
 
 
 def test_a_link_does_not_depend_on_the_end_of_its_chain(tmp_path):
-    """Nor on its name: a chain of one link has one."""
+    """A chain of one link has a link label, too."""
     longer = plan_of(TINY + PROGRESSIVE, tmp_path)
     shorter = plan_of(
         (TINY + PROGRESSIVE).replace("end_steps: 1", "end_steps: 2").replace("{1: 6}", "{2: 4}"), tmp_path

@@ -1,4 +1,4 @@
-"""Manifests: how they are read, and that every error names its place."""
+"""Manifests: parsing, and errors that name their line."""
 
 import textwrap
 import tracemalloc

@@ -1,14 +1,15 @@
-"""What is recorded in recorded.json: fingerprints of artifacts, and hashes of the code that decides results.
+"""Compares fingerprints of artifacts, and hashes of the code behind results, with those recorded in recorded.json.
 
-A fingerprint that changes makes an artifact stale: its stage runs again for every user. Code that changes leaves the
-fingerprint as it is: old results are reused, although the same settings now give others. Raising VERSION prevents that.
-The tests here fail at either change, so that whoever makes it decides.
+If a fingerprint changes, its artifact is stale for every user, and the stage runs again. If code changes, the
+fingerprint stays the same: old results are reused, although the same settings may now give other results. Raising
+VERSION prevents that. The tests here fail at either change, so that its author must decide.
 
 RESULTS names the modules whose code decides the bytes of a stage's files or the numbers in its record: networks,
-losses, methods, the training loop, samplers, the order of data, the formats of sealed files. It names no others:
+losses, methods, the training loop, samplers, the order of data, the formats of sealed files. It leaves out:
 
-- `stage.py` and `config.py`: settings are part of the fingerprint. Such a file is named where it computes something.
-- Cards, pages, checks, warnings, progress, receipts and checkpoints: they change no result.
+- `stage.py` and `config.py`, because settings are part of the fingerprint. A file of such a name is listed only if it
+  computes something.
+- Cards, pages, checks, warnings, progress, receipts and checkpoints, because they change no result.
 
 The hash is of syntax trees. It leaves out comments, docstrings, imports, descriptions of settings, and the words of
 errors and of the log. It leaves out file names, too: a module that is moved or renamed keeps its hash.
@@ -98,7 +99,7 @@ RESULTS = {
         *(*TEACHER, *STUDENT, *TRAINING),
     ],
     "probe": [
-        "probe/stage.py",  # which trains and measures the classifier
+        "probe/stage.py",  # it trains and measures the classifier
         "networks/{compute,probe}.py",
         "data/{order,shares}.py",
         *IMAGES,
@@ -113,7 +114,7 @@ RESULTS = {
         "evaluate/{measure,noises,particles,parts,real,run,sides}.py",
         "metrics/{distances,images,protocols}.py",
         "networks/{probe,standard}.py",
-        "diffusion/config.py",  # which counts network calls
+        "diffusion/config.py",  # it counts network calls
         "data/{noise,reader}.py",
         "data/prompts/table.py",
         *(*TEACHER, *SOLVER, *STUDENT, *IMAGES),
@@ -130,7 +131,7 @@ def globs(pattern: str) -> Iterator[str]:
 
 
 def code(node: object) -> object:
-    """A syntax tree as JSON, without positions and without what decides no result."""
+    """A syntax tree as JSON, without positions and without the parts that change no result."""
     if isinstance(node, list):
         return [code(one) for one in node if not decides_nothing(one)]
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
@@ -153,7 +154,8 @@ def decides_nothing(node: object) -> bool:
 
 
 def source_hash(kind: str) -> str:
-    """SHA-256 of the code of all modules that RESULTS names for a stage kind, in an order that no name decides."""
+    """SHA-256 of the code of all modules that RESULTS names for a stage kind. It does not depend on the names of the
+    modules."""
     files = {file for pattern in RESULTS.get(kind, ()) for glob in globs(pattern) for file in STAGES.glob(glob)}
     codes = sorted(json.dumps(code(ast.parse(file.read_text(encoding="utf-8")))) for file in files)
     return hashlib.sha256("\n".join(codes).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Shell completion: what is offered when the shell's script asks, and the scripts themselves."""
+"""Shell completion: the words that are offered, and the shell scripts."""
 
 import subprocess
 
@@ -39,7 +39,7 @@ def test_runs_and_stages_are_offered_wherever_the_store_is_named(store, tmp_path
     elsewhere.mkdir()
     runs = ["broken", "first", "second"]
     assert offered("retort status ", tmp_path)[:3] == runs
-    assert offered("retort status ", elsewhere) == [""]  # files, which the shell knows itself
+    assert offered("retort status ", elsewhere) == [""]  # files: the shell completes them itself
     assert offered("retort resume f", elsewhere, RETORT_STORE=str(store)) == ["first", "f"]
     assert offered(f"retort resume --store {store} ", elsewhere)[:3] == runs
     assert offered("retort resume first ", tmp_path) == ["teacher", "pairs"]

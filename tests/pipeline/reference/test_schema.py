@@ -1,4 +1,4 @@
-"""`retort schema`: what editors accept is what Retort accepts."""
+"""`retort schema`: editors accept the same manifests as Retort."""
 
 import copy
 import json
@@ -90,7 +90,7 @@ def test_a_matrix_can_give_a_required_setting(validator):
 
 
 def test_the_shipped_schema_is_current(tmp_path):
-    """`init` writes the same."""
+    """`retort init` writes the same schema."""
     there = (ROOT / "manifests" / FILE).read_text()
     assert there == text() == retort("schema").stdout, f"run: retort schema > manifests/{FILE}"
     retort("init", "m.yaml", cwd=tmp_path)

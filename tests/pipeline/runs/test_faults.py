@@ -1,4 +1,4 @@
-"""What goes wrong around a run: other drivers, edits, a store that vanishes, terminals of every sort."""
+"""Faults around a run: other drivers, edits, a removed store, unusual terminals."""
 
 import json
 import os
@@ -72,7 +72,9 @@ def test_a_terminal_of_forty_columns_and_no_utf8(tmp_path):
         done = retort(*arguments, "--store", store, **narrow)
         assert done.returncode == 0 and done.stdout.isascii(), done.stderr
         if arguments[0] != "logs":
-            wide = [line for line in done.stdout.splitlines() if len(line) > 40]  # only what a path alone makes so
+            wide = [
+                line for line in done.stdout.splitlines() if len(line) > 40
+            ]  # only lines with a single long path may be longer
             assert all(len(max(line.split(), key=len)) > len(line) - 16 for line in wide), done.stdout
     wrong = tmp_path / "w.yaml"
     wrong.write_text(GAUSSIAN.replace("prompts: digits", "prompts: grüße.txt"))

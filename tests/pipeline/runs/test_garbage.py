@@ -82,7 +82,7 @@ def test_files_of_a_running_stage_are_kept(tmp_path):
     process = started(store, text=GAUSSIAN.replace("delay: 0.0", "delay: 0.1"))
     assert collect(Store(store), delete=True)["found"] == []
     dropped = retort("gc", "--store", store, "--drop", "gaussian", "--delete")
-    (store / "runs" / "gaussian" / "plan.json").rename(tmp_path / "plan.json")  # as if no run referred to it
+    (store / "runs" / "gaussian" / "plan.json").rename(tmp_path / "plan.json")  # so that no run refers to it
     held = collect(Store(store), delete=True)
     (tmp_path / "plan.json").rename(store / "runs" / "gaussian" / "plan.json")
     assert process.poll() is None

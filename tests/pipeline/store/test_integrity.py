@@ -1,4 +1,4 @@
-"""Sealed bytes are checked before use, inputs that were made again are noticed, and no kill leaves a broken store."""
+"""Sealed bytes are checked before use, changed inputs are noticed, and no kill leaves a broken store."""
 
 import hashlib
 import itertools
@@ -45,7 +45,7 @@ def edit(path: Path) -> None:
 
 
 def made_again(folder: Path, name: str, content: bytes) -> None:
-    """Change the artifact as if it had been made again with other bytes, for example on another GPU."""
+    """Change the artifact as if another GPU had made it again with other bytes."""
     (folder / name).write_bytes(content)
     record = json.loads((folder / "artifact.json").read_text())
     record["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

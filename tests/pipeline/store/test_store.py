@@ -85,7 +85,7 @@ def test_reading_a_lock_does_not_block_it(tmp_path):
 
 
 def test_two_runs_at_once_make_a_shared_stage_once(tmp_path):
-    """Of two drivers, one waits for the other. Every stage is made by one of them and reused by the other."""
+    """Two drivers run at once. Each stage is made by one of them and reused by the other, which waits for it."""
     manifest = tmp_path / "m.yaml"
     manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.02"))
     store = tmp_path / "store"

@@ -234,14 +234,14 @@ def test_damaged_and_older_evaluations_are_listed(store, tmp_path):
     assert "an older version of Retort" in why and "its VERSION is 4" in why
 
 
-# --- Sections and means, from figures given directly ---
+# --- Sections and means, from given figures ---
 
 
 SHOWN = {"pairs": "p", "teacher": "t", "seed": 0, "samples": [1, 0], "prompts": ["a <b>cat</b>", "x & y"]}
 
 
 def evaluated(folder, student, mse, **changed):
-    """An evaluation whose strips are red; `changed` are keys of metrics.json."""
+    """Make an evaluation with red images. `changed` replaces keys of metrics.json."""
     sides = {
         "teacher_20": {"network_calls": 40, "seconds_per_image": mse, "latent_mse": 0.0, "latent_mse_se": 0.0},
         "teacher_4": {"network_calls": 8, "seconds_per_image": 0.1, "latent_mse": 0.5, "latent_mse_se": 0.01},

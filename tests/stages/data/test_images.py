@@ -63,7 +63,7 @@ def test_captions_can_name_only_the_first_digit(scenes):
 
 @pytest.mark.parametrize(("named", "other"), [("digit", "colour"), ("colour", "digit")])
 def test_captions_can_be_right_only_about_the_digit_or_the_colour(named, other):
-    """The other word is right as often as a random word."""
+    """The other word is random, so it is right only by chance."""
     config = Digits(named=named)
     images = load(config)
     asked = digits.prompt_labels(images.captions)
@@ -98,7 +98,7 @@ def test_captions_of_another_set_are_refused():
             digits.prompt_labels([text])
 
 
-# --- The user's own ----------------------------------------------------------------------------------
+# --- The user's own images ----------------------------------------------------------------------------
 
 
 def encoded(colour, size=(40, 20)) -> bytes:

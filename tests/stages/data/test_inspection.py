@@ -35,7 +35,7 @@ def pairs(tmp_path):
     return execute(GAUSSIAN, tmp_path / "store")["pairs"]
 
 
-# --- What they say -----------------------------------------------------------------------------------
+# --- Reports -----------------------------------------------------------------------------------------
 
 
 def test_stats_of_an_intact_artifact(pairs):
@@ -396,7 +396,7 @@ def test_hostile_receipts_and_lists_crash_nothing(tmp_path_factory, content, lis
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "00000.tar").write_bytes(b"\0" * 1024)
     (folder / "00000.parquet").write_bytes(content)
-    (folder / "prompts.arrow").write_bytes(b"")  # what tells that these are Retort's
+    (folder / "prompts.arrow").write_bytes(b"")  # the receipts show that Retort made the shards
     if listed is not None:
         (folder / "receipts.json").write_bytes(listed)
     try:
@@ -435,7 +435,7 @@ def test_a_small_tar_of_large_images_takes_little_memory(tmp_path):
 
 
 def sealed(content):
-    """A receipt's bytes with the seal that belongs to them."""
+    """Add the right seal to a receipt's bytes."""
     from stages.data.receipts import UNSEALED
 
     return content.replace(UNSEALED, UNSEALED[:-64] + hashlib.sha256(content).hexdigest().encode())

@@ -65,7 +65,9 @@ def test_a_figure_has_labels_at_the_left_and_captions_on_top():
     above = [inked[:top, x : x + 96] for x in columns]
     assert above[0].any() and above[1].any() and not above[2].any()
     assert np.argmax(above[1].any(1)) < np.argmax(above[0].any(1))  # of more lines, and so higher
-    assert inked[top : top + 96, :left].sum() > inked[below : below + 96, :left].sum() > 0  # two lines, and one
+    assert (
+        inked[top : top + 96, :left].sum() > inked[below : below + 96, :left].sum() > 0
+    )  # a caption of two lines, and one of one line
     assert not inked[:top, :left].any() and not inked[top:, columns[1] - 6 : columns[1]].any()
     assert not np.asarray(inked)[:, [0, -1]].any() and not inked[[0, -1]].any()
 

@@ -1,4 +1,4 @@
-"""Prompts from files of every kind: the rows that are read, and errors that name the place."""
+"""Prompts from files of every format: the rows that are read, and errors that name the row."""
 
 import csv
 import json

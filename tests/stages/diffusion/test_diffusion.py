@@ -161,7 +161,9 @@ def test_weighted_errors_are_those_of_the_noise_and_of_v():
     alpha, sigma = (torch.sigmoid(torch.tensor(sign * 20.0, dtype=torch.float64)).sqrt() for sign in (-1, 1))
     assert float(weights("snr", alpha, sigma)) == pytest.approx(2.06e-9, rel=1e-2)
     assert float(weights("truncated_snr", alpha, sigma)) == 1.0
-    torch.testing.assert_close(both_to_x0(x, noise, z, one[0], one[1]), x)  # both right: so is what they come to
+    torch.testing.assert_close(
+        both_to_x0(x, noise, z, one[0], one[1]), x
+    )  # both estimates are right, and so is their combination
 
 
 def test_a_grid_contains_the_grid_of_half_its_steps():

@@ -1,4 +1,4 @@
-"""Samplers of students that draw noise: the distribution of their samples, and their network calls."""
+"""Few-step samplers that draw noise: the distribution of their samples, and their network calls."""
 
 import pytest
 import torch

@@ -30,7 +30,7 @@ def test_guidance_of_normals_with_equal_deviation_shifts_only_the_mean():
 
 
 def test_the_gain_of_a_linear_student_is_affine_in_w():
-    """An exact fit to its targets has the gain (1 + w) times that of the class, minus w times that without a class."""
+    """The gain of the exact student is (1 + w) times the conditional gain minus w times the unconditional gain."""
     alpha, sigma, wide = 0.6, 0.8, 1.2
     z, w = (torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(2, -1) * 4).unbind()
     target = guide_by_w(denoised(z, alpha, sigma, OTHER_MEAN, wide), denoised(z, alpha, sigma, MEAN), w)

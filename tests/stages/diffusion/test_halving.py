@@ -1,4 +1,4 @@
-"""The target for which one step of a student ends where two steps of its teacher end: in closed form, and learned."""
+"""The target of step halving: one student step ends where two teacher steps end. Tested in closed form, and learned."""
 
 import copy
 
@@ -56,7 +56,8 @@ class Linear:
 
 @pytest.mark.parametrize("std", TABLE)
 def test_exactly_fitted_students_reproduce_their_first_teacher(std):
-    """Holds for every N and any number of steps, even for one step of a student of a teacher with 8,192 steps."""
+    """This holds for every N and any number of steps, even for a one-step student whose first teacher has 8,192
+    steps."""
     for steps, expected in TABLE[std].items():
         teacher = Linear.exact(steps, std)
         alpha, sigma = teacher.grid.alpha * std, teacher.grid.sigma
@@ -102,9 +103,9 @@ def test_the_target_of_a_gaussian_in_closed_form():
 
 
 def test_a_student_for_stochastic_sampling_jumps_twice_as_far():
-    """The target leads to the end of two of the teacher's jumps. At the last point, it leads to the end of two half
-    jumps, which is the teacher's estimate at point 1. In this test, the teacher's estimate is the number of the
-    point."""
+    """The target leads to the end of two double-length steps of the teacher. At the last point, it leads to the end of
+    two steps of normal length, which is the teacher's estimate at point 1. In this test, the teacher's estimate is the
+    number of the point."""
     grid, asked, z = Grid.cosine(8), [], torch.randn(4, 1, 1, 1, dtype=torch.float64)
 
     def denoise(z, j):

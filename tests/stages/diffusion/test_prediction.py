@@ -1,4 +1,4 @@
-"""Prediction types and samplers on schedules of every kind: round trips in float64, and closed forms."""
+"""Prediction types and samplers on all kinds of schedules: round trips in float64, and closed forms."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,9 @@ from tests.support.samplers import sample
 
 TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 FLOW = NoiseSchedule.flow(1000, shift=3.0)
-ANY = NoiseSchedule(np.linspace(0.999, 0.2, 1000), np.linspace(0.002, 1.7, 1000))  # neither kind
+ANY = NoiseSchedule(
+    np.linspace(0.999, 0.2, 1000), np.linspace(0.002, 1.7, 1000)
+)  # neither variance preserving nor a flow
 
 
 @pytest.mark.parametrize("prediction", TYPES)

@@ -97,7 +97,9 @@ def test_a_higher_rank_keeps_more_and_full_rank_keeps_all(weights_only, teacher)
         restored = Student(teacher, add(teacher.student_network(), lora), loaded.grid, loaded.form)
         errors.append(_errors(loaded, restored, teacher, supply_of(weights_only))[2])
     assert shares == sorted(shares) and 0 < shares[0] < 0.7 and shares[-1] == pytest.approx(1, abs=1e-5)
-    assert errors[0] > 1e-4 and errors[-1] < 1e-10  # between them, a smaller change need not be a smaller error
+    assert (
+        errors[0] > 1e-4 and errors[-1] < 1e-10
+    )  # for ranks in between, a smaller weight difference may still give a larger error
 
 
 def test_biases_and_norms_are_lost_and_counted(remake, teacher):
@@ -137,7 +139,7 @@ def card_code(folder, taught_by):
 
 @pytest.mark.parametrize("rank", [3, FULL])
 def test_plain_diffusers_draws_the_same_images_as_retort(weights_only, tiny, teacher, tmp_path, rank):
-    """At full rank, layers have many different ranks."""
+    """At full rank, the LoRA has a different rank for each shape of layer."""
     write_lora(weights_only, rank, tmp_path / "lora")
     found = card_code(tmp_path / "lora", tiny[1]["teacher"].artifact.folder)
     pipeline = found["pipeline"]

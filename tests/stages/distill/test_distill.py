@@ -1,4 +1,4 @@
-"""Students: their start, their export to plain diffusers, their resume after a kill."""
+"""Students: their initial weights, export to plain diffusers, and resuming after a kill."""
 
 import json
 import os

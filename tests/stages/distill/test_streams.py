@@ -21,7 +21,7 @@ SEEN = []
 
 
 class Listener:
-    """A method that keeps the batches that it is given. Its loss does not depend on them."""
+    """A method that records its batches. Its loss does not depend on them."""
 
     def __init__(self, materials):
         self.student = materials.student(ListenerConfig().form)
@@ -156,12 +156,12 @@ def test_a_student_starts_from_a_smaller_network_that_was_trained_for_the_teache
     again = execute(text, tmp_path, name="like", only=["teacher", "narrow"])["narrow"].artifact
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert sha256_of(again.folder / weights) == sha256_of(narrow.folder / weights)
-    assert load_artifact(narrow.folder).fingerprint == narrow.fingerprint  # its record is read as a manifest is
+    assert load_artifact(narrow.folder).fingerprint == narrow.fingerprint  # its record is validated like a manifest
     assert narrow.record["metrics"]["like"] == teacher.fingerprint
 
 
 def test_a_retry_after_a_lost_worker_gives_the_same_pipeline(tiny, tmp_path, monkeypatch):
-    """The first attempt ends after the old network was removed and before the new one is in its place."""
+    """The first attempt ends after the old network was removed and before the new one is written."""
     from stages.teacher import stage
 
     replace = stage.os.replace

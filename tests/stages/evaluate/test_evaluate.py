@@ -1,4 +1,4 @@
-"""The comparison of a student with its teacher, small."""
+"""Evaluations of a student and its teacher, at a small size."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def test_every_side_is_measured_on_the_same_prompts_and_noise(quality):
 
 
 def test_missing_samples_are_solved_like_those_of_a_pairs_stage(quality, tiny):
-    """32 pairs are held out, and there are 60 samples. The other 28 are what pairs 96 to 123 would be."""
+    """32 pairs are held out, and there are 60 samples. The other 28 equal pairs 96 to 123, which are not stored."""
     student = tiny[1]["student"].artifact
     samples, latents, _ = sampled(sources(student.inputs)[0], student, 60)
     more = execute(TINY, tiny[0], ["stages.pairs.count=128", "stages.student.held_out=33"], only=["pairs"])["pairs"]
@@ -131,7 +131,10 @@ def test_an_evaluation_needs_a_student_or_pairs_or_both(tiny):
     sampler = "sampler: {steps: 2, guidance_scale: 2.0}"
     others = f"  others: {{kind: pairs, teacher: teacher, prompts: digits, count: 20, seed: 9, {sampler}}}\n"
     metrics = execute(text + others, tiny[0], name="others")["quality"].artifact.record["metrics"]
-    assert list(metrics["sides"]) == ["teacher_2", "student"]  # all of them are held out: it never saw any
+    assert list(metrics["sides"]) == [
+        "teacher_2",
+        "student",
+    ]  # all are held out, because the student was trained on none of them
     with pytest.raises(ManifestError, match="they were made by another teacher than student's"):
         scenes = "  scenes: {kind: teacher, from: digit_scenes}\n"
         plan_of(text + scenes + others.replace("teacher: teacher", "teacher: scenes"), tiny[0])
@@ -171,7 +174,7 @@ def test_noises_of_a_mixture_and_of_earlier_students_are_refused_too(tmp_path):
         plan_of(text, tmp_path, ["stages.student.pairs=[pairs, more]"])
     first = f"  first:\n{STUDENT.replace('pairs: pairs', 'pairs: more')}"
     assert plan_of(text + first, tmp_path)["quality"]
-    with pytest.raises(ManifestError, match=words.replace("20", "18")):  # 50, of which `first` holds 32 out
+    with pytest.raises(ManifestError, match=words.replace("20", "18")):  # 50 noises, of which `first` holds out 32
         plan_of(text + first, tmp_path, ["stages.student.start_from=first"])
 
 
@@ -191,7 +194,7 @@ def test_held_out_noises_follow_all_noises_of_the_student_and_earlier_students(t
     assert held_out(mixed, student, "test", 20) == Noises(range(50, 50), range(50, 70))
     assert held_out(small, first, "test", 20) == Noises(range(32, 40), range(40, 52))
     assert held_out(pairs, first, "test", 80) == Noises(range(32, 96), range(96, 112))
-    assert held_out(pairs, None, "test", 20) == Noises(range(76, 96), range(96, 96))  # as of students of these pairs
+    assert held_out(pairs, None, "test", 20) == Noises(range(76, 96), range(96, 96))  # like students of these pairs
 
 
 def test_all_pairs_are_held_out_for_a_student_of_latents(tmp_path):
@@ -232,7 +235,7 @@ def test_validation_and_test_share_no_sample(tiny):
     assert set(shown["test"]["samples"]) <= set(range(64, 104))
     assert all(one.record["metrics"]["split"] == split for split, one in made.items())
     pairs, student = tiny[1]["pairs"].artifact, tiny[1]["student"].artifact
-    for samples in (20, 2000, 10**9):  # test noises are past the pairs, and never come to those of validation
+    for samples in (20, 2000, 10**9):  # test noises follow the pairs, and have lower numbers than validation noises
         test, validation = (held_out(pairs, student, split, samples) for split in ("test", "validation"))
         assert test.count == validation.count == samples and not validation.stored
         assert test.fresh.stop <= validation.fresh.start
@@ -264,7 +267,7 @@ def test_too_few_real_images_for_a_distance_are_an_error():
 
 
 def test_both_sides_use_the_dtype_of_the_pairs_and_the_micro_batch(tiny):
-    text = TINY + OTHERS % f"count: 12, seed: 9, dtype: bfloat16, {SAMPLER}"  # the other 8 are solved here
+    text = TINY + OTHERS % f"count: 12, seed: 9, dtype: bfloat16, {SAMPLER}"  # the other 8 are solved by the evaluation
     pairs = execute(text, tiny[0], only=["others"], name="bfloat16")["others"].artifact
     student = tiny[1]["student"].artifact
     seen = set()
@@ -279,7 +282,7 @@ def test_both_sides_use_the_dtype_of_the_pairs_and_the_micro_batch(tiny):
     finally:
         hook.remove()
     assert {(weight, given) for weight, given, _ in seen} == {(torch.bfloat16, torch.bfloat16)}
-    assert {count for *_, count in seen} == {16, 8, 4}  # 16: with guidance; 4: what is left of 20
+    assert {count for *_, count in seen} == {16, 8, 4}  # 16: doubled by guidance; 4: the rest of 20
     exact = StableDiffusion(pairs.inputs["teacher"].folder)
     with torch.no_grad():
         wanted = Student.load(student.folder, exact)(
@@ -301,20 +304,14 @@ def test_the_micro_batch_is_recorded_and_makes_nothing_stale(tiny):
 
 PARTED = (
     PROBE
-    + """
-  parted:
-    kind: evaluate
-    student: student
-    real: probe
-    samples: 100
-    teacher_steps: [2]
-    execution: {threads: 1} # two workers on two cores have one each
+    + """ parted: kind: evaluate student: student real: probe samples: 100 teacher_steps: [2] execution: {threads: 1} #
+    two workers on two cores have one thread each
 """
 )
 
 
 class InterruptedAfter(Quiet):
-    """Presses Ctrl-C once so many samples are measured, and notes all progress."""
+    """Interrupts (Ctrl-C) after a number of measured samples, and records all progress."""
 
     def __init__(self, samples: int = 10**9) -> None:
         self.samples = samples

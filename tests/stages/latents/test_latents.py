@@ -1,4 +1,4 @@
-"""Latents of image sets: they are those of the teacher's VAE, also after interruptions."""
+"""Latents of image sets: they equal those of the teacher's VAE, even after interruptions."""
 
 import itertools
 import json
@@ -148,7 +148,8 @@ def test_the_plan_of_a_killed_run_says_what_is_encoded(teacher, folder, tmp_path
 
 
 def test_images_of_the_user_and_of_another_size_are_encoded(teacher, folder, tmp_path):
-    """The VAE of a teacher for images of 16 pixels also takes 32, if it is not known that it was trained on 16."""
+    """The VAE of a teacher of 16-pixel images also encodes 32 pixels, if the plan does not know what it was trained
+    on."""
     text = own(teacher.folder, folder).replace("images: {", "storage_dtype: float32, images: {")
     made = execute(text, tmp_path / "store")["latents"].artifact
     seen, unseen = read_latents(made.folder, False), read_latents(made.folder, True)
@@ -168,7 +169,9 @@ def test_images_of_the_user_and_of_another_size_are_encoded(teacher, folder, tmp
         *settings, ["latents"], made.inputs["teacher"], [], [], held_out=1, latents=made, prompts=tmp_path, start=None,
         origin=None, inputs={}, contents={},
     )  # fmt: skip
-    with pytest.raises(StageError, match="encode images of 16 pixels"):  # what a hub holds is not known before
+    with pytest.raises(
+        StageError, match="encode images of 16 pixels"
+    ):  # the plan does not know the image size of a hub repository
         finish(distill(recipe, StudentExecution(), 0, tmp_path, 1, ""))
     assert made.record["identity"]["contents"]["images.path"].startswith("sha256:")
 
@@ -186,7 +189,7 @@ def test_a_pixel_space_teachers_latents_are_the_images(folder, tmp_path):
 def test_images_are_decoded_in_batches(folder, tmp_path):
     images = load(folder)
     assert (np.concatenate(list(batches(folder, 7, start=14))) == images.images[14:]).all()
-    (tmp_path / "images" / "11.png").write_bytes(b"no image")  # number 10 of those to train on
+    (tmp_path / "images" / "11.png").write_bytes(b"no image")  # the tenth training image
     assert (next(batches(folder, 10)) == images.images[:10]).all()
     assert (next(batches(folder, 10, start=11)) == images.images[11:21]).all()
     with pytest.raises(StageError, match=r"11\.png: the image cannot be read"):

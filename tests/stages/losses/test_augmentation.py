@@ -1,4 +1,4 @@
-"""The ensemble's random transformations: exact ones exactly, the others against functions and distributions."""
+"""The ensemble's random transformations: some are compared exactly, others with smooth functions and distributions."""
 
 import itertools
 import math
@@ -88,7 +88,7 @@ def test_a_draw_is_fresh_for_each_call_and_sample_and_follows_the_seed(groups):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None)
     outputs = [*augmentation(x, first), *augmentation(x, second)]
     same = sum(torch.equal(a, b) for a, b in itertools.combinations(outputs, 2))
-    assert same <= (4 if groups == "b" else 0)  # one of 200 transformations there
+    assert same <= (4 if groups == "b" else 0)  # one of 200 possible transformations
 
 
 def test_an_added_group_does_not_change_the_draws_of_earlier_groups():
@@ -230,8 +230,8 @@ def test_a_smooth_function_is_transformed_by_the_matrix(size):
 
 @pytest.mark.parametrize("turn, scale", [(0.0, 0.6), (0.3, 0.6), (1.1, 0.55), (math.pi / 4, 0.55)])
 def test_shrinking_does_not_alias(turn, scale):
-    """If the finest possible pattern is made smaller, only its mean remains. Without filters it would turn into another
-    pattern."""
+    """If the finest possible pattern is scaled down, only its mean remains. Without a filter it would alias into
+    another pattern."""
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     for fine in ((x + y) % 2, x % 2):
         image = (2.0 * fine - 0.7)[None, None]
@@ -354,7 +354,7 @@ def test_the_position_of_the_cutout_is_uniform():
 
 @pytest.mark.parametrize("groups", ["b", "g", "bg", "c", "o", "bgco"])
 def test_the_gradient_is_that_of_a_linear_map(groups):
-    """f(x) - f(0) is linear, so <v, f(x) - f(0)> = <x, gradient of <v, f>>, whatever x the gradient is taken at."""
+    """f(x) - f(0) is linear, so <v, f(x) - f(0)> = <x, gradient of <v, f>>, and the gradient is the same at every x."""
     torch.manual_seed(0)
     augmentation, (x, z, v) = Augmentation(groups), noise(3, 4, 3, 9, 12).unbind()
     draw = augmentation.draw(x)

@@ -46,7 +46,7 @@ def test_regression_losses_equal_hand_computed_values():
     expected = ((25 + c**2) ** 0.5 - c) / 2**0.5
     torch.testing.assert_close(pseudo_huber(a, b), torch.tensor([expected, 0.0]))
     near = pseudo_huber(torch.tensor([[1e-5, 0.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64))
-    assert float(near) == pytest.approx(1e-10 / (2 * c) / 2**0.5, rel=1e-3)  # a square, where it is below c
+    assert float(near) == pytest.approx(1e-10 / (2 * c) / 2**0.5, rel=1e-3)  # quadratic below c
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])

@@ -134,7 +134,7 @@ def test_weights_equal_hand_computed_values():
     stressed = difference(x, real, fake, at, "sigma2_over_alpha")
     torch.testing.assert_close(stressed, (fake - real) * float(at.sigma**2 / at.alpha))
     ours = difference(x, real, fake, at)
-    for i in range(4):  # each sample by its own mean
+    for i in range(4):  # each sample is divided by its own mean
         torch.testing.assert_close(ours[i], (fake[i] - real[i]) / (x[i] - real[i]).abs().mean(), rtol=1e-4, atol=1e-5)
     half = difference(x.half(), real.half(), fake.half(), at)
     assert half.dtype == torch.float16 and torch.allclose(half.float(), ours, atol=0.05)

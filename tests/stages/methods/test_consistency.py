@@ -60,8 +60,8 @@ def test_a_student_is_trained_on_more_points_than_it_is_sampled_at(teacher):
 
 @pytest.mark.parametrize("guidance", [{"guidance_scale": 2.0}, {"w_range": (0.0, 4.0)}])
 def test_the_target_is_the_averaged_students_output_at_the_teachers_next_point(teacher, guidance):
-    """Computes the loss by hand, with the random numbers of the loop. At the last point before data, the target is the
-    teacher's estimate. With a range of w, teacher, target and student get the same w."""
+    """Computes the loss by hand, with the random numbers of the loop. At the point next to clean data, the target is
+    the teacher's estimate. With a range of w, teacher, target and student get the same w."""
     method, given = method_of(teacher, **guidance), batch(teacher)
     shaken(method.target)
     shaken(shaken(method.student))
@@ -121,7 +121,7 @@ def test_the_target_follows_the_student_and_is_kept_in_checkpoints(teacher, tmp_
     assert not torch.equal(target, start) and not torch.equal(target, student)
     tensors, state = checkpoint.latest(tmp_path / "c")
     assert state["step"] == 3 and torch.equal(tensors["target/module/network.conv_out.weight"], target)
-    again, _ = run()  # from the last checkpoint: nothing is left to do
+    again, _ = run()  # the last checkpoint is that of the last step
     assert torch.equal(again.target.network.conv_out.weight, target)
 
 
@@ -130,7 +130,7 @@ def test_the_student_is_trained_and_evaluated(plan):
     assert metrics["sides"]["student"]["network_calls"] == 4 and metrics["sides"]["student"]["latent_mse"] > 0
     about = json.loads((plan["student"].artifact.folder / "student.json").read_text())
     assert about["timesteps"] == [999, 749, 499, 249] and about["w_range"] == [0.0, 4.0]
-    assert "held_out_mse" not in plan["student"].artifact.record["metrics"]  # its sampler draws noise of its own
+    assert "held_out_mse" not in plan["student"].artifact.record["metrics"]  # the sampler draws more noise
 
 
 def test_the_number_of_steps_does_not_change_the_training(plan, tiny, tmp_path):

@@ -1,4 +1,4 @@
-"""Diffusion2GAN: what its discriminator sees, its losses in closed form, its false triples, and resuming."""
+"""Diffusion2GAN: the inputs of its discriminator, its losses in closed form, its mismatched triples, and resuming."""
 
 import copy
 import itertools
@@ -122,10 +122,10 @@ def test_the_discriminator_judges_the_features_of_the_unet():
     d(*inputs(d))
     assert len(judged) == 12
     assert judged[1] is seen["below 0"] and judged[-1] is seen["last"]
-    for k in range(4):  # the first skip that a scale's decoder meets is the last that the encoder made there
+    for k in range(4):  # the decoder reads the skips of a scale in reverse order
         assert judged[3 * k] is [out for out in skips if out.shape[-1] == 2 << k][-1]
         if k:
-            assert judged[3 * k + 1].shape[-1] == 2 * judged[3 * k - 1].shape[-1]  # made larger in between
+            assert judged[3 * k + 1].shape[-1] == 2 * judged[3 * k - 1].shape[-1]  # upsampled in between
 
 
 def test_a_map_changes_only_with_its_own_branch_and_earlier_ones():
@@ -140,7 +140,9 @@ def test_a_map_changes_only_with_its_own_branch_and_earlier_ones():
         head[2].bias.data += 1
         assert changed() == [i == k for i in range(12)]
         head[2].bias.data.copy_(kept)
-    for k, layer in enumerate(d.resized):  # skips finer than where it enters come before it; all else comes after
+    for k, layer in enumerate(
+        d.resized
+    ):  # finer skips are computed before this input enters; all other maps depend on it
         kept = layer.bias.data.clone()
         layer.bias.data += 1
         finer = {3 * scale for scale in range(3 - k, 4)}
@@ -179,7 +181,7 @@ def test_a_copied_discriminator_reads_its_own_unet():
 
 
 def test_losses_are_small_if_the_logits_are_right():
-    """A positive logit means that the discriminator takes the input for real."""
+    """A positive logit means that the discriminator judges the input as real."""
     yes, no = [torch.full((2, 4, 4), 3.0)], [torch.full((2, 4, 4), -3.0)]
     small, large = math.log1p(math.exp(-3)), math.log1p(math.exp(3))
     assert float(generator_loss(yes)) == pytest.approx(small) and float(generator_loss(no)) == pytest.approx(large)
@@ -201,7 +203,7 @@ def test_all_maps_have_the_same_weight():
 
 def test_r1_of_a_linear_discriminator_in_closed_form():
     """For D(x) = w . x, spread over the positions of a map, the penalty is weight / 2 |w|^2 for any x. Its gradient in
-    w is weight times w. Of several maps, the mean counts, whatever their sizes."""
+    w is weight times w. The penalty of several maps is that of their mean, whatever their sizes."""
     w, u = (torch.randn(3, 4, 4, requires_grad=True) for _ in "wu")
     x = torch.randn(5, 3, 4, 4)
     penalty = r1_penalty(lambda x: [(x * w).sum(1)], x, 7.0)
@@ -213,7 +215,8 @@ def test_r1_of_a_linear_discriminator_in_closed_form():
 
 
 def test_r1_grows_with_the_number_of_positions():
-    """The discriminator judges each position in the same way. So the weight of R1 has to fall as latents grow."""
+    """The discriminator of the test treats all positions alike. The penalty grows with their number, so larger latents
+    need a smaller weight."""
     judge = nn.Conv2d(3, 1, 1)
     small, large = (
         float(r1_penalty(lambda x: [judge(x)[:, 0]], torch.randn(2, 3, n, n), 1.0).detach()) for n in (8, 32)
@@ -273,10 +276,10 @@ def test_mixed_rows_are_real_and_exactly_one_part_is_another_rows(seed, rows, sh
         n = own[i].item()
         another_noise, another_text = z[i].item() != n, false_c[i] != c[i]
         if x[i] < 0:
-            assert x[i] == -n and not another_noise and not another_text  # generated, with all that it was made from
+            assert x[i] == -n and not another_noise and not another_text  # a generated row with its own noise and text
         elif x[i] != n:
             assert not another_noise and not another_text
-            assert sees_noise or c[int(x[i]) - 1] != c[i]  # or nobody could tell
+            assert sees_noise or c[int(x[i]) - 1] != c[i]  # otherwise the row would match
         else:
             assert another_noise != another_text and (sees_noise or not another_noise)
 
@@ -384,7 +387,7 @@ def test_the_discriminators_real_and_fake_inputs_and_the_input_of_r1(teacher, ba
     truth = pairs["latent"], pairs["noise"], teacher.encode_prompts(pairs["prompts"]).tensors["text"]
     assert all(torch.equal(half[:8], true) for half, true in zip((x, z, c), truth, strict=True))
     assert torch.equal(shown_to_student[1], truth[1]) and torch.equal(shown_to_student[2], truth[2])
-    for i in range(8, 16):  # all mixed: real latents, of which one thing is another's
+    for i in range(8, 16):  # all rows are mixed: real latents with one mismatched part
         assert any(torch.equal(x[i], real) for real in truth[0])
         assert not all(torch.equal(part[i], true[i - 8]) for part, true in zip((x, z, c), truth, strict=True))
     assert len(one_x) == 1
@@ -406,7 +409,7 @@ def test_both_losses_equal_hand_computed_values(teacher, batch, gan_weight):
         for head in method.discriminator.heads:
             head[2].bias += 0.7
     method.discriminator = recorder
-    student, critic = method.turns(1)  # no penalty falls due
+    student, critic = method.turns(1)  # a step without a penalty
     loss, figures = student.loss(rows)
     distance = float((recorder.asked[0][0] - rows["pairs"]["latent"]).square().mean())
     gan = minus_log([logits.detach().sigmoid() for logits in recorder.said[0]])

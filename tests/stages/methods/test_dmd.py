@@ -1,4 +1,5 @@
-"""DMD and DMD2: whose gradients go where, the terms by hand, the states of backward simulation, turns and resume."""
+"""DMD and DMD2: which players get gradients, terms computed by hand, states of backward simulation, turns and
+resuming."""
 
 import json
 import math
@@ -148,7 +149,7 @@ def run(method, rows, folder, every=100, stop=None):
 
 
 def test_an_untrained_fake_score_gives_no_gradient_without_guidance(teacher):
-    """The fake score is the teacher. The check also holds for guidance 1 of a real score that could be guided."""
+    """The fake score equals the teacher. This also holds if the real score can be guided, at guidance 1."""
     method = dmd2(teacher, guidance_scale=1.0, gan=None)
     x, prompts = torch.randn(4, *teacher.latent_shape), [*PROMPTS, ""]
     t = torch.tensor([20, 300, 700, 980])
@@ -382,7 +383,7 @@ def test_without_backward_simulation_real_latents_are_noised(teacher):
 
 
 def test_the_gan_term_has_the_gradient_of_plain_autograd(teacher):
-    """The loss cuts the graph at the samples. The gradient is the one without the cut."""
+    """The loss detaches the samples. The gradient is the same as without detaching."""
     method, rows = stirred(dmd2(teacher, gan=GanSettings(weight=0.5))), latents_only(teacher)
     torch.manual_seed(1)
     loss, figures = method.student_loss(rows, calls=0)
@@ -416,7 +417,7 @@ def test_the_head_reads_the_middle_block_of_the_noised_sample(teacher):
     fake.network.up_blocks[0].register_forward_hook(lambda *_: decoded.append(1))
     (logits,) = fake.logits(x, t, noise, condition)
     assert torch.equal(read[0], seen[0]) and logits.shape == (2, 1, 1) and not decoded
-    assert torch.equal(fake.x0(fake.levels.noised(x, t, noise), t, condition), output)  # it is a denoiser as before
+    assert torch.equal(fake.x0(fake.levels.noised(x, t, noise), t, condition), output)  # it is still a denoiser
 
 
 @pytest.mark.parametrize("side", [2, 4, 8, 16, 32])
@@ -455,7 +456,7 @@ def test_the_discriminators_loss_equals_hand_computed_values(teacher):
 
 
 def test_checkpointed_activations_give_the_head_the_same_gradients(teacher):
-    """The decoder is never computed: an exception leaves the network at its middle block."""
+    """The decoder is not computed: an exception ends the forward pass after the middle block."""
     found = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
@@ -473,7 +474,7 @@ def test_checkpointed_activations_give_the_head_the_same_gradients(teacher):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_between_two_steps_and_resumed_it_gives_the_same_bits(teacher, name, tmp_path):
-    """Also if the kill happens between two turns of the student."""
+    """This also holds for a kill between two turns of the student."""
     made, settings, given = METHODS[name]
     settings = {**settings, **({"fake_updates": 3} if made is dmd2 else {})}
 
@@ -511,7 +512,7 @@ def test_accumulated_halves_use_their_own_samples(teacher, tmp_path):
     assert not method._samples
 
 
-# --- Seen early ---
+# --- Problems that are noticed early ---
 
 
 class Scripted:
@@ -534,12 +535,12 @@ class Scripted:
 
 
 def test_a_collapsed_student_is_stopped_after_50_turns(tmp_path):
-    low, high = 0.019, 0.021  # around 1 % of the data's 2.0
+    low, high = 0.019, 0.021  # near 1 % of the data's variance of 2.0
     message = "the student has collapsed: in the 50 turns up to step 79, its samples had less than 1% of the variance"
     with pytest.raises(StageError, match=message):
         run(Scripted([high] * 30 + [low] * 60), {}, tmp_path / "a")
     run(Scripted([high] * 30 + [low] * (PATIENCE - 1) + [high] + [low] * 20), {}, tmp_path / "b")
-    folder = tmp_path / "c"  # the count goes on over a kill
+    folder = tmp_path / "c"  # the count continues after a kill
     run(Scripted([high] * 30 + [low] * 60), {}, folder, every=40, stop=5)
     with pytest.raises(StageError, match="to step 79"):
         run(Scripted([high] * 30 + [low] * 60), {}, folder, every=40)
@@ -668,7 +669,7 @@ def test_pairs_are_needed_if_and_only_if_there_is_a_regression(tiny):
 
 
 def test_a_loss_without_a_name_is_e_latent_lpips(tiny):
-    """The short form is read everywhere: by the plan, which finds the stage, and by validation."""
+    """Both the plan, which looks for the stage, and the validation accept the short form."""
     vgg = "  vgg: {kind: perceptual, from: nowhere}\n  student:"
     text = DMD.replace("  student:", vgg, 1).replace("name: dmd,", "name: dmd, loss: {perceptual: vgg},")
     assert plan_of(text, tiny[0])["student"].reads == ["pairs", "vgg"]
@@ -695,7 +696,8 @@ student.execution.threads=1
 quality.samples=20
 quality.execution.threads=1
 """
-"""Sizes only: bf16, checkpointing, accumulation and weights are as published. The student has several turns."""
+"""Only sizes are changed: bf16, checkpointing, accumulation and weights are as published. The student has several
+turns."""
 PUBLISHED = {
     "sd15_dmd": "pairs.execution.compile=false student.method.loss=mse student.held_out=20",
     "sd15_dmd2": """
@@ -716,7 +718,7 @@ def test_the_published_manifests_run_at_small_size(name, tmp_path):
     text = (ROOT / "manifests" / f"{name}.yaml").read_text()
     text = text.replace("manifests/prompts", f"{ROOT}/manifests/prompts")
     stages = loads(text, "m.yaml").manifest.stages
-    chosen = [stage for stage in stages if stage != "latent_vgg"]  # mse looks through no network
+    chosen = [stage for stage in stages if stage != "latent_vgg"]  # mse uses no perceptual network
     plan = execute(text, tmp_path / "store", [f"stages.{line}" for line in sets], only=chosen)
     student = plan["student"].artifact
     (line,) = (json.loads(line) for line in (student.folder / "history.jsonl").read_text().splitlines())

@@ -110,7 +110,7 @@ def test_a_student_takes_the_scale_as_an_input(made, teacher, method):
     DMDConfig(name="dmd"),
 ], ids=["kd", "gan", "dmd"])  # fmt: skip
 def test_training_gives_each_pair_its_own_scale(teacher, config):
-    """The loss is that at w of the pairs: with another w of one pair, it is another."""
+    """The loss uses the w of each pair: with another w for one pair, the loss changes."""
     method = config.create(Materials(teacher, StudentTraining(steps=1, batch_size=2), guidance_scale=(1.0, 8.0)))
     with torch.no_grad():
         for name, weights in method.student.named_parameters():

@@ -117,7 +117,7 @@ def test_a_stochastic_chain_runs_and_its_card_says_that_diffusers_cannot_sample_
 
 
 def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
-    """The link is named as RUN/STAGE, although the stage name of a link contains a slash."""
+    """The link is named as RUN/STAGE, although its stage name contains a slash."""
     from PIL import Image
 
     folder = find_artifact("guided/guided/2", str(tiny[0]))
@@ -147,7 +147,7 @@ def test_contradictory_settings_are_errors_of_the_plan(tmp_path, old, new, words
 
 
 def test_a_chain_with_start_from_has_no_guidance_link(tmp_path):
-    """It cannot have training steps for a first link either. Otherwise all later links would become one wrong round."""
+    """It cannot have training steps for a first link either."""
     settings = "method: {name: guided, start_steps: 4, end_steps: 1, w_range: [0.0, 4.0], training_steps: {%s}}"
     text = TINY + CHAIN.split("  strengths")[0]
     more = "  further:" + CHAIN.partition("  guided:")[2].split("  strengths")[0]

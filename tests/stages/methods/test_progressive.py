@@ -1,4 +1,4 @@
-"""Progressive distillation: its chain of stages, a killed chain, and what is refused."""
+"""Progressive distillation: its chain of stages, a killed chain, and refused settings."""
 
 import json
 import os
@@ -143,7 +143,7 @@ def test_guidance_needs_a_teacher_trained_with_dropped_prompts(tmp_path):
 
 
 def test_the_default_guidance_is_that_of_the_pairs(tiny, teacher):
-    """Also checks that the method's name alone gives a chain with the default start of 32 steps."""
+    """Also checks that the method's name alone gives a chain with the default start_steps, 32."""
     text = TINY.replace("{name: knowledge_distillation}", "progressive")
     assert list(plan_of(text, tiny[0]))[2:] == [f"student/{steps}" for steps in (16, 8, 4, 2, 1)]
     text = TINY.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")

@@ -70,8 +70,8 @@ def test_kernel_distance_weighs_all_pairs_equally():
 
 @pytest.mark.parametrize(("k", "share"), [(1, 1 / 3), (2, 2 / 3)])
 def test_precision_and_recall_equal_hand_computed_values(k, share):
-    """The radii of a are 1, 1, 2, 4 for k = 1 and 3, 2, 3, 6 for k = 2, and b lies 2, 3.5 and 7 outside of its ends;
-    -2 reaches at least 12.5 far, to all of a."""
+    """The radii of a are 1, 1, 2, 4 for k = 1 and 3, 2, 3, 6 for k = 2. The points of b lie 2, 3.5 and 7 beyond the
+    ends of a. The ball around -2 has a radius of at least 12.5 and contains all of a."""
     a, b = np.array([[0.0], [1.0], [3.0], [7.0]]), np.array([[-2.0], [10.5], [14.0]])
     assert precision_recall(a, b, k) == pytest.approx((share, 1.0))
     assert precision_recall(b, a, k) == pytest.approx((1.0, share))

@@ -1,4 +1,4 @@
-"""Conditions: rows move together, whatever the tensors are."""
+"""Conditions: operations on rows apply to all tensors."""
 
 import pytest
 import torch

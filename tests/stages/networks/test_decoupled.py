@@ -1,4 +1,4 @@
-"""Time-decoupled teachers: their training, which network is called where, and students of them."""
+"""Time-decoupled teachers: their training, which network is called at which timestep, and their students."""
 
 import json
 import shutil
@@ -155,7 +155,7 @@ def test_halves_share_only_the_vae(made):
 
 
 def test_training_can_start_from_a_teacher_of_another_image_size(tiny):
-    """With almost no learning, all weights are still those of the start."""
+    """With a learning rate of almost 0, all weights stay those of the start."""
     store, plan = tiny
     teacher = plan["teacher"].artifact
     boosted = f"""{HEAD}

@@ -1,4 +1,4 @@
-"""A teacher of many timesteps gives x0 at the points of a student's grid."""
+"""A teacher's estimates of x0 at the points of a student's grid."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def test_a_teacher_is_called_at_the_timestep_of_equal_snr(teacher):
 
 
 def test_an_epsilon_teacher_gives_x0_to_students_of_any_type(teacher, tmp_path):
-    """An epsilon teacher is asked for x0."""
+    """The output of an epsilon teacher is converted to x0."""
     of_noise = StableDiffusion(stable_diffusion_layout(tmp_path / "sd"))
     z, i = torch.randn(3, *of_noise.latent_shape), torch.tensor([2, 3, 4])
     condition, grid = of_noise.encode_prompts(["a", "b", ""]), Grid.trailing(of_noise.schedule, 4)

@@ -65,7 +65,7 @@ def levels(count, alpha=0.6):
 
 
 def test_one_image_gives_a_gaussian(tmp_path):
-    """Around one datum the data are N(x, h^2): the formulas of the Gaussian teacher."""
+    """With one image, the data are N(x, h^2), so the formulas of the Gaussian teacher hold."""
     teacher = GaussianTeacher(0.5, 0.7, (2, 4, 4))
     z = drawn(3, 32)
     data = torch.full((1, 32), 0.5, dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_a_schedule_that_ends_in_noise_samples_the_gaussian_exactly(made):
 
 
 def test_pairs_have_the_same_bytes_again_and_for_any_micro_batch(made, tmp_path):
-    """The teacher computes in float64. Micro-batches seldom change the last bits of float32, so values are compared
+    """The teacher computes in float64, but micro-batches may change the last bits of float32, so values are compared
     with a tolerance."""
     again = execute(TEXT, tmp_path / "again")["pairs"].artifact.folder
     ours, theirs = ([one.tar for one in read_list(folder)] for folder in (again, made[1]["pairs"].artifact.folder))

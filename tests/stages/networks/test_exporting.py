@@ -17,7 +17,8 @@ from tests.support.networks import SCHEDULER, drawn, shaken, stable_diffusion_la
     (3, "teacher", "sample"), (4, "cosine", "v_prediction"), (16, "cosine", "v_prediction"), (1, "cosine", "sample"),
 ])  # fmt: skip
 def test_plain_diffusers_takes_the_same_steps_as_retort(teacher, tmp_path, steps, schedule, prediction):
-    """Also where the steps do not divide the teacher's 1,000 timesteps, and where the schedule ends in pure noise."""
+    """This also holds if the steps do not divide the teacher's 1,000 timesteps, and if the schedule ends in pure
+    noise."""
     student = shaken(Student.from_teacher(teacher, Form(steps=steps, schedule=schedule, prediction=prediction)))
     export(student, tmp_path, "a card")
     prompts = ["a red handwritten seven", "a blue handwritten two"]
@@ -91,7 +92,7 @@ def test_an_exported_scheduler_sets_every_value_that_the_published_config_lacks(
 
 
 def test_a_student_that_predicts_both_is_loaded_as_such(teacher, tmp_path):
-    """And says that plain diffusers cannot."""
+    """Its card says that plain diffusers cannot load it."""
     student = shaken(Student.from_teacher(teacher, Form(steps=2, prediction="both")))
     export(student, tmp_path, "a card")
     loaded = Student.load(tmp_path, teacher)

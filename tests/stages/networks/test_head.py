@@ -192,8 +192,8 @@ def test_the_first_link_learns_the_teachers_own_output(of_epsilon):
     ],
 )
 def test_the_last_layer_is_scaled_from_the_teachers_if_possible(teacher, student, factors):
-    """In pure noise v = -x0. There, the output of an x0 teacher does not determine the noise, and that of an epsilon
-    teacher determines neither x0 nor v."""
+    """In pure noise v = -x0. There, the noise cannot be computed from the output of an x0 teacher, and neither x0 nor v
+    from that of an epsilon teacher."""
     unet = build.unet(4, 12, (8,))
     layer = copy.deepcopy(unet.conv_out)
     turned = convert(unet, "conv_out", teacher, student).conv_out
@@ -204,7 +204,7 @@ def test_the_last_layer_is_scaled_from_the_teachers_if_possible(teacher, student
 def test_a_fit_to_one_sample_is_skipped_and_one_to_nan_is_refused():
     layer = nn.Conv2d(6, 3, 3, padding=1)
     before = layer.weight.clone()
-    fit(layer, [(torch.randn(1, 6, 4, 4), torch.randn(1, 3, 4, 4))])  # one sample: nothing to choose by
+    fit(layer, [(torch.randn(1, 6, 4, 4), torch.randn(1, 3, 4, 4))])  # with one sample, no fit can be validated
     assert torch.equal(layer.weight, before)
     with pytest.raises(ValueError, match="not finite"):
         fit(layer, [(torch.full((4, 6, 4, 4), float("nan")), torch.randn(4, 3, 4, 4))])
@@ -261,7 +261,7 @@ def test_a_consistency_student_that_predicts_epsilon_needs_an_epsilon_teacher(ti
 
 
 def test_starting_from_a_student_of_another_prediction_type_is_refused(of_epsilon):
-    """If a manifest leaves the prediction type to the teacher, the worker compares the types."""
+    """If a manifest does not set the prediction type, the worker compares the types."""
     _, plan = of_epsilon
     teacher = StableDiffusion(plan["teacher"].artifact.folder)
     with pytest.raises(ValueError, match="in start_from predicts v_prediction, this one predicts epsilon"):

@@ -19,7 +19,7 @@ from stages.networks.vgg import VGG, Classifier
 ENDS = {"latents": (7, 14, 24, 34, 44), "pixels": (6, 13, 23, 33, 43)}
 """methods.md 2.2: in latents after the fourth and the fifth pool; in pixels before every pool, as LPIPS does."""
 LIKE = {"latents": (4, 16), "pixels": (3, 32)}
-"""Channels and side of what the tests look at."""
+"""Channels and side of the tests' inputs."""
 
 
 def trained(space="latents", width=4, channels=None, seed=0):
@@ -220,7 +220,7 @@ def test_gradients_are_those_of_the_formula(space):
 
 
 def test_the_gradient_is_finite_where_features_are_zero(metric):
-    """At equal inputs it is zero; a constant input has dead pixels in many taps."""
+    """The gradient is zero at equal inputs. A constant input has pixels without features in many taps."""
     x = torch.randn(1, 4, 16, 16, requires_grad=True)
     metric(x, x.detach().clone()).sum().backward()
     assert torch.equal(x.grad, torch.zeros_like(x))

@@ -161,13 +161,12 @@ def test_targets_are_matched_with_the_ends_of_layer_names(teacher):
     )
     assert "to_out.0" in str(refused.value)
     takes_w = Form(prediction="v_prediction", steps=2, w_range=(0.0, 4.0))
-    with pytest.raises(StageError, match="is called cond_proj"):  # trained in full, for the teacher lacks it
+    with pytest.raises(StageError, match="is called cond_proj"):  # trained in full, because the teacher lacks it
         Student.from_teacher(teacher, takes_w, lora=LoraSettings(targets=["to_k", "cond_proj"]))
 
 
 def test_a_guided_student_holds_the_base_once(teacher):
-    """Its guidance embedding is added without another copy of the network, and takes no memory of the teacher's
-    weights."""
+    """Its guidance embedding is added without another copy of the network or of the teacher's weights."""
     form = Form(prediction="v_prediction", steps=2, w_range=(0.0, 4.0))
     student = Student.from_teacher(teacher, form, lora=RANK_3)
     own = {value.data_ptr() for value in trained(student)}

@@ -59,7 +59,7 @@ stages:
 
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory):
-    """A stock DDPM pipeline, as those trained on CIFAR-10 are saved, its schedule linear."""
+    """A standard DDPM pipeline with a linear schedule, saved like those trained on CIFAR-10."""
     folder = tmp_path_factory.mktemp("unconditional")
     DDPMPipeline(unet=pixel_unet(), scheduler=DDPMScheduler(beta_schedule="linear")).save_pretrained(folder)
     return folder
@@ -110,7 +110,9 @@ def test_a_class_conditional_teacher_is_distilled_and_keeps_its_class_names(by_c
     teacher = PixelDiffusion(plan["teacher"].artifact.folder)
     with torch.no_grad():
         x0 = Student.load(folder, teacher)(namespace["noise"], teacher.encode_prompts(["cat"]))
-    torch.testing.assert_close(namespace["image"], x0, atol=1e-5, rtol=1e-6)  # hundreds, of random weights
+    torch.testing.assert_close(
+        namespace["image"], x0, atol=1e-5, rtol=1e-6
+    )  # random weights give values of several hundred
 
 
 def test_guidance_combines_the_outputs_of_the_null_class_and_the_class(by_class):
@@ -142,7 +144,7 @@ def test_guidance_needs_a_null_class(tmp_path):
 
 
 def test_the_plan_checks_guidance_by_the_sealed_teacher(unconditional, by_class, tmp_path, monkeypatch):
-    """Of a hub's, nothing else can be known; and never of what lies in the current folder."""
+    """For a hub id, the plan knows only the sealed teacher. Files in the current folder are never used."""
     stage = Teacher.model_validate({"kind": "teacher", "from": "owner/name"})
     assert "unconditional" in stage.guidance_error(False, unconditional)
     assert stage.guidance_error(False, by_class) is None and stage.timesteps(by_class) == 1000
@@ -200,7 +202,7 @@ def test_classes_of_equal_names_are_given_by_number(by_class, tmp_path):
     (4, "teacher", DDIMPipeline), (3, "teacher", DDPMPipeline), (4, "cosine", DDIMPipeline)
 ])  # fmt: skip
 def test_plain_diffusers_samples_students_of_several_steps(unconditional, tmp_path, steps, schedule, pipeline_class):
-    """A pipeline that steps on the student's own grid, for an epsilon teacher whose student puts out v."""
+    """The exported pipeline uses the student's own grid. The teacher predicts epsilon and the student v."""
     teacher = PixelDiffusion(unconditional)
     student = Student.from_teacher(teacher, Form(steps=steps, schedule=schedule))
     export(student, tmp_path, "a card")
@@ -258,7 +260,7 @@ def test_a_damaged_index_is_refused(text, tmp_path):
 
 
 def test_a_flow_scheduler_is_refused(unconditional, tmp_path):
-    """These networks are called at the number of a timestep, and flow-matching ones at the noise level."""
+    """These networks take the number of a timestep, but flow-matching networks take the noise level."""
     folder = shutil.copytree(unconditional, tmp_path / "source")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     with pytest.raises(StageError, match="FlowMatchEulerDiscreteScheduler, which is for flow matching"):
@@ -299,7 +301,8 @@ stages:
 
 
 def test_the_manifest_of_cifar10_pairs_is_planned_offline_and_runs_at_small_size(unconditional, tmp_path):
-    """Its own stages, with fewer pairs, steps and samples, and without the downloads: LPIPS and Inception."""
+    """The stages are those of the manifest, with fewer pairs, steps and samples, and without the downloads of LPIPS and
+    Inception."""
     text = (ROOT / "manifests/cifar10_ode_pairs.yaml").read_text()
     images = [BytesIO() for _ in range(40)]
     for i, file in enumerate(images):

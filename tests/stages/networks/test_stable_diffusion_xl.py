@@ -1,4 +1,5 @@
-"""Stable Diffusion XL: its conditions, its pairs beside the stock pipeline's, what is refused, and a whole pipeline."""
+"""Stable Diffusion XL: its conditions, its pairs compared with diffusers' pipeline, refused pipelines, and a whole
+run."""
 
 import json
 import shutil
@@ -123,7 +124,7 @@ def test_conditioning_sizes_are_used_and_written_to_the_card(folder, tmp_path):
 
 
 def test_the_vae_is_float32_in_a_float16_teacher(folder):
-    """SDXL's own overflows in float16."""
+    """SDXL's VAE overflows in float16."""
     teacher = StableDiffusionXL(folder, dtype=torch.float16)
     assert next(teacher.network.parameters()).dtype == next(teacher.text_encoder_2.parameters()).dtype == torch.float16
     assert next(teacher.vae.parameters()).dtype == torch.float32
@@ -162,7 +163,7 @@ def test_a_missing_component_is_named(folder, tmp_path):
 
 
 def test_an_sdxl_student_cannot_start_from_stable_diffusion(folder, tmp_path):
-    """Its adapter is the base class of SDXL's, and yet another family."""
+    """Its adapter is the base class of SDXL's adapter, but they are different families."""
     other = stable_diffusion_layout(tmp_path / "sd")
     student = f"""
   student:

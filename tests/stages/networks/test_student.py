@@ -36,8 +36,8 @@ def test_a_guidance_embedding_can_be_added_if_the_config_lacks_its_key(teacher, 
 
 
 def test_the_last_point_is_trained_on_pure_noise_with_any_schedule(teacher):
-    """Stable Diffusion's own schedule ends at alpha = 0.068. There, a student is trained on the pure noise that
-    sampling starts from, and learns what its teacher does from that noise."""
+    """Stable Diffusion's own schedule ends at alpha = 0.068. There, a student is trained on pure noise, from which
+    sampling starts, and learns what its teacher does with it."""
     x, noise = torch.randn(2, 3, *teacher.latent_shape)
     for schedule, alpha in (("teacher", 0.0683), ("cosine", 0.0)):
         student = Student.from_teacher(teacher, Form(steps=4, schedule=schedule))

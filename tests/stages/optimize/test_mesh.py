@@ -1,4 +1,4 @@
-"""Meshes: which pixels see which triangle, colours and their gradients, files that are read, written and refused."""
+"""Meshes: which triangle each pixel sees, colours and their gradients, and files that are read, written and refused."""
 
 import math
 import shutil
@@ -248,7 +248,7 @@ def test_the_total_variation_is_the_mean_difference_of_neighbours(teacher, tmp_p
     paint(textured, (0.2 + 0.1 * torch.arange(4.0)).expand(3, 4, 4))
     assert_close(textured.look(view(), 8).terms["smooth"], torch.tensor([2 * 0.1 / 2]).double())
     coloured = mesh_of(teacher, file, smooth=2.0)
-    number = coloured.surface.vertices.tolist().index([0, 0, 0])  # an end of three of the five edges
+    number = coloured.surface.vertices.tolist().index([0, 0, 0])  # this vertex belongs to three of the five edges
     paint(coloured, torch.where(torch.arange(4)[:, None] == number, 0.7, 0.5).expand(4, 3))
     assert_close(coloured.look(view(), 8).terms["smooth"], torch.tensor([2 * 0.2 * 3 / 5]).double())
     assert not mesh_of(teacher, file).look(view(), 8).terms

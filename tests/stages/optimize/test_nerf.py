@@ -1,4 +1,4 @@
-"""Radiance fields: what light passes, encodings of positions, gradients, and files that are written and read."""
+"""Radiance fields: volume rendering, encodings of positions, gradients, and files."""
 
 import math
 
@@ -20,7 +20,7 @@ from stages.optimize.representations.nerf.volume import composite, march, strata
 from tests.support.networks import adapter_around, pixel_unet
 
 TINY = {"levels": 2, "features": 1, "log2_table_size": 4, "coarsest": 1, "finest": 3, "hidden": 4, "samples": 3}
-"""One grid of 8 vertices, and one whose 64 vertices share 16 entries."""
+"""One grid with 8 vertices, and one with 64 vertices that share 16 entries."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def nerf_of(teacher, tmp_path, count=1, **settings):
 
 
 def homogeneous(nerf, density, colour):
-    """Make all fields constant, but for the blob."""
+    """Make all fields constant, except for the blob."""
     for field in nerf.fields:
         torch.nn.init.zeros_(field.network[-1].weight)
         bias = [math.log(math.expm1(density)), *[math.log(colour / (1 - colour))] * 3]
@@ -136,7 +136,7 @@ def test_rays_that_miss_or_leave_the_ball_see_nothing():
     field = lambda x: (torch.ones(len(x)).to(x), torch.ones_like(x))  # noqa: E731
     found = march(field, origins, directions, 4, random=False)
     assert not found[:2].any()
-    assert found[2, 3].item() == pytest.approx(1 - math.exp(-1))  # from the middle on
+    assert found[2, 3].item() == pytest.approx(1 - math.exp(-1))  # from the middle of the ball on
     assert not march(field, origins[:2], directions[:2], 4, random=True).any()
 
 

@@ -1,4 +1,4 @@
-"""SDS and VSD: their fixed points with exact scores, whose gradients go where, cameras, turns and resume."""
+"""SDS and VSD: fixed points with exact scores, which players get gradients, cameras, turns and resuming."""
 
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ class Given:
 
 
 class Numbers(Flat):
-    """Particles that start where they are told, as latents."""
+    """Particles with given initial values, as latents."""
 
     def __init__(self, teacher, start):
         super().__init__(teacher, start.view(-1, *teacher.latent_shape))
@@ -236,8 +236,8 @@ def test_sds_ends_near_single_images_shrunk_to_their_mean(tmp_path):
 
 
 def test_from_one_start_sds_particles_end_together_and_vsd_particles_spread_out(tmp_path):
-    """With the exact score of the particles: that of a mixture of points. It repels only points that noise can
-    connect, so the images must be near one another."""
+    """The score of the particles is exact: that of a mixture of points. It repels only points whose noised densities
+    overlap, so the images must be near one another."""
 
     class Points(Given):
         def x0(self, z, t, condition, w=None):

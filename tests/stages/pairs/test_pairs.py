@@ -1,4 +1,4 @@
-"""The pair factory: its law, its purity, and faults at every moment."""
+"""Making pairs: their distribution, reproducible bytes, and recovery from faults."""
 
 import gc
 import itertools
@@ -34,7 +34,7 @@ def hashes(pool: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict[str, str]:
-    """Hashes of every tar of SLOW, made in one go by the inline engine."""
+    """Hashes of every tar of SLOW, made by the inline engine without interruption."""
     return hashes(execute(SLOW, tmp_path_factory.mktemp("whole"))["pairs"].pool)
 
 
@@ -65,7 +65,9 @@ def test_stored_noise_gives_the_stored_latents_again(tiny):
 
     _, plan = tiny
     pairs = plan["pairs"].artifact
-    prepare(pairs.stage.execution.threads)  # bits depend on it, and another test may have left another number
+    prepare(
+        pairs.stage.execution.threads
+    )  # the number of threads decides the last bits, and another test may have changed it
     reader = PairReader(read_list(pairs.folder))
     teacher = teachers.load(pairs.inputs["teacher"].folder, Execution(device="cpu"))
     held = reader.batch(range(32, 48))
@@ -87,7 +89,7 @@ def test_raising_the_count_reuses_every_full_shard(tmp_path):
 
 
 class CountingFacts(InlineEngine):
-    """Counts the shards' facts that are in memory when the work begins."""
+    """Counts the shard records in memory when the work begins."""
 
     found = -1
 
@@ -196,7 +198,7 @@ def test_an_unwritable_store_gives_one_sentence_and_exit_code_2(tmp_path):
 
 
 def test_a_full_disk_gives_one_sentence_and_exit_code_1_and_can_be_resumed(tmp_path, uninterrupted):
-    """A real one: a file system of 96 KB, in a mount namespace of its own."""
+    """The disk is a real file system of 96 KB, in its own mount namespace."""
     manifest = tmp_path / "m.yaml"
     manifest.write_text(SLOW)
     disk = tmp_path / "disk"
@@ -271,7 +273,8 @@ def test_a_compiled_network_gives_the_same_latents(tiny):
 
 
 def test_a_shard_made_again_with_other_bytes_is_sealed_again(tmp_path):
-    """As after the repair of another artifact on other hardware. Readers refuse the shard until it is sealed anew."""
+    """This happens after the repair of another artifact on other hardware. Readers refuse the shard until it is sealed
+    again."""
     from stages.data.receipts import read_facts
     from stages.data.records import Pair
     from stages.data.shards import write_shard

@@ -1,4 +1,4 @@
-"""Published E-LatentLPIPS weights in Retort's form: from checkpoints of random weights in the published layout."""
+"""Importing published E-LatentLPIPS weights, tested with random weights in the published layout."""
 
 import json
 import re

@@ -48,7 +48,7 @@ def target(made):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Twelve dozen images of 32 pixels: stripes that lie, and stripes that stand."""
+    """144 images of 32 pixels with horizontal or vertical stripes."""
     folder = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     rows = ["file_name,kind"]
@@ -93,7 +93,7 @@ def test_a_network_is_trained_calibrated_tested_and_sealed(made):
     assert (metric.about.channels, metric.about.space, metric.about.trunk) == (4, "latents", "trained")
     assert metric.about.std == pytest.approx(1.0, abs=0.2)
     assert all((head >= 0).all() for head in metric.heads)
-    assert len({float(weight) for weight in metric.heads[0].flatten()}) > 1  # all were alike at first
+    assert len({float(weight) for weight in metric.heads[0].flatten()}) > 1  # all were equal before training
     found = json.loads((artifact.folder / "two_afc.json").read_text())
     assert found["warp"]["unseen"] and not found["blur"]["unseen"]
     assert found["warp"]["count"] == 40 and "human_ceiling" not in found["warp"]  # no human judged them

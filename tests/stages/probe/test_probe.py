@@ -41,7 +41,7 @@ class Interrupting(InlineEngine):
 
 @pytest.fixture(scope="module")
 def walls(tmp_path_factory):
-    """Eight hundred noisy pictures, a third of each colour."""
+    """800 noisy images, a third in each colour."""
     folder = tmp_path_factory.mktemp("walls")
     noise = np.random.default_rng(0).integers(0, 100, (800, 16, 16, 3), dtype=np.uint8)
     rows = [("file_name", "text", "class")]
@@ -100,7 +100,7 @@ def test_an_evaluation_fails_if_the_images_of_its_probe_changed(made, walls, tin
     text = against(made.folder)
     metrics = execute(text, tiny[0], name="walls")["quality"].artifact.record["metrics"]
     assert metrics["features"] == "image_folder_probe_64" and metrics["probe_accuracy"] == 1.0
-    assert metrics["distance_samples"] == 100  # half of those held out, though it was trained on 600
+    assert metrics["distance_samples"] == 100  # half of the held-out images, although the probe was trained on 600
     assert "prompt_accuracy" not in metrics["sides"]["teacher_5"]
     real, teacher = metrics["references"]["real"], metrics["sides"]["teacher_5"]
     assert real["frechet_distance"] < teacher["frechet_distance"]

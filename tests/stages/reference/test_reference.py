@@ -72,7 +72,7 @@ def weights(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:  # the library only builds its network from weights
+    with pytest.MonkeyPatch.context() as patch:  # the library can build its network only from weights
         patch.setattr(torch, "load", lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         inception = FeatureExtractorInceptionV3("any", ["2048"], "none")
@@ -263,7 +263,7 @@ def test_a_file_with_more_than_tensors_is_refused(tiny, weights, few, tmp_path):
 
 
 def test_diversity_of_one_prompt_has_no_error(tiny, weights, few, monkeypatch):
-    """Unconditional pairs have one empty prompt. The standard error of one value would be no number."""
+    """Unconditional pairs have one empty prompt. The standard error of one value would be NaN."""
     from stages.evaluate import stage
 
     monkeypatch.setattr(stage, "DIVERSITY_PROMPTS", 1)

@@ -91,7 +91,8 @@ def peft_file(folder, base, text=False, dtype=torch.float32, targets=ATTENTION +
 
 
 def kohya_file(folder, base, dtype=torch.float32):
-    """A file as kohya's sd-scripts write it, underscores for dots, alpha as a tensor, and a pipeline with the LoRA."""
+    """A file in the format of kohya's sd-scripts (underscores for dots, alpha as a tensor), and a pipeline with the
+    LoRA."""
     pipeline = StableDiffusionPipeline.from_pretrained(base)
     written = {}
     for prefix, network, targets, alpha in (
@@ -315,7 +316,7 @@ SDXL = {
 
 
 def weights_of(folder, component):
-    """By names without `text_model.`, which the files of one release of transformers have and those of another not."""
+    """The weights by names without `text_model.`, because only some releases of transformers write this prefix."""
     (file,) = folder.joinpath(component).glob("*.safetensors")
     return {f"{component}.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
 

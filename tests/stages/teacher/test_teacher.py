@@ -121,7 +121,7 @@ def test_other_layouts_are_refused_and_the_supported_ones_listed(tiny, tmp_path,
 
 
 def test_json_that_python_cannot_parse_is_refused(tmp_path):
-    """Integers of more than some thousand digits."""
+    """It contains an integer of several thousand digits."""
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("9" * 60_000)
@@ -185,7 +185,7 @@ def test_the_shipped_name_wins_over_a_local_folder_of_that_name(tmp_path, monkey
 
 
 def test_a_teacher_is_trained_on_the_users_images(tmp_path):
-    """Images of a folder, captions of its metadata: their words become the tokenizer's."""
+    """The images are those of a folder. The words of their captions become the vocabulary of the tokenizer."""
     from PIL import Image
 
     images = tmp_path / "images"

@@ -1,4 +1,4 @@
-"""The training loop, through a method of its own: a linear student of a Gaussian teacher."""
+"""The training loop, tested with a method of the tests: a linear student of a Gaussian teacher."""
 
 import itertools
 import shutil
@@ -19,7 +19,7 @@ MEAN, STD = 0.5, 0.6
 
 
 class Linear:
-    """x = m + S z, to be found by regression; `noisy` draws from the global generator in its loss."""
+    """A student x = m + S z, trained by regression. With `noisy`, its loss draws from the global random generator."""
 
     def __init__(self, noisy: bool = False, **settings):
         torch.manual_seed(0)
@@ -141,7 +141,7 @@ def test_training_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(
 
 
 def test_a_damaged_checkpoint_is_removed_before_an_intact_one(kept, tmp_path):
-    """The training goes on with another checkpoint interval. Then the newest two checkpoints are sound."""
+    """Training resumes with another checkpoint interval. Then the newest two checkpoints are intact."""
     folder = shutil.copytree(kept, tmp_path / "killed")
     flipped(folder / "step-00000015" / "tensors.safetensors")
     list(itertools.islice(run(Linear(noisy=True), folder, every=13), 1))  # from 10 to 20: a checkpoint at 13
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_one_sentence(tmp_path):
 
 
 class Occasional(Linear):
-    """Gives a figure at every eighth step only."""
+    """Returns a figure only at every eighth step."""
 
     def turns(self, step):
         return [
@@ -232,7 +232,7 @@ def test_a_figure_of_some_steps_is_logged_with_its_last_value(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_not_checkpointed(tmp_path):
-    """The loss is finite, its gradient is not: sqrt at 0."""
+    """The loss, a square root at 0, is finite, but its gradient is not."""
     method = Linear()
     method.loss = lambda batch: ((method.players["student"].module(batch["z"]) * 0).square().sum().sqrt(), {})
     with pytest.raises(StageError, match="the gradient norm is nan at step 0"):
@@ -284,8 +284,8 @@ def test_only_the_player_of_the_turn_is_trained(tmp_path):
 
 
 class Uneven(TwoPlayers):
-    """In each step, the critic has two turns. The student has one turn in three steps. Each step ends by making weights
-    smaller. `left` holds the weights after the step of each turn."""
+    """The critic has two turns in each step, the student one turn in three steps. Weights are made smaller at the end
+    of each step. `left` holds the weights after each turn."""
 
     def __init__(self, **settings):
         super().__init__()

@@ -209,7 +209,7 @@ stages:
         (("like: teacher", "like: teacher\n      vae: {max_mse: 1}"), "like keeps the vae of that teacher"),
         (("{teacher: narrow}", "{teacher: narrow, pipeline: digit_scenes}"), "give either pipeline or teacher"),
         (("{teacher: narrow}", "{}"), "give either pipeline or teacher"),
-        (("like: teacher", "like: gaussian"), "it is not one pipeline"),
+        (("like: teacher", "like: gaussian"), "it is not a single pipeline"),
         (("{teacher: narrow}", "{teacher: gaussian}"), "`gaussian:`, which has no network"),
         (("{teacher: narrow}", "{teacher: narrow, revision: main}"), "revision needs pipeline"),
     ],

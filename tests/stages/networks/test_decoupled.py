@@ -236,11 +236,15 @@ def test_upscaled_images_equal_enlarged_images_of_half_the_size():
             "    gaussian: {}\n    switch: 300",
             "switch needs structure and texture",
         ),
-        ("  both:", "  third: {kind: teacher, train: {dataset: digits, vae: both}}\n  both:", "it is not one pipeline"),
+        (
+            "  both:",
+            "  third: {kind: teacher, train: {dataset: digits, vae: both}}\n  both:",
+            "it is not a single pipeline",
+        ),
         (
             "  both:",
             "  third: {kind: teacher, train: {dataset: digits, start: both}}\n  both:",
-            "it is not one pipeline",
+            "it is not a single pipeline",
         ),
     ],
 )

@@ -236,7 +236,7 @@ def test_the_content_of_the_weights_decides_the_fingerprint(tiny, weights):
 
 @pytest.mark.parametrize(("file", "words"), [
     ("lpips.safetensors", "the inception weights are of another network"),
-    ("clip/config.json", "is no file of weights"),
+    ("clip/config.json", "is not a file of weights"),
 ])  # fmt: skip
 def test_weights_of_another_network_are_refused(tiny, weights, few, file, words):
     text = TINY + MEASURED.replace("WEIGHTS/inception.pth", f"WEIGHTS/{file}").replace("WEIGHTS", str(weights))
@@ -251,14 +251,14 @@ def test_a_pickle_that_runs_code_is_refused(tiny, weights, few, tmp_path):
 
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     text = TINY + MEASURED.replace("WEIGHTS/inception.pth", str(tmp_path / "evil.pth")).replace("WEIGHTS", str(weights))
-    with pytest.raises(StageFailed, match="is no file of weights"):
+    with pytest.raises(StageFailed, match="is not a file of weights"):
         execute(text, tiny[0], name="evil")
 
 
 def test_a_file_with_more_than_tensors_is_refused(tiny, weights, few, tmp_path):
     torch.save({"state_dict": {"weight": torch.zeros(1)}, "epoch": 3}, tmp_path / "checkpoint.pth")
     text = TINY + MEASURED.replace("WEIGHTS/inception.pth", str(tmp_path / "checkpoint.pth"))
-    with pytest.raises(StageFailed, match="is no file of weights: it holds more than the tensors of a network"):
+    with pytest.raises(StageFailed, match="is not a file of weights: it holds more than the tensors of a network"):
         execute(text.replace("WEIGHTS", str(weights)), tiny[0], name="checkpoint")
 
 

@@ -126,8 +126,8 @@ def _first_convolution(source: Path, loaded: dict[str, Tensor]) -> tuple[int, in
     """Return the input and output channels of the first convolution. Raises StageError."""
     if FIRST not in loaded:
         raise StageError(
-            f"{source} is not a published E-LatentLPIPS checkpoint: expected {FIRST} and other tensors net.* and lins.*, "
-            f"found {_some(loaded)}"
+            f"{source} is not a published E-LatentLPIPS checkpoint: expected {FIRST} and other tensors net.* and "
+            f"lins.*, found {_some(loaded)}"
         )
     shape, allowed = tuple(loaded[FIRST].shape), sorted({latents.channels for latents in PUBLISHED.values()})
     if len(shape) != 4 or shape[1] not in allowed:

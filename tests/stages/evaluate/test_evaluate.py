@@ -304,8 +304,14 @@ def test_the_micro_batch_is_recorded_and_makes_nothing_stale(tiny):
 
 PARTED = (
     PROBE
-    + """ parted: kind: evaluate student: student real: probe samples: 100 teacher_steps: [2] execution: {threads: 1} #
-    two workers on two cores have one thread each
+    + """
+  parted:
+    kind: evaluate
+    student: student
+    real: probe
+    samples: 100
+    teacher_steps: [2]
+    execution: {threads: 1} # two workers on two cores have one thread each
 """
 )
 

@@ -41,7 +41,9 @@ def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: i
 
     test: the last stored pairs, as far as they come after the last training pair; then new noises with higher numbers
     than all stored and training pairs. So all students get the same noises, whatever number of these pairs they hold
-    out. validation: new noises, numbered from VALIDATION. Test noises always have lower numbers, so no noise is in both
+    out.
+
+    validation: new noises, numbered from VALIDATION. Test noises always have lower numbers, so no noise is in both
     splits.
     """
     assert isinstance(pairs.stage, Pairs)

@@ -98,8 +98,8 @@ class Evaluate(Stage):
     )
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
         None,
-        description="numbers of steps in which the teacher is also sampled, each below the steps of the pairs; "
-        "default: those of 4, 2 and 1 that are below",
+        description="numbers of steps in which the teacher is also sampled, each fewer than the steps of the pairs; "
+        "default: all of 4, 2 and 1 that are fewer",
     )
     execution: EvaluationExecution = Field(
         EvaluationExecution(), description="how the stage is run; changing it makes nothing stale"

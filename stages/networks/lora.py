@@ -41,7 +41,9 @@ class LoraSettings(Config):
 
     rank: int = Field(64, ge=1, description="rank of the change of each layer")
     alpha: int | None = Field(
-        None, ge=1, description="factor of the change, which is multiplied by alpha / rank; default: the rank"
+        None,
+        ge=1,
+        description="the change of each layer is scaled by alpha / rank; default: the rank, which scales by 1",
     )
     targets: Annotated[list[str] | None, Field(min_length=1)] = Field(
         None,

@@ -52,9 +52,8 @@ class Digits(ImageSet):
     )
     named: Annotated[Literal["all", "first", "digit", "colour"], Neutral()] = Field(
         "all",
-        description="what captions say; all: colour and digit of everything in the image; first: only those of the "
-        "first of two digits, as in `a red seven`; digit: the right digit and a random colour; colour: the right "
-        "colour and a random digit",
+        description="what captions name; all: every digit with its colour; first: only the first of two digits, as in "
+        "`a red seven`; digit: the right digit with a random colour; colour: the right colour with a random digit",
     )
 
     @model_validator(mode="after")

@@ -54,8 +54,8 @@ class NerfConfig(SolidConfig):
     samples: int = Field(
         32,
         ge=1,
-        description="samples on each ray inside the ball: one in each of so many equal parts, at a random position in "
-        "training and in the middle otherwise",
+        description="number of samples on each ray inside the ball; the ray is divided into as many equal parts; the "
+        "sample of a part is at a random position in training, and in the middle otherwise",
     )
     blob: float = Field(
         10.0,

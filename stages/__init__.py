@@ -27,5 +27,5 @@ KINDS: Registry[Stage] = Registry(
         "reference": Reference,
         "evaluate": Evaluate,
     },
-    reserved=("locks", "runs", "work"),  # a store's own folders, beside those of the kinds
+    reserved=("locks", "runs", "work"),  # folders that a store has besides those of the kinds
 )

@@ -13,9 +13,9 @@ from pipeline.planning import PlannedStage
 from tests.support.pipelines import TINY, execute
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in one process a core
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # stages may take more threads: those that wait take no core
-os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and the command line would take it for a terminal's width
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process for each core
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # stages may use more threads, because waiting threads use no core
+os.environ.pop("COLUMNS", None)  # set by pytest-xdist; the command line would use it as the width of a terminal
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def write_manifest(tmp_path: Path) -> Callable[[str], Path]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, PlannedStage]]:
     """A store with a teacher, pairs and student trained for seconds, and the plan that made them.
 
-    Tests read it, or write artifacts of their own into it; none removes anything.
+    Tests may read it and add artifacts of their own, but must not remove anything.
     """
     store = tmp_path_factory.mktemp("tiny")
     return store, execute(TINY, store)

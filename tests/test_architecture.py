@@ -9,7 +9,7 @@ import pytest
 from tests.support.cli import ROOT
 
 FLOORS = [
-    # a room may import rooms of the rows below its own
+    # a module may import modules of the rows below its own
     {"pipeline.cli", "pipeline.api"},
     {"pipeline.commands"},
     {"pipeline.views", "pipeline.jobs", "pipeline.reference"},
@@ -92,12 +92,12 @@ def row_of(room: str) -> int:
     return next(row for row, rooms in enumerate(FLOORS) if room in rooms)
 
 
-def test_every_file_is_in_a_room():
+def test_every_file_belongs_to_a_layer():
     assert {module_of(path) for path in FILES if room_of(module_of(path)) is None} <= {"pipeline"}
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_rooms_below_it_only(room):
+def test_a_layer_imports_only_layers_below_it(room):
     for path in (path for path in FILES if room_of(module_of(path)) == room):
         for name in IMPORTS[path]:
             other = room_of(name)
@@ -105,25 +105,25 @@ def test_a_room_imports_rooms_below_it_only(room):
 
 
 @pytest.mark.parametrize("library", HOMES)
-def test_a_heavy_library_has_one_home(library):
+def test_heavy_libraries_are_imported_only_in_their_folders(library):
     for path, names in IMPORTS.items():
         if any(name.split(".")[0] == library for name in names):
             assert room_of(module_of(path)) in HOMES[library], f"{path} imports {library}"
 
 
-def test_the_machine_imports_no_science_libraries():
+def test_pipeline_imports_no_numerical_libraries():
     for path in (path for path in FILES if module_of(path).startswith("pipeline")):
         assert not {name.split(".")[0] for name in IMPORTS[path]} & {"torch", "diffusers", "transformers", "numpy"}, (
             path
         )
 
 
-def test_the_machine_knows_no_lists_of_shards():
+def test_pipeline_does_not_read_lists_of_shards():
     for path in (path for path in FILES if module_of(path).startswith("pipeline")):
         assert not any(name.startswith("stages.data.pool") for name in IMPORTS[path]), path
 
 
-def test_every_folder_says_what_it_holds_and_defines_nothing():
+def test_every_package_has_a_docstring_and_defines_nothing():
     for folder in {path.parent for path in FILES}:
         face = folder / "__init__.py"
         tree = ast.parse(face.read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def test_no_test_imports_another():
         assert not any(re.match(r"tests\..*\btest_", name) for name in imports(path)), f"{path} imports a test"
 
 
-def test_nothing_pickles():
+def test_nothing_uses_pickle():
     for path, names in IMPORTS.items():
         text = path.read_text(encoding="utf-8")
         assert "pickle" not in {name.split(".")[0] for name in names}

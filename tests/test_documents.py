@@ -3,8 +3,8 @@ work.
 
 Each block runs in its own folder. There, `manifests/` is that of the repository, `retort-store/` holds one small sealed
 run under the name of every manifest, and the manifests and files that the document describes exist. Commands that would
-take minutes (`submit`) are planned instead. Those that need another machine are only parsed, and for benchmarks only
-their existence is checked.
+take minutes (`submit`) are planned instead. Commands that need another machine are only parsed. Of benchmarks, only the
+module and its options are checked.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def place(tmp_path: Path, sealed: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "docs").mkdir()  # figures and charts are written there
     store = tmp_path / "retort-store"
     shutil.copytree(sealed, store, copy_function=os.link, ignore=shutil.ignore_patterns("runs"))
-    shutil.copytree(sealed / "runs", store / "runs")  # no links: commands append to files there
+    shutil.copytree(sealed / "runs", store / "runs")  # copies instead of links, because commands append to these files
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RETORT_STORE", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # stages take one thread: another test runs beside this one
@@ -261,7 +261,7 @@ def check_module(module: str, arguments: list[str]) -> None:
 
 
 def complete(block: Block) -> dict[str, Any] | None:
-    """The content of a block that is a whole manifest."""
+    """Return the content of a block that is a whole manifest, or None."""
     if block.language != "yaml" or not re.search("^name:", block.text, re.M):
         return None
     content: dict[str, Any] = yaml.safe_load(block.text)
@@ -300,7 +300,7 @@ def entries(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def stages_before(block: Block) -> dict[str, Any]:
-    """The stages that a document has so far, above those of manifests/digits.yaml."""
+    """Return the stages of the document up to this block, and those of manifests/digits.yaml."""
     stages: dict[str, Any] = yaml.safe_load(MANIFESTS["digits"].read_text(encoding="utf-8"))["stages"]
     for other in BLOCKS.get(block.document, []):
         if other.line < block.line and (manifest := complete(other)):
@@ -340,7 +340,7 @@ def check_setting(key: str, value: Any) -> None:
 
 
 def check_python(block: Block, place: Path) -> None:
-    """Run it, or import the module that it is."""
+    """Run a block, or import it if it is a module."""
     if block.file:
         importlib.import_module(block.file.removesuffix(".py").replace("/", "."))
     else:
@@ -367,11 +367,11 @@ def check(block: Block, place: Path) -> None:
 
 
 @pytest.mark.parametrize("block", ALL_BLOCKS, ids=str)
-def test_what_a_block_shows_works(block: Block, place: Path) -> None:
+def test_every_block_works(block: Block, place: Path) -> None:
     check(block, place)
 
 
-def test_the_notebook_is_the_page() -> None:
+def test_the_notebook_equals_the_page() -> None:
     made = json.loads(tour.NOTEBOOK.read_text(encoding="utf-8"))
     assert [(cell["cell_type"], cell["source"]) for cell in made["cells"]] == tour.cells(), (
         "python -m tests.support.tour"
@@ -418,7 +418,7 @@ def anchors(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_sentences_name_what_there_is_and_links_lead_somewhere(path: Path) -> None:
+def test_code_in_sentences_and_links_exist(path: Path) -> None:
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     assert "```" not in text, "a fence is indented, or not closed: its block is not checked"
     wrong = []
@@ -442,7 +442,7 @@ def noting(wrong: list[str], what: str) -> Iterator[None]:
 # --- The package of docs/plugins.md, and what must fail ---------------------------------------------------
 
 
-def test_manifests_that_code_and_other_manifests_name_exist() -> None:
+def test_manifests_named_in_code_and_manifests_exist() -> None:
     sources = {
         path: r"manifests/(\w+)\.yaml" for folder in ("pipeline", "stages") for path in (ROOT / folder).rglob("*.py")
     }
@@ -493,7 +493,7 @@ def test_the_method_of_the_package_in_plugins_trains_a_student(place: Path) -> N
         ("nothing", ""),
     ],
 )
-def test_a_block_that_is_wrong_is_noticed(language: str, text: str, place: Path) -> None:
+def test_an_invalid_block_is_noticed(language: str, text: str, place: Path) -> None:
     with pytest.raises(
         (AssertionError, OSError, ValueError, LookupError, ImportError, yaml.YAMLError, CalledProcessError)
     ):
@@ -513,12 +513,12 @@ def test_a_block_that_is_wrong_is_noticed(language: str, text: str, place: Path)
         "tests/nothing/test_NAME.py",
     ],
 )
-def test_a_sentence_that_is_wrong_is_noticed(code: str) -> None:
+def test_invalid_code_in_a_sentence_is_noticed(code: str) -> None:
     with pytest.raises(AssertionError):
         check_code(code)
 
 
 @pytest.mark.parametrize("target", ["nothing.md", "methods.md#nothing", "#nothing", "../README.md#nothing"])
-def test_a_link_that_leads_nowhere_is_noticed(target: str) -> None:
+def test_a_broken_link_is_noticed(target: str) -> None:
     with pytest.raises(AssertionError):
         check_link(target, ROOT / "docs" / "data.md")

@@ -39,7 +39,8 @@ def stamp_of(path: Path) -> tuple[int, int, int]:
 
 
 def files_of(source: str, patterns: Sequence[str] = EVERYTHING) -> dict[str, Path]:
-    """Return name -> path, sorted by name, for a file, the files of a folder that match a pattern, or a glob.
+    """Return name -> path, sorted by name, for a single file, for the files of a folder that match a pattern, or for a
+    glob.
 
     Names are relative to the folder, or to the common folder of a glob's matches. Links are followed. Raises
     FileNotFoundError if no file is found.

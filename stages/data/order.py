@@ -14,8 +14,9 @@ from stages.data.shares import BLOCK
 class ShuffledOrder:
     """Draws batches of indices in epochs. Each epoch is a new random permutation, and no index is dropped.
 
-    sources: the number of indices, or several ranges of indices. Each range has its own epochs, and is drawn with its
-    share of `weights` (rounded to multiples of 1/1024); by default the ranges' lengths. A batch may span two epochs.
+    sources: the number of indices, or several ranges of indices. Each range has its own epochs. Its share of the draws
+    is its share of `weights` (default: the ranges' lengths), rounded to a multiple of 1/1024. A batch may span two
+    epochs.
 
     Process `rank` of `world` gets every world-th index of a batch, so the batch over all ranks does not depend on the
     number of ranks. Raises ValueError if a source is empty, or if its weight is too small to be drawn at all.

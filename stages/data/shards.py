@@ -1,7 +1,7 @@
 """Writes shards of pairs: a tar that any webdataset reader can read, and a receipt beside it.
 
 The tar's bytes depend only on its pairs. The receipt is published after the tar. A shard without a valid receipt counts
-as not made.
+as missing.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ TimeRange = Annotated[tuple[float, float], Strict(False), AfterValidator(_times)
 
 
 Scale = float | tuple[float, float]
-"""One guidance scale for all samples, or the range from which each sample's is drawn, uniformly."""
+"""One guidance scale for all samples, or a range from which the scale of each sample is drawn uniformly."""
 
 
 def _scale(value: Any, _handler: Any) -> Scale:
-    """Validate a scale or a range. One message says all, where a union would report each of its types."""
+    """Validate a scale or a range, with one error message. A union of types would give one message for each type."""
     several = isinstance(value, list | tuple)
     numbers = list(value) if several else [value]
     if not all(isinstance(number, float | int) and not isinstance(number, bool) for number in numbers):
@@ -37,8 +37,8 @@ def _scale(value: Any, _handler: Any) -> Scale:
 
 
 def covers(learned: Scale, scale: Scale) -> bool:
-    """Whether a student that learned one scale, or a range, can be sampled at `scale`, or at all scales of that
-    range."""
+    """Whether a student that learned the scale or range `learned` can be sampled at `scale`. If `scale` is a range: at
+    all scales in it."""
     (least, most), (low, high) = (one if isinstance(one, tuple) else (one, one) for one in (learned, scale))
     return least <= low and high <= most
 
@@ -58,18 +58,19 @@ class Sampler(Config):
 
     name: Literal["ddim", "dpmpp_2m", "heun"] = Field(
         "ddim",
-        description="ddim: first order (2010.02502); dpmpp_2m: DPM-Solver++(2M), second order, needs fewer steps "
-        "(2211.01095); heun: second order, twice the network calls",
+        description="solver; ddim: first order (2010.02502); dpmpp_2m: DPM-Solver++(2M), second order, needs fewer "
+        "steps (2211.01095); heun: second order, two network calls in each step except the last",
     )
     steps: int = Field(50, ge=1, le=1000, description="solver steps from noise to data")
     guidance_scale: Annotated[Annotated[float, Field(ge=1)] | tuple[float, float], WrapValidator(_scale)] = Field(
         3.0,
-        description="scale s of classifier-free guidance, as in diffusers; 1 means no guidance and halves the cost; "
-        "[1.0, 8.0] draws one for each pair, and one-step students then take it as an input",
+        description="scale of classifier-free guidance, as in diffusers; 1 means no guidance and halves the cost; a "
+        "range such as [1.0, 8.0] draws a scale for each pair, and one-step students then take the scale as an input",
     )
     timestep_spacing: Literal["trailing", "leading"] = Field(
         "trailing",
-        description="trailing starts at the noisiest timestep, which one-step students need; leading does not",
+        description="trailing: start at the noisiest timestep, which one-step students need; leading: start at a less "
+        "noisy timestep",
     )
 
     @model_validator(mode="after")

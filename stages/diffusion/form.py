@@ -55,8 +55,8 @@ class Form(Config):
     )
     guidance_scale: float | None = Field(
         None,
-        description="guidance scale of the teacher that the student has learned, in diffusers' convention; null: the "
-        "student takes w as an input; or, in a method's form: the scale of the pairs",
+        description="guidance scale that the student has learned, in diffusers' convention; null: the student takes w "
+        "as an input; in a method's form, null means the scale of the pairs",
     )
     w_range: WRange | None = Field(
         None, description="range of w = guidance_scale - 1 that the student takes as an input; null: it takes no w"
@@ -64,9 +64,8 @@ class Form(Config):
 
     @property
     def scale(self) -> Scale | None:
-        """The guidance scale that the student has learned, or the range of those that it takes as an input.
-
-        None, in a method's form: those of the pairs."""
+        """The guidance scale that the student has learned, or the range of scales that it takes as an input. In a
+        method's form, None means that of the pairs."""
         return (1 + self.w_range[0], 1 + self.w_range[1]) if self.w_range else self.guidance_scale
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Exports a student as a LoRA: its difference to the teacher, which plain diffusers loads onto the teacher."""
+"""Exports a student as a LoRA for its teacher: a low-rank approximation of the difference of their weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_lora(artifact: Artifact, rank: int, out: Path) -> str:
 
 
 def _problem(student: Student, teacher: Adapter, scheduler: Any) -> str | None:
-    """Say why the student cannot be exported as a LoRA of its teacher, or return None if it can."""
+    """Return why the student cannot be exported as a LoRA of its teacher, or None if it can."""
     if student.form.w_range:
         return "the student takes w as an input: the teacher's network has no weights for w, and a LoRA cannot add them"
     if student.lora:

@@ -18,9 +18,8 @@ BATCH = 16
 
 
 def comparable(form: Form, guidance_scale: Scale) -> bool:
-    """Whether a student of `form` should reproduce pairs of `guidance_scale`.
-
-    It should not if it learns another guidance, or if its sampler draws noise between steps."""
+    """Whether a student of `form` should reproduce pairs of `guidance_scale`. It should not if it learned another
+    guidance scale, or if its sampler draws noise between steps."""
     if form.steps > 1 and form.sampler != "ddim":
         return False
     return form.scale is not None and covers(form.scale, guidance_scale)

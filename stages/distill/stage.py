@@ -34,7 +34,8 @@ class Source(Config):
     weight: float | None = Field(
         None,
         gt=0,
-        description="share of every batch, relative to the other sources; default: the number of pairs of each",
+        description="share of every batch, relative to the weights of the other sources; default: the number of pairs "
+        "of each source",
     )
 
 
@@ -76,9 +77,8 @@ def _of_method(problems: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]
 
 
 class Start(Config):
-    """Another network that a student starts from: give `pipeline` or `teacher`. The network may be smaller or larger
-    than that of the student's teacher. Its pipeline needs the same family, VAE, text encoder and noise schedule as that
-    teacher's."""
+    """Another network that a student starts from, given by `pipeline` or `teacher`. It may be smaller or larger than
+    the network of the student's teacher. Both pipelines need the same family, VAE, text encoder and noise schedule."""
 
     pipeline: Annotated[str | None, FROM] = Field(
         None, description="a diffusers folder, a hub id, digits or digit_scenes"
@@ -109,13 +109,13 @@ class Start(Config):
 
 
 class Distill(Stage):
-    """Train a student with one of the methods, and export it as a diffusers pipeline.
+    """Trains a student by one of the methods, and exports it as a diffusers pipeline.
 
-    The method decides on what the student is trained: `pairs`, `latents`, `prompts` or several of them. `pairs` is a
-    stage, or a list of stages to be mixed, such as `{pairs: STAGE, weight: 2.0}`.
+    The method decides which data the student needs: `pairs`, `latents`, `prompts` or several of them. `pairs` is one
+    stage, or a list of stages that are mixed. An entry of the list can have a weight: `{pairs: STAGE, weight: 2.0}`.
 
     A method with several rounds makes a chain of stages: student/16, student/8, ... A stage that reads `student` is
-    then made once for each of them, as with a matrix. A stage that reads `student/8` uses only that one."""
+    then made once for each of them, as with a matrix. A stage that reads `student/8` is made only for this one."""
 
     VERSION: ClassVar[int] = 3
     kind: Literal["distill"]
@@ -123,12 +123,12 @@ class Distill(Stage):
         list[Source] | None, BeforeValidator(_sources, json_schema_input_type=str | list[str | Source] | None)
     ] = Field(None, min_length=1, description="pairs to train on: one stage, or a list of stages and their weights")
     latents: Annotated[str | None, Input("latents"), Neutral()] = Field(
-        None, description="latents of real images to train on, in place of pairs, for methods that add noise themselves"
+        None, description="latents of real images to train on, for methods that add noise themselves"
     )
     prompts: Annotated[Prompts | None, Neutral()] = Field(
         None,
-        description="prompts to train on, for methods that need only prompts: digits or digit_scenes, for the captions "
-        "of that image set, or a path",
+        description="prompts to train on, for methods that sample from prompts: a path, or digits or digit_scenes for "
+        "the captions of that image set",
     )
     teacher: Annotated[str | None, Input("teacher"), Neutral()] = Field(
         None, description="the teacher, if only prompts are given; pairs and latents already have a teacher"
@@ -136,7 +136,8 @@ class Distill(Stage):
     method: Annotated[MethodConfig, Choice("name", METHODS)] = Field(description="the distillation method")
     start_from: Annotated[str | None, Input("distill"), Neutral()] = Field(
         None,
-        description="student of the same teacher to start from; default: the teacher's weights",
+        description="another student of the same teacher, whose weights the student starts from; default: the "
+        "teacher's weights",
     )
     start: Annotated[Start | None, Neutral()] = Field(
         None, description="another network that the student starts from; excludes start_from"
@@ -145,8 +146,8 @@ class Distill(Stage):
     held_out: int = Field(
         256,
         ge=0,
-        description="number of pairs kept for held-out loss and evaluation: the last ones of the first source; 0 "
-        "trains on all pairs, for evaluations with `pairs` of their own",
+        description="number of pairs that are kept out of training, for the held-out loss and for evaluations: the "
+        "last pairs of the first source; with 0, evaluations need other `pairs`",
     )
     execution: StudentExecution = Field(
         StudentExecution(), description="how the stage is run; changing it makes nothing stale"

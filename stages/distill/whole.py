@@ -70,7 +70,7 @@ def write_pipeline(artifact: Artifact, out: Path) -> str:
 
 
 def _problem(form: Form) -> str | None:
-    """Say what the layout lacks for students of `form`, or return None if it lacks nothing."""
+    """Return why the layout cannot hold students of `form`, or None if it can."""
     if form.w_range:
         return "it takes the guidance strength w as an input, for which the layout has no weights"
     if form.schedule != "teacher":

@@ -12,12 +12,12 @@ Split = Literal["test", "validation"]
 
 MIN_SAMPLES = 100
 """Smallest number of images in each of the two sets of a distance. It is larger than the number of a probe's features,
-because covariances would be singular otherwise."""
+so that covariances are not singular."""
 
 
 class EvaluationExecution(Execution):
     """How an evaluation is run. These settings are recorded in its artifact, and changing them makes nothing stale."""
 
     micro_batch: int = Field(
-        64, ge=1, description="samples drawn at once; the seconds for an image are measured in such batches"
+        64, ge=1, description="number of samples drawn at once; seconds per image are measured in batches of this size"
     )

@@ -101,31 +101,31 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         return _legend_of_particles(metrics)
     lines = [
         f"Each side has {metrics['samples']} samples of the {metrics['split']} split. ± is one standard error.",
-        "Latent MSE is measured to the teacher's full-step output from the same noise, so it is 0 for the teacher in "
-        "full steps.",
+        "Latent MSE is the error to the latents of the teacher in full steps from the same noises, so it is 0 for the "
+        "teacher in full steps.",
         f"Seconds per image are measured in batches of {metrics['micro_batch']}, computed in {metrics['dtype']}, "
         "without decoding. Network calls include the unconditional calls of guidance.",
     ]
     if any("nearest_mse" in side for side in metrics["sides"].values()):
         lines.append(
-            "MSE to nearest is measured to the nearest image of the exact teacher's set. Memorised images have "
-            "almost 0. Images that are as new as held-out ones have about the value of 'VAE reconstruction'."
+            "MSE to nearest is the error to the nearest image of the exact teacher's set. It is almost 0 for memorised "
+            "images. For images that are as new as held-out ones, it is about that of 'VAE reconstruction'."
         )
     if "reference" in metrics:
         about = metrics["reference"]
         lines.append(
-            f"FID, KID, patch FID, FD-DINOv2, CLIP score and LPIPS diversity follow {about['preset']}, against "
-            f"{about['images']:,} real images. The sha256 of the weights: "
+            f"FID, KID, patch FID, FD-DINOv2, CLIP score and LPIPS diversity are measured with preset "
+            f"{about['preset']} and {about['images']:,} real images. The sha256 of the networks' weights: "
             f"{', '.join(f'{name} {sha256}' for name, sha256 in about['weights_sha256'].items()) or 'none given'}."
         )
     if "features" in metrics:
         lines += [
             f"Distances, precision, recall and diversity use {metrics['distance_samples']} samples of each side, and "
             f"{metrics['features']}: features of a classifier trained on real images. They are not FID.",
-            "All distances are to real images that the classifier was not trained on. The row 'real' measures "
-            "equally many other such images: the lowest distance to expect. The row 'VAE reconstruction' measures the "
-            "same images after the VAE encoded and decoded them: the lowest distance to expect of a latent model with "
-            "this VAE.",
+            "All distances are to held-out real images, on which the classifier was not trained. The row 'real' "
+            "measures as many other held-out images: this is the lowest distance to expect. The row 'VAE "
+            "reconstruction' measures these other images after encoding and decoding: this is the lowest distance to "
+            "expect of a latent model with this VAE.",
             f"The classifier is right on {metrics['probe_accuracy']:.1%} of the images that it was not trained on.",
         ]
     return lines
@@ -136,7 +136,7 @@ def _legend_of_particles(metrics: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Each side has {metrics['samples']} images of the same prompt. ± is one standard error over the images.",
         "Image distance is the root mean squared difference of two images in [-1, 1], averaged over all pairs of one "
-        "side. Saturation is that of HSV, contrast the standard deviation of the luma in [0, 1].",
+        "side. Saturation is the mean saturation in HSV. Contrast is the standard deviation of the luma in [0, 1].",
     ]
     if any("nearest_mse" in side for side in metrics["sides"].values()):
         lines.append(

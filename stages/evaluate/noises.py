@@ -19,9 +19,8 @@ VALIDATION = 2**50
 
 @dataclass(frozen=True)
 class Noises:
-    """The numbers of the noises: first those of stored pairs, then those of fresh noises, which no pair has.
-
-    A noise is drawn from the seed and its number.
+    """The numbers of the noises: first those of stored pairs, then those of new noises, which are in no pair. The seed
+    and the number determine a noise.
     """
 
     stored: range
@@ -40,10 +39,11 @@ class Noises:
 def held_out(pairs: Artifact, student: Artifact | None, split: Split, samples: int) -> Noises:
     """Return `samples` noises of the pairs' seed that the student was not trained on.
 
-    test: the last stored pairs that come after the last training pair; then fresh noises with higher numbers than all
-    stored and training pairs. So all students get the same noises, also those that hold out more of these pairs, or
-    were trained on none of them.
-    validation: fresh noises, numbered from VALIDATION. Test noises always have lower numbers, so no noise is in both
+    test: the last stored pairs, as far as they come after the last training pair; then new noises with higher numbers
+    than all stored and training pairs. So all students get the same noises, whatever number of these pairs they hold
+    out.
+
+    validation: new noises, numbered from VALIDATION. Test noises always have lower numbers, so no noise is in both
     splits.
     """
     assert isinstance(pairs.stage, Pairs)

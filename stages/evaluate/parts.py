@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Arrays = dict[str, NDArray[Any]]
-    """`SIDE/WHAT` -> values, one row for each image: such as student/latent_mse and real/features."""
+    """`SIDE/WHAT` -> values, with one row for each image, for example student/latent_mse and real/features."""
 
 FOLDER = "parts"
 """The folder of measured parts, in the scratch folder of an unfinished evaluation."""
@@ -28,8 +28,8 @@ ABOUT = "about"
 
 @dataclass(frozen=True)
 class Part:
-    """What a worker measures at once: samples `start` to `stop` - 1; or real images; or several images of one prompt,
-    for the prompts `start` to `stop` - 1."""
+    """A unit of work of a worker: samples `start` to `stop` - 1, or the real images, or several images of each of the
+    prompts `start` to `stop` - 1."""
 
     start: int
     stop: int

@@ -32,7 +32,8 @@ def evaluate(
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Write `metrics.json` and the files of `page.write` to `output`. Return the metrics. Raises StageError.
 
-    calls: name of a side -> its network calls for an image. parts, folder: what the workers measured.
+    calls: name of a side -> its network calls for an image. parts, folder: the parts that the workers measured, and the
+    folder of their files.
     """
     samples, real, prompts_alone = (
         Measured(folder, [part for part in parts if part.what == what]) for what in ("samples", "real", "prompts")

@@ -1,8 +1,8 @@
 """Samples and measures the parts of an evaluation on workers.
 
-All sides have the same prompts and noises: the teacher, the teacher in fewer steps, and the student. A part is a run of
-samples, or the real images. Its figures do not depend on the worker, so any number of workers gives the same
-evaluation. Images are measured and dropped: only their features are kept.
+The sides are the teacher, the teacher in fewer steps, and the student. All have the same prompts and noises. A part is
+a range of samples, or the real images. Its figures do not depend on the worker, so any number of workers gives the same
+evaluation. Images are dropped after they are measured: only their features are kept.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some samples of an evaluation. numbers: from which each sample's noise, prompt and guidance scale follow.
+    """Some samples of an evaluation. numbers: the samples' numbers, which determine noise, prompt and guidance scale.
 
     noise: (B, C, h, w) in the pairs' storage dtype. scales: (B,), or None if all have the sampler's. solved: the
     latents of the first samples, which are stored in the pairs.
@@ -214,7 +214,7 @@ class Measurer:
         return (time.perf_counter() - started) / min(self.execution.micro_batch, len(samples.noise))
 
     def _seen(self, name: str, latents: Tensor, part: Part, prompts: list[str]) -> Arrays:
-        """Return what is measured on the images of a side, and those of its images that the page shows."""
+        """Return the measurements of the images of a side, and the images that the page shows."""
         arrays: Arrays = {}
         if isinstance(self.teacher, Exact):
             arrays[f"{name}/nearest_mse"] = self.teacher.nearest(latents).double().cpu().numpy()
@@ -233,14 +233,14 @@ class Measurer:
         return {**arrays, **{what: np.concatenate(values) for what, values in found.items()}}
 
     def _features(self, name: str, images: Iterable[Tensor]) -> Arrays:
-        """Return what the probe sees in batches of images (B, 3, H, W) in [-1, 1]."""
+        """Return the probe's features and predictions for batches of images (B, 3, H, W) in [-1, 1]."""
         if not self.classifier:
             return {}
         features, predicted = self.classifier.look(images)
         return {f"{name}/features": features, **{f"{name}/label/{k}": classes for k, classes in predicted.items()}}
 
     def _standard(self, name: str, images: Tensor, prompts: list[str]) -> Arrays:
-        """Return what the networks of the standard metrics see in images (B, 3, H, W) in [-1, 1]."""
+        """Return the features and scores of images (B, 3, H, W) in [-1, 1] for the standard metrics."""
         if not self.eyes:
             return {}
         saved = in_bytes(images)
@@ -249,10 +249,10 @@ class Measurer:
         return found if scores is None else {**found, f"{name}/clip_score": scores}
 
     def _prompts(self, part: Part) -> tuple[Arrays, dict[str, Any]]:
-        """Measure the LPIPS distance between images of one prompt, for some prompts, from noises that are new."""
+        """Measure the LPIPS distance between images of one prompt, for some prompts, from new noises."""
         assert self.eyes
         table = PromptTable(pool_of(self.pairs.folder))
-        first = max(self.noises.stored.stop, self.noises.fresh.stop)  # later numbers are those of no other sample
+        first = max(self.noises.stored.stop, self.noises.fresh.stop)  # no other sample has these numbers
         distances: dict[str, list[float]] = {side: [] for side in self.sides}
         for prompt in range(part.start, min(part.stop, len(table))):
             start = first + (prompt - first) % len(table)

@@ -1,4 +1,4 @@
-"""`kind: evaluate`: compares a student, or particles, with the teacher, as JSON and as an HTML page."""
+"""`kind: evaluate`: compares a student, or particles, with the teacher, and writes figures and an HTML page."""
 
 from __future__ import annotations
 
@@ -31,26 +31,24 @@ def subject(inputs: Mapping[str, Artifact]) -> tuple[Artifact, Artifact | None]:
 
 
 class Evaluate(Stage):
-    """Compares a student with its teacher on the same prompts and noises. With `pairs` alone, it compares the teacher
-    in full steps with the teacher in few steps. Writes metrics.json and an HTML page.
+    """Compares a student with its teacher on the same prompts and noises. With `pairs` and no student, compares the
+    teacher in few steps with the teacher in all its steps. Writes metrics.json and an HTML page.
 
-    The student was not trained on the noises. First come the held-out noises of its training pairs, or of `pairs` if
-    that is given; then fresh noises of the same seed. A student that takes the guidance scale as an input gets that of
-    the pairs, or `guidance_scale`. Its network computes in the dtype of the pairs, like the teacher's.
+    The student was not trained on any of the noises. The first noises are the held-out ones of `pairs` (default: the
+    student's training pairs). Further noises are new ones of the same seed. A student that takes the guidance scale as
+    an input is sampled at `guidance_scale` (default: the scale of each pair). Teacher and student compute in the dtype
+    of the pairs.
 
-    `real` names a probe. It adds distances to real images that the probe was not trained on, measured in the probe's
-    features. Without it, an evaluation measures the distance to the teacher's own output, seconds and network calls.
+    `real` names a probe. It adds prompt accuracy, and distances to held-out real images in the probe's features.
+    Without `real`, an evaluation measures only the MSE to the teacher's latents, seconds and network calls.
 
-    `split` separates choosing settings from reporting results. Use `split: validation` to choose settings, and `split:
-    test` to report the chosen student. The splits share no sample: validation noises are numbered from 2^50 on, and
-    pairs and test noises have lower numbers. All validation noises are fresh, so each evaluation runs the teacher on
-    them again.
+    Use `split: validation` to choose settings, and `split: test` to report the chosen student. The two splits share no
+    noise. No validation noise is in stored pairs, so each evaluation on them runs the teacher again.
 
-    `reference` adds FID, KID, precision and recall, CLIP score and the other standard metrics, with the networks whose
-    weights it has. Samples are measured in parts, so images are never all in memory, and several workers can share the
-    work (`resources`).
+    `reference` adds FID and the other standard metrics of a `reference` stage. Samples are measured in parts. So the
+    images are never all in memory, and several workers can share the work (`resources`).
 
-    With `particles`, it compares the objects of an optimize stage with as many samples of their teacher.
+    With `particles`, compares the objects of an optimize stage with as many samples of their teacher.
     """
 
     VERSION: ClassVar[int] = 6
@@ -59,22 +57,24 @@ class Evaluate(Stage):
     student: Annotated[str | None, Input("distill")] = Field(None, description="student to measure")
     pairs: Annotated[str | None, Input("pairs")] = Field(
         None,
-        description="pairs that give noises, prompts, guidance scale and the teacher's images; default: those of the "
-        "student; without a student, the teacher alone is measured",
+        description="pairs that give noises, prompts, guidance scale and the teacher's latents; default: those that "
+        "the student was trained on; without a student, only the teacher is measured",
     )
     particles: Annotated[str | None, Input("optimize"), Neutral()] = Field(
         None, description="objects to measure, in place of a student"
     )
     sampler: Annotated[Sampler | None, Neutral()] = Field(
-        None, description="how the teacher beside the particles is sampled; default: 50 steps at guidance_scale 3"
+        None,
+        description="how the teacher is sampled for the comparison with particles; default: 50 steps at guidance_scale "
+        "3",
     )
     real: Annotated[str | None, Input("probe")] = Field(
         None, description="probe of the real images to compare with; if left out, nothing is compared with real images"
     )
     reference: Annotated[str | None, Input("reference"), Neutral()] = Field(
         None,
-        description="real images, seen by the networks of FID and the other standard metrics; if left out, none of "
-        "these metrics is measured",
+        description="reference stage with the networks and real images of FID and the other standard metrics; if left "
+        "out, these metrics are not measured",
     )
     samples: int = Field(
         2000,
@@ -83,7 +83,7 @@ class Evaluate(Stage):
     )
     split: Split = Field(
         "test",
-        description="noises to measure on: validation to choose settings, test to report; no sample is in both",
+        description="noises to measure on: validation to choose settings, test to report; they share no noise",
     )
     steps: Annotated[int | None, Neutral()] = Field(
         None,
@@ -93,13 +93,13 @@ class Evaluate(Stage):
     guidance_scale: Annotated[float | None, Neutral()] = Field(
         None,
         ge=1,
-        description="guidance scale to sample the teacher and the student at; default: that of each pair; with another "
-        "scale, the teacher is run again",
+        description="guidance scale of teacher and student; default: that of each pair; with another scale, the "
+        "teacher is run again",
     )
     teacher_steps: list[Annotated[int, Field(ge=1)]] | None = Field(
         None,
-        description="numbers of steps in which the teacher is also sampled, fewer than the steps of the pairs; "
-        "default: 4, 2 and 1, as far as they are fewer",
+        description="numbers of steps in which the teacher is also sampled, each fewer than the steps of the pairs; "
+        "default: all of 4, 2 and 1 that are fewer",
     )
     execution: EvaluationExecution = Field(
         EvaluationExecution(), description="how the stage is run; changing it makes nothing stale"

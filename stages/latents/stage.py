@@ -21,8 +21,8 @@ class Latents(Stage):
     """Encodes the images of an image set with the teacher's VAE, and stores the latents with captions and classes.
     Training and held-out images are stored separately.
 
-    A latent is the posterior's mean times the VAE's scaling factor. For a pixel-space teacher, it is the image in
-    [-1, 1].
+    A latent is the mean of the VAE's posterior times the VAE's scaling factor. For a pixel-space teacher, it is the
+    image in [-1, 1].
     """
 
     VERSION: ClassVar[int] = 1

@@ -74,12 +74,14 @@ class _InSpace(LossConfig):
 
 
 class LatentLPIPS(_InSpace):
-    """LPIPS in the teacher's latent space (Kang et al. 2024, 2405.05967, section 3.1), without an ensemble of
-    transformations. In the paper this is an ablation: students learn artefacts that the metric does not see."""
+    """LPIPS in the teacher's latent space (Kang et al. 2024, 2405.05967, section 3.1), without random transformations.
+    In the paper it is an ablation: students get artefacts that the metric does not see."""
 
     name: Literal["latent_lpips"] = "latent_lpips"
     l1_weight: float = Field(
-        0.0, ge=0, description="weight of the mean absolute difference, which is added; the paper adds none"
+        0.0,
+        ge=0,
+        description="weight of the mean absolute difference, which is added to the loss; the paper has no such term",
     )
 
     def create(self, materials: LossMaterials) -> Distance:
@@ -98,8 +100,8 @@ class LatentLPIPS(_InSpace):
 
 
 class ELatentLPIPS(LatentLPIPS):
-    """LatentLPIPS after a random transformation (Kang et al. 2024, 2405.05967, section 3.2). The transformation is the
-    same for output and target, and drawn anew for each sample at every step."""
+    """LatentLPIPS after a random transformation (Kang et al. 2024, 2405.05967, section 3.2). Output and target get the
+    same transformation. A new one is drawn for each sample at every step."""
 
     name: Literal["e_latent_lpips"] = "e_latent_lpips"  # type: ignore[assignment]
     augment: Annotated[str, StringConstraints(pattern="^b?g?c?o?$", min_length=1)] = Field(

@@ -27,7 +27,7 @@ EPSILON = 1e-6
 def difference(
     x: Tensor, real: Tensor, fake: Tensor, level: Level, weighting: ScoreWeighting | NoiseWeighting = "dmd"
 ) -> Tensor:
-    """Return the weighted mu_fake - mu_real (B, C, H, W). It points away from where the teacher expects x.
+    """Return the weighted mu_fake - mu_real (B, C, H, W). Its negative points to where the teacher expects x.
 
     dmd: divided by mean|x - mu_real| of each sample, computed in at least float32 (2311.18828, eq. 8, without the
     factor alpha, as in the paper's listing). constant: not weighted, which is w_t = sigma^2 / alpha^2 in the paper's
@@ -79,9 +79,8 @@ class ScoreDifference:
         """`real` is the teacher, guided or not, on the grid of all T timesteps of its schedule. `levels` are those of
         that schedule.
 
-        Without `fake`, mu_fake is the sample itself. That is the score of a distribution which consists of this sample
-        only (2305.16213). Timesteps are drawn uniformly between the two fractions of T in `time_range`, both
-        included."""
+        Without `fake`, mu_fake is the sample itself: the score of a distribution that consists of this sample only
+        (2305.16213). Timesteps are drawn uniformly between the two fractions of T in `time_range`, both included."""
         self.real, self.fake, self.levels, self.weighting, self.time_range = real, fake, levels, weighting, time_range
 
     def gradient(

@@ -39,7 +39,8 @@ class StudentTraining(TrainingSettings):
     )
 
     def lora_error(self, form: Form, teacher: Prediction) -> str | None:
-        """Say why a student of `form` cannot have LoRA weights if its teacher predicts `teacher`. None if it can."""
+        """Return why a student of `form` cannot have LoRA weights if its teacher predicts `teacher`, or None if it
+        can."""
         if self.lora is None or form.prediction in (None, teacher):
             return None
         return (
@@ -59,7 +60,8 @@ class Materials:
     start: Artifact | None = None
     """The student that gives the initial weights. None: the teacher gives them."""
     guidance_scale: Scale = 1.0
-    """The guidance scale that the student learns if its form gives none. A student of a range takes w as an input."""
+    """The guidance scale that the student learns if its form gives none. If it is a range, the student takes w as an
+    input."""
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
     """Dotted path of a field in the method's settings -> the sealed artifact that it names."""
     contents: Mapping[str, str] = field(default_factory=dict)
@@ -117,7 +119,7 @@ class Materials:
     def teacher_denoiser(self, form: Form) -> Denoiser:
         """Return the teacher as a denoiser on the time grid of `form`.
 
-        The guidance scale is that of `form`, or else that of these materials. Of a range, `x0` needs w. Raises
+        The guidance scale is that of `form`, or else that of these materials. If it is a range, `x0` needs w. Raises
         StageError if the teacher's schedule has too few timesteps."""
         from stages.diffusion.grid import Grid
         from stages.networks.denoiser import TeacherDenoiser
@@ -159,7 +161,8 @@ class MethodConfig(Config):
     DATA: ClassVar[tuple[frozenset[Stream], ...]] = (frozenset({"pairs"}),)
     """The combinations of data streams that the method can be trained on. A batch has all streams of one of them."""
     LEARNS_RANGE: ClassVar[bool] = False
-    """Whether the student can learn pairs of a range of guidance scales. It then takes `w` of its pairs as an input."""
+    """Whether the student can be trained on pairs with a range of guidance scales. It then takes the `w` of each pair
+    as an input."""
     name: str
 
     @classmethod
@@ -195,7 +198,7 @@ class MethodConfig(Config):
         yield from ()
 
     def step_count_error(self, steps: int) -> str | None:
-        """Say why the student cannot be sampled in `steps` steps, or return None if it can."""
+        """Return why the student cannot be sampled in `steps` steps, or None if it can."""
         return None if steps == self.form.steps else f"the student's steps are {self.form.steps}, not {steps}"
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
@@ -262,8 +265,8 @@ class OneStepConfig(MethodConfig):
     )
     prediction: OneStepPrediction = Field(
         "v_prediction",
-        description="what the student predicts; epsilon amplifies errors at the noisiest timestep, v does not; a v "
-        "student of an epsilon teacher starts with a last layer fitted to a few hundred pairs by ridge regression",
+        description="what the student predicts; epsilon amplifies errors at the noisiest timestep, v does not; if a v "
+        "student has an epsilon teacher, its last layer is first fitted to a few hundred pairs by ridge regression",
     )
 
     @property

@@ -30,14 +30,14 @@ class HalvingConfig(MethodConfig):
     start_steps: int = Field(32, ge=1, le=MAX_STEPS, description="sampling steps of the teacher in the first round")
     match_first: Annotated[bool, Neutral()] = Field(
         False,
-        description="whether the chain begins with a round that does not halve the steps, in which the student learns "
-        "to predict `prediction`; needed if the teacher predicts epsilon; ignored with start_from",
+        description="whether the chain begins with a round that keeps the number of steps and only learns the "
+        "prediction type `prediction`; needed if the teacher predicts epsilon; ignored with start_from",
     )
     end_steps: int = Field(1, ge=1, validate_default=True, description="steps of the last student")
     training_steps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {},
-        description="training steps of single rounds, by the student's number of steps, such as {2: 4000, 1: 4000}; "
-        "other rounds use training.steps",
+        description="training steps of single rounds, by the number of steps of the round's student, such as {2: 4000, "
+        "1: 4000}; other rounds use training.steps",
     )
     prediction: Literal["v_prediction", "sample", "flow_prediction", "both"] = Field(
         "v_prediction",

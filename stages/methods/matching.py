@@ -25,13 +25,13 @@ class FakeScoreSettings(Config):
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate; default: the student's")
     lora: LoraSettings | None = Field(
         None,
-        description="train LoRA weights and share all others with the teacher; {} for the default settings; default: "
-        "train all weights",
+        description="train only LoRA weights and share all other weights with the teacher; {} for the default "
+        "settings; default: train all weights",
     )
     weighting: FakeWeighting = Field(
         "output",
-        description="squared error to minimise; output: that of the network's output; snr: that of the noise (DMD for "
-        "Stable Diffusion); edm: (snr + 4) times that of x0 (DMD for EDM's teachers)",
+        description="squared error to minimise; output: error of the network's output; snr: error of the noise (DMD "
+        "for Stable Diffusion); edm: (snr + 4) times the error of x0 (DMD for EDM's teachers)",
     )
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
-"""Settings of the standard metrics, as papers use them. Imports no torch.
+"""Protocols of the standard metrics, as in published work. Imports no torch.
 
-Values of a preset that its papers do not publish are Retort's choice: its docstring says which.
+Papers do not publish all values. Comments and docstrings say which ones Retort chose.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from typing import Literal
 Preset = Literal["coco2014_30k", "coco2017_5k", "sdxl_10k", "cifar10_50k"]
 
 DIVERSITY_PROMPTS, DIVERSITY_IMAGES = 100, 4
-"""LPIPS diversity is measured on so many prompts, with so many images each. Papers do not publish these numbers."""
+"""The number of prompts for LPIPS diversity, and of images for each prompt. Papers do not publish these numbers."""
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""KID is the mean over so many random subsets, each of so many images (1801.01401, and torch-fidelity's defaults)."""
+"""The number of random subsets over which KID is averaged, and of images in each (1801.01401, and torch-fidelity's
+defaults)."""
 PATCH = 299
-"""The width of the crop from the middle, in pixels, whose FID is the patch FID (SDXL-Lightning, DMD2)."""
+"""The width in pixels of the centre crop for the patch FID (SDXL-Lightning, DMD2)."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images are prepared and counted.
+    """How many images are measured, and how they are scaled.
 
     samples: generated images. image_size: the width in pixels to which images are scaled first, by Lanczos' filter;
     None: they are not scaled. resize: how Inception's input is scaled to 299 pixels: clean, by Pillow's bicubic filter

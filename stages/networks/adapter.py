@@ -84,10 +84,10 @@ class Adapter(ABC):
     HEAD: ClassVar[str] = "conv_out"
     """The name of the network's last layer, a 3x3 convolution with padding 1. No activation follows it."""
     FURTHER_INPUTS: ClassVar[tuple[str, ...]] = ()
-    """Keys of the network's config that require an input which `predict` does not provide. `check` refuses a config in
-    which one of them is set."""
+    """Keys of the network's config that require inputs which `predict` does not provide. `check` refuses a config that
+    sets one of them."""
     FLOW: ClassVar[bool] = False
-    """Whether the networks of this family are flow-matching ones. `check` requires a scheduler of that kind."""
+    """Whether the networks of this family are trained by flow matching. `check` requires a scheduler of that kind."""
     DROPPED: ClassVar[Mapping[str, Any]] = {}
     """Entries that are written to `model_index.json` to mark optional components as absent."""
     MICRO_CONDITIONING: ClassVar[bool] = False
@@ -171,7 +171,7 @@ class Adapter(ABC):
 
     @classmethod
     def guidance_error(cls, folder: Path, as_input: bool) -> str | None:
-        """Say why classifier-free guidance is impossible with this teacher, or return None if it is possible.
+        """Return why classifier-free guidance is impossible with this teacher, or None if it is possible.
 
         If `as_input`, its students must also be able to take the guidance strength w as an input. By default they
         cannot. Override it together with `with_guidance_embedding`. Raises Unsupported if a file is missing."""
@@ -360,7 +360,7 @@ class Adapter(ABC):
         return adapted(network, lora, self.LORA_TARGETS)
 
     def plain_lora_error(self, form: Form) -> str | None:
-        """Say why plain diffusers cannot load the LoRA weights of a student of `form`, or return None if it can."""
+        """Return why plain diffusers cannot load the LoRA weights of a student of `form`, or None if it can."""
         return "the pipelines of its teacher's family load no LoRA weights"
 
     def random_network(self) -> Any:
@@ -403,7 +403,7 @@ class Adapter(ABC):
         return scheduler_of(form, grid, self.folder)
 
     def plain_error(self, form: Form, grid: Grid, scheduler: Any) -> str | None:
-        """Say why plain diffusers cannot sample a student of `form` as Retort does, or return None if it can.
+        """Return why plain diffusers cannot sample a student of `form` as Retort does, or None if it can.
 
         `scheduler` is the one that `student_scheduler` returned."""
         from stages.networks.exporting import plain_error
@@ -426,14 +426,13 @@ class Adapter(ABC):
 
     @property
     def call_settings(self) -> Mapping[str, Any]:
-        """The arguments that a pipeline of this teacher needs in each call, beside the prompt. Empty by default."""
+        """The arguments that a pipeline of this teacher needs in each call, besides the prompt. Empty by default."""
         return {}
 
     def single_file(self, network: Any, form: Form) -> dict[str, Tensor]:
-        """Return the weights of a student of `form` and of the pipeline's other components, for one file.
-
-        Names and shapes are those of the layout that other programs than diffusers load. The student takes no w.
-        Raises StageError if the family or the network has no such layout."""
+        """Return the weights of a student of `form` and of the pipeline's other components, for a single file. They
+        have the names and shapes that programs other than diffusers expect. The student takes no w. Raises StageError
+        if the family or the network has no such layout."""
         raise StageError(
             f"there is no single-file layout for {type(self).__name__} students, only for those of Stable Diffusion"
         )

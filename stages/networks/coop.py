@@ -1,6 +1,5 @@
-"""Coop-Diffusion: two teachers of different latent spaces in one sampling process. They exchange decoded images.
-
-A guest steers the host at each step (`Coop`), or samples the noisy levels, at another resolution (`Bridge`). See
+"""Coop-Diffusion: two teachers of different latent spaces in one sampling process. They exchange decoded images. Either
+a guest steers the host at each step (`Coop`), or it samples the noisy levels at another resolution (`Bridge`). See
 PanGu-Draw, 2312.16486, section 3.2. Planning imports this module, so it imports neither torch nor NumPy."""
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ class CoopSettings(Config):
         None,
         ge=0,
         le=1,
-        description="share at sigma = 1; it changes linearly with sigma, from delta at 0; default: delta",
+        description="share at sigma = 1; the share is linear in sigma, and is delta at sigma = 0; default: delta",
     )
     max_snr: float | None = Field(
         None,
         gt=0,
-        description="signal-to-noise ratio alpha^2 / sigma^2 above which the host is alone; default: none. Close to "
-        "clean images, an error of the conversion is large compared with the remaining noise",
+        description="signal-to-noise ratio alpha^2 / sigma^2 above which the guest has no share, because errors of the "
+        "conversion are then large compared with the remaining noise; default: no limit",
     )
     refresh: Literal["own", "re_encode"] = Field(
         "re_encode",
-        description="which estimate of clean data advances the guest's state; re_encode: the fused image, encoded by "
-        "the guest's VAE, so that both teachers see one image; own: the guest's own estimate, so that the guest stays "
-        "on its own path and has more influence; the paper does not say which it uses",
+        description="estimate of clean data that advances the guest's state; re_encode: the fused image, encoded by "
+        "the guest's VAE, so that both teachers follow one image; own: the guest's own estimate, so that the guest "
+        "stays on its own path and has more influence; the paper does not say which it uses",
     )
 
     def share(self, alpha: float, sigma: float) -> float:
@@ -67,16 +66,14 @@ class BridgeSettings(Config):
     )
     finish: bool = Field(
         False,
-        description="whether the guest first samples its image to the end, as in a cascade; default: the host goes on "
-        "from the guest's estimate of the image",
+        description="whether the guest first samples its image to the end, as in a cascade; by default, the host "
+        "starts from the guest's estimate of the image at the switch",
     )
 
 
 class Cooperating(Adapter):
-    """A host and a guest. Students, latents and images are those of the host.
-
-    Samples are a function of one noise, of the shape of the larger latents. The teacher with the smaller latents starts
-    from `shrunk` noise."""
+    """A host and a guest. Students, latents and images are those of the host. A sample is a function of one noise,
+    which has the shape of the larger latents. The teacher with the smaller latents starts from `shrunk` noise."""
 
     FILE: ClassVar[str]
     """The file of the settings. A folder that has it is a teacher of this kind."""

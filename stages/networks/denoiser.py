@@ -33,7 +33,7 @@ class Denoiser(Protocol):
 
 
 class TeacherDenoiser:
-    """A many-step teacher at the points of a grid. It is guided by `guidance_scale`, or by w if `x0` gets w.
+    """A many-step teacher at the points of a grid. Its guidance is `guidance_scale`, or the w that is passed to `x0`.
 
     The grid may have other noise levels than the teacher's schedule. At each point the teacher is called at the
     timestep at which its schedule has the grid's signal-to-noise ratio alpha^2 / sigma^2. Timesteps are interpolated

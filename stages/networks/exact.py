@@ -32,8 +32,8 @@ CAPTION, ANY = "caption", -1
 class Exact(Adapter):
     """A pipeline whose teacher is the optimal denoiser of a set of images, in place of its network.
 
-    For a prompt, only the images with that caption count. For the empty prompt, all images count. Students,
-    discriminators and fake scores start from the pipeline's network, and take its conditions."""
+    For a prompt, the denoiser is that of the images with this caption; for the empty prompt, that of all images.
+    Students, discriminators and fake scores start from the pipeline's network, and take its conditions."""
 
     def __init__(
         self, folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, compile: bool = False

@@ -17,7 +17,7 @@ BOUNDARY_ENDS = 5
 
 
 def plain_error(form: Form, grid: Grid, scheduler: Any) -> str | None:
-    """Say why plain diffusers cannot sample a student of `form` and `grid` as Retort does, or return None if it can.
+    """Return why plain diffusers cannot sample a student of `form` and `grid` as Retort does, or None if it can.
 
     `scheduler` is the result of `scheduler_of`. The function sets its timesteps."""
     foreign = _foreign(form)
@@ -46,7 +46,7 @@ def plain_error(form: Form, grid: Grid, scheduler: Any) -> str | None:
 
 
 def _foreign(form: Form) -> str | None:
-    """Say why no scheduler of diffusers can sample a student of `form`, or return None if one may."""
+    """Return why no scheduler of diffusers can sample a student of `form`, or None if one may."""
     if form.sampler == "stochastic" and form.steps > 1:
         return "diffusers has no N-step stochastic sampler"
     if form.prediction == "both":

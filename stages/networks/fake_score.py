@@ -27,7 +27,7 @@ class FakeScore(nn.Module):
 
     It starts as the teacher's network, and keeps its prediction type. It is trained on all timesteps. With `judges`, it
     is also DMD2's discriminator (Yin et al. 2024, 2405.14867, section 4.3): a head on the output of its middle block
-    tells noised real latents from noised samples.
+    distinguishes noised real latents from noised samples.
 
     In all methods, x, z and noise are (B, C, H, W), and t (B,) are timesteps of the teacher's schedule, 0 to T - 1.
     `condition` has B rows and was made by `encode`. w (B,) is guidance_scale - 1, only for a network that takes it.

@@ -117,7 +117,7 @@ def fit(layer: nn.Conv2d, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     candidates["zeros"] = torch.zeros_like(fitted.moments)
     errors = {name: others.error(weights) for name, weights in candidates.items()}
     if not all(map(isfinite, errors.values())):
-        raise ValueError("the teacher's features, or the pairs, are not finite: see `retort stats` for the pairs")
+        raise ValueError("the teacher's features, or the pairs, are not finite: check the pairs with `retort stats`")
     best = [name for name, error in errors.items() if error <= WITHIN * min(errors.values())][-1]
     weights = candidates[best].T.to(layer.weight.dtype)
     layer.weight.copy_(weights[:, :-1].view_as(layer.weight))

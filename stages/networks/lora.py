@@ -35,13 +35,16 @@ ADAPTER = "lora_adapter_metadata"
 
 
 class LoraSettings(Config):
-    """Train a LoRA instead of all weights. The student keeps its teacher's prediction type.
-
-    Layers that the teacher lacks are trained in full: the heads of a discriminator and a guidance embedding. The
-    papers do not agree on rank and alpha. DMD2 (2405.14867) uses 64 and 8 for SDXL."""
+    """Trains a LoRA instead of all weights. The student keeps its teacher's prediction type. Layers that the teacher
+    lacks (the heads of a discriminator, a guidance embedding) are trained in full. The papers do not agree on rank and
+    alpha. DMD2 (2405.14867) uses 64 and 8 for SDXL."""
 
     rank: int = Field(64, ge=1, description="rank of the change of each layer")
-    alpha: int | None = Field(None, ge=1, description="the change is multiplied by alpha / rank; default: the rank")
+    alpha: int | None = Field(
+        None,
+        ge=1,
+        description="the change of each layer is scaled by alpha / rank; default: the rank, which scales by 1",
+    )
     targets: Annotated[list[str] | None, Field(min_length=1)] = Field(
         None,
         description="ends of the names of the layers that are changed, such as to_q; default: those of the teacher's "
@@ -110,8 +113,8 @@ def _found(network: Any, targets: Sequence[str] | None, defaults: Sequence[str])
 def save_lora(network: Any, settings: LoraSettings, teacher: Any, prefix: str, folder: Path) -> None:
     """Write the LoRA weights of `network` to FILE in `folder`, with `prefix` and a dot before their names.
 
-    B is multiplied by alpha / rank, so that all programs read the file alike, whatever alpha they assume. The layers
-    that the network `teacher` lacks go to IN_FULL."""
+    B is multiplied by alpha / rank, so that programs which ignore alpha get the same result. The layers that the
+    network `teacher` lacks go to IN_FULL."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

@@ -34,11 +34,14 @@ class MicroConditioning(Config):
     Defaults are those of diffusers' pipeline: an image of the pipeline's size that was neither resized nor cropped."""
 
     original_size: Size | None = Field(
-        None, description="height and width of the training image before resizing; default: those of the images"
+        None,
+        description="height and width of the training image before resizing; default: those of the teacher's images",
     )
-    crops_coords_top_left: Corner = Field((0, 0), description="top and left of the crop; [0, 0]: a centred object")
+    crops_coords_top_left: Corner = Field(
+        (0, 0), description="top and left of the crop of the training image; [0, 0]: a centred object"
+    )
     target_size: Size | None = Field(
-        None, description="height and width of the image to be made; default: those of the images"
+        None, description="height and width of the generated image; default: those of the teacher's images"
     )
 
 

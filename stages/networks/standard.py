@@ -30,7 +30,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Eyes:
-    """All networks of a reference artifact that are there.
+    """The networks of a reference artifact.
 
     features: (B, 3, H, W) -> name of an array -> values, one row for each image. The names are inception (2048),
     inception_patch (2048) and dinov2 (D)."""
@@ -115,7 +115,7 @@ def resized(images: Tensor, side: int, filter: Image.Resampling) -> Tensor:
 
 
 def middle(images: Tensor, side: int) -> Tensor:
-    """Cut the middle square of `side` pixels out of images. Raises StageError if they are smaller."""
+    """Return the centre crops of images, `side` pixels wide and high. Raises StageError if they are smaller."""
     height, width = images.shape[-2:]
     if min(height, width) < side:
         raise StageError(f"patch FID crops {side} pixels, but the images are {width} x {height}")

@@ -45,7 +45,8 @@ class Teacher(Protocol):
     def trajectory(
         self, solver: Solver, noise: Array, prompts: Sequence[str], guidance_scale: Guidance, grid: list[int]
     ) -> Iterator[tuple[int, Array]]:
-        """Solve the ODE from `noise` (B, C, H, W) at the timesteps of `grid`. Yields (t, z_t) and finally (-1, x0)."""
+        """Solve the ODE from `noise` (B, C, H, W). Yields (t, z_t) at each timestep of the descending `grid`, and
+        finally (-1, x0)."""
 
     def to_device(self, array: NDArray[np.floating]) -> Array:
         """Convert a NumPy array to the teacher's kind of array, in float32."""
@@ -80,12 +81,10 @@ def trajectory(
     sampler: Sampler,
     scales: NDArray[np.float32] | None = None,
 ) -> Iterator[tuple[int, Array]]:
-    """Solve the teacher's probability-flow ODE from `noise` (B, C, H, W).
+    """Solve the teacher's probability-flow ODE from `noise` (B, C, H, W) with `sampler`. Yields what
+    `Teacher.trajectory` yields, at the timesteps of the sampler's grid.
 
-    scales: (B,), the guidance scale of each sample. None: that of the sampler, for all.
-
-    Yields (t, z_t) at each timestep of the sampler's grid, descending, and finally (-1, x0). z_t and x0 are the
-    teacher's kind of array."""
+    scales: (B,), the guidance scale of each sample. None: the sampler's scale for all samples."""
     grid = timesteps(len(teacher.schedule), sampler.steps, sampler.timestep_spacing)
     start = teacher.to_device(noise)
     scale = sampler.guidance_scale if scales is None else scales
@@ -124,6 +123,6 @@ def solve(
     sampler: Sampler,
     scales: NDArray[np.float32] | None = None,
 ) -> Array:
-    """Return x0 (B, C, H, W), the end of the `trajectory` from `noise` (B, C, H, W)."""
+    """Return x0 (B, C, H, W), the end of the `trajectory` with the same arguments."""
     *_, (_, x0) = trajectory(teacher, noise, prompts, sampler, scales)
     return x0

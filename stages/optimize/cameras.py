@@ -1,4 +1,4 @@
-"""Cameras around an object: where they stand, the rays of their pixels, and the words for what they see.
+"""Cameras around an object: their positions, the rays of their pixels, and the words for their views.
 
 The object is within the unit ball around the origin. z points up. A camera at azimuth 0 is at +x and sees the front.
 """

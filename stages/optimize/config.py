@@ -21,14 +21,17 @@ class ObjectTraining(TrainingSettings):
     """How the particles are trained. By default, their weights are not averaged."""
 
     batch_size: int = Field(
-        4, ge=1, description="views in a batch; particles are drawn in turn; particles that are not drawn do not change"
+        4,
+        ge=1,
+        description="views in a batch; with more particles than views, particles are drawn in turn, and the others do "
+        "not change",
     )
     learning_rate: float = Field(3e-2, gt=0, description="peak learning rate, after the warm-up and before the decay")
     eps: Annotated[float, Neutral()] = Field(
         1e-15,
         gt=0,
-        description="AdamW's epsilon; gradients of a hash grid are small, about 1e-9, because losses are averaged over "
-        "the elements of latents",
+        description="AdamW's epsilon; it is small because losses are averaged over the elements of latents, which "
+        "makes gradients small (about 1e-9 for a hash grid)",
     )
     ema_decay: float = Field(
         0.0,
@@ -60,7 +63,7 @@ class RepresentationConfig(Config):
         yield from ()
 
     def prompts(self, prompt: str) -> list[str]:
-        """Return all prompts that the teacher gets for views of particles of `prompt`."""
+        """Return all prompts that the teacher may get for `prompt`, one for each kind of view."""
         return [prompt]
 
     def prepare(self, folder: Path) -> None:

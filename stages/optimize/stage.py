@@ -18,9 +18,8 @@ from stages.training.players import training_progress
 
 
 class Optimize(Stage):
-    """Distil a teacher's score into objects, called particles: latents, images, radiance fields, textures.
-
-    Nothing is sampled from noise: the particles are changed until the teacher finds their renders probable.
+    """Distils a teacher's score into objects, called particles: latents, images, radiance fields, textures. No
+    generator is trained. The particles themselves are changed until their renders are probable under the teacher.
     """
 
     VERSION: ClassVar[int] = 1
@@ -29,10 +28,10 @@ class Optimize(Stage):
     prompt: str = Field("", description="what all particles show; empty for an unconditional teacher")
     particles: int = Field(1, ge=1, description="number of objects that are optimised together, from different starts")
     representation: Annotated[RepresentationConfig, Choice("name", REPRESENTATIONS)] = Field(
-        description="what a particle is"
+        description="kind of object that a particle is"
     )
     objective: Annotated[ObjectiveConfig, Choice("name", OBJECTIVES)] = Field(
-        description="the loss, which is computed with the teacher"
+        description="loss of the particles, computed with the teacher's score"
     )
     training: ObjectTraining = Field(description="how the particles are trained")
     execution: StudentExecution = Field(

@@ -1,7 +1,7 @@
 """`kind: pairs`: the pair factory. Solves the teacher's ODE from random noise and stores noise, latent and prompt.
 
-Shard k depends only on the settings, the teacher and k. Each sample's noise is drawn from its own number, and batches
-are cut at fixed places in the shard. The tar has the same bytes, whichever worker makes it and however often.
+Shard k depends only on the settings, the teacher and k. The noise of a sample depends on its number, and batches begin
+at fixed samples of the shard. So a tar always has the same bytes, whichever worker makes it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SHARD_SIZE = 128
 
 
 class Pairs(Stage):
-    """Solves the teacher's ODE from random noise, and stores (noise, latent, prompt) of each sample in shards. Workers
-    make shards in parallel."""
+    """Solves the teacher's ODE from random noises, and stores the (noise, latent, prompt) of each sample in shards.
+    Several workers make shards in parallel."""
 
     VERSION: ClassVar[int] = 2
     PARALLEL: ClassVar[bool] = True
@@ -43,16 +43,16 @@ class Pairs(Stage):
     teacher: Annotated[str, Input("teacher")] = Field(description="teacher whose ODE is solved")
     prompts: Prompts | None = Field(
         None,
-        description="digits or digit_scenes for their captions, or a path; sample i takes prompt i modulo the number "
-        "of prompts; leave it out for an unconditional teacher: every prompt is then empty",
+        description="a path, or digits or digit_scenes for the captions of that image set; sample i takes prompt i "
+        "modulo the number of prompts; leave it out for an unconditional teacher, which gets empty prompts",
     )
     count: Annotated[int, Extent()] = Field(
         ge=1, description="number of pairs; if you raise it later, full shards are reused"
     )
     shard_size: int = Field(
-        SHARD_SIZE, ge=1, description="pairs in a file; a killed worker loses the files that it is making"
+        SHARD_SIZE, ge=1, description="pairs in a shard; a killed worker loses the shards that it was making"
     )
-    sampler: Sampler = Field(Sampler(), description="how the ODE is solved; a student learns to reproduce its results")
+    sampler: Sampler = Field(Sampler(), description="how the ODE is solved; students learn to reproduce the results")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="precision in which the network computes"
     )
@@ -74,7 +74,7 @@ class Pairs(Stage):
         return self
 
     def check(self, inputs: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-        if self.shard_size > self.count and self.shard_size != SHARD_SIZE:  # only a deliberate size is refused
+        if self.shard_size > self.count and self.shard_size != SHARD_SIZE:  # only a size that was set is refused
             yield "shard_size", f"it is {self.shard_size}, but count is only {self.count}: no shard would be full"
         if self.prompts is None and self.sampler.guidance_scale != 1:
             yield "sampler.guidance_scale", "guidance needs prompts; give prompts, or set guidance_scale: 1"

@@ -35,7 +35,7 @@ class Classification(Config):
 class CalibrationTraining(TrainingSettings):
     """How the heads are trained. The defaults are those of the LPIPS script (Zhang et al. 2018, 1801.03924): Adam with
     learning rate 1e-4, constant for half of the steps and then falling linearly. The script takes about 30,000 steps of
-    50 triplets. Unlike the script, Retort clips gradients and averages weights, as in all of its trainings."""
+    50 triplets. Unlike the script, Retort clips gradients and averages weights, as it always does."""
 
     batch_size: int = Field(50, ge=1, description="triplets in a batch; an optimizer step uses `accumulate` batches")
     learning_rate: float = Field(1e-4, gt=0, description="learning rate after the warm-up and before the decay")
@@ -51,8 +51,8 @@ class CalibrationTraining(TrainingSettings):
 
 
 class Calibration(Config):
-    """How the heads, the weights of the channels, are trained. They are fitted so that distances agree with judgements
-    of which of two distorted images is closer to the reference."""
+    """How the heads, which are the weights of the channels, are trained. They are fitted to judgements of which of two
+    distorted images is closer to a reference."""
 
     training: CalibrationTraining = Field(description="how the heads are trained")
     dropout: float = Field(

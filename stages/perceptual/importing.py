@@ -104,7 +104,7 @@ def _load(source: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # the loader raises many kinds, and UnpicklingError for code
         raise StageError(
-            f"{source} cannot be read ({type(error).__name__}): it is damaged, it is no file of torch.save, or it "
+            f"{source} cannot be read ({type(error).__name__}): it is damaged, it is not a file of torch.save, or it "
             "holds more than tensors. Such a file is refused, because loading it could run any code"
         ) from None
     if isinstance(loaded, dict) and "state_dict" in loaded:
@@ -126,8 +126,8 @@ def _first_convolution(source: Path, loaded: dict[str, Tensor]) -> tuple[int, in
     """Return the input and output channels of the first convolution. Raises StageError."""
     if FIRST not in loaded:
         raise StageError(
-            f"{source} is no published E-LatentLPIPS checkpoint: expected {FIRST} and other tensors net.* and lins.*, "
-            f"found {_some(loaded)}"
+            f"{source} is not a published E-LatentLPIPS checkpoint: expected {FIRST} and other tensors net.* and "
+            f"lins.*, found {_some(loaded)}"
         )
     shape, allowed = tuple(loaded[FIRST].shape), sorted({latents.channels for latents in PUBLISHED.values()})
     if len(shape) != 4 or shape[1] not in allowed:
@@ -168,7 +168,7 @@ def _compare(source: Path, loaded: dict[str, Tensor], expected: dict[str, tuple[
         *([f"{len(shapes) - 1} more have a wrong shape"] if len(shapes) > 1 else []),
     ]
     if problems:
-        raise StageError(f"{source} is no published E-LatentLPIPS checkpoint: {'; '.join(problems)}")
+        raise StageError(f"{source} is not a published E-LatentLPIPS checkpoint: {'; '.join(problems)}")
 
 
 def _some(names: Collection[Any], shown: int = 2) -> str:

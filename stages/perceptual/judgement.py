@@ -23,7 +23,7 @@ def judged(metrics: Metrics, triplets: SeenTriplets, device: torch.device) -> di
     """Return the 2AFC scores of metrics for each category, and for all triplets together.
 
     Each entry has the number of triplets, whether the category is unseen (not in the calibration), and each metric's
-    score with its standard error. For metrics after the first, it has how much lower they score than the first on the
+    score with its standard error. For the other metrics, it also has the score of the first metric minus theirs on the
     same triplets. If people voted, it also has the human ceiling.
     """
     scores = {name: _scores(metric, triplets, device) for name, metric in metrics.items()}

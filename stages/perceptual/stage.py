@@ -20,18 +20,18 @@ SMALLEST = 32
 
 
 class Perceptual(Stage):
-    """Trains the network of LatentLPIPS (Kang et al. 2024, 2405.05967, section 3.1), and tests it. A VGG-16 learns to
-    classify latents. Then weights of its channels are fitted to judgements of similarity. With `from`, an existing
+    """Trains and tests the network of LatentLPIPS (Kang et al. 2024, 2405.05967, section 3.1). First, a VGG-16 learns
+    to classify latents. Then weights of its channels are fitted to judgements of similarity. With `from`, an existing
     network is used instead.
 
-    `space: pixels` trains the network on images instead of latents, with all poolings of VGG-16. It replaces the lpips
-    package where its weights cannot be downloaded.
+    `space: pixels` trains the network on images instead of latents, with all poolings of VGG-16. Use it if the weights
+    of the lpips package cannot be downloaded.
     """
 
     VERSION: ClassVar[int] = 1
     kind: Literal["perceptual"]
     latents: Annotated[str | None, Input("latents")] = Field(
-        None, description="encoded images to train on; their latent space is the one that the network is for"
+        None, description="encoded images to train on; the network is for their latent space"
     )
     from_: Annotated[str | None, Content(files=("perceptual.json", "network.safetensors"))] = Field(
         None, alias="from", description="folder that `retort import-weights` wrote, used in place of training"

@@ -16,7 +16,7 @@ class Probe(Stage):
     """Trains a classifier of real images. Evaluations use its predictions for prompt accuracy, and its features for
     distances.
 
-    A probe is trained once, so figures of all evaluations with the same probe can be compared.
+    A probe is trained once for all evaluations. Only figures of the same probe can be compared.
     """
 
     VERSION: ClassVar[int] = 1

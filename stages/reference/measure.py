@@ -79,4 +79,4 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             raise ValueError("it holds more than the tensors of a network")
         return {name: tensor.clone().contiguous() for name, tensor in found.items()}
     except Exception as error:  # torch and safetensors raise many kinds; all mean that it is no such file
-        raise StageError(f"{path} is no file of weights: {str(error).splitlines()[0]}") from error
+        raise StageError(f"{path} is not a file of weights: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""`kind: reference`: real images, seen by the networks of the standard metrics."""
+"""`kind: reference`: features of real images, for FID and the other standard metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stages.data.images.config import IMAGE_SETS, ImageSet
 from stages.metrics.protocols import Preset
 
 PATTERNS = ("*.json", "*.txt", "*.safetensors")
-"""The files that are read of a network in the layout of the transformers library."""
+"""The files of a network in the layout of the transformers library."""
 NEEDS = {
     "inception": "fid, kid, precision and recall, patch_fid",
     "dinov2": "fd_dinov2",
@@ -41,25 +41,25 @@ Weights = Annotated[
 
 
 class Reference(Stage):
-    """Measures real images with the networks of the standard metrics: FID, KID, precision and recall, patch FID, the
-    Fréchet distance of DINOv2 features (2306.04675), CLIP score and LPIPS diversity.
+    """Prepares the standard metrics: copies their networks, and computes the features of real images. The metrics are
+    FID, KID, precision and recall, patch FID, FD-DINOv2 (the Fréchet distance of DINOv2 features, 2306.04675), CLIP
+    score and LPIPS diversity.
 
-    An evaluation that names it in `reference` measures its samples with the same networks. The networks are copied to
-    the artifact, and their sha256 is recorded. A figure whose network is not given is not measured. Nothing stands in
-    for it.
+    An evaluation with `reference: STAGE` measures its samples with these networks. Their sha256 is recorded. If a
+    network is left out, its metrics are not measured, and no other network replaces it.
 
-    Papers' figures depend on how images are scaled and counted, so `preset` sets all of that. Both the real and the
-    generated images are prepared as it says.
+    The values of these metrics depend on the number of samples and on how images are scaled. `preset` names a published
+    protocol. Real and generated images are scaled as it says, and an evaluation should have its number of samples.
     """
 
     VERSION: ClassVar[int] = 1
     kind: Literal["reference"]
     preset: Preset = Field(
-        description="coco2014_30k: 30,000 samples at 256 pixels; coco2017_5k: 5,000 at 512; sdxl_10k: 10,000 at 512, "
-        "with patch FID; cifar10_50k: 50,000, not scaled"
+        description="number of samples and their scaling; coco2014_30k: 30,000 samples at 256 pixels; coco2017_5k: "
+        "5,000 at 512 pixels; sdxl_10k: 10,000 at 512 pixels, with patch FID; cifar10_50k: 50,000, not scaled"
     )
     images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
-        description="the real images; all of them are used, also the held-out ones"
+        description="the real images; all of them are used, even the held-out ones"
     )
     inception: Annotated[str | None, Content()] = Field(
         None,

@@ -29,7 +29,7 @@ def family(row: Row) -> str:
 
 
 def chart(rows: Sequence[Row]) -> Figure | None:
-    """Draw the chart of a section. Bars are one standard error. Of several seeds, only the mean is drawn.
+    """Draw the chart of a section. Error bars are one standard error. Several seeds are drawn as their mean.
 
     None if there is no student, or if all rows have the same number of network calls."""
     from matplotlib.figure import Figure

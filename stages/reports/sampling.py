@@ -29,8 +29,8 @@ def draw(
 
     steps: sampling steps of a teacher (default 50), or of a student whose method allows several numbers of steps.
     guidance_scale: of a teacher, or of a student that takes it as an input. warn: called with a text if the teacher
-    does not know words of the prompts, or cuts prompts. Raises StageError if the artifact makes no images, or if a
-    setting lies outside of what the student was trained for.
+    does not know words of the prompts, or truncates prompts. Raises StageError if the artifact makes no images, or if
+    the student was not trained for a setting.
     """
     import torch
     from PIL import Image

@@ -43,8 +43,8 @@ def _shared(value: Any) -> Any:
 
 
 class VaeSettings(Config):
-    """The autoencoder between images and latents. The denoiser works on its latents. A teacher's name in place of the
-    settings stands for the autoencoder and the scaling factor of that teacher."""
+    """The autoencoder that encodes images as the denoiser's latents. A teacher's name instead of settings means the
+    autoencoder and the scaling factor of that teacher."""
 
     teacher: Annotated[str | None, Input("teacher"), Neutral()] = Field(
         None, description="teacher whose autoencoder and scaling factor are used; default: a new one is trained"
@@ -66,7 +66,7 @@ class VaeSettings(Config):
 
 class DenoiserSettings(Config):
     """The U-Net and the text encoder. They are trained together, on the autoencoder's latents. With `like`, only the
-    network is trained."""
+    U-Net is trained."""
 
     channels: list[int] = Field(
         [48, 96], min_length=1, description="channels of each U-Net level; the last level has attention"
@@ -78,15 +78,15 @@ class DenoiserSettings(Config):
 
 class TrainedTeacher(Config):
     """A small pipeline that Retort trains: VAE, tokenizer, text encoder, conditional U-Net and DDIM scheduler. With
-    `like`, only a new network for another teacher's pipeline is trained. The settings of the VAE do not apply then."""
+    `like`, only a new network for another teacher's pipeline is trained, and `vae` must be left out."""
 
     dataset: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
         description="image set to train on, with its captions"
     )
     like: Annotated[str | None, Input("teacher"), Neutral()] = Field(
         None,
-        description="a teacher whose pipeline is kept, except for the network: only a network with `denoiser.channels` "
-        "is trained; students of that teacher can start from it",
+        description="a teacher whose pipeline is used; only a new network with `denoiser.channels` is trained for it; "
+        "students of that teacher can start from this network",
     )
     start: Annotated[str | None, Input("teacher"), Neutral()] = Field(
         None,
@@ -100,7 +100,8 @@ class TrainedTeacher(Config):
         0.1,
         ge=0,
         lt=1,
-        description="share of prompts that training replaces by the empty prompt; guidance needs it above 0",
+        description="share of prompts that training replaces by the empty prompt; above 0 if the teacher will be "
+        "guided",
     )
     times: Annotated[Times | None, Neutral()] = Field(
         None,
@@ -111,14 +112,14 @@ class TrainedTeacher(Config):
         0.0,
         ge=0,
         lt=1,
-        description="share of the training images that are scaled to half their size and up again, as if they "
-        "existed only in the small size; a structure network can learn from them",
+        description="share of the training images that are scaled to half their size and up again, to simulate small "
+        "images, from which a structure network can learn",
     )
     crop: Annotated[int | None, Neutral()] = Field(
         None,
         ge=8,
-        description="side of random crops to train on, in pixels: cheaper steps for a texture network, which samples "
-        "whole images; default: whole images",
+        description="side of random crops to train on, in pixels, which make steps of a texture network cheaper; it "
+        "still samples whole images; default: whole images",
     )
     vae: Annotated[VaeSettings, BeforeValidator(_shared, json_schema_input_type=str | VaeSettings)] = Field(
         VaeSettings(), description="the autoencoder, which is trained first; or a teacher whose autoencoder is used"
@@ -171,7 +172,7 @@ class TeacherLora(Config):
     file: str | None = Field(
         None, description="name of the safetensors file, if the folder or the hub repository holds several"
     )
-    scale: float = Field(1.0, description="factor of the change of the weights, as lora_scale in diffusers")
+    scale: float = Field(1.0, description="factor of the LoRA's change of the weights, like lora_scale in diffusers")
 
     @field_validator("weights")
     @classmethod
@@ -214,15 +215,18 @@ class ExactSettings(Config):
 
     For latents x_i of the images and a spread h it is E[x | z] = sum_i w_i (x_i + alpha h^2 / s^2 (z - alpha x_i)),
     with s^2 = sigma^2 + alpha^2 h^2 and w = softmax_i(-|z - alpha x_i|^2 / (2 s^2)). Samples in many steps are the
-    images with noise of standard deviation h. Given a prompt, only the images with that caption count. Students start
-    from the network of `pipeline`. `zero_terminal_snr` is algorithm 1 of Lin et al. 2023 (2305.08891)."""
+    images with noise of standard deviation h. With a prompt, the sum is over the images with that caption only.
+    Students start from the network of `pipeline`. `zero_terminal_snr` is algorithm 1 of Lin et al. 2023
+    (2305.08891)."""
 
     images: Annotated[ImageSet, Choice("name", IMAGE_SETS)] = Field(
         description="image set whose training images the teacher draws"
     )
     count: int | None = Field(None, ge=1, description="number of images, chosen at random; default: all")
     spread: float = Field(
-        0.1, gt=0, description="standard deviation of data around each latent; a smaller spread is harder to learn"
+        0.1,
+        gt=0,
+        description="standard deviation h of the data around each latent; a smaller spread is harder to learn",
     )
     captions: Literal["full", "none"] = Field(
         "full",
@@ -231,8 +235,8 @@ class ExactSettings(Config):
     )
     zero_terminal_snr: Annotated[bool, Neutral()] = Field(
         False,
-        description="rescale the pipeline's noise schedule so that it ends in pure noise; otherwise samples, which "
-        "start from pure noise, are not exactly distributed as the images",
+        description="whether to rescale the pipeline's noise schedule so that it ends in pure noise; without it, the "
+        "distribution of samples, which start from pure noise, is not quite that of the images",
     )
     pipeline: Annotated[str, FROM] = Field(
         "digit_scenes",
@@ -243,9 +247,9 @@ class ExactSettings(Config):
 
 
 class CoopTeacher(CoopSettings):
-    """Two teachers in one sampling process (Coop-Diffusion, PanGu-Draw, 2312.16486). The guest's estimate is decoded,
-    encoded by the host's VAE, and mixed into the host's estimate. The two need images of one size, but
-    not the same latents."""
+    """Two teachers in one sampling process (Coop-Diffusion, PanGu-Draw, 2312.16486). The guest's estimate of the image
+    is decoded, encoded by the host's VAE, and mixed into the host's estimate. Both need images of the same size, but
+    may have different latents."""
 
     host: Annotated[str, Input("teacher")] = Field(description="teacher whose latents are sampled")
     guest: Annotated[str, Input("teacher")] = Field(description="teacher that steers the host")
@@ -253,7 +257,8 @@ class CoopTeacher(CoopSettings):
 
 class BridgeTeacher(BridgeSettings):
     """Two teachers of images of different sizes along one trajectory (PanGu-Draw, 2312.16486). The guest samples at
-    noisy timesteps. Its estimate is decoded, scaled in pixels, encoded and noised again; the host samples from there.
+    noisy timesteps. Its estimate of the image is decoded, scaled, encoded by the host's VAE and noised again. The host
+    samples from there.
     """
 
     host: Annotated[str, Input("teacher")] = Field(description="teacher that is called below `switch`")
@@ -261,11 +266,11 @@ class BridgeTeacher(BridgeSettings):
 
 
 class GaussianSettings(Config):
-    """The analytic teacher of data from N(mean, std^2). Each call sleeps `delay` seconds, as if a network worked."""
+    """The analytic teacher of data from N(mean, std^2). Each call sleeps for `delay` seconds, to simulate a network."""
 
     mean: float = Field(0.0, description="mean of every element")
     std: float = Field(1.0, gt=0, description="standard deviation of every element")
     shape: list[int] = Field(
         [4, 8, 8], min_length=3, max_length=3, description="shape of a latent: channels, height, width"
     )
-    delay: float = Field(0.0, ge=0, description="seconds to sleep at each call, in place of a network's work")
+    delay: float = Field(0.0, ge=0, description="seconds to sleep at each call, to simulate a network")

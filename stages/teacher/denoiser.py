@@ -21,8 +21,8 @@ class DenoiserTraining:
     and Salimans 2022, 2207.12598).
 
     `times` are the first timestep and the end, which is not included; by default all timesteps. `crop` is the side of
-    crops of the latents, at one random place for each batch. PanGu-Draw trains its texture network on smaller images,
-    but does not say how it makes them (2312.16486, section 3.1): crops keep the scale of textures.
+    crops of the latents. Each batch is cropped at one random place. PanGu-Draw trains its texture network on smaller
+    images, but does not say how it makes them (2312.16486, section 3.1): crops keep the scale of textures.
     """
 
     def __init__(

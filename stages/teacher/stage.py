@@ -51,8 +51,8 @@ class Teacher(Stage):
     """The many-step diffusion model to distil. Give exactly one of `train`, `from`, `exact`, `coop`, `bridge` and
     `gaussian`, or both `structure` and `texture`.
 
-    `from` is a diffusers folder, a hub id, or one of the teachers that are installed with Retort: digits, digit_scenes.
-    For a folder with such a name, write ./digits.
+    `from` is a diffusers folder, a hub id, or one of the teachers that ship with Retort: digits, digit_scenes. For a
+    folder that is called digits, write ./digits.
     """
 
     VERSION: ClassVar[int] = 2
@@ -69,8 +69,8 @@ class Teacher(Stage):
     )
     micro_conditioning: Annotated[MicroConditioning | None, Neutral()] = Field(
         None,
-        description="sizes on which a Stable Diffusion XL teacher is conditioned, in pixels; default: its images are "
-        "neither resized nor cropped",
+        description="sizes in pixels on which a Stable Diffusion XL teacher is conditioned; default: those of an image "
+        "that was neither resized nor cropped",
     )
     lora: Annotated[TeacherLora | None, Neutral()] = Field(
         None, description="a LoRA of the pipeline in `from`; it is fused into the weights"
@@ -80,8 +80,8 @@ class Teacher(Stage):
     )
     structure: Annotated[str | None, Input("teacher"), Neutral()] = Field(
         None,
-        description="teacher whose network is called at timesteps from `switch` on; with texture, the two are one "
-        "teacher (PanGu-Draw, 2312.16486)",
+        description="teacher whose network is called at timesteps from `switch` on; structure and texture together are "
+        "one time-decoupled teacher (PanGu-Draw, 2312.16486)",
     )
     texture: Annotated[str | None, Input("teacher"), Neutral()] = Field(
         None, description="teacher whose network is called at timesteps below `switch`"
@@ -90,13 +90,13 @@ class Teacher(Stage):
         500, ge=1, lt=TIMESTEPS, description="the least timestep at which the structure network is called"
     )
     coop: Annotated[CoopTeacher | None, Neutral()] = Field(
-        None, description="two teachers in one sampling process, as one teacher"
+        None, description="two teachers that cooperate in one sampling process, as one teacher"
     )
     bridge: Annotated[BridgeTeacher | None, Neutral()] = Field(
         None, description="two teachers of images of different sizes along one trajectory, as one teacher"
     )
     gaussian: GaussianSettings | None = Field(
-        None, description="an exact teacher of normal data without a network, for tests"
+        None, description="an analytic teacher of normally distributed data, without a network, for tests"
     )
     execution: TrainingExecution = Field(
         TrainingExecution(), description="how the stage is run; changing it makes nothing stale"
@@ -126,7 +126,7 @@ class Teacher(Stage):
         for field in ("train.like", "train.vae.teacher", "train.start"):
             named = inputs.get(field)
             if named and isinstance(named.stage, Teacher) and (named.stage.gaussian or named.stage.of_several):
-                yield field, "it is not one pipeline; give a teacher of `train`, `from` or `exact`"
+                yield field, "it is not a single pipeline; give a teacher of `train`, `from` or `exact`"
         if self.exact and self.exact.zero_terminal_snr:
             pipeline = Path(FROM.source(self.exact.pipeline))
             if ask(pipeline, lambda adapter, folder: adapter.prediction_of(folder)) == "epsilon":
@@ -169,9 +169,9 @@ class Teacher(Stage):
         """Yield a problem for each way in which training cannot go on from the teacher `start`."""
         assert self.train and isinstance(start.stage, Teacher)
         if vae is None:
-            yield "train.start", "its U-Net knows the latents of its own VAE: add `vae:` with the same teacher"
+            yield "train.start", "its U-Net was trained on the latents of its own VAE: add `vae:` with the same teacher"
         elif None not in (vaes := {_vae_of(start), _vae_of(vae)}) and len(vaes) > 1:
-            yield "train.vae", "it is not the VAE of train.start, whose latents the U-Net knows"
+            yield "train.vae", "it is not the VAE of train.start, on whose latents the U-Net was trained"
         of_start = start.stage.train
         if of_start and not of_start.like and of_start.denoiser.channels != self.train.denoiser.channels:
             yield "train.start", f"its U-Net has denoiser.channels: {of_start.denoiser.channels}; set these"
@@ -324,7 +324,7 @@ def _copy_pipeline(teacher: Artifact, output: Path) -> None:
 
 
 def _joined(context: StageContext, switch: int) -> Mapping[str, Any]:
-    """Copy both halves to the stage's folder, with the timestep at which they meet. Return figures."""
+    """Copy both halves to the stage's folder, and write the timestep at which they switch. Return figures."""
     halves = {half: context.inputs[half] for half in (STRUCTURE, TEXTURE)}
     for half, teacher in halves.items():
         (context.output / half).mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ MAX_LOSS = 1e6
 NEVER = -1
 """Stands for the step of a figure that was never invalid, and for the sample of a scalar figure."""
 VARIANCE, OF_DATA = "variance", "data_variance"
-"""The names of two figures: the variance of a student's samples over a batch, averaged over elements, and that of the
+"""The names of two figures: the variance over a batch, averaged over elements, of a student's samples and of the
 data."""
 LEAST_VARIANCE, PATIENCE = 0.01, 50
 """A student has collapsed if its VARIANCE is below LEAST_VARIANCE times OF_DATA in PATIENCE consecutive turns."""
@@ -34,7 +34,7 @@ class Invalid(NamedTuple):
     """The first sample of the batch that is not finite. None if the figure is a scalar."""
 
     def describe(self) -> str:
-        """Return what is wrong, and what may help."""
+        """Return a description of the problem."""
         name = self.name.replace("_", " ")
         if self.name.endswith(VARIANCE) and math.isfinite(self.value):
             return (

@@ -96,7 +96,7 @@ def train(
 class Prefetched:
     """Reads batches by number with the function `batches`. A thread reads the next batch while one is trained on.
 
-    The last `kept` batches are kept. So a step's batches are read once, also if the step has several turns. With
+    The last `kept` batches are kept. So a step's batches are read only once, even if the step has several turns. With
     `pinned`, batches are put in pinned memory, from which they are copied to a GPU while it computes."""
 
     def __init__(self, batches: Callable[[int], Batch], kept: int, pinned: bool) -> None:
@@ -198,7 +198,7 @@ class _Run:
         """Update the player's EMA, if it has one: average = d average + (1 - d) weights. Called once for each turn.
 
         d = min(ema_decay, (1 + n) / (10 + n)) at the n-th update, as in TensorFlow's ExponentialMovingAverage. All
-        updates of a step use the weights at the end of the step, also if a player has several turns."""
+        updates of a step use the weights at the end of the step, even if a player has several turns."""
         if name not in self.averages:
             return
         self.average_updates[name] += 1

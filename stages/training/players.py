@@ -40,13 +40,19 @@ class TrainingSettings(Config):
     weight_decay: float = Field(
         0.0, ge=0, description="decoupled weight decay of AdamW; each step multiplies it by the learning rate"
     )
-    clip_norm: float = Field(1.0, gt=0, description="maximum norm of a network's gradient; a larger one is scaled down")
+    clip_norm: float = Field(
+        1.0, gt=0, description="maximum norm of a network's gradient; larger gradients are scaled down to it"
+    )
     ema_decay: float = Field(
-        0.99, ge=0, lt=1, description="decay of the exponential moving average of the weights, which training returns"
+        0.99,
+        ge=0,
+        lt=1,
+        description="decay of the exponential moving average of the weights; the averaged weights are the result of "
+        "training",
     )
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged for one step")
     mixed_precision: Literal["no", "bf16"] = Field(
-        "no", description="bf16: compute in bfloat16 and keep the weights in float32; for GPUs with bfloat16"
+        "no", description="bf16: compute in bfloat16 and keep the weights in float32, for GPUs that support bfloat16"
     )
 
     def learning_rate_at(self, step: int) -> float:
@@ -87,7 +93,9 @@ class StudentExecution(TrainingExecution):
     """How a student is trained."""
 
     previews: int = Field(
-        10, ge=0, description="about how many times images of fixed noises are drawn during training; 0: never"
+        10,
+        ge=0,
+        description="approximate number of times that images of fixed noises are drawn during training; 0: never",
     )
 
 

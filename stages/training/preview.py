@@ -1,4 +1,4 @@
-"""Images of fixed noises, or of fixed views, that show how a result changes while it is trained."""
+"""Previews: images of fixed noises or fixed views that show how a result changes during training."""
 
 from __future__ import annotations
 

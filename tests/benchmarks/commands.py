@@ -1,4 +1,4 @@
-"""Measures the seconds of commands that should feel instant: the median over several new processes.
+"""Measures the seconds of commands that should take no noticeable time: medians over several new processes.
 
 python -m tests.benchmarks.commands STORE      (a store in which the digits run is done)
 """

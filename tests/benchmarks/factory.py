@@ -6,12 +6,12 @@ writing shards, each divided by wall seconds.
 
 ARTIFACT is a sealed `pairs` artifact, such as the main job's. Its teacher, sampler and batches are used. Hooks time the
 calls of the U-Net while the factory runs, so both numbers cover the same seconds. Wall seconds are those of the driver,
-from the second finished shard to the last. For a CPU. Prints JSON.
+from the second finished shard to the last. The benchmark is for CPUs. Prints JSON.
 
 The engine `diffusers` is the loop of diffusers' own pipeline in this process, with the same teacher, batches and
 sampler. It writes nothing. `compiled` is `inline` with `compile: true`, whose compilation is not timed. With --rounds,
-the engines run in turn, each in its own process. Then the medians over the
-rounds are printed, of the rates and of their ratios.
+the engines run in turn, each in its own process. Then the medians of the rates and of their ratios over the rounds are
+printed.
 """
 
 from __future__ import annotations

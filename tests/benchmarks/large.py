@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.large
 
-The store of the second is not computed. It has records, lists and events as a real run writes them, and empty files in
+No stage of the run is computed. Its store has records, lists and events as a real run writes them, and empty files in
 place of shards.
 """
 
@@ -61,7 +61,7 @@ stages:
 
 
 def lay_out(run: Run, planned: PlannedStage) -> None:
-    """Write what the stage would have left in the store and in the run's events."""
+    """Write the files and events that the stage would have written."""
     artifact = planned.artifact
     artifact.folder.mkdir(parents=True)
     record: dict[str, Any] = {

@@ -1,10 +1,10 @@
-"""Measures the main job from its start in an empty store to its page: seconds, peak memory of all its processes, and
-its targets.
+"""Measures the main job from its start in an empty store to the finished page: seconds, peak memory of all processes,
+and whether it meets its targets.
 
     python -m tests.benchmarks.main_job [--manifest manifests/digits.yaml] [--store FOLDER]
 
-Memory is the sum of proportional set sizes (shared pages counted once) of the driver, Ray and its workers,
-read every second from /proc. Prints JSON; exits with 1 if a target of the digits run is missed.
+Memory is the sum of proportional set sizes (shared pages counted once) of the driver, Ray and its workers, read every
+second from /proc. Prints JSON. Exits with 1 if the digits run misses a target.
 """
 
 from __future__ import annotations

@@ -3,19 +3,19 @@
     python -m tests.benchmarks.memory [--teacher sdxl] [--micro-batch 1] [--rank 64] [--method diffusion2gan]
 
 Runs whole steps of the training loop with fake tensors, and counts the bytes of each tensor from its creation to its
-end. Prints, in Markdown and in GB: what is held between steps (weights, their EMA, both averages of AdamW, the
-perceptual network of Diffusion2GAN), the most that is held at once, and in brackets the smallest GPU of GPUS that has
-room for it. The GPU also holds the text encoders and the VAE, and 5 % are added for the allocator's slack and the
-kernels' workspaces. Also prints the size of pairs on disk.
+end. Prints, in Markdown and in GB: the memory held between steps (weights, their EMA, both averages of AdamW, the
+perceptual network of Diffusion2GAN), the peak during a step, and in brackets the smallest GPU of GPUS with enough
+memory. The GPU must also hold the text encoders and the VAE, and 5 % more for the allocator's slack and the kernels'
+workspaces. Also prints the size of pairs on disk.
 
 In each step of DMD and DMD2, the student and the fake score have a turn. Both train all weights, or both a LoRA. The
 teacher is guided. DMD has as many pairs as new samples, and their distance is mse. DMD2 has its GAN head.
 
 SDS and VSD optimise an image of the teacher's size, which its VAE encodes with gradients. VSD's score trains all
-weights, or a LoRA. The VAE is counted among what is held.
+weights, or a LoRA. The VAE counts as held memory.
 
-With `--measure`, the same steps also run on the GPU of this machine, if they fit. Each figure is followed by the most
-that PyTorch's allocator held there.
+With `--measure`, the same steps also run on the GPU of this machine, if they fit. Each figure is followed by the peak
+of PyTorch's allocator there.
 
 Two things are counted as on a GPU: AdamW updates all weights at once, and autocast computes norms in float32. Attention
 is counted as fused, except for R1, whose second derivative needs the attention matrices.
@@ -76,7 +76,7 @@ GPUS = (24, 40, 80, 141)
 PAIRS = (1, 3, 12)
 """Millions of pairs."""
 WITHOUT, WITH = 2, 16
-"""Numbers of a step without R1 and of one with it, if R1 is computed every 16 steps."""
+"""The numbers of a step without R1 and of a step with R1, which is computed every 16 steps."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Teacher(StableDiffusion):
         return Condition(rows, {name: torch.zeros(rows, *shape) for name, shape in shapes.items()})
 
     def release(self) -> None:
-        del self.network, self._called  # its place on the device is given back, but for what LoRA networks share
+        del self.network, self._called  # its memory is freed, except for weights that LoRA networks share
 
 
 @contextmanager

@@ -10,7 +10,7 @@ it, or `survived`, or `equivalent` with the reason given in EQUIVALENT. With MOD
 those entries are made again.
 
 The fixture `tiny` is made before the fork, by the unchanged code. A mutant that hangs counts as noticed. On a busy
-machine, a mutant that is only slower than --seconds counts as noticed, too: look at those that were `ended by SIGALRM`.
+machine, a mutant that is merely slower than --seconds counts as noticed, too: check those that were `ended by SIGALRM`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TESTS = {
 """Modules that are changed, and the names of the tests (test_NAME.py) that import them."""
 MOST = 200
 SLOW = 5.0
-"""Seconds of CPU time above which a test is left out."""
+"""Tests that take more seconds of CPU time are left out."""
 HEAVY = {"plan", "chain", "made", "in_pixels", "varied"}
 """Fixtures that train and measure. Tests that use them are left out of the study."""
 LEFT_OUT = ("killed", "manifest_for_stable", "plain_diffusers", "number_of_threads")
@@ -254,7 +254,7 @@ class Study:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         tests, self.functions = self._baseline(session), functions_in_memory()
         gc.collect()
-        gc.freeze()  # children write to as little of the parent's memory as can be
+        gc.freeze()  # so that children copy as little of the parent's memory as possible
         for mutant, tree in self.mutants:
             reason = EQUIVALENT.get(mutant.key)
             if reason:

@@ -1,5 +1,4 @@
-"""Checks thousands of mutated manifests. Each must be valid, or refused with exit code 2 and the place of every
-problem.
+"""Checks thousands of mutated manifests. Each must be valid, or refused with exit code 2 and the line of every problem.
 
 python -m tests.benchmarks.mutations [COUNT]
 """

@@ -4,8 +4,8 @@
     python -m tests.benchmarks.ode_pairs --store retort-store --figure docs/ode_pairs.png
 
 Compute is counted in network evaluations of one image, forward passes only. A pair costs the teacher's network calls. A
-training step costs, for each sample of its batch, three for the student (a backward pass counts as two), and in
-consistency distillation two more: the teacher's and the target's.
+training step costs three evaluations for each sample of its batch (a backward pass counts as two), and in consistency
+distillation two more: one of the teacher and one of the target.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluated student. pairs: the number of its pairs, 0 for consistency distillation. calls: the network calls
-    of one sample. compute: network evaluations, of the pairs and of training."""
+    """An evaluated student. pairs: its number of pairs, 0 for consistency distillation. calls: network calls for one
+    sample. compute: network evaluations for pairs and training."""
 
     method: str
     pairs: int

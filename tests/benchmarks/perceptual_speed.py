@@ -1,4 +1,5 @@
-"""Times E-LatentLPIPS and its augmentation, against decoding and LPIPS, and against the public `elatentlpips`.
+"""Compares the time of E-LatentLPIPS and its augmentation with that of decoding and LPIPS, and with the public package
+`elatentlpips`.
 
     python -m tests.benchmarks.perceptual_speed [--elatentlpips PYTHON] [--device cpu|cuda] [--batch N] [--repeats K]
 
@@ -16,8 +17,8 @@ Each side runs in its own process. The sides take turns, so that other load of t
   of both for the same inputs without augmentation.
 
 Seconds are the median (and the minimum) of K turns after a warm-up. `cpu_seconds` are the seconds that processors
-spent. With --threads 1, they are more reliable if others use the machine. Memory is the peak without what the imports
-hold: resident memory, or allocated memory on a GPU.
+spent. With --threads 1, they are more reliable if others use the machine. Memory is the peak minus the memory after the
+imports: resident memory, or allocated memory on a GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 LATENT, WIDTH, GROUPS = (4, 64, 64), 64, "bg"
 SCALE = 0.18215
 PLACES = ((0, 7), (7, 14), (14, 24), (24, 34), (34, 44))
-"""Of the five slices of `elatentlpips`, in its trunk."""
+"""The layers of the trunk in each of the five slices of `elatentlpips`."""
 IMPORTS = {
     "pixels": ["diffusers.models.autoencoders.autoencoder_kl", "lpips", "stages.losses.decoded"],
     "latents": ["stages.losses.perceptual"],
@@ -52,7 +53,7 @@ IMPORTS = {
 PARTS = ("size", "augmentation", "package")
 
 
-# --- The sides: each builds its networks, and gives what can be asked of it by name -------------------
+# --- The sides: each builds its networks and returns named functions to time ---------------------------
 
 
 def tensors(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,11 +162,11 @@ def counted(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-# --- A side in its own process: asked by a line, it answers with a line -------------------------------
+# --- A side in its own process: it reads a line for each request and answers with a line ---------------
 
 
 def serve(side: str, batch: int, device: str, groups: str, weights: Path) -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # output of libraries must not be read as an answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # so that output of libraries is not read as an answer
     for name in IMPORTS[side]:
         importlib.import_module(name)
     torch.manual_seed(0)
@@ -196,7 +197,7 @@ def peak(device: str) -> int:
 
 
 def forget_peak(device: str) -> None:
-    """Forget the peak of memory that was reached while networks were built."""
+    """Reset the memory peak, which was reached while the networks were built."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -246,7 +247,7 @@ class Side:
 
 
 def row(what: str, side: Side, batch: int, asked: str = "loss") -> dict[str, Any]:
-    """Return the figures of what was timed; for a whole loss also its memory and its operations."""
+    """Return the seconds of a timed function, and for a whole loss also its memory and operations."""
     wall, cpu = zip(*side.seconds[asked], strict=True)
     found = {"what": what, "batch": batch, "seconds": statistics.median(wall), "least": min(wall)}
     found["cpu_seconds"] = statistics.median(cpu)

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.r1_size [--seeds 3]
 
 Uses the discriminator of Diffusion2GAN on a narrow U-Net of Stable Diffusion 1.5's layout, with random weights. The
-layers of its new inputs are random too (deviation 0.1), since new ones are zeros. The penalty has weight 1, and the
-latents are normal, of three sizes. D(x) is read in two ways: as the sum of the logits over positions, which Retort
-penalises, and as their mean. Prints both penalties, and how the first grows from size to size.
+layers of its new inputs, which start as zeros, get random weights too (deviation 0.1). The penalty has weight 1. The
+latents are normal, in three sizes. The penalty is computed for two definitions of D(x): the sum of the logits over
+positions, as in Retort, and their mean. Prints both penalties, and how the first grows from size to size.
 """
 
 from __future__ import annotations

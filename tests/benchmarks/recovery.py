@@ -1,11 +1,11 @@
-"""Shows why E-LatentLPIPS has an ensemble: which distances can pull a random latent to a target?
+"""Shows why E-LatentLPIPS has an ensemble: which distances, minimised from a random latent, recover a target?
 
     python -m tests.benchmarks.recovery PERCEPTUAL [--steps 2000] [--targets 8] [--draw docs/recovery.png]
 
-PERCEPTUAL is the folder of a sealed `perceptual` artifact. Latents ~ N(0, 1) are optimised by Adam at 1e-2, as in the
-overfitting experiment of the authors (2405.05967, section 3.2; 15,000 steps there), to held-out latents of the
-artifact's image set, from the same start under every distance. Prints, in Markdown, the mean squared error that each
-leaves, in latents and in decoded images, with its standard error over the targets.
+PERCEPTUAL is the folder of a sealed `perceptual` artifact. The targets are held-out latents of the artifact's image
+set. Latents ~ N(0, 1) are optimised towards them by Adam at 1e-2, as in the overfitting experiment of the authors
+(2405.05967, section 3.2; 15,000 steps there). Every distance has the same start. Prints, in Markdown, the mean squared
+error that remains, in latents and in decoded images, with its standard error over the targets.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@
 
 NAME is digits or digit_scenes.
 
-Both are measured by `kind: evaluate` on the same prompts and noises, from 1,024 pairs of 20 steps at guidance 3. Also
-prints how far the teacher in few steps lies from the teacher in all steps, in standard errors. The image set is made to
-show this difference.
+`kind: evaluate` measures the new and the shipped teacher on the same prompts and noises, with 1,024 pairs of 20 steps
+at guidance 3. Also prints how far the teacher in few steps is from the teacher in all steps, in standard errors.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ def ship(name: str, artifact: Path) -> None:
         artifact, torch_dtype=torch.float16, safety_checker=None, requires_safety_checker=False
     )
     pipeline.save_pretrained(target, safe_serialization=True)
-    for path in target.rglob("*.json"):  # leave out the path on the machine that made it
+    for path in target.rglob("*.json"):  # without the path on the machine that made it
         values = json.loads(path.read_text())
         if values.pop("_name_or_path", None):
             path.write_text(json.dumps(values, indent=2) + "\n")

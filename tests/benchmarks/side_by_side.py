@@ -1,4 +1,4 @@
-"""Times steps of the training loop, and the bare passes of the networks that they need, in turn on one machine."""
+"""Times steps of the training loop, and the bare network passes of these steps, in turn on one machine."""
 
 from __future__ import annotations
 

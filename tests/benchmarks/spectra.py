@@ -1,11 +1,11 @@
-"""Where do one-step students differ from their teacher? In latents, and in the spatial frequencies of their images.
+"""Measures how one-step students differ from their teacher, in latents and in the spatial frequencies of their images.
 
     python -m tests.benchmarks.spectra STUDENT... [--samples 1000]
 
 STUDENTs are folders of sealed artifacts of one pairs stage. All start from the last noises of the pairs. Prints, in
 Markdown, for each student: the Fréchet distance between its latents and the teacher's, and the power of its decoded
-images in four bands of radial frequency, divided by the teacher's. Below 1 is blur, above 1 is noise. The first row
-compares other latents of the teacher itself: the values of a perfect student.
+images in four bands of radial frequency, divided by the teacher's. Values below 1 mean blur, values above 1 noise. The
+first row compares the teacher with itself on other noises: these are the values of a perfect student.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How long pairs and training take, to compare two commits on one machine.
+"""Measures how long pairs and training take, to compare two commits on one machine.
 
     python -m tests.benchmarks.stage_seconds TEACHER
 
 TEACHER is the folder of a sealed teacher, such as that of manifests/digits.yaml. Makes 512 pairs in 20 guided steps and
 trains students for 100 steps of 64, on one thread, and prints the seconds of each stage. Run the two commits in turn, A
-B A B, in checkouts of their own: this machine's speed may drift.
+B A B, in separate checkouts, because the speed of a machine may drift.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Tests whether a calibrated network prefers the weaker distortion, also in families that its heads never saw.
+"""Tests whether a calibrated network finds the weaker distortion closer, even in families that its heads were not
+trained on.
 
     python -m tests.benchmarks.two_afc PERCEPTUAL [--threads 1]
 
-PERCEPTUAL is the folder of a sealed `perceptual` artifact with synthetic triplets and a trained trunk. The trunk is
-kept. For each of the six families, new heads are calibrated on the other five, with the artifact's settings, and tested
-on this one, on held-out images. Prints, in Markdown, the scores of two-alternative forced choice of three distances:
-the network, the mean squared error in its space, and the same heads on the untrained trunk. Also prints how much higher
-the network scores than each of the other two on the same triplets, with the standard error of the difference.
+PERCEPTUAL is the folder of a sealed `perceptual` artifact with synthetic triplets and a trained trunk. The trunk is not
+changed. For each of the six families, new heads are calibrated on the other five with the artifact's settings, and
+tested on the held-out images of this family. Prints, in Markdown, the scores of two-alternative forced choice of three
+distances: the network, the mean squared error in its space, and the same heads on the untrained trunk. Also prints how
+much higher the network scores than each of the other two on the same triplets, with the standard error of the
+difference.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ Diffusion's schedule adds the noise: sigma / alpha is 13 at the last timestep th
 z ~ N(0, 1) to x. It starts one-sided, near the right mode: x ~ N(DISTANCE - INWARDS, 1). It is trained in three ways:
 
 - real score only: the fake score is 0, so mu_fake = z_t / alpha. The samples climb the density of the noised data.
-- real minus fake: DMD without pairs. The fake score starts on samples of the data, as DMD's starts as the teacher. Then
-  it learns the generator's samples with the loss of the noise, at all timesteps, in turns with the generator. Its
-  network predicts x0, scaled as in EDM.
+- real minus fake: DMD without pairs. The fake score is first trained on the data, because in DMD it starts as the
+  teacher. Then it is trained on the generator's samples with the squared error of the noise, at all timesteps, in turn
+  with the generator. Its network predicts x0, scaled as in EDM.
 - plus regression: the same, with 0.25 times the squared error on 10,000 pairs. Paths of an ODE in one dimension cannot
   cross, so the exact map of the ODE rises with z: y = F^-1(Phi(z)), F the cumulative distribution of the data.
 
@@ -18,9 +18,9 @@ z ~ N(0, 1) to x. It starts one-sided, near the right mode: x ~ N(DISTANCE - INW
 one timestep. Prints, in Markdown, means over three seeds and their range: the share of samples on each side of 0; the
 share further than 4 from both modes; the mean and the deviation of |x| of all others. Takes a minute on a free core.
 
-The settings were chosen so that the cases differ as in the paper. DISTANCE decides it: at 4 and 6, real minus fake
-finds both modes by itself. At 8 and 10 it stays in the right one, in 8,000 steps too (one seed). A generator with SiLU
-and higher rates left it at 8, in 6,000 steps (one seed). With SiLU, more samples lie between the modes.
+The settings were chosen so that the cases differ as in the paper. The result depends on DISTANCE: at 4 and 6, real
+minus fake finds both modes. At 8 and 10 it stays in the right mode, even in 8,000 steps (one seed). At 8, a generator
+with SiLU and higher rates left it within 6,000 steps (one seed). With SiLU, more samples lie between the modes.
 """
 
 from __future__ import annotations

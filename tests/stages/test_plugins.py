@@ -1,4 +1,4 @@
-"""Stage kinds, methods and image sets of other packages: small ones, really installed, seen by the command line."""
+"""Stage kinds, methods and image sets of other packages. The tests install small packages and run the command line."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def good(installed):
     return path_with(installed["retort-good"])
 
 
-def test_a_kind_and_an_image_set_of_a_package_go_all_the_way(good, tmp_path):
+def test_a_stage_kind_and_an_image_set_of_a_package_are_run(good, tmp_path):
     manifest, store = tmp_path / "m.yaml", tmp_path / "store"
     manifest.write_text(MANIFEST)
     plan = retort("plan", manifest, "--store", store, PYTHONPATH=good)
@@ -94,7 +94,7 @@ print(images.images.shape, images.labels["label"].shape, list(captions(found)), 
     assert done.stdout == "(3, 3, 8, 8) (3,) ['black', 'white'] False\n", done.stderr
 
 
-def test_unknown_names_list_those_of_packages(good, tmp_path):
+def test_errors_about_unknown_names_list_names_of_packages(good, tmp_path):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(DISTILL % ("pairs", "sqares") + "  n: {kind: cuont}\n  t: {kind: teacher, train: {dataset: x}}")
     done = retort("plan", manifest, PYTHONPATH=good)
@@ -128,7 +128,7 @@ def test_a_broken_package_is_a_problem_of_the_manifest(installed, tmp_path, meth
         assert f"package retort-bad, entry point `{name} = retort_bad." in done.stderr
 
 
-def test_a_broken_adapter_and_a_method_without_pairs_end_in_a_sentence(installed, tmp_path):
+def test_a_broken_adapter_and_a_method_without_pairs_give_one_sentence(installed, tmp_path):
     path = path_with(installed["retort-bad"])
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher/model_index.json").write_text('{"_class_name": "MissingPipeline"}')
@@ -145,7 +145,7 @@ def test_a_broken_adapter_and_a_method_without_pairs_end_in_a_sentence(installed
     assert done.returncode == 2 and "manifests that train on pairs, but prompted needs prompts" in done.stderr
 
 
-def test_a_kind_cannot_take_a_folder_of_the_store(installed, tmp_path):
+def test_a_kind_cannot_have_the_name_of_a_store_folder(installed, tmp_path):
     manifest = tmp_path / "m.yaml"
     manifest.write_text("name: x\nstages:\n  a: {kind: runs}\n")
     done = retort("plan", manifest, PYTHONPATH=path_with(installed["retort-bad"]))
@@ -155,8 +155,8 @@ def test_a_kind_cannot_take_a_folder_of_the_store(installed, tmp_path):
     )
 
 
-def test_a_built_in_name_is_not_replaced_and_costs_no_look_at_packages(good, tmp_path):
-    """Whatever looks through the installed packages asks every finder on sys.meta_path."""
+def test_a_built_in_name_is_found_without_a_search_of_packages(good, tmp_path):
+    """A search of the installed packages would call every finder on sys.meta_path."""
     code = """
 import sys
 class Finder:
@@ -181,7 +181,7 @@ main()
     assert "were looked through" in plan(tmp_path / "m.yaml").stderr  # proves that the finder works
 
 
-def test_a_version_above_1_is_part_of_the_identity(installed, tmp_path):
+def test_only_a_version_above_1_is_part_of_the_fingerprint(installed, tmp_path):
     class First(KnowledgeDistillationConfig):
         VERSION = 1
 
@@ -200,7 +200,7 @@ def test_a_version_above_1_is_part_of_the_identity(installed, tmp_path):
     assert list(changes(before, after, {})) == ["method.VERSION 1 -> 2"]
 
 
-def test_raising_a_packages_version_makes_its_students_stale(installed, good, tiny, tmp_path):
+def test_a_higher_version_of_a_package_makes_its_students_stale(installed, good, tiny, tmp_path):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(DISTILL % (tiny[1]["pairs"].artifact.folder, "squares"))
 
@@ -222,7 +222,7 @@ def test_raising_a_packages_version_makes_its_students_stale(installed, good, ti
     assert planned() == before
 
 
-def test_what_packages_offer_is_explained(good, installed):
+def test_explain_describes_classes_of_packages(good, installed):
     assert "count (retort-good)" in " ".join(retort("explain", PYTHONPATH=good).stdout.split())  # lines are wrapped
     shown = retort("explain", "count", PYTHONPATH=good).stdout
     assert shown.startswith("count: a stage kind, from the package retort-good (kind: count)\n\nCounts pairs.\n")

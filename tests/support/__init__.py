@@ -1,1 +1,1 @@
-"""What several tests share: pipelines to run, the command line, clusters, packages of plugins, mutations."""
+"""Helpers of several tests: pipelines to run, the command line, clusters, plug-in packages, mutations."""

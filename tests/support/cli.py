@@ -1,4 +1,4 @@
-"""The command line, in this process or in one of its own."""
+"""Runs the command line, in this process or in a new one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def command(*arguments: object) -> list[str]:
 
 def started(store: Path, *options: str, text: str = SLOW, shards: int = 1) -> subprocess.Popen[str]:
     """Write a manifest to m.yaml beside the store, and submit it in a new process. Return the process as soon as
-    `shards` shards exist. All that it prints is in `stdout`."""
+    `shards` shards exist. Its whole output is in `stdout`."""
     manifest = store.parent / "m.yaml"
     manifest.write_text(text)
     process = subprocess.Popen(
@@ -80,7 +80,7 @@ def retort(*arguments: object, cwd: Path | None = None, **environment: str) -> s
             main()
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else int(left.code is not None)
-        except Exception:  # what the interpreter would do
+        except Exception:  # as the interpreter would
             traceback.print_exc()
             code = 1
         finally:

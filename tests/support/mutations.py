@@ -78,7 +78,8 @@ def _lines(draw: st.DrawFn, text: str) -> Mutation:
 
 
 def check(mutation: Mutation, folder: Path) -> bool:
-    """Whether the manifest is valid; if not, every problem has its place. Anything else is raised."""
+    """Return whether the manifest is valid. If it is not, check that every problem has its line. Other errors are
+    raised."""
     path = folder / "m.yaml"
     path.write_bytes(mutation.text.encode("utf-8", "surrogatepass"))
     try:

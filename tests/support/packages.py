@@ -1,4 +1,4 @@
-"""Small packages that offer entry points to Retort, sound ones and a broken one; `install` really installs them."""
+"""Small packages with entry points for Retort, working ones and a broken one. `install` installs them with pip."""
 
 import subprocess
 import sys

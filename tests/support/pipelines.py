@@ -27,9 +27,9 @@ stages:
     execution: {micro_batch: 8}
 """
 SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.06")
-"""Its 40 pairs take 3 seconds, the first of its shards 1.2."""
+"""Its 40 pairs take 3 seconds, and its first shard 1.2 seconds."""
 LONG = SLOW.replace("count: 40", "count: 400")
-"""For tests that end a run. After its first shard, 29 seconds of work remain, also on a busy machine."""
+"""For tests that interrupt a run. After its first shard, at least 29 seconds of work remain."""
 
 TINY = """
 name: tiny

@@ -1,4 +1,4 @@
-"""A real head node with its dashboard, more nodes, and a connection that can be cut."""
+"""A real Ray cluster: a head node with its dashboard, more nodes, and a connection that can be cut."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Cluster:
 
     def _start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
-        # Ray's own default is one fixed port: held by another cluster of this machine, its jobs find no agent.
+        # Ray's default is a fixed port. If another cluster of this machine holds it, jobs find no agent.
         command.append("--dashboard-agent-listen-port=0")
         with open(self.folder / "log", "ab") as log:
             node = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The sample of a few-step student, without the states on the way to it."""
+"""Returns the sample of a few-step student, without the intermediate states."""
 
 from torch import Tensor
 

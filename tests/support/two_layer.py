@@ -1,7 +1,6 @@
-"""The smallest possible family of architectures. It shows what the smallest adapter looks like.
-
-Two layers, a flow, three channels, and a condition of two tensors. Retort knows it only through the entry point
-`retort.teachers`: see tests/stages/networks/test_adapter.py.
+"""The smallest possible family of architectures. It shows a minimal adapter: a flow of two layers with three channels,
+and a condition of two tensors. Retort finds it only through the entry point `retort.teachers`: see
+tests/stages/networks/test_adapter.py.
 """
 
 import json

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ImageSet(Config):
-    """Images with captions, and in some sets with classes. All images are square, `size` pixels wide, in RGB.
+    """Images with captions, and in some sets with classes. All images are RGB and square, with sides of `size` pixels.
 
     An image set of a plug-in implements `captions` and `load`, or derives from FileSet and implements `examples`.
     """
@@ -44,7 +44,7 @@ class Digits(ImageSet):
 
     name: Literal["digits"] = "digits"
     digits_per_image: Literal[1, 2] = Field(
-        1, description="number of digits in an image; two stand side by side or one above the other"
+        1, description="number of digits in an image; two are side by side, or one above the other"
     )
     size: Literal[16, 32] = Field(16, description="width and height in pixels")
     background: Literal["plain", "photographs"] = Field(
@@ -52,8 +52,8 @@ class Digits(ImageSet):
     )
     named: Annotated[Literal["all", "first", "digit", "colour"], Neutral()] = Field(
         "all",
-        description="what a caption names; all: everything; first: only the first of two digits, as in `a red seven`; "
-        "digit or colour: the caption has both words, but only this one is true of the image; the other word is random",
+        description="what captions name; all: every digit with its colour; first: only the first of two digits, as in "
+        "`a red seven`; digit: the right digit with a random colour; colour: the right colour with a random digit",
     )
 
     @model_validator(mode="after")
@@ -100,8 +100,8 @@ class FileSet(ImageSet):
     size: int = Field(ge=8, description="width and height in pixels; images are scaled, and the middle square is kept")
     path: Annotated[str, Content()] = Field(description="path of the images")
     hold_out_every: int = Field(10, ge=2, description="interval of held-out images: 10 holds out every tenth")
-    caption: str | None = Field(None, description="place of the caption; null if there are none")
-    label: str | None = Field(None, description="place of the class; null if there are none")
+    caption: str | None = Field(None, description="where the caption is stored; null if there are none")
+    label: str | None = Field(None, description="where the class is stored; null if there are none")
 
     @property
     def labelled(self) -> bool:
@@ -142,8 +142,8 @@ class ImageFolder(FileSet):
 
 
 class WebDataset(FileSet):
-    """Images in webdataset format: a .tar file, a folder of .tar files, or a glob. Each sample has an image and further
-    members."""
+    """Images in webdataset format: a .tar file, a folder of .tar files, or a glob. The members of a sample are its
+    image, caption and class."""
 
     name: Literal["webdataset"] = "webdataset"
     path: Annotated[str, Content()] = Field(description="a .tar file, a folder of them or a glob")

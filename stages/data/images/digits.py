@@ -1,9 +1,9 @@
 """The embedded image set `digits`: coloured scans of handwritten digits (the 1,797 scans of 8x8 in scikit-learn).
 
 An image shows one digit ("a red handwritten seven") or two ("a red seven above a blue two", "a red seven left of a blue
-two"). A caption may also name only the first of two digits ("a red seven"). With other settings, a caption is right
-only about the digit, or only about the colour. The background is black or a crop of a photograph. Every fifth scan is
-held out: training images (for a teacher or a probe) never contain it.
+two"). Captions can name only the first of two digits ("a red seven"), or be right only about the digit, or only about
+the colour. The background is black or a crop of a photograph. Every fifth scan is held out: training images (for a
+teacher or a probe) never contain it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def load(
     digits_per_image: int, size: int, background: str, held_out: bool = False, named: str = "all"
 ) -> LabelledImages:
     """Return the training images, or with `held_out` the images made from held-out scans. `named` as in `captions`.
-    With "digit" or "colour", only that word of a caption is true of its image. The other is drawn at random.
+    With "digit" or "colour", only that word of a caption is right, and the other word is random.
 
     One digit on black: every scan in every colour (8,622 training and 2,160 held-out images). Otherwise SCENES training
     images, and a fifth as many held-out ones; image i is a function of i alone.

@@ -84,7 +84,7 @@ def rows(config: ImageSet, *, held_out: bool = False) -> Iterator[dict[str, Any]
 def batches(config: ImageSet, size: int, *, held_out: bool = False, start: int = 0) -> Iterator[NDArray[np.uint8]]:
     """Yield the images of `load` in batches (B, 3, H, W) of `size`, beginning with image `start`.
 
-    Of a FileSet, one batch at a time is in memory, and images before `start` are not decoded.
+    For a FileSet, only one batch is in memory at a time, and images before `start` are not decoded.
     """
     if not isinstance(config, FileSet):
         images = config.load(held_out).images

@@ -34,7 +34,8 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Checked:
-    """A shard and its damage: `kind` is one of inspection.KINDS, and `problem` a text. None if it is intact."""
+    """A shard and its damage: `kind` is one of inspection.KINDS, and `problem` describes it. Both are None for an
+    intact shard."""
 
     tar: Listed
     receipt: Receipt | None

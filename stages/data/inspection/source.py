@@ -91,9 +91,8 @@ class Source:
         return any(SEAL in self.read(path) for path in tables[:SAMPLED] if self.sizes[path] <= LARGEST_RECEIPT)
 
     def tars(self) -> list[Listed]:
-        """Return the tars: for a sealed artifact those in its list, even if missing.
-
-        For other targets, the existing tars; for Retort's shards, also a missing tar whose receipt exists.
+        """Return the tars. For a sealed artifact, these are the tars in its list, even missing ones. For other targets,
+        they are the existing tars, and missing tars that have a receipt of Retort.
         """
         if self.sealed:
             return [Listed(s["tar"], s["count"], s["bytes"], s["sha256"]) for s in self.sealed["shards"]]

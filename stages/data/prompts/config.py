@@ -23,8 +23,8 @@ class Prompts(Config):
     `path` is a file, a folder or a glob of .txt, .csv, .jsonl or .parquet files. A .txt file has one prompt on each
     line. A .csv file has a header. In files other than .txt, `column` names the column or key of the prompts.
 
-    In a manifest, a plain text instead of settings is a path; digits and digit_scenes stand for the captions of these
-    image sets.
+    In a manifest, a text instead of settings is a path, except for digits and digit_scenes, which mean the captions of
+    these image sets.
     """
 
     path: Annotated[str | None, Content(files=PATTERNS)] = Field(

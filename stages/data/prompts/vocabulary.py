@@ -35,7 +35,7 @@ def prompt_warnings(teacher: Path, prompts: Iterable[Sequence[str]]) -> Iterator
 
 
 def _warnings(folder: Path, prompts: Iterable[Sequence[str]]) -> Iterator[str]:
-    """As `prompt_warnings`, about one tokenizer."""
+    """As `prompt_warnings`, for one tokenizer."""
     tokenizer = _tokenizer(folder)
     if tokenizer is None:
         return

@@ -67,12 +67,12 @@ class Synthetic(TripletSet):
     triplet are independent draws of one family. By definition, the image with the weaker distortion is closer. Reports
     call these triplets synthetic, never BAPPS.
 
-    One family is used for testing only, so that a test shows a distortion that calibration never saw. The default is
-    warp. On digit scenes, the mean squared error of pixels chooses the wrong image in 22% of the warped triplets.
-    Features of a classifier, calibrated on the other families, choose it in 19% (difference 0.031 +- 0.006). Other
-    families would be a weaker test. For noise, squared error is seldom wrong. For colour, it is partly a matter of
-    definition which change is larger. Without misalignment, squared error is wrong in 10%, and calibration does not
-    help (-0.005 +- 0.005).
+    One family is used only for testing, so that the test has a distortion that calibration never used. The default is
+    warp. On digit scenes, the mean squared error of pixels chooses the wrong image in 22% of the warped triplets, and
+    features of a classifier, calibrated on the other families, in 19% (difference 0.031 +- 0.006). Other families are a
+    weaker test: for noise, squared error is seldom wrong, and for colour, it is partly a matter of definition which
+    change is larger. Without misalignment, squared error is wrong in 10%, and calibration does not help (-0.005 +-
+    0.005).
     """
 
     name: Literal["synthetic"] = "synthetic"
@@ -80,7 +80,7 @@ class Synthetic(TripletSet):
         20_000, ge=50, description="number of triplets to calibrate on, of all families except the held-out one"
     )
     test_count: int = Field(
-        2_000, ge=10, description="number of triplets to measure on, for each family, of held-out images"
+        2_000, ge=10, description="number of test triplets of each family, made from held-out images"
     )
     held_out_family: Family = Field("warp", description="family that is used only for tests")
     ratio: tuple[float, float] = Field(
@@ -92,8 +92,8 @@ class Synthetic(TripletSet):
         1 / 32,
         ge=0,
         le=0.25,
-        description="each image is first shifted by up to this share of its width; the judgement ignores it, so a "
-        "good distance must too; triplets of the family shift are not moved",
+        description="each image is first shifted by up to this share of its width, except in the family shift; the "
+        "judgement ignores this shift, so a good distance must ignore it too",
     )
 
     def load(self, images: Callable[[bool], LabelledImages], held_out: bool) -> Triplets:

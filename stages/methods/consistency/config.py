@@ -28,10 +28,14 @@ class ConsistencyConfig(MethodConfig):
     steps: int = Field(
         4,
         ge=1,
-        description="default number of sampling steps, also of the exported pipeline; does not affect training; "
-        "`steps` of an evaluate stage and --steps of retort sample override it",
+        description="number of sampling steps of the exported pipeline; it does not affect training; `steps` of an "
+        "evaluate stage and --steps of retort sample override it",
     )
-    solver_steps: int = Field(40, ge=2, description="number of DDIM steps of the teacher; a multiple of steps")
+    solver_steps: int = Field(
+        40,
+        ge=2,
+        description="number of points of the ODE path, one DDIM step of the teacher apart; a multiple of steps",
+    )
     guidance_scale: float | None = Field(
         None,
         ge=1,
@@ -40,8 +44,7 @@ class ConsistencyConfig(MethodConfig):
     )
     w_range: WRange | None = Field(
         None,
-        description="range of w = guidance_scale - 1; if given, the student takes w as an input; not to be combined "
-        "with guidance_scale",
+        description="range of w = guidance_scale - 1; the student then takes w as an input; excludes guidance_scale",
     )
     target_decay: float = Field(
         0.95,

@@ -35,7 +35,7 @@ class DiscriminatorSettings(Config):
         ge=0,
         le=1,
         description="share of the discriminator's fake samples that are replaced by real latents with the wrong noise, "
-        "text, or both; needs a batch size of at least 2",
+        "the wrong text, or both; needs a batch size of at least 2",
     )
 
     def training(self, student: TrainingSettings) -> TrainingSettings:
@@ -48,14 +48,14 @@ class Diffusion2GANConfig(OneStepConfig):
     """Diffusion2GAN (Kang et al. 2024, 2405.05967): one-step regression on ODE pairs plus a conditional GAN.
 
     The paper's regression loss is E-LatentLPIPS. The multi-scale discriminator starts from the teacher's U-Net.
-    `gan_weight: 0` trains by regression only. The settings under `discriminator` switch off single parts of it.
+    `gan_weight: 0` trains by regression only. Settings of `discriminator` switch off its single parts.
 
     The paper does not publish some values, so Retort chose them, with manifests/gan_weight.yaml. `gan_weight` is 0.1,
     chosen from 0.1, 0.3 and 1. `r1_weight` is 0.1, chosen from 0, 0.001, 0.01, 0.1 and 1. `mix_and_match` is 0.25,
     which was not tuned.
 
-    Retort also chose the learning rates, the betas, the clipping, equal weights of all maps of logits, and the features
-    that are judged without `multi_scale`.
+    Retort also chose the learning rates, the betas, the clipping, the equal weights of all maps of logits, and the
+    features that get logits without `multi_scale`.
     """
 
     VERSION: ClassVar[int] = 2

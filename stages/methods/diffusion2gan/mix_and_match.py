@@ -20,9 +20,9 @@ def mix_and_match(
     another row's noise. The third is used only if the discriminator takes noise (`sees_noise`). The paper publishes
     neither the share nor the probabilities.
 
-    A real latent that matches its noise and text is never fake. If the other row has the same text, or if there are no
-    texts, the third kind replaces the second. Without `sees_noise`, such a row keeps its generated latent. A batch of
-    one row is not changed.
+    A real latent that matches its noise and text is never used as a fake. So if the other row has the same text, or if
+    there are no texts, the third kind replaces the second. Without `sees_noise`, such a row keeps its generated latent.
+    A batch of one row is not changed.
 
     Latents and noise are (B, C, H, W). `condition` has B rows. The inputs are not changed.
     """

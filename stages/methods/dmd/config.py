@@ -17,11 +17,12 @@ from stages.training import Method
 class DMDConfig(MatchingConfig):
     """Distribution matching distillation (DMD, Yin et al. 2023, 2311.18828) into one step.
 
-    The student's samples move along the difference of two scores: that of the teacher and that of a network which is
-    trained on the samples. A regression on stored pairs keeps all modes of the teacher. Without `prompts`, the student
-    samples from the prompts of the pairs.
+    The student's samples move along the difference of two scores: that of the teacher, and that of a network trained on
+    the samples. A regression on stored pairs keeps the student from dropping modes of the teacher. Without `prompts`,
+    the student samples from the prompts of the pairs.
 
-    The paper's regression loss is LPIPS between decoded images. Its pairs have the guidance scale of the real score.
+    In the paper, the regression loss is LPIPS between decoded images, and the pairs have the guidance scale of the real
+    score.
     """
 
     DATA: ClassVar[tuple[frozenset[Stream], ...]] = (
@@ -32,7 +33,7 @@ class DMDConfig(MatchingConfig):
     LEARNS_RANGE: ClassVar[bool] = True
     name: Literal["dmd"] = "dmd"
     regression_weight: float = Field(
-        0.25, ge=0, description="weight of the regression on stored pairs; 0: none, and then no pairs are needed"
+        0.25, ge=0, description="weight of the regression on stored pairs; 0: no regression, and no pairs are needed"
     )
     loss: Annotated[LossConfig, Choice("name", LOSSES, default="e_latent_lpips")] = Field(
         Regression(name="mse"),

@@ -79,8 +79,8 @@ class DMD:
     def _matching(
         self, x: Tensor, prompts: list[str], w: Tensor | None, data: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Keep the samples x and their w for the fake score's turn. Return the loss of distribution matching, and
-        figures."""
+        """Return the loss of distribution matching, and figures. Keep the samples x and their w for the fake score's
+        turn."""
         self._samples.append((x.detach(), w))
         matching = matching_loss(x, self.matching.gradient(x, prompts, w=w))
         return matching.mean(), {"matching": matching, **sample_figures(x, data)}

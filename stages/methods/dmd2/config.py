@@ -13,7 +13,7 @@ from stages.training import Method
 
 
 class GanSettings(Config):
-    """The GAN term: a head on the fake score's middle block tells noised real latents from noised samples.
+    """The GAN term: a head on the fake score's middle block distinguishes noised real latents from noised samples.
 
     The papers' weights suit their resolutions only, because the loss of distribution matching is a mean over elements.
     The logged figure `gan_ratio` is the norm of the GAN gradient at the samples, relative to that of distribution
@@ -33,9 +33,9 @@ class GanSettings(Config):
 class DMD2Config(MatchingConfig):
     """DMD2 (Yin et al. 2024, 2405.14867): distribution matching in one or several steps, without pairs.
 
-    The fake score is trained at every step, and the student at every `fake_updates`-th one. `training.steps` counts the
-    steps of the fake score. Real latents are those of the stage in `latents`. Without `prompts`, the student samples
-    from their captions.
+    The fake score is trained at every step, and the student at every `fake_updates`-th step. `training.steps` counts
+    the steps of the fake score. The real latents are those of the stage in `latents`. Without `prompts`, the student
+    samples from the captions of the latents.
 
     A student of several steps is trained on the states that its own sampling visits, up to a random step (backward
     simulation, section 4.5). It is sampled by the consistency sampler, which diffusers calls LCM.
@@ -56,14 +56,14 @@ class DMD2Config(MatchingConfig):
     )
     backward_simulation: bool = Field(
         True,
-        description="whether later steps are trained on the student's own states; if false, they are trained on noised "
-        "real latents, which sampling does not visit",
+        description="whether sampling steps after the first are trained on the student's own states; if false, they "
+        "are trained on noised real latents, which sampling does not visit",
     )
     fake_updates: int = Field(
         5, ge=1, description="steps of the fake score for each step of the student; DMD2: 5, and 10 for SD 1.5"
     )
     fake_warmup_steps: int = Field(
-        0, ge=0, description="first steps in which only the fake score is trained; useful with start_from"
+        0, ge=0, description="number of first steps in which only the fake score is trained; useful with start_from"
     )
     gan: GanSettings | None = Field(
         GanSettings(), description="the GAN term, which needs latents; on by default; null: none"

@@ -26,7 +26,8 @@ class GuidedConfig(HalvingConfig):
     VERSION: ClassVar[int] = 2
     name: Literal["guided"] = "guided"
     match_first: Annotated[Literal[True], Neutral()] = Field(
-        True, description="always true: the first link learns guidance in start_steps steps; ignored with start_from"
+        True,
+        description="always true: the first link learns guidance and keeps start_steps steps; ignored with start_from",
     )
     w_range: WRange = Field((0.0, 4.0), description="range of w = guidance_scale - 1 that the student learns")
     sampler: Literal["ddim", "stochastic"] = Field(

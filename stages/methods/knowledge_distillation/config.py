@@ -13,10 +13,10 @@ from stages.training import Method
 class KnowledgeDistillationConfig(OneStepConfig):
     """One-step knowledge distillation (Luhman and Luhman 2021, 2101.02388): regression on the teacher's ODE map.
 
-    The paper sums the loss over pixels, with L1 for CIFAR-10 and L2 elsewhere. Retort averages the loss, so that a
-    learning rate also suits other resolutions. The paper's student computes x_T - net(x_T). Retort's student predicts v
-    by default, because x0 = (z - sigma epsilon) / alpha multiplies errors of epsilon by sigma / alpha: by 14.6 at
-    Stable Diffusion's t = 999.
+    The paper sums the loss over pixels, with L1 for CIFAR-10 and L2 elsewhere. Retort averages the loss, so that one
+    learning rate suits several resolutions. The paper's student computes x_T - net(x_T). Retort's student predicts v by
+    default, because x0 = (z - sigma epsilon) / alpha multiplies errors of epsilon by sigma / alpha: by 14.6 at Stable
+    Diffusion's t = 999.
     """
 
     VERSION: ClassVar[int] = 2

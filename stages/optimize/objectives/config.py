@@ -19,7 +19,7 @@ from stages.training import Method, TrainingSettings
 class Anneal(Config):
     """Another range of timesteps for the later part of training."""
 
-    after: int = Field(ge=1, description="number of the first training step with the other range")
+    after: int = Field(ge=1, description="number of training steps before the other range applies")
     time_range: TimeRange = Field(
         (0.02, 0.5),
         description="range of the random timesteps from that step on, as fractions of T; threestudio: up to 0.5",
@@ -55,8 +55,8 @@ class SDSConfig(ScoreDistillationConfig):
     guidance_scale: float = Field(
         100.0,
         ge=1,
-        description="guidance scale s of the teacher, u + s (c - u), as in diffusers; threestudio's SDS writes "
-        "c + s (c - u), so that its 100 is 101 here",
+        description="guidance scale s of the teacher, u + s (c - u), as in diffusers; threestudio's SDS uses c + s (c "
+        "- u), so its scale of 100 is 101 here",
     )
 
     def create(self, materials: ObjectiveMaterials) -> Method:
@@ -71,7 +71,8 @@ class ParticleScore(FakeScoreSettings):
     learning_rate: float | None = Field(1e-4, gt=0, description="peak learning rate; null: that of the particles")
     lora: LoraSettings | None = Field(
         LoraSettings(),
-        description="train LoRA weights and share all others with the teacher; on by default; null: train all weights",
+        description="train only LoRA weights and share all other weights with the teacher; on by default; null: train "
+        "all weights",
     )
     turns: int = Field(1, ge=1, description="steps of the score for each step of the particles")
 
@@ -89,7 +90,7 @@ class VSDConfig(ScoreDistillationConfig):
         7.5,
         ge=1,
         description="guidance scale s of the teacher, u + s (c - u), as in diffusers and in threestudio's VSD; the "
-        "score of the particles has none",
+        "score of the particles is not guided",
     )
     score: ParticleScore = Field(ParticleScore(), description="the score of the particles and its training")
     drop_camera: float = Field(

@@ -29,7 +29,8 @@ def _within(least: float, most: float) -> AfterValidator:
 
 
 class CameraRange(Config):
-    """Where the random cameras stand. They look at the origin. The object is within the unit ball around it."""
+    """Positions of the random cameras. They look at the origin. The object is inside the unit ball around the
+    origin."""
 
     azimuth: Annotated[tuple[float, float], Strict(False), _within(-360, 360)] = Field(
         (-180.0, 180.0), description="degrees around the object; 0 is its front"
@@ -46,7 +47,7 @@ class CameraRange(Config):
 
 
 class LatentConfig(RepresentationConfig):
-    """Latents of the teacher themselves, as in threestudio's 2dplayground. They start as standard normal noise."""
+    """Particles are latents of the teacher, as in threestudio's 2dplayground. They start as standard normal noise."""
 
     name: Literal["latent"] = "latent"
 
@@ -57,7 +58,8 @@ class LatentConfig(RepresentationConfig):
 
 
 class ImageConfig(RepresentationConfig):
-    """Images of the teacher's size, which its VAE encodes. They start as uniform noise over the range of images."""
+    """Particles are images of the teacher's size, which its VAE encodes. They start as uniform noise over the range of
+    images."""
 
     name: Literal["image"] = "image"
 
@@ -70,10 +72,11 @@ class ImageConfig(RepresentationConfig):
 class SolidConfig(RepresentationConfig):
     """Base class of objects that cameras see from all sides."""
 
-    cameras: CameraRange = Field(CameraRange(), description="where the random cameras stand")
+    cameras: CameraRange = Field(CameraRange(), description="positions of the random cameras")
     view_prompts: bool = Field(
         True,
-        description="whether `, front view` and so on is added to the prompt; false for teachers that know no views",
+        description="whether `, front view` and so on is added to the prompt; set it to false if the teacher does not "
+        "know these words",
     )
     resolution: int = Field(
         64,

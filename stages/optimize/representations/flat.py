@@ -55,8 +55,8 @@ class Latents(Flat):
 
 
 class Images(Flat):
-    """Images (N, 3, H, W). `images` clamps values to [-1, 1]. `render` does not, because a clamped value has no
-    gradient."""
+    """Images (N, 3, H, W), trained in pixels. `images` returns them clamped to [-1, 1]. `render` does not clamp,
+    because clamped values would get no gradient."""
 
     def __init__(self, teacher: Adapter, count: int) -> None:
         height, width = (side * teacher.down_sampling for side in teacher.latent_shape[1:])

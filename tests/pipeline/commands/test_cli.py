@@ -1,4 +1,4 @@
-"""The command line as users meet it: exit codes, words, signals, JSON."""
+"""The command line: exit codes, messages, signals, JSON."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ def test_help_imports_nothing_heavy():
     assert "retort submit manifests/digits.yaml" in retort("--help").stdout
 
 
-def test_a_run_from_submit_to_nothing_to_do(gaussian, tmp_path):
+def test_a_run_is_submitted_and_then_has_nothing_to_do(gaussian, tmp_path):
     store = tmp_path / "store"
     assert json.loads(retort("plan", gaussian, "--store", store, "--json").stdout)["pairs"]["state"] == "run"
     done = retort("submit", gaussian, "--store", store, "--engine", "inline")
@@ -55,7 +55,7 @@ def test_only_one_stage(gaussian, tmp_path):
     assert done.returncode == 2 and "no stage 'pears'; did you mean 'pairs'? (allowed: teacher, pairs)" in done.stderr
 
 
-def test_a_wrong_manifest_is_exit_2_with_its_place(tmp_path):
+def test_an_invalid_manifest_exits_with_2_and_names_the_line(tmp_path):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(GAUSSIAN.replace("shard_size", "shardsize"))
     for name in ("plan", "submit"):
@@ -69,7 +69,7 @@ def test_a_wrong_manifest_is_exit_2_with_its_place(tmp_path):
     assert retort("no-such-command").returncode == 2
 
 
-def test_an_unknown_run_names_those_there_are(gaussian, tmp_path):
+def test_an_unknown_run_lists_the_existing_runs(gaussian, tmp_path):
     store = tmp_path / "store"
     done = retort("resume", "--store", store)
     assert done.returncode == 2 and "which has none; `retort submit MANIFEST` makes one" in done.stderr
@@ -79,7 +79,7 @@ def test_an_unknown_run_names_those_there_are(gaussian, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_is_exit_130_and_resumable(tmp_path, monkeypatch, number):
+def test_an_interrupted_run_exits_with_130_and_can_be_resumed(tmp_path, monkeypatch, number):
     store = tmp_path / "store"
     process = started(store, text=LONG)
     process.send_signal(number)
@@ -94,7 +94,7 @@ def test_an_interrupt_is_exit_130_and_resumable(tmp_path, monkeypatch, number):
     assert retort("resume", "--store", store, "--engine", "inline").returncode == 0
 
 
-def test_a_locked_stage_is_exit_3(tmp_path):
+def test_a_locked_stage_exits_with_3(tmp_path):
     store = tmp_path / "store"
     holder = started(store, text=LONG)
     same = retort("resume", "gaussian", "--store", store, "--engine", "inline")
@@ -110,7 +110,7 @@ def test_a_locked_stage_is_exit_3(tmp_path):
     assert status["state"] == "stopped"
 
 
-def test_an_unexpected_error_is_in_the_log_and_not_on_the_terminal(gaussian, tmp_path):
+def test_the_traceback_of_an_unexpected_error_is_only_in_the_log(gaussian, tmp_path):
     """The pool of the store is a file instead of a folder. No stage expects this error."""
     store = tmp_path / "store"
     (store / "pairs").mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_names_of_runs_stay_inside_the_store(gaussian, tmp_path):
     assert done.returncode == 2 and "is not a valid name for a run" in done.stderr
 
 
-def test_a_failed_stage_is_exit_1_with_its_log(tmp_path):
+def test_a_failed_stage_exits_with_1_and_names_its_log(tmp_path):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(TINY)
     arguments = ("submit", manifest, "--store", tmp_path / "s", "--engine", "inline", "--only", "teacher")

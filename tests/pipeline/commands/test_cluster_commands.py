@@ -44,7 +44,7 @@ def manifest(tmp_path):
         ("http://head:port", "expected the address of a Ray dashboard, such as http://HEAD:8265"),
     ],
 )
-def test_an_address_that_is_no_dashboards_is_refused_with_the_one_that_may_be(address, says):
+def test_an_address_that_is_not_a_dashboards_is_refused_with_a_suggestion(address, says):
     with pytest.raises(UsageError) as refused:
         checked(address)
     assert str(refused.value) == f"--address {address}: {says}"
@@ -57,7 +57,7 @@ def submit(manifest, store, *options, **environment):
     return done
 
 
-def test_nobody_listening_is_said(manifest, tmp_path):
+def test_an_address_without_a_server_is_an_error(manifest, tmp_path):
     done = submit(manifest, tmp_path / "s", "--address", HERE)
     assert done.returncode == 2
     assert f"no Ray dashboard listens at {HERE} (Connection refused)" in done.stderr
@@ -88,13 +88,13 @@ def answering():
 
 
 @pytest.mark.parametrize("body", [b"<html>welcome</html>", b'{"version": 3}', b"[]"])
-def test_another_server_is_no_dashboard(manifest, tmp_path, answering, body):
+def test_a_server_that_is_not_a_dashboard_is_an_error(manifest, tmp_path, answering, body):
     address = answering(body)
     done = submit(manifest, tmp_path / "s", "--address", address)
     assert done.returncode == 2 and f"what listens at {address} is no Ray dashboard" in done.stderr
 
 
-def test_a_cluster_with_another_ray_is_refused_with_what_its_nodes_need(manifest, tmp_path, answering):
+def test_a_cluster_with_another_ray_version_is_refused(manifest, tmp_path, answering):
     address, ours = answering(b'{"version": "4", "ray_version": "2.9.3"}'), versions()
     done = submit(manifest, tmp_path / "s", "--address", address)
     assert done.returncode == 2
@@ -119,7 +119,7 @@ def test_a_run_submitted_by_another_build_is_refused(manifest, tmp_path):
     assert retort("resume", "--store", tmp_path / "s", *same).returncode == 0
 
 
-def test_a_builds_hash_is_that_of_its_sources_and_data(tmp_path):
+def test_the_hash_of_a_build_covers_its_sources_and_data(tmp_path):
     for package in ("pipeline", "stages"):
         shutil.copytree(ROOT / package, tmp_path / package)
     before = nodes.hash_of_sources(tmp_path)
@@ -151,7 +151,7 @@ server:/twice /twice lustre rw 0 0
 """
 
 
-def test_a_folders_file_system_is_that_of_the_longest_mount(tmp_path):
+def test_the_longest_matching_mount_point_gives_the_file_system(tmp_path):
     mounts = tmp_path / "mounts"
     mounts.write_text(MOUNTS.strip())
     expected = {"/data/s": "nfs4", "/data/scratch/s": "xfs", "/data/scratchy": "nfs4", "/data/scratch/fast": "tmpfs"}
@@ -177,7 +177,7 @@ def test_a_store_that_only_this_machine_sees_is_refused(manifest, tmp_path):
     check_store(tmp_path, "http://head.example:8265", store_is_shared=True)
 
 
-def test_options_of_a_cluster_need_one(manifest, tmp_path):
+def test_cluster_options_need_an_address(manifest, tmp_path):
     done = submit(manifest, tmp_path / "s", "--no-wait")
     assert done.returncode == 2 and "--no-wait and --store-is-shared need --address" in done.stderr
 

@@ -19,7 +19,7 @@ from tests.support.networks import drawn, pixel_unet
 from tests.support.pipelines import TINY, execute
 
 
-def test_one_file_draws_what_the_student_draws(tiny, tmp_path):
+def test_a_single_file_draws_the_same_images_as_the_student(tiny, tmp_path):
     """The file has no scheduler and no guidance embedding. The test uses the scheduler that the command names."""
     plan = tiny[1]
     out = tmp_path / "new" / "student.safetensors"
@@ -46,7 +46,7 @@ def test_one_file_draws_what_the_student_draws(tiny, tmp_path):
     torch.testing.assert_close(images, drawn(folder, noise, prompts, num_inference_steps=1), atol=1e-5, rtol=1e-5)
 
 
-def test_a_lora_is_a_folder_and_its_cost_is_printed(tiny, tmp_path):
+def test_a_lora_is_exported_to_a_folder_and_its_errors_are_printed(tiny, tmp_path):
     out = tmp_path / "lora"
     execute(TINY, tiny[0], name="exported")  # which no other test plans again
     done = retort("export", "exported/student", out, "--lora", 4, "--store", tiny[0])
@@ -81,7 +81,7 @@ stages:
     return execute(text, place / "store")["student"].artifact.folder
 
 
-def test_other_families_are_refused_in_a_sentence_that_says_what_is_supported(pixels, tmp_path):
+def test_other_families_are_refused_and_the_supported_ones_listed(pixels, tmp_path):
     for options, words in (
         (
             (tmp_path / "x.safetensors", "--single-file"),
@@ -105,7 +105,7 @@ def test_other_families_are_refused_in_a_sentence_that_says_what_is_supported(pi
         ({"steps": 4, "sampler": "stochastic"}, "diffusers has no N-step stochastic sampler"),
     ],
 )
-def test_students_that_other_programs_cannot_sample_are_refused(tiny, tmp_path, changes, words):
+def test_students_that_only_retort_can_sample_are_refused(tiny, tmp_path, changes, words):
     student = tiny[1]["student"].artifact
     copy = shutil.copytree(student.folder, tmp_path / "student")
     about = json.loads((copy / "student.json").read_text())
@@ -115,7 +115,7 @@ def test_students_that_other_programs_cannot_sample_are_refused(tiny, tmp_path, 
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_wrong_use_is_one_sentence(tiny, tmp_path):
+def test_wrong_arguments_give_one_sentence(tiny, tmp_path):
     store = tiny[0]
     there, new = tmp_path / "there.safetensors", tmp_path / "x.safetensors"
     there.write_text("mine")
@@ -146,8 +146,9 @@ LORA_STUDENT = """
 """
 
 
-def test_a_lora_student_becomes_a_pipeline_without_training_again(tiny, tmp_path):
-    """Also tests a student that takes w: load_lora_weights cannot load its guidance embedding."""
+def test_a_lora_student_is_exported_as_a_pipeline(tiny, tmp_path):
+    """The student takes w, so diffusers' load_lora_weights cannot load it: its guidance embedding is not part of a
+    LoRA."""
     folder = execute(TINY + LORA_STUDENT, tiny[0], name="small")["small/2"].artifact.folder
     assert "`retort export --pipeline` writes" in (folder / "README.md").read_text()
     out = tmp_path / "pipeline"
@@ -167,7 +168,7 @@ def test_a_lora_student_becomes_a_pipeline_without_training_again(tiny, tmp_path
     assert lora.returncode == 2 and "the student takes w as an input" in lora.stderr
 
 
-def test_a_lora_student_as_one_file_and_not_as_another_lora(tiny, tmp_path):
+def test_a_lora_student_is_exported_as_one_file_but_not_as_a_lora(tiny, tmp_path):
     text = TINY + LORA_STUDENT.replace(
         "{name: guided, start_steps: 2, end_steps: 2, w_range: [0.0, 4.0]}", "{name: knowledge_distillation}"
     )

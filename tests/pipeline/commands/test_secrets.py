@@ -1,4 +1,4 @@
-"""Commands that are given URLs with passwords or signatures print none of them, on the terminal or in files."""
+"""Passwords and signatures in URLs are neither printed on the terminal nor written to files."""
 
 import json
 from functools import partial

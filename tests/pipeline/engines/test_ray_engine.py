@@ -33,8 +33,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ray(home):
-    """A Ray engine with two GPUs that exist only in name. The user's environment has Ray's variables of another
-    cluster."""
+    """A Ray engine with two GPUs that exist only in name. The environment has Ray's variables for another cluster."""
     engine = RayEngine()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**THEIRS, "HOME": str(home), "RAY_OVERRIDE_RESOURCES": '{"GPU": 2}'}.items():
@@ -85,7 +84,7 @@ def finish(steps):
             return seen, end.value
 
 
-def test_progress_comes_as_it_is_made_and_the_result_last(ray):
+def test_progress_arrives_at_once_and_the_result_last(ray):
     for engine in (ray, InlineEngine()):
         seen, process = finish(engine.run(where, (3,), ONE))
         assert [p.done for p in seen] == [1, 2, 3] and isinstance(process, int)
@@ -108,10 +107,10 @@ print(ray.get(ray.remote(lambda: "ran").remote(), timeout=30))
 
 
 @pytest.mark.parametrize("credentials", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}], ids=["no", "a"])
-def test_a_stranger_with_no_token_or_another_one_runs_no_code(ray, tmp_path, credentials):
+def test_a_client_without_the_right_token_can_run_no_code(ray, tmp_path, credentials):
     address = ray.start().get_runtime_context().gcs_address
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    # It looks for the cluster at the loopback address too, and gives up after its second attempt.
+    # Ray also looks for the cluster at the loopback address, and gives up after its second attempt.
     search = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_NUM_REDIS_GET_RETRIES": "2", "HOME": str(tmp_path)}
     stranger = subprocess.run(
         [sys.executable, "-c", STRANGER, address], env={**own, **search, **credentials}, capture_output=True, text=True
@@ -120,7 +119,7 @@ def test_a_stranger_with_no_token_or_another_one_runs_no_code(ray, tmp_path, cre
     assert "AuthenticationError" in stranger.stderr
 
 
-def test_no_server_of_ray_listens_on_another_address_of_the_machine(ray):
+def test_ray_listens_on_the_loopback_address_only(ray):
     (node,) = ray.start().nodes()
     gcs = ray.start().get_runtime_context().gcs_address.rpartition(":")[2]
     ports = [int(gcs), *(node[name] for name in ("NodeManagerPort", "ObjectManagerPort", "MetricsExportPort"))]
@@ -147,7 +146,7 @@ class Token:
         return os.environ["RAY_AUTH_TOKEN"]
 
 
-def test_the_token_stands_in_no_file_and_no_argument(ray, home):
+def test_the_token_is_in_no_file_and_no_argument(ray, home):
     ((_, token),) = ray.map("token", Token, [0], ONE)
     assert len(token) == 64 and token not in os.environ.values()
     assert not list(home.iterdir())
@@ -179,7 +178,7 @@ class Maker:
         return self.kind(*self.arguments)
 
 
-def test_items_of_a_killed_worker_are_tried_again(ray, tmp_path):
+def test_items_of_a_killed_worker_are_retried(ray, tmp_path):
     done = dict(ray.map("suicidal", Maker(Suicidal, tmp_path), range(6), TWO))
     assert done == {i: i * 10 for i in range(6)}
     assert len(list(tmp_path.glob("death*"))) == 2
@@ -201,20 +200,20 @@ class Failing:
         raise self.error
 
 
-def test_an_item_that_always_kills_its_worker_is_named_and_its_neighbours_are_not(ray):
+def test_only_the_item_that_kills_its_worker_is_named(ray):
     with pytest.raises(StageError, match="shard 7 failed 3 times, the last time with: its worker process died"):
         list(ray.map("deadly", Deadly, [f"shard {k}" for k in (6, 7, 8, 9)], ONE))
 
 
 @pytest.mark.parametrize(("workers", "gpus", "fit"), [(2, 9.0, 0), (3, 0.6, 2), (5, 0.5, 4)])
-def test_workers_that_do_not_fit_are_a_sentence_and_no_waiting(ray, workers, gpus, fit):
+def test_workers_that_do_not_fit_are_refused_at_once(ray, workers, gpus, fit):
     """Three workers of 0.6 GPU need less than 2 GPUs in sum, but two of them do not fit on one GPU."""
     says = f"{workers} workers with {gpus:g} GPUs each do not fit: Ray found 2 GPUs, enough for {fit} "
     with pytest.raises(StageError, match=re.escape(says)):
         list(ray.map("many", ProcessOf, range(workers), WorkerShape(workers, gpus)))
 
 
-def test_workers_fit_node_by_node_and_gpu_by_gpu():
+def test_workers_must_fit_on_single_nodes_and_gpus():
     assert [fitting([1, 1], gpus) for gpus in (2, 1, 0.6, 0.5, 1 / 3)] == [0, 2, 2, 4, 6]
     assert [fitting([3, 8, 0], gpus) for gpus in (2, 3, 4, 0.1)] == [5, 3, 2, 110]
 
@@ -228,7 +227,7 @@ def taken(ray, monkeypatch):
     """A function that lets another process hold GPUs. Waiting times are short."""
     monkeypatch.setattr(cluster, "LOOK_EVERY", 0.1)
     monkeypatch.setattr(cluster, "PENDING_AFTER", 0.2)
-    list(ray.map("free", ProcessOf, [0], ONE))  # workers with GPUs go
+    list(ray.map("free", ProcessOf, [0], ONE))  # ends the workers that hold GPUs
     held = []
 
     def take(gpus: int):
@@ -240,7 +239,7 @@ def taken(ray, monkeypatch):
     ray.start().kill(held[0])
 
 
-def test_a_stage_goes_on_without_the_worker_whose_gpu_is_taken(ray, taken, tmp_path):
+def test_a_stage_runs_without_the_worker_whose_gpu_is_taken(ray, taken, tmp_path):
     holder, said, items = taken(1), [], range(30)
     done = list(ray.map("some", ProcessOf, items, WorkerShape(2, 1.0), said.append))
     assert sorted(item for item, _ in done) == [*items] and len({process for _, process in done}) == 1
@@ -250,7 +249,7 @@ def test_a_stage_goes_on_without_the_worker_whose_gpu_is_taken(ray, taken, tmp_p
     assert len(both) == 2
 
 
-def test_a_stage_none_of_whose_workers_starts_ends(ray, taken, monkeypatch):
+def test_a_stage_fails_if_none_of_its_workers_starts(ray, taken, monkeypatch):
     monkeypatch.setattr(cluster, "START_WITHIN", 1.0)
     taken(2)
     said, says = [], "no worker started within 1 s: Ray found 2 GPUs, enough for 2 .* change `workers`"
@@ -274,7 +273,7 @@ class Hanging:
         return os.getpid()
 
 
-def test_a_call_that_takes_long_is_named_and_one_that_hangs_is_given_up(ray, tmp_path, monkeypatch, caplog):
+def test_a_slow_call_is_reported_and_a_hanging_call_is_given_up(ray, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cluster, "LOOK_EVERY", 0.1)
     monkeypatch.setattr(patience, "SLOW", patience.Limit(times=10, least=0.5, first=60))
     monkeypatch.setattr(patience, "STUCK", patience.Limit(times=100, least=2, first=60))
@@ -287,7 +286,7 @@ def test_a_call_that_takes_long_is_named_and_one_that_hangs_is_given_up(ray, tmp
 
 
 @pytest.mark.parametrize("kind", ["ray", "inline"])
-def test_what_cannot_be_mended_is_not_tried_again(ray, kind):
+def test_only_errors_that_may_be_temporary_are_retried(ray, kind):
     engine = ray if kind == "ray" else InlineEngine()
     with pytest.raises(StageError, match=r"^shard 7: a sentence$"):
         list(engine.map("final", Maker(Failing, StageError("a sentence")), ["shard 7"], ONE))
@@ -295,7 +294,7 @@ def test_what_cannot_be_mended_is_not_tried_again(ray, kind):
         list(engine.map("odd", Maker(Failing, ValueError("odd")), ["shard 7"], ONE))
 
 
-def test_calls_are_judged_by_the_median_only_where_they_are_alike():
+def test_only_calls_of_equal_work_are_given_up_by_the_median():
     now, hour = time.monotonic(), 3600
     for alike in (True, False):
         watch = patience.Watch(alike)
@@ -334,11 +333,11 @@ def watched(ray, deaths: list[int], folder: Path) -> int:
         (folder / f"seen {progress.done} in attempt {attempt}").touch()
 
 
-def test_a_function_that_gets_further_between_losses_is_always_started_again(ray, tmp_path):
+def test_a_function_that_makes_progress_between_losses_is_always_restarted(ray, tmp_path):
     assert watched(ray, [1, 2, 3, 4], tmp_path) == 4
 
 
-def test_a_function_that_is_lost_three_times_without_getting_further_fails(ray, tmp_path):
+def test_a_function_that_is_lost_three_times_without_progress_fails(ray, tmp_path):
     says = r"^the work at 2 of 6 steps failed 3 times, the last time with: its worker process died"
     with pytest.raises(StageError, match=says):
         watched(ray, [1, 2, 2, 2], tmp_path)
@@ -346,7 +345,7 @@ def test_a_function_that_is_lost_three_times_without_getting_further_fails(ray, 
 
 
 @pytest.mark.cluster
-def test_an_address_in_the_environment_is_not_followed(tmp_path):
+def test_an_address_in_the_environment_is_ignored(tmp_path):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(GAUSSIAN)
     done = retort("submit", manifest, "--store", tmp_path / "s", RAY_ADDRESS="ray://nowhere:1")
@@ -358,7 +357,7 @@ def hashes(pool: Path) -> dict[str, str]:
     return {str(tar.relative_to(pool)): sha256_of(tar) for tar in sorted(pool.rglob("*.tar"))}
 
 
-def test_ray_and_inline_make_the_same_bytes_also_with_workers_killed(ray, tiny, tmp_path):
+def test_ray_and_inline_make_the_same_bytes_even_after_a_worker_is_killed(ray, tiny, tmp_path):
     """Compares the shards of a real U-Net from two Ray workers, one of which is killed, with those of the inline
     engine."""
     teacher = tiny[1]["teacher"].artifact.folder
@@ -402,7 +401,7 @@ def working() -> set[int]:
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_driver_takes_its_ray_along_and_is_resumed(tmp_path, number):
+def test_a_stopped_driver_stops_its_ray_and_can_be_resumed(tmp_path, number):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.05"))
     store, others = tmp_path / "store", working()

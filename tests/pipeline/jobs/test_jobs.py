@@ -23,7 +23,7 @@ from tests.support.ray_cluster import TOKEN, Cluster, Proxy
 
 pytestmark = pytest.mark.cluster
 
-SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.25")  # long enough to be met half-way on a busy machine
+SLOW = GAUSSIAN.replace("delay: 0.0", "delay: 0.25")  # long enough to be interrupted half-way on a busy machine
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,7 @@ def until(condition, seconds=60):
         time.sleep(0.1)
 
 
-def test_a_run_goes_to_the_cluster_and_its_log_comes_back(cluster, run, manifest, tmp_path, inline):
+def test_a_run_on_a_cluster_prints_its_log_here(cluster, run, manifest, tmp_path, inline):
     store = tmp_path / "store of mine"
     elsewhere = {"RAY_ADDRESS": "ray://nowhere:1", "RAY_API_SERVER_ADDRESS": "http://nowhere:1"}
     done = run("submit", manifest(GAUSSIAN), "--store", store, "--address", cluster.address, **elsewhere)
@@ -115,7 +115,7 @@ def test_a_run_goes_to_the_cluster_and_its_log_comes_back(cluster, run, manifest
     assert job["address"] == cluster.address and job["id"].startswith("retort-gaussian-")
 
 
-def test_a_detached_job_goes_on_is_followed_again_and_is_never_doubled(cluster, run, manifest, tmp_path, inline):
+def test_a_detached_job_runs_on_and_is_followed_instead_of_submitted_twice(cluster, run, manifest, tmp_path, inline):
     store, at = tmp_path / "store", ("--address", cluster.address)
     process = run("submit", manifest(SLOW), "--store", store, *at, wait=False)
     until(lambda: list(store.glob("pairs/pool/*/*.parquet")))
@@ -167,7 +167,7 @@ def job_of(address, entry_point, name):
     return jobs.Job("any", address, name, "", "")
 
 
-def test_a_cut_log_goes_on_where_it_was(cluster, user, capsys):
+def test_a_log_whose_connection_was_cut_continues_where_it_was(cluster, user, capsys):
     """The log is cut four times, in the middle of lines and of messages of the dashboard."""
     proxy = Proxy(cluster.port, cuts=[350, 1200, 1777, 2503], outage=0.7)
     entry_point = 'i=0; while [ $i -lt 300 ]; do echo "line $i ☃ of the log"; i=$((i+1)); sleep 0.03; done; exit 7'
@@ -206,7 +206,7 @@ def test_a_wrong_token_is_explained(cluster, run, manifest, tmp_path, token, say
     assert not (tmp_path / "s/runs/gaussian/job.json").exists()
 
 
-def test_a_token_in_a_file_is_sent(cluster, run, manifest, tmp_path):
+def test_the_token_of_a_file_is_sent(cluster, run, manifest, tmp_path):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     file = {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     at = ("--store", tmp_path / "s", "--address", cluster.address, "--no-wait")
@@ -238,7 +238,7 @@ NO_RETORT = "import sys; sys.modules['pipeline'] = None"
     ],
     ids=["other version", "other sources", "none"],
 )
-def test_a_node_with_another_retort_or_none_is_explained(cluster, user, run, manifest, tmp_path, start, says):
+def test_a_node_with_another_retort_or_without_retort_is_explained(cluster, user, run, manifest, tmp_path, start, says):
     with_gpu = SLOW + "resources: {pairs: {gpus_per_worker: 1}}\n"
     at = ("--store", tmp_path / "s", "--address", cluster.address)
     (tmp_path / "sitecustomize.py").write_text(start)

@@ -1,4 +1,4 @@
-"""Chains: the stages that a chain stands for, chains in matrices, and how other stages name them."""
+"""Chains: their links, chains in matrices, and how other stages name them."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from pipeline.manifest.model import dump
 from tests.support.pipelines import PROGRESSIVE, TINY, plan_of
 
 
-def test_a_chain_is_a_stage_for_each_halving():
+def test_a_chain_has_a_stage_for_each_halving():
     loaded = loads(TINY + PROGRESSIVE, "m.yaml")
     names = ["fewer/4", "fewer/2", "fewer/1"]
     assert [n for n in loaded.order if n.startswith("fewer")] == names
@@ -20,7 +20,7 @@ def test_a_chain_is_a_stage_for_each_halving():
     assert loads(dump(loaded.manifest), "again.yaml").manifest == loaded.manifest
 
 
-def test_a_chain_of_every_member_of_a_matrix_and_of_what_it_reads():
+def test_each_member_of_a_matrix_has_its_own_chain():
     seeds = TINY + PROGRESSIVE.replace("    latents: latents\n", "    latents: latents\n    matrix: {seed: [0, 1]}\n")
     names = [n for n in loads(seeds, "m.yaml").order if n.startswith("quality")]
     assert sorted(names) == sorted(f"quality/{n}[seed={seed}]" for n in (4, 2, 1) for seed in (0, 1))
@@ -33,7 +33,7 @@ def test_a_chain_of_every_member_of_a_matrix_and_of_what_it_reads():
 
 
 @pytest.mark.parametrize("varied", ["fewer", "teacher"])
-def test_a_link_of_every_member_and_the_chain_of_one_can_be_read(varied):
+def test_a_stage_can_read_one_link_of_all_members_or_all_links_of_one_member(varied):
     matrix = "    matrix: {seed: [0, 1]}\n"
     line = {"fewer": "    latents: latents\n", "teacher": "    kind: teacher\n"}[varied]
     text = (TINY + PROGRESSIVE).replace(line, line + matrix)
@@ -44,7 +44,7 @@ def test_a_link_of_every_member_and_the_chain_of_one_can_be_read(varied):
         return {n: s.student for n, s in stages.items() if n.startswith("quality")}
 
     assert read("fewer[seed=1]") == {f"quality/{n}": f"fewer/{n}[seed=1]" for n in (4, 2, 1)}
-    link = "" if varied == "fewer" else "/2"  # which is then a stage, that comes to several
+    link = "" if varied == "fewer" else "/2"  # the name then means several stages
     assert read("fewer/2") == {f"quality{link}[seed={seed}]": f"fewer/2[seed={seed}]" for seed in (0, 1)}
     assert read("fewer/2[seed=1]") == {"quality": "fewer/2[seed=1]"}
     assert len(read("fewer")) == 6
@@ -53,8 +53,8 @@ def test_a_link_of_every_member_and_the_chain_of_one_can_be_read(varied):
             read(wrong)
 
 
-def test_a_link_does_not_depend_on_where_its_chain_ends(tmp_path):
-    """Nor on its name: a chain of one link has one."""
+def test_a_link_does_not_depend_on_the_end_of_its_chain(tmp_path):
+    """A chain of one link has a link label, too."""
     longer = plan_of(TINY + PROGRESSIVE, tmp_path)
     shorter = plan_of(
         (TINY + PROGRESSIVE).replace("end_steps: 1", "end_steps: 2").replace("{1: 6}", "{2: 4}"), tmp_path
@@ -67,7 +67,7 @@ def test_a_link_does_not_depend_on_where_its_chain_ends(tmp_path):
     assert by_hand["fewer/4"].artifact.fingerprint == longer["fewer/4"].artifact.fingerprint
 
 
-def test_a_chain_that_goes_on_from_another(tmp_path):
+def test_a_chain_can_start_from_another_chain(tmp_path):
     more = PROGRESSIVE.split("  quality")[0].replace("fewer:", "further:").replace("start_steps: 8", "start_steps: 4")
     more = more.split("{threads: 1}}\n")[1].replace(
         "    latents: latents", "    start_from: fewer/4\n    latents: latents"

@@ -1,4 +1,4 @@
-"""Manifests: how they are read, and that every error names its place."""
+"""Manifests: parsing, and errors that name their line."""
 
 import textwrap
 import tracemalloc
@@ -63,7 +63,7 @@ def test_anchors_and_merge_keys_work():
     )
 )
 @settings(deadline=None)
-def test_what_is_dumped_is_read_back_equal(value):
+def test_dumped_values_are_read_back_equal(value):
     assert parse(yaml_document.dump({"a": value}), "x").value == {"a": value}
 
 
@@ -80,7 +80,7 @@ def test_what_is_dumped_is_read_back_equal(value):
         (f"seed: 0x{'f' * 4000}", "m.yaml:1:7", "an integer of 4,002 characters; at most 100 are read"),
     ],
 )
-def test_broken_yaml_is_placed(text, place, words):
+def test_errors_of_invalid_yaml_name_the_place(text, place, words):
     message = problems(text)
     assert message.startswith(place) and words in message
 
@@ -99,7 +99,7 @@ def six_levels_of_merges():
 @pytest.mark.parametrize(
     ("text", "place"), [(six_levels_of_lists(), "m.yaml:6:"), (six_levels_of_merges(), "m.yaml:1:")]
 )
-def test_aliases_that_multiply_are_refused_before_they_fill_the_memory(text, place):
+def test_nested_aliases_are_refused_before_they_fill_the_memory(text, place):
     tracemalloc.start()
     try:
         message = problems(text)
@@ -110,7 +110,7 @@ def test_aliases_that_multiply_are_refused_before_they_fill_the_memory(text, pla
     assert peak < 5e6
 
 
-def test_every_problem_is_reported_with_place_line_and_caret():
+def test_every_problem_is_reported_with_its_line_and_a_caret():
     message = problems(
         """\
         name: x y
@@ -171,7 +171,7 @@ def test_cycles_are_found():
     assert "a cycle: a -> b -> a" in problems(text)
 
 
-def test_a_value_that_replaces_a_merged_one_has_its_own_place():
+def test_errors_of_an_overridden_merge_key_name_the_overriding_line():
     text = """name: x
 stages:
   a: {kind: teacher, train: &train {dataset: {name: digits, size: 16}}}
@@ -186,7 +186,7 @@ def test_a_teacher_has_exactly_one_source():
     )
 
 
-def test_resources_name_stages_that_can_use_them():
+def test_resources_that_a_stage_cannot_use_are_refused():
     assert "resources.pears: there is no such stage; did you mean 'pairs'?" in problems(
         GAUSSIAN + "resources: {pears: {}}"
     )
@@ -226,21 +226,21 @@ def test_unreadable_files(tmp_path):
     ["seed=!!int abc", "seed=" + "9" * 5000, "seed=!!timestamp x", "stages.pairs.matrix={1: [2]}", "store=[",
      "stages.pairs.matrix=&a {x: *a}", "stages.pairs.count=" + "[" * 3000, "stages.pairs.prompts=''"],
 )  # fmt: skip
-def test_odd_overrides_are_refused(override):
+def test_invalid_overrides_are_refused(override):
     assert problems(GAUSSIAN, override)
 
 
-def test_paths_that_no_machine_knows_block_the_plan(tmp_path):
+def test_paths_that_do_not_exist_block_the_plan(tmp_path):
     for path in ("x" * 400 + ".txt", "~nobody-of-that-name/x.txt"):
         assert plan_of(GAUSSIAN, tmp_path, [f"stages.pairs.prompts={path}"])["pairs"].state == "blocked"
 
 
-def test_a_misspelt_kind_below_an_anchor_is_placed_at_its_line():
+def test_a_misspelt_kind_below_an_anchor_is_reported_at_its_line():
     text = "name: x\nstages:\n  a: &a\n    knid: pairs\n  b:\n    <<: *a\n"
     assert "m.yaml:4:5: stages.a.kind: missing" in problems(text)
 
 
-def test_a_null_that_is_no_default_is_kept():
+def test_a_null_that_is_not_the_default_is_kept():
     text = """
     name: x
     stages:
@@ -250,7 +250,7 @@ def test_a_null_that_is_no_default_is_kept():
     assert "caption: null" in dump(manifest) and loads(dump(manifest), "again.yaml").manifest == manifest
 
 
-def test_problems_come_in_the_order_of_the_file():
+def test_problems_are_listed_in_the_order_of_the_file():
     message = problems(GAUSSIAN.replace("name: gaussian", "nam: gaussian").replace("count: 40", "cuont: 40"))
     lines = [int(line.split(":")[1]) for line in message.splitlines() if line.startswith("m.yaml:")]
     assert lines == sorted(lines) and len(lines) >= 3
@@ -258,5 +258,5 @@ def test_problems_come_in_the_order_of_the_file():
 
 @given(mutation=mutations())
 @settings(max_examples=500, deadline=None)
-def test_a_mutated_manifest_is_planned_or_refused_with_the_place(mutation, tmp_path_factory):
+def test_a_mutated_manifest_is_planned_or_refused_with_the_line(mutation, tmp_path_factory):
     check(mutation, tmp_path_factory.getbasetemp())

@@ -27,7 +27,7 @@ def problems(text: str) -> str:
     return str(caught.value)
 
 
-def test_a_stage_is_made_once_for_every_combination_and_so_are_those_that_read_it():
+def test_a_stage_and_its_readers_are_made_once_for_every_combination():
     loaded = loads(manifest("{method.loss: [l1, mse], seed: [0, 1]}"), "m.yaml")
     places = [f"[loss={loss},seed={seed}]" for loss in ("l1", "mse") for seed in (0, 1)]
     assert loaded.order == ["teacher", "pairs", *(f"{kind}{at}" for at in places for kind in ("student", "quality"))]
@@ -37,7 +37,7 @@ def test_a_stage_is_made_once_for_every_combination_and_so_are_those_that_read_i
     assert stages["quality[loss=mse,seed=1]"].student == "student[loss=mse,seed=1]"
 
 
-def test_a_matrix_member_is_the_stage_that_would_be_written_by_hand(tmp_path):
+def test_a_matrix_member_equals_the_stage_written_by_hand(tmp_path):
     by_hand = plan_of(TINY + QUALITY, tmp_path, ["stages.student.method.loss=mse", "stages.student.seed=1"])
     member = plan_of(manifest("{method.loss: [l1, mse], seed: [0, 1]}"), tmp_path)
     for name in ("student", "quality"):
@@ -45,7 +45,7 @@ def test_a_matrix_member_is_the_stage_that_would_be_written_by_hand(tmp_path):
         assert found == by_hand[name].artifact.fingerprint
 
 
-def test_matrices_that_meet_stand_at_the_same_place():
+def test_a_reader_of_a_matrix_with_a_matrix_of_its_own_has_both_in_its_name():
     text = manifest("{seed: [0, 1]}", pairs="{sampler.steps: [5, 6]}").replace(
         "samples: 40", "samples: 40, matrix: {samples: [40, 50]}"
     )
@@ -66,7 +66,7 @@ def test_two_inputs_of_one_matrix_are_paired_and_not_crossed():
     assert [s.pairs for s in loaded.manifest.stages["student[seed=1]"].pairs] == ["pairs[seed=1]", "other[seed=1]"]
 
 
-def test_a_member_can_be_named_alone():
+def test_a_stage_can_read_a_single_member():
     text = TINY.replace("    kind: pairs\n", "    kind: pairs\n    matrix: {sampler.steps: [5, 6]}\n").replace(
         "    pairs: pairs\n", '    pairs: "pairs[steps=6]"\n'
     )
@@ -157,19 +157,19 @@ def test_resources_of_a_chain_of_every_member_and_of_one():
         ),
     ],
 )
-def test_problems_of_a_matrix_are_placed(matrix, words):
+def test_problems_of_a_matrix_are_reported_at_their_line(matrix, words):
     message = problems(manifest(matrix))
     assert words in message and message.startswith("m.yaml:21:")
 
 
-def test_what_is_wrong_in_every_member_is_said_once():
+def test_a_problem_of_every_member_is_reported_once():
     message = problems(manifest("{seed: [0, 1, 2]}").replace("steps: 24", "stepz: 24"))
     assert message.count("unknown key") == 1 and "m.yaml:24:16: stages.student.training.stepz" in message
     message = problems(manifest("{seed: [0, 1, 2]}").replace("pairs: pairs", "pairs: pears"))
     assert message.count("there is no stage 'pears'") == 1
 
 
-def test_a_contradiction_of_one_member_points_at_its_value(tmp_path):
+def test_a_problem_of_one_member_is_reported_at_its_value(tmp_path):
     with pytest.raises(ManifestError) as caught:
         plan_of(manifest("{held_out: [32, 96]}"), tmp_path)
     assert len(caught.value.problems) == 1
@@ -177,7 +177,7 @@ def test_a_contradiction_of_one_member_points_at_its_value(tmp_path):
     assert "stages.student.matrix.held_out.1: 96 pairs held out of 96" in str(caught.value)
 
 
-def test_commands_take_members_and_whole_matrices(tmp_path):
+def test_commands_accept_members_and_whole_matrices(tmp_path):
     path, store = tmp_path / "m.yaml", tmp_path / "s"
     path.write_text(manifest("{method.loss: [l1, mse]}"))
 
@@ -201,7 +201,7 @@ def test_commands_take_members_and_whole_matrices(tmp_path):
     )
 )
 @settings(max_examples=100, deadline=None)
-def test_any_matrix_is_valid_or_refused_with_its_place(matrix):
+def test_any_matrix_is_valid_or_refused_with_its_line(matrix):
     try:
         loaded = loads(manifest(json.dumps(matrix)), "m.yaml")
     except ManifestError as error:
@@ -213,14 +213,14 @@ def test_any_matrix_is_valid_or_refused_with_its_place(matrix):
     assert sum(name.startswith("student[") for name in loaded.order) == count
 
 
-def test_a_matrix_runs_and_its_members_share_what_they_read(tmp_path, tiny):
+def test_members_of_a_matrix_share_their_inputs(tmp_path, tiny):
     plan = execute(manifest("{training.steps: [2, 3]}"), tiny[0], name="matrix")
     assert plan["student[steps=2]"].artifact.folder.joinpath("artifact.json").exists()
     assert plan["quality[steps=3]"].artifact.inputs["student"] == plan["student[steps=3]"].artifact
     assert plan["pairs"].artifact == tiny[1]["pairs"].artifact
 
 
-def test_a_setting_that_is_varied_is_not_overridden_in_silence():
+def test_overriding_a_varied_setting_is_an_error():
     text = manifest("{training.steps: [2, 3]}")
     with pytest.raises(ManifestError, match=r"is varied by the matrix; set stages.student.matrix.training.steps"):
         loads(text, "m.yaml", ["stages.student.training.steps=5"])
@@ -234,7 +234,7 @@ def test_a_member_of_a_resolved_manifest_can_be_overridden():
     assert loaded.manifest.stages["student[learning_rate=0.5]"].training.steps == 9
 
 
-def test_names_that_are_taken_or_long():
+def test_taken_names_are_refused_and_long_names_shortened():
     taken = manifest("{seed: [0, 1]}") + "  student[seed=1]: {kind: teacher, from: digit_scenes}\n"
     assert "the matrix of student makes a stage of this name" in problems(taken)
     long = "{" + ", ".join(f"training.{name}: [0.123456789]" for name in
@@ -243,7 +243,7 @@ def test_names_that_are_taken_or_long():
     assert len(set(names)) == 2 and all(len(name) < 160 for name in names)
 
 
-def test_combinations_have_a_limit():
+def test_the_number_of_combinations_is_limited():
     steps = ", ".join(map(str, range(5, 205)))
     text = manifest(pairs=f"{{sampler.steps: [{steps}]}}")
     text += "  other: {kind: pairs, teacher: teacher, prompts: digits, count: 128, matrix: {seed: [%s]}}\n"

@@ -23,7 +23,7 @@ from tests.support.pipelines import GAUSSIAN, TINY, execute, plan_of
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "manifests").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_manifest_is_planned_without_torch_ray_or_diffusers(path, tmp_path):
+def test_planning_imports_neither_torch_nor_ray_nor_diffusers(path, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", BLOCKER, "plan", str(path), "--store", str(tmp_path), "--json"],
         cwd=ROOT, capture_output=True, text=True,
@@ -37,7 +37,7 @@ def test_planning_changes_nothing(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_what_is_sealed_is_reused_and_what_changed_says_why(tmp_path):
+def test_sealed_stages_are_reused_and_changed_stages_say_why(tmp_path):
     execute(GAUSSIAN, tmp_path)
     assert {s.state for s in plan_of(GAUSSIAN, tmp_path).values()} == {"reuse"}
     plan = plan_of(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=25", "stages.pairs.dtype=float16"])
@@ -55,13 +55,13 @@ def test_execution_and_resources_make_nothing_stale(tmp_path):
     assert {s.state for s in plan_of(changed, tmp_path).values()} == {"reuse"}
 
 
-def test_two_manifests_share_what_they_have_in_common(tmp_path):
+def test_two_manifests_share_equal_stages(tmp_path):
     first = execute(GAUSSIAN, tmp_path)
     other = plan_of(GAUSSIAN.replace("name: gaussian", "name: other"), tmp_path)
     assert other["pairs"].state == "reuse" and other["pairs"].artifact.folder == first["pairs"].artifact.folder
 
 
-def test_a_prompts_file_counts_by_content(tmp_path):
+def test_the_content_of_a_prompts_file_decides_the_fingerprint(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
     text = GAUSSIAN.replace("prompts: digits", f"prompts: {prompts}")
@@ -75,7 +75,7 @@ def test_a_prompts_file_counts_by_content(tmp_path):
     assert after.pool != before.pool
 
 
-def test_a_file_that_changes_while_the_run_goes_on_seals_nothing(tmp_path):
+def test_a_stage_whose_prompts_change_during_the_run_is_not_sealed(tmp_path):
     prompts, store = tmp_path / "prompts.txt", tmp_path / "store"
     prompts.write_text("a cat\n")
     loaded = loads(GAUSSIAN.replace("prompts: digits", f"prompts: {prompts}"), "test.yaml", [f"store={store}"])
@@ -104,7 +104,7 @@ def test_links_are_followed_when_a_folder_is_hashed(tmp_path):
     assert HashCache(tmp_path / "none").sha256_of(folder, ["unet/config.json"]) != before
 
 
-def test_links_that_loop_are_followed_once(tmp_path):
+def test_looping_links_are_followed_once(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     (tmp_path / "a" / "one.txt").write_text("x")
@@ -119,13 +119,13 @@ def test_links_that_loop_are_followed_once(tmp_path):
     assert len(files_of(f"{tmp_path}/**")) == 2 and list(files_of(f"{tmp_path}/*/*.txt")) == ["one.txt"]
 
 
-def test_a_count_is_no_part_of_the_pool(tmp_path):
+def test_the_pool_does_not_depend_on_the_count(tmp_path):
     plan, more = plan_of(GAUSSIAN, tmp_path)["pairs"], plan_of(GAUSSIAN, tmp_path, ["stages.pairs.count=99"])["pairs"]
     assert plan.artifact.fingerprint != more.artifact.fingerprint and plan.pool == more.pool
     assert plan_of(GAUSSIAN, tmp_path, ["stages.pairs.shard_size=8"])["pairs"].pool != plan.pool
 
 
-def test_a_seed_of_its_own_leaves_the_inputs_alone(tmp_path):
+def test_the_seed_of_a_stage_does_not_change_its_inputs(tmp_path):
     plan, other = plan_of(TINY, tmp_path), plan_of(TINY, tmp_path, ["stages.student.seed=1"])
     assert plan["pairs"].artifact == other["pairs"].artifact
     assert plan["student"].artifact.fingerprint != other["student"].artifact.fingerprint
@@ -133,7 +133,7 @@ def test_a_seed_of_its_own_leaves_the_inputs_alone(tmp_path):
     assert same["student"].artifact.fingerprint == plan["student"].artifact.fingerprint
 
 
-def test_damage_is_noticed(tmp_path):
+def test_the_plan_notices_damage(tmp_path):
     pairs = execute(GAUSSIAN, tmp_path)["pairs"]
     next(pairs.pool.glob("00001.tar")).unlink()
     plan = plan_of(GAUSSIAN, tmp_path)["pairs"]
@@ -174,7 +174,7 @@ def test_an_artifact_may_be_named_by_its_path(tmp_path):
         plan_of(text.replace(teacher.fingerprint, "nothing"), tmp_path)
 
 
-def test_contradictions_between_stages_are_errors_of_the_plan(tmp_path):
+def test_settings_that_contradict_other_stages_are_errors_of_the_plan(tmp_path):
     for override, words in {
         "stages.student.held_out=96": "96 pairs held out of 96 leave none to train on",
         "stages.pairs.shard_size=97": "it is 97, but count is only 96",
@@ -189,7 +189,7 @@ def test_contradictions_between_stages_are_errors_of_the_plan(tmp_path):
         plan_of(f"{GAUSSIAN}  student: {student}", tmp_path)
 
 
-def test_an_unreachable_hub_blocks_but_a_commit_does_not(tmp_path):
+def test_an_unreachable_hub_blocks_the_plan_unless_a_commit_is_given(tmp_path):
     text = "name: hub\nstages:\n  teacher: {kind: teacher, from: someone/model%s}\n"
     blocked = plan_of(text % "", tmp_path)["teacher"]
     assert blocked.state == "blocked" and "give `revision:` a full commit" in blocked.why
@@ -197,7 +197,7 @@ def test_an_unreachable_hub_blocks_but_a_commit_does_not(tmp_path):
     assert known.state == "run" and known.contents == {"from_": "hub:" + "a" * 40}
 
 
-def test_a_blocked_run_is_refused_before_it_is_frozen(tmp_path):
+def test_a_blocked_plan_is_not_stored_as_a_run(tmp_path):
     manifest = tmp_path / "m.yaml"
     manifest.write_text("name: hub\nstages:\n  teacher: {kind: teacher, from: someone/model}\n")
     done = retort("submit", manifest, "--store", tmp_path / "s")
@@ -205,7 +205,7 @@ def test_a_blocked_run_is_refused_before_it_is_frozen(tmp_path):
     assert not (tmp_path / "s" / "runs" / "hub" / "plan.json").exists()
 
 
-def test_what_a_hub_id_was_found_to_be_is_kept_with_the_run(tmp_path):
+def test_the_commit_of_a_hub_id_is_kept_with_the_run(tmp_path):
     loaded = loads("name: hub\nstages:\n  teacher: {kind: teacher, from: someone/model}\n", "m.yaml")
     kept = pinned(loaded.manifest, {"teacher": {"from_": "hub:" + "b" * 40}})
     assert kept.stages["teacher"].revision == "b" * 40
@@ -228,7 +228,7 @@ def test_a_neutral_default_leaves_fingerprints_unchanged():
     assert identity(Extended(added=1.0), 0, {}, {}) != before
 
 
-def test_pools_leave_out_extents_only():
+def test_only_extent_fields_do_not_change_the_pool():
     a, b, c = Example(), Example(amount=11), Example(size=4)
     ids = [identity(x, 0, {}, {}) for x in (a, b, c)]
     pools = [pool_fingerprint(x, i) for x, i in zip((a, b, c), ids, strict=True)]

@@ -1,14 +1,15 @@
-"""What is recorded in recorded.json: fingerprints of artifacts, and hashes of the code that decides results.
+"""Compares fingerprints of artifacts, and hashes of the code behind results, with those recorded in recorded.json.
 
-A fingerprint that changes makes an artifact stale: its stage runs again for every user. Code that changes leaves the
-fingerprint as it is: old results are reused, although the same settings now give others. Raising VERSION prevents that.
-The tests here fail at either change, so that whoever makes it decides.
+If a fingerprint changes, its artifact is stale for every user, and the stage runs again. If code changes, the
+fingerprint stays the same: old results are reused, although the same settings may now give other results. Raising
+VERSION prevents that. The tests here fail at either change, so that its author must decide.
 
 RESULTS names the modules whose code decides the bytes of a stage's files or the numbers in its record: networks,
-losses, methods, the training loop, samplers, the order of data, the formats of sealed files. It names no others:
+losses, methods, the training loop, samplers, the order of data, the formats of sealed files. It leaves out:
 
-- `stage.py` and `config.py`: settings are part of the fingerprint. Such a file is named where it computes something.
-- Cards, pages, checks, warnings, progress, receipts and checkpoints: they change no result.
+- `stage.py` and `config.py`, because settings are part of the fingerprint. A file of such a name is listed only if it
+  computes something.
+- Cards, pages, checks, warnings, progress, receipts and checkpoints, because they change no result.
 
 The hash is of syntax trees. It leaves out comments, docstrings, imports, descriptions of settings, and the words of
 errors and of the log. It leaves out file names, too: a module that is moved or renamed keeps its hash.
@@ -98,7 +99,7 @@ RESULTS = {
         *(*TEACHER, *STUDENT, *TRAINING),
     ],
     "probe": [
-        "probe/stage.py",  # which trains and measures the classifier
+        "probe/stage.py",  # it trains and measures the classifier
         "networks/{compute,probe}.py",
         "data/{order,shares}.py",
         *IMAGES,
@@ -113,7 +114,7 @@ RESULTS = {
         "evaluate/{measure,noises,particles,parts,real,run,sides}.py",
         "metrics/{distances,images,protocols}.py",
         "networks/{probe,standard}.py",
-        "diffusion/config.py",  # which counts network calls
+        "diffusion/config.py",  # it counts network calls
         "data/{noise,reader}.py",
         "data/prompts/table.py",
         *(*TEACHER, *SOLVER, *STUDENT, *IMAGES),
@@ -130,7 +131,7 @@ def globs(pattern: str) -> Iterator[str]:
 
 
 def code(node: object) -> object:
-    """A syntax tree as JSON, without positions and without what decides no result."""
+    """A syntax tree as JSON, without positions and without the parts that change no result."""
     if isinstance(node, list):
         return [code(one) for one in node if not decides_nothing(one)]
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
@@ -153,7 +154,8 @@ def decides_nothing(node: object) -> bool:
 
 
 def source_hash(kind: str) -> str:
-    """SHA-256 of the code of all modules that RESULTS names for a stage kind, in an order that no name decides."""
+    """SHA-256 of the code of all modules that RESULTS names for a stage kind. It does not depend on the names of the
+    modules."""
     files = {file for pattern in RESULTS.get(kind, ()) for glob in globs(pattern) for file in STAGES.glob(glob)}
     codes = sorted(json.dumps(code(ast.parse(file.read_text(encoding="utf-8")))) for file in files)
     return hashlib.sha256("\n".join(codes).encode()).hexdigest()
@@ -171,7 +173,7 @@ def sources() -> dict[str, dict[str, object]]:
     return {kind: {"version": stage.VERSION, "sha256": source_hash(kind)} for kind, stage in KINDS.built_in.items()}
 
 
-def test_fingerprints_are_those_recorded(tmp_path):
+def test_fingerprints_equal_the_recorded_ones(tmp_path):
     assert fingerprints(tmp_path) == json.loads(RECORDED.read_text())["fingerprints"], (
         "Fingerprints changed. Every artifact of every user becomes stale and is made again. "
         "If you added a setting, mark it Neutral(): at its default it then changes no fingerprint. "
@@ -179,7 +181,7 @@ def test_fingerprints_are_those_recorded(tmp_path):
     )
 
 
-def test_sources_are_those_recorded_for_their_versions():
+def test_source_hashes_equal_the_recorded_ones():
     recorded, now = json.loads(RECORDED.read_text())["sources"], sources()
     changed = [kind for kind in now if now[kind] != recorded.get(kind)]
     assert not changed, (
@@ -190,7 +192,7 @@ def test_sources_are_those_recorded_for_their_versions():
     )
 
 
-def test_every_stage_kind_names_modules_that_exist():
+def test_every_stage_kind_has_an_entry_of_existing_modules():
     assert RESULTS.keys() == KINDS.built_in.keys(), (
         "RESULTS needs an entry for each stage kind: the modules whose code decides its results"
     )
@@ -219,7 +221,7 @@ def check(x):
     ("square()", "abs()", False),
     ("    return x", "    x = x\n    return x", False),
 ])  # fmt: skip
-def test_what_decides_no_result_is_left_out_of_the_hash(old, new, same):
+def test_the_hash_ignores_code_that_changes_no_result(old, new, same):
     assert old in CODE
     assert (code(ast.parse(CODE)) == code(ast.parse(CODE.replace(old, new)))) == same
 

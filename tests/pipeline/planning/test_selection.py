@@ -28,7 +28,7 @@ def tars(store):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(store.glob("pairs/pool/*/*.tar"))}
 
 
-def test_forcing_a_stage_makes_it_and_its_dependants_again_with_the_same_bytes(made):
+def test_a_forced_stage_and_its_dependants_are_made_again_with_the_same_bytes(made):
     _, store = made
     before = tars(store)
     plan = execute(CHAIN, store, force=["teacher"])
@@ -39,13 +39,13 @@ def test_forcing_a_stage_makes_it_and_its_dependants_again_with_the_same_bytes(m
     assert {s.state for s in plan_of(CHAIN, store).values()} == {"reuse"}
 
 
-def test_forcing_one_stage_leaves_the_others_alone(made):
+def test_forcing_one_stage_does_not_change_the_others(made):
     _, store = made
     plan = execute(CHAIN, store, force=["more"])
     assert [s.state for s in plan.values()] == ["reuse", "reuse", "run"]
 
 
-def test_forcing_takes_nothing_away_that_it_does_not_make_again(made):
+def test_forcing_is_refused_if_it_would_remove_files_of_other_artifacts(made):
     path, store = made
     arguments = ("submit", path, "--store", store, "--engine", "inline")
     done = retort(*arguments, "--force", "teacher", "--only", "teacher")
@@ -75,7 +75,7 @@ def test_forcing_is_all_or_nothing(made):
     assert {s.state for s in plan_of(CHAIN, store).values()} == {"reuse"}
 
 
-def test_a_forced_run_that_is_killed_goes_on_as_any_other(made):
+def test_a_killed_forced_run_can_be_resumed(made):
     _, store = made
     run = Run(Store(store), "gaussian")
     loaded = run.manifest()
@@ -86,7 +86,7 @@ def test_a_forced_run_that_is_killed_goes_on_as_any_other(made):
     assert {s.state for s in plan_of(CHAIN, store).values()} == {"reuse"}
 
 
-def test_from_a_stage_onward(made):
+def test_from_runs_a_stage_and_its_dependants(made):
     path, store = made
     arguments = ("submit", path, "--store", store, "--engine", "inline", "--set", "stages.teacher.gaussian.std=0.7")
     done = retort(*arguments, "--from", "pairs")
@@ -96,7 +96,7 @@ def test_from_a_stage_onward(made):
     assert list(json.loads(retort("plan", path, "--store", store, "--from", "pairs", "--json").stdout)) == ["pairs"]
 
 
-def test_names_that_are_not_there_are_refused(tmp_path):
+def test_unknown_stage_names_are_refused(tmp_path):
     plan = list(plan_of(CHAIN, tmp_path).values())
     with pytest.raises(UsageError, match="no stage 'teecher'; did you mean 'teacher'"):
         Selection(only=["teecher"]).of(plan)
@@ -129,7 +129,7 @@ def test_differences_between_a_manifest_and_a_run_and_between_runs(made):
     assert retort("plan", path, "--store", store, "--diff", "nobody").returncode == 2
 
 
-def test_a_run_is_planned_and_found_by_its_manifest(made, tmp_path):
+def test_commands_take_the_name_or_the_manifest_of_a_run(made, tmp_path):
     path, store = made
     assert json.loads(retort("plan", "gaussian", "--store", store, "--json").stdout)["more"]["state"] == "reuse"
     path.write_text(CHAIN.replace("name: gaussian", f"name: gaussian\nstore: {store}"))

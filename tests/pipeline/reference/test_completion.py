@@ -1,4 +1,4 @@
-"""Shell completion: what is offered when the shell's script asks, and the scripts themselves."""
+"""Shell completion: the words that are offered, and the shell scripts."""
 
 import subprocess
 
@@ -34,12 +34,12 @@ def test_commands_and_names_are_offered():
     assert offered("retort completion ") == ["bash", "zsh", "fish"]
 
 
-def test_runs_and_stages_are_offered_from_every_place_a_store_may_be_named(store, tmp_path):
+def test_runs_and_stages_are_offered_wherever_the_store_is_named(store, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     runs = ["broken", "first", "second"]
     assert offered("retort status ", tmp_path)[:3] == runs
-    assert offered("retort status ", elsewhere) == [""]  # files, which the shell knows itself
+    assert offered("retort status ", elsewhere) == [""]  # files: the shell completes them itself
     assert offered("retort resume f", elsewhere, RETORT_STORE=str(store)) == ["first", "f"]
     assert offered(f"retort resume --store {store} ", elsewhere)[:3] == runs
     assert offered("retort resume first ", tmp_path) == ["teacher", "pairs"]
@@ -57,7 +57,7 @@ def test_the_scripts_ask_retort(shell):
     assert "retort completion bash" in retort("completion", "--help").stdout
 
 
-def test_bash_takes_its_script():
+def test_bash_accepts_its_script():
     script = retort("completion", "bash").stdout
     done = subprocess.run(["bash", "-c", script + "\ncomplete -p retort"], capture_output=True, text=True)
     assert done.returncode == 0 and "_retort_completion retort" in done.stdout

@@ -29,7 +29,7 @@ EVERYTHING = dict(found for name, config in BUILT_IN for found in walk(config, n
 
 
 @pytest.mark.parametrize("path", EVERYTHING)
-def test_everything_says_what_it_is_and_what_each_setting_means(path):
+def test_every_class_has_a_docstring_and_every_setting_a_description(path):
     config = EVERYTHING[path]
     assert about(config), f"{path}: {config.__name__} has no docstring"
     silent = [setting.name for setting in settings_of(config) if not setting.description]
@@ -67,23 +67,23 @@ def type_and_default(path):
         ("manifest.stages", f"{' | '.join(KINDS.built_in)}, by name", "required"),
     ],
 )
-def test_types_and_defaults_in_words(path, allowed, default):
+def test_types_and_defaults_are_described_in_words(path, allowed, default):
     assert type_and_default(path) == (allowed, default)
 
 
-def test_words_of_other_annotations():
+def test_other_annotations_are_described_in_words():
     assert words(TypeAdapter(int | None).json_schema()) == "integer"
     assert words(TypeAdapter(dict[str, int]).json_schema()) == "integer, by name"
 
 
-def test_a_name_with_several_meanings_gets_all_of_them():
+def test_a_name_with_several_meanings_is_explained_with_all_of_them():
     assert [topic.used for topic in topics("pairs")] == ["kind: pairs", "distill.pairs"]
     assert len(topics("execution")) == 5 and len(topics("distill.execution")) == 1
     methods = ["progressive", "consistency", "dmd", "dmd2"]
     assert [topic.name for topic in topics("guidance_scale")] == ["evaluate", *methods, "sds", "vsd", "sampler"]
 
 
-def test_every_name_that_is_listed_or_referred_to_is_explained():
+def test_every_listed_name_and_every_reference_can_be_explained():
     for name in [name for group in names().values() for name in group]:
         for topic in topics(name):
             shown = text(topic)
@@ -93,7 +93,7 @@ def test_every_name_that_is_listed_or_referred_to_is_explained():
                     assert topics(line.rpartition(" ")[2])
 
 
-def test_the_command_explains(tmp_path):
+def test_explain_prints_a_table(tmp_path):
     shown = retort("explain", "pairs", COLUMNS="100").stdout
     assert shown.startswith("pairs: a stage kind (kind: pairs)\n\nSolves the teacher's ODE from random noise")
     assert "\n  count            integer >= 1; required\n" in shown
@@ -119,7 +119,7 @@ def test_the_page_of_all_settings_is_current():
     assert retort("explain", "pairs", "--markdown").returncode == 2
 
 
-def test_the_page_has_each_class_of_settings_once_under_a_heading_of_its_own():
+def test_the_page_has_each_class_of_settings_once_with_its_own_heading():
     page = (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8")
     headings = re.findall("^#+ (.+)$", page, re.M)
     assert len(headings) == len(set(headings))

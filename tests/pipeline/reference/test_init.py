@@ -39,7 +39,7 @@ def planned(folder, *arguments):
     return yaml.safe_load(text), stages
 
 
-def test_the_manifest_that_ships_is_what_init_writes():
+def test_the_shipped_manifest_equals_the_output_of_init():
     path = "manifests/digits.yaml"
     shown = retort("init", "-").stdout
     assert (ROOT / path).read_text() == shown.replace("retort.yaml", path), (
@@ -49,7 +49,7 @@ def test_the_manifest_that_ships_is_what_init_writes():
 
 
 @pytest.mark.parametrize("teacher", ["digits", "digit_scenes"])
-def test_teachers_that_need_no_download(teacher, tmp_path):
+def test_init_with_a_shipped_teacher(teacher, tmp_path):
     values, stages = planned(tmp_path, "--teacher", teacher)
     assert values["name"] == teacher and list(values["stages"]) == ["teacher", "pairs", "student", "probe", "quality"]
     assert {state for state, _ in stages.values()} == {"run"}
@@ -65,12 +65,12 @@ def test_teachers_that_need_no_download(teacher, tmp_path):
     ("owner/name", "guided", ["owner/name into few steps", "# a few network calls from noise"]),
     ("digits", "dmd", ["a one-step student", "# one network call from noise"]),
 ])  # fmt: skip
-def test_what_it_says_of_steps_is_true_of_the_method(teacher, method, words):
+def test_the_comment_on_steps_fits_the_method(teacher, method, words):
     text = retort("init", "-", "--teacher", teacher, "--method", method).stdout
     assert all(word in text for word in words)
 
 
-def test_a_folder_in_the_layout_of_stable_diffusion(tiny, tmp_path):
+def test_init_with_a_stable_diffusion_folder(tiny, tmp_path):
     folder = tiny[1]["teacher"].artifact.folder
     prompts = tmp_path / "my prompts.txt"
     prompts.write_text("a red handwritten seven\n")
@@ -80,14 +80,14 @@ def test_a_folder_in_the_layout_of_stable_diffusion(tiny, tmp_path):
     assert {state for state, _ in stages.values()} == {"run"}
 
 
-def test_a_table_of_prompts_has_a_column(tiny, tmp_path):
+def test_init_with_a_table_of_prompts_names_the_column(tiny, tmp_path):
     (tmp_path / "p.csv").write_text("prompt\na cat\n")
     values, stages = planned(tmp_path, "--teacher", tiny[1]["teacher"].artifact.folder, "--prompts", "p.csv")
     assert values["stages"]["pairs"]["prompts"] == {"path": str(tmp_path / "p.csv"), "column": "prompt"}
     assert {state for state, _ in stages.values()} == {"run"}
 
 
-def test_without_prompts_the_plan_says_what_is_missing(tiny, tmp_path):
+def test_init_without_prompts_gives_a_plan_that_says_what_is_missing(tiny, tmp_path):
     done = retort("init", "m.yaml", "--teacher", tiny[1]["teacher"].artifact.folder, cwd=tmp_path)
     assert "replace prompts.txt in it with your own file of prompts" in done.stdout
     (tmp_path / "m.yaml").unlink()
@@ -96,7 +96,7 @@ def test_without_prompts_the_plan_says_what_is_missing(tiny, tmp_path):
     assert stages["pairs"] == ("blocked", f"{tmp_path / 'prompts.txt'} does not exist")
 
 
-def test_a_hub_id(tmp_path):
+def test_init_with_a_hub_id(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     values, stages = planned(tmp_path, "--teacher", "someone/some.model", "--prompts", "prompts.txt")
     assert (values["name"], values["stages"]["teacher"]["from"]) == ("some_model", "someone/some.model")
@@ -107,7 +107,7 @@ def test_a_hub_id(tmp_path):
     assert {stage["state"] for stage in plan.values()} == {"run"}
 
 
-def test_pixel_space_teachers(pixels, tmp_path):
+def test_init_with_pixel_space_teachers(pixels, tmp_path):
     values, stages = planned(tmp_path, "--teacher", pixels["unconditional"])
     assert "prompts" not in values["stages"]["pairs"]
     assert values["stages"]["pairs"]["sampler"]["guidance_scale"] == 1.0
@@ -120,7 +120,7 @@ def test_pixel_space_teachers(pixels, tmp_path):
     assert stages["teacher"][0] == "run" and stages["pairs"][0] == "blocked"
 
 
-def test_what_init_refuses(tiny, tmp_path):
+def test_wrong_arguments_of_init_are_refused(tiny, tmp_path):
     folder = tiny[1]["teacher"].artifact.folder
     (tmp_path / "there.yaml").write_text("mine")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""`retort schema`: what editors accept is what Retort accepts."""
+"""`retort schema`: editors accept the same manifests as Retort."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def test_other_manifests_are_valid(text, validator):
 
 
 @pytest.mark.parametrize("path", WRONG)
-def test_what_retort_refuses_the_schema_refuses_at_the_same_place(path, validator):
+def test_the_schema_refuses_what_retort_refuses_at_the_same_key(path, validator):
     values = copy.deepcopy(read(TINY))
     values["stages"]["student"]["method"]["loss"] = {"name": "l1"}
     values["stages"]["teacher"]["train"]["dataset"] = {"name": "digits"}
@@ -81,7 +81,7 @@ def test_what_retort_refuses_the_schema_refuses_at_the_same_place(path, validato
     assert found == path or (found == ".".join(inside) and last in error.message)
 
 
-def test_a_stage_needs_what_no_matrix_may_give(validator):
+def test_a_matrix_can_give_a_required_setting(validator):
     values = read(GAUSSIAN)
     del values["stages"]["pairs"]["count"]
     assert not validator.is_valid(values)
@@ -89,8 +89,8 @@ def test_a_stage_needs_what_no_matrix_may_give(validator):
     validator.validate(values)
 
 
-def test_the_file_beside_the_manifests_is_that_of_this_version(tmp_path):
-    """`init` writes the same."""
+def test_the_shipped_schema_is_current(tmp_path):
+    """`retort init` writes the same schema."""
     there = (ROOT / "manifests" / FILE).read_text()
     assert there == text() == retort("schema").stdout, f"run: retort schema > manifests/{FILE}"
     retort("init", "m.yaml", cwd=tmp_path)

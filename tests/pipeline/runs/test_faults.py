@@ -1,4 +1,4 @@
-"""What goes wrong around a run: other drivers, edits, a store that vanishes, terminals of every sort."""
+"""Faults around a run: other drivers, edits, a removed store, unusual terminals."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.support.cli import ROOT, command, retort, started
 from tests.support.pipelines import GAUSSIAN
 
 
-def test_a_second_driver_waits_when_asked_to(tmp_path):
+def test_a_second_driver_waits_if_asked_to(tmp_path):
     store = tmp_path / "store"
     first = started(store)
     second = retort("resume", "gaussian", "--store", store, "--engine", "inline", "--wait")
@@ -24,7 +24,7 @@ def test_a_second_driver_waits_when_asked_to(tmp_path):
     assert [event["event"] for event in events if event["stage"] == "pairs"].count("stage_started") == 1
 
 
-def test_another_run_waits_for_a_stage_that_they_share(tmp_path):
+def test_a_second_run_waits_for_a_shared_stage(tmp_path):
     store = tmp_path / "store"
     first = started(store)
     second = retort("submit", tmp_path / "m.yaml", "--store", store, "--engine", "inline", "--wait", "--name", "second")
@@ -32,7 +32,7 @@ def test_another_run_waits_for_a_stage_that_they_share(tmp_path):
     assert "pairs: waiting: pairs/" in second.stderr and "pairs: reused" in second.stderr
 
 
-def test_a_killed_holder_frees_its_lock_at_once(tmp_path):
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     store = tmp_path / "store"
     first = started(store)
     first.kill()
@@ -40,7 +40,7 @@ def test_a_killed_holder_frees_its_lock_at_once(tmp_path):
     assert retort("resume", "gaussian", "--store", store, "--engine", "inline").returncode == 0
 
 
-def test_a_manifest_edited_during_a_run_changes_nothing_in_it(tmp_path):
+def test_editing_the_manifest_does_not_change_a_run_under_way(tmp_path):
     store = tmp_path / "store"
     process = started(store)
     (tmp_path / "m.yaml").write_text("name: [")
@@ -52,7 +52,7 @@ def test_a_manifest_edited_during_a_run_changes_nothing_in_it(tmp_path):
     assert retort("resume", "gaussian", "--store", store).returncode == 0, "the frozen manifest is what is resumed"
 
 
-def test_a_store_removed_under_a_run_is_one_sentence(tmp_path):
+def test_a_store_removed_during_a_run_gives_one_sentence(tmp_path):
     store = tmp_path / "store"
     process = started(store)
     shutil.rmtree(store)
@@ -72,7 +72,9 @@ def test_a_terminal_of_forty_columns_and_no_utf8(tmp_path):
         done = retort(*arguments, "--store", store, **narrow)
         assert done.returncode == 0 and done.stdout.isascii(), done.stderr
         if arguments[0] != "logs":
-            wide = [line for line in done.stdout.splitlines() if len(line) > 40]  # only what a path alone makes so
+            wide = [
+                line for line in done.stdout.splitlines() if len(line) > 40
+            ]  # only lines with a single long path may be longer
             assert all(len(max(line.split(), key=len)) > len(line) - 16 for line in wide), done.stdout
     wrong = tmp_path / "w.yaml"
     wrong.write_text(GAUSSIAN.replace("prompts: digits", "prompts: grüße.txt"))

@@ -21,7 +21,7 @@ def paths(found):
     return {(one["what"], one["path"]) for one in found["found"]}
 
 
-def test_what_an_edit_left_behind_goes_and_the_rest_stays(tmp_path):
+def test_gc_removes_only_what_an_edit_left_behind(tmp_path):
     old = execute(GAUSSIAN, tmp_path)
     execute(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=5"])
     store = Store(tmp_path)
@@ -42,7 +42,7 @@ def test_a_pool_stays_as_long_as_one_artifact_lists_it(tmp_path):
     assert plan_of(GAUSSIAN, tmp_path, ["stages.pairs.count=32"])["pairs"].state == "reuse"
 
 
-def test_what_an_artifact_was_made_from_stays(tmp_path):
+def test_the_inputs_of_a_kept_artifact_are_kept(tmp_path):
     """The artifact is named by its path, through a link to the store, in a run that has not started."""
     made = execute(GAUSSIAN, tmp_path / "store", name="first")
     (tmp_path / "link").symlink_to(tmp_path / "store")
@@ -59,7 +59,7 @@ def test_what_an_artifact_was_made_from_stays(tmp_path):
     assert not Run(Store(tmp_path / "store"), "first").folder.exists()
 
 
-def test_left_over_temporaries_go(tmp_path):
+def test_temporary_files_of_dead_writers_are_removed(tmp_path):
     pairs = execute(GAUSSIAN, tmp_path)["pairs"]
     left = [temporary_of(pairs.pool / "00007.tar"), temporary_of(tmp_path / "contents.json")]
     for path in (*left, pairs.pool / ".nobodys"):
@@ -71,18 +71,18 @@ def test_left_over_temporaries_go(tmp_path):
     assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "reuse"
 
 
-def test_a_damaged_list_lets_no_pool_go(tmp_path):
+def test_a_pool_is_kept_if_a_list_is_damaged(tmp_path):
     pairs = execute(GAUSSIAN, tmp_path)["pairs"]
     (pairs.artifact.folder / "receipts.json").write_text("{")
     assert collect(Store(tmp_path))["found"] == []
 
 
-def test_what_a_live_run_holds_is_never_touched(tmp_path):
+def test_files_of_a_running_stage_are_kept(tmp_path):
     store = tmp_path / "store"
     process = started(store, text=GAUSSIAN.replace("delay: 0.0", "delay: 0.1"))
     assert collect(Store(store), delete=True)["found"] == []
     dropped = retort("gc", "--store", store, "--drop", "gaussian", "--delete")
-    (store / "runs" / "gaussian" / "plan.json").rename(tmp_path / "plan.json")  # as if no run referred to it
+    (store / "runs" / "gaussian" / "plan.json").rename(tmp_path / "plan.json")  # so that no run refers to it
     held = collect(Store(store), delete=True)
     (tmp_path / "plan.json").rename(store / "runs" / "gaussian" / "plan.json")
     assert process.poll() is None
@@ -93,7 +93,7 @@ def test_what_a_live_run_holds_is_never_touched(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"pairs": {"kind": "pairs"}}'])
-def test_a_plan_that_cannot_be_read_could_refer_to_anything(tmp_path, text):
+def test_an_unreadable_plan_stops_gc(tmp_path, text):
     execute(GAUSSIAN, tmp_path)
     (tmp_path / "runs" / "gaussian" / "plan.json").write_text(text)
     with pytest.raises(UsageError, match="make a new plan with: retort resume gaussian"):
@@ -103,7 +103,7 @@ def test_a_plan_that_cannot_be_read_could_refer_to_anything(tmp_path, text):
     assert collect(Store(tmp_path))["found"] == []
 
 
-def test_a_record_that_cannot_be_read_could_refer_to_anything(tmp_path):
+def test_an_unreadable_record_stops_gc(tmp_path):
     pairs = execute(GAUSSIAN, tmp_path)["pairs"]
     (pairs.artifact.folder / "artifact.json").write_text("[]")
     with pytest.raises(UsageError, match="resume its run first"):
@@ -111,7 +111,7 @@ def test_a_record_that_cannot_be_read_could_refer_to_anything(tmp_path):
     assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "resume"
 
 
-def test_what_is_planned_while_collecting_waits_is_kept(tmp_path):
+def test_artifacts_planned_while_gc_waits_are_kept(tmp_path):
     old = execute(GAUSSIAN, tmp_path)["pairs"]
     execute(GAUSSIAN, tmp_path, ["stages.pairs.sampler.steps=5"])
     store = Store(tmp_path)
@@ -128,7 +128,7 @@ def test_what_is_planned_while_collecting_waits_is_kept(tmp_path):
     assert collect(store, delete=True, waiting=waiting)["found"] == []
 
 
-def test_a_run_that_is_dropped_leaves_no_lock_that_two_could_hold(tmp_path):
+def test_the_lock_of_a_dropped_run_cannot_be_held_twice(tmp_path):
     """Another process waits for the run's lock while its folder is removed: it must get the lock of the new folder."""
     execute(GAUSSIAN, tmp_path)
     store, run = Store(tmp_path), Run(Store(tmp_path), "gaussian")
@@ -150,20 +150,20 @@ def test_a_run_that_is_dropped_leaves_no_lock_that_two_could_hold(tmp_path):
     assert drivers and drivers[0] is not None and drivers[0].run == "gaussian"
 
 
-def test_odd_folders_among_the_runs_break_nothing(tmp_path):
+def test_unknown_folders_among_the_runs_are_ignored(tmp_path):
     execute(GAUSSIAN, tmp_path)
     shutil.copytree(tmp_path / "runs" / "gaussian", tmp_path / "runs" / "gaussian.bak")
     for arguments in (["runs"], ["status"], ["gc"], ["resume"]):
         assert retort(*arguments, "--store", tmp_path).returncode == 0
 
 
-def test_nothing_is_collected_while_a_plan_is_made(tmp_path):
+def test_gc_does_not_run_while_a_plan_is_made(tmp_path):
     execute(GAUSSIAN, tmp_path)
     with share(Store(tmp_path).garbage_lock), pytest.raises(Locked, match="a plan is being made"):
         collect(Store(tmp_path))
 
 
-def test_the_command(tmp_path):
+def test_gc_lists_and_deletes(tmp_path):
     execute(GAUSSIAN, tmp_path)
     assert retort("gc", "--store", tmp_path).stdout == "nothing to remove\n"
     shown = retort("gc", "--store", tmp_path, "--drop", "gaussian")

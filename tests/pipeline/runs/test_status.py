@@ -19,7 +19,7 @@ from tests.support.cli import ROOT, command, retort, started
 from tests.support.pipelines import GAUSSIAN, LONG, SLOW, execute
 
 
-def test_a_run_under_way_shows_its_pace_and_a_finished_one_its_place_and_cost(tmp_path):
+def test_status_shows_the_rate_of_a_running_stage_and_the_cost_of_a_finished_one(tmp_path):
     store = tmp_path / "store"
     process = started(store, text=SLOW.replace("delay: 0.06", "delay: 0.15"))
     deadline = time.monotonic() + 30
@@ -45,7 +45,7 @@ def test_a_run_under_way_shows_its_pace_and_a_finished_one_its_place_and_cost(tm
     assert f"pairs/{pairs['fingerprint']}" in table and "2 done" in table
 
 
-def test_what_another_run_made_is_shown_with_its_cost(tmp_path):
+def test_a_stage_that_another_run_made_is_shown_with_its_cost(tmp_path):
     execute(GAUSSIAN, tmp_path, name="one")
     execute(GAUSSIAN, tmp_path, name="two")
     one, two = (status_of(Run(Store(tmp_path), name))["pairs"] for name in ("one", "two"))
@@ -53,7 +53,7 @@ def test_what_another_run_made_is_shown_with_its_cost(tmp_path):
     assert one["device_seconds"] == pytest.approx(two["device_seconds"], abs=1.0)
 
 
-def test_attempts_are_added_up_and_a_clock_that_jumps_changes_nothing():
+def test_the_seconds_of_all_attempts_are_added_even_if_the_clock_jumps():
     def event(kind, **more):
         return {
             "time": more.pop("time", "2026-01-01T00:00:00"),
@@ -86,7 +86,7 @@ def test_attempts_are_added_up_and_a_clock_that_jumps_changes_nothing():
     assert spent(attempts([*events, *again, *again])["s"], "f") == pytest.approx(3.0), "forced: what it cost last"
 
 
-def test_what_a_crash_left_in_the_events_is_passed_over(tmp_path):
+def test_incomplete_events_of_a_crash_are_skipped(tmp_path):
     execute(GAUSSIAN, tmp_path)
     file = tmp_path / "runs" / "gaussian" / "events.jsonl"
     file.write_bytes(file.read_bytes() + b'123\n{}\n[]\n{"time": "x", "event": "progress", "stage": "pairs"}\n"caf\xc3')
@@ -98,7 +98,7 @@ def test_what_a_crash_left_in_the_events_is_passed_over(tmp_path):
     assert [e["event"] for e in events if e["event"].startswith("run_")] == ["run_started", "run_done"] * 2
 
 
-def test_another_run_s_progress_is_not_mistaken_for_ours(tmp_path):
+def test_the_progress_of_another_run_is_not_shown(tmp_path):
     store = tmp_path / "store"
     first = started(store, text=LONG)
     first.kill()
@@ -133,7 +133,7 @@ def test_runs_are_listed(tmp_path):
     assert lines[2].split()[:3] == ["part", "waiting", "1/2"]
 
 
-def test_logs_and_events_are_followed_to_the_end(tmp_path):
+def test_logs_and_events_are_followed_until_the_run_ends(tmp_path):
     store = tmp_path / "store"
     process = started(store)
     arguments = ("gaussian", "pairs", "--store", store, "-f")
@@ -174,7 +174,7 @@ class WaitingEngine(InlineEngine):
         yield from super().map(key, make_worker, items, shape, say)
 
 
-def test_what_a_stage_waits_for_is_said_wherever_the_stage_is_followed(tmp_path, capsys):
+def test_a_waiting_stage_is_shown_in_status_logs_and_events(tmp_path, capsys):
     execute(GAUSSIAN, tmp_path, engine=WaitingEngine(), reporter=Plain())
     says = "worker 2 of 2 is waiting for 1 GPU; 1 is working"
     assert f"pairs: {says}\n" in capsys.readouterr().err

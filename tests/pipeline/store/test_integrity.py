@@ -1,4 +1,4 @@
-"""Sealed bytes are checked before use, inputs that were made again are noticed, and no kill leaves a broken store."""
+"""Sealed bytes are checked before use, changed inputs are noticed, and no kill leaves a broken store."""
 
 import hashlib
 import itertools
@@ -45,7 +45,7 @@ def edit(path: Path) -> None:
 
 
 def made_again(folder: Path, name: str, content: bytes) -> None:
-    """Change the artifact as if it had been made again with other bytes, for example on another GPU."""
+    """Change the artifact as if another GPU had made it again with other bytes."""
     (folder / name).write_bytes(content)
     record = json.loads((folder / "artifact.json").read_text())
     record["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -59,7 +59,7 @@ def latents(folder: Path, count: int) -> np.ndarray:
 # --- Before use --------------------------------------------------------------------------------------
 
 
-def test_a_teacher_that_was_edited_at_equal_size_makes_no_pairs(store):
+def test_an_edited_teacher_of_equal_size_stops_the_pairs(store):
     plan = plan_of(GAUSSIAN, store)
     file = plan["teacher"].artifact.folder / "gaussian.json"
     before = file.read_bytes()
@@ -75,7 +75,7 @@ def test_a_teacher_that_was_edited_at_equal_size_makes_no_pairs(store):
     assert plan_of(GAUSSIAN, store)["pairs"].state == "reuse", "the teacher came to the same bytes"
 
 
-def test_what_an_input_was_made_from_is_checked_too(tiny, tmp_path):
+def test_the_inputs_of_inputs_are_checked_too(tiny, tmp_path):
     store = Path(shutil.copytree(tiny[0], tmp_path / "store"))
     vae = next(store.glob("teacher/*/vae/*.safetensors"))
     flip(vae, vae.stat().st_size - 9)
@@ -93,7 +93,7 @@ def test_pairs_with_a_flipped_bit_are_not_exported(store, tmp_path, to):
     assert "`retort shards repair ARTIFACT`" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_file_that_was_replaced_is_hashed_again(tmp_path):
+def test_a_replaced_file_is_hashed_again(tmp_path):
     file, other, cache = tmp_path / "file", tmp_path / "other", tmp_path / "contents.json"
     file.write_text("one")
     first = HashCache(cache)
@@ -107,7 +107,7 @@ def test_a_file_that_was_replaced_is_hashed_again(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "3", "[" * 100_000, '{"PATH": null}', '{"PATH": [STAMP, 5]}'])
-def test_a_cache_of_another_shape_is_no_cache(store, text):
+def test_a_hash_cache_with_other_content_is_ignored(store, text):
     prompts = store.parent / "prompts.txt"
     prompts.write_text("a cat\n")
     stat = prompts.stat()
@@ -121,7 +121,7 @@ def test_a_cache_of_another_shape_is_no_cache(store, text):
 # --- retort verify -----------------------------------------------------------------------------------
 
 
-def test_verify_takes_any_artifact(store):
+def test_verify_checks_any_artifact(store):
     plan = plan_of(GAUSSIAN, store)
     for target in ("gaussian/teacher", "gaussian/pairs", plan["teacher"].artifact.folder, "gaussian"):
         done = retort("verify", target, "--store", store)
@@ -145,7 +145,7 @@ def test_verify_takes_any_artifact(store):
 # --- Inputs that were made again ---------------------------------------------------------------------
 
 
-def test_pairs_of_a_teacher_that_was_made_again_with_other_bytes_are_made_again(store):
+def test_pairs_are_made_again_if_their_teacher_has_other_bytes(store):
     plan = plan_of(GAUSSIAN, store)
     teacher, pairs = plan["teacher"].artifact.folder, plan["pairs"].artifact.folder
     assert plan["pairs"].artifact.record["inputs_sha256"] == {"teacher": plan["teacher"].artifact.sha256}
@@ -162,7 +162,7 @@ def test_pairs_of_a_teacher_that_was_made_again_with_other_bytes_are_made_again(
     assert plan_of(GAUSSIAN, store)["pairs"].state == plan_of(GAUSSIAN, store, MORE)["pairs"].state == "reuse"
 
 
-def test_what_depends_on_them_is_made_again_too(tiny, tmp_path):
+def test_artifacts_that_depend_on_the_pairs_are_made_again_too(tiny, tmp_path):
     store = Path(shutil.copytree(tiny[0], tmp_path / "store"))
     plan = plan_of(TINY, store)
     student = plan["student"].artifact.folder
@@ -177,7 +177,7 @@ def test_what_depends_on_them_is_made_again_too(tiny, tmp_path):
         plan_of(evaluate, store)
 
 
-def test_a_record_without_hashes_of_its_inputs_is_believed(store):
+def test_a_record_without_hashes_of_its_inputs_is_accepted(store):
     pairs = plan_of(GAUSSIAN, store)["pairs"].artifact
     record = pairs.record
     for name in ("inputs_sha256", "pool"):
@@ -187,7 +187,7 @@ def test_a_record_without_hashes_of_its_inputs_is_believed(store):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_an_attempt_goes_on_only_with_the_inputs_that_it_began_with(store, same):
+def test_an_attempt_is_resumed_only_with_the_same_inputs(store, same):
     plan = plan_of(GAUSSIAN, store, MORE)
     sha256 = plan["teacher"].artifact.sha256 if same else "0" * 64
     work = store / "work" / f"pairs-{plan['pairs'].artifact.fingerprint}"
@@ -202,7 +202,7 @@ def test_an_attempt_goes_on_only_with_the_inputs_that_it_began_with(store, same)
 # --- Leftovers ---------------------------------------------------------------------------------------
 
 
-def test_temporaries_of_killed_writers_are_not_sealed(store):
+def test_temporary_files_of_killed_writers_are_not_sealed(store):
     plan = plan_of(GAUSSIAN, store, MORE)["pairs"]
     work = store / "work" / f"pairs-{plan.artifact.fingerprint}"
     (work / "inside").mkdir(parents=True)
@@ -215,7 +215,7 @@ def test_temporaries_of_killed_writers_are_not_sealed(store):
     assert sorted(map(str, found)) == ["artifact.json", "inside", "inside/file", "receipts.json"]
 
 
-def test_pairs_remove_their_own_temporaries_and_nothing_else(store):
+def test_a_pairs_stage_removes_only_its_own_temporary_files(store):
     pool = plan_of(GAUSSIAN, store)["pairs"].pool
     left = [temporary_of(pool / name) for name in ("00007.tar", "00007.parquet", "tail-8/00002.tar", "prompts.arrow")]
     others = [pool / ".nfs0001", pool / ".folder" / "file", temporary_of(pool / "folder") / "file"]
@@ -229,7 +229,7 @@ def test_pairs_remove_their_own_temporaries_and_nothing_else(store):
 # --- Repair ------------------------------------------------------------------------------------------
 
 
-def test_repair_comes_to_the_same_artifact(store):
+def test_repair_makes_the_same_artifact_again(store):
     pairs = plan_of(GAUSSIAN, store)["pairs"]
     before = pairs.artifact.sha256
     flip(pairs.pool / "00000.tar", 4000)
@@ -239,7 +239,7 @@ def test_repair_comes_to_the_same_artifact(store):
 
 
 @pytest.mark.parametrize("made", [False, True])
-def test_repair_touches_nothing_if_the_teacher_is_another(store, made):
+def test_repair_is_refused_if_the_teacher_has_changed(store, made):
     plan = plan_of(GAUSSIAN, store)
     teacher, pairs = plan["teacher"].artifact.folder, plan["pairs"]
     flip(pairs.pool / "00000.tar", 4000)
@@ -256,7 +256,7 @@ def test_repair_touches_nothing_if_the_teacher_is_another(store, made):
 
 
 @pytest.mark.parametrize("by_path", [False, True])
-def test_repair_waits_for_no_one_who_reads(store, by_path):
+def test_repair_is_refused_while_another_run_reads_the_artifact(store, by_path):
     """Another run is under way. It has the pairs in its plan, or it reads other pairs of the same pool by their
     path."""
     pairs = plan_of(GAUSSIAN, store)["pairs"]
@@ -320,7 +320,7 @@ def drop(store: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [repair, force, drop])
-def test_a_command_that_is_killed_before_any_change_of_the_store_can_be_repeated(sealed, tmp_path, command):
+def test_a_command_killed_before_any_change_of_the_store_can_be_repeated(sealed, tmp_path, command):
     whole = {tar.name: sha256_of(tar) for tar in sealed.rglob("*.tar")}
     for number in itertools.count():
         store = Path(shutil.copytree(sealed, tmp_path / "store"))

@@ -24,7 +24,7 @@ with hold(Path(sys.argv[1]), "the thing is being made", "other"):
 """
 
 
-def test_an_artifact_records_how_it_was_made(tmp_path):
+def test_the_record_of_an_artifact_says_how_it_was_made(tmp_path):
     plan = execute(GAUSSIAN, tmp_path)
     record = plan["pairs"].artifact.record
     assert record["kind"] == "pairs" and record["fingerprint"] == plan["pairs"].artifact.fingerprint
@@ -36,7 +36,7 @@ def test_an_artifact_records_how_it_was_made(tmp_path):
     assert again.stage == plan["pairs"].artifact.stage
 
 
-def test_an_unfinished_folder_is_not_there_for_anyone(tmp_path):
+def test_an_unfinished_folder_is_not_an_artifact(tmp_path):
     plan = execute(GAUSSIAN, tmp_path)
     (plan["pairs"].artifact.folder / RECORD).unlink()
     assert plan_of(GAUSSIAN, tmp_path)["pairs"].state == "resume"
@@ -65,7 +65,7 @@ def test_a_lock_names_its_holder_and_a_killed_holder_frees_it_at_once(tmp_path):
     assert holder(file) is None
 
 
-def test_looking_at_a_lock_does_not_make_it_fail(tmp_path):
+def test_reading_a_lock_does_not_block_it(tmp_path):
     file, stop = tmp_path / "lock", threading.Event()
 
     def look() -> None:
@@ -85,7 +85,7 @@ def test_looking_at_a_lock_does_not_make_it_fail(tmp_path):
 
 
 def test_two_runs_at_once_make_a_shared_stage_once(tmp_path):
-    """Of two drivers, one waits for the other. Every stage is made by one of them and reused by the other."""
+    """Two drivers run at once. Each stage is made by one of them and reused by the other, which waits for it."""
     manifest = tmp_path / "m.yaml"
     manifest.write_text(GAUSSIAN.replace("delay: 0.0", "delay: 0.02"))
     store = tmp_path / "store"
@@ -106,7 +106,7 @@ def test_two_runs_at_once_make_a_shared_stage_once(tmp_path):
     assert sum(e["event"] == "stage_reused" and e["stage"] == "pairs" for e in events) == 1
 
 
-def test_a_moved_store_is_found_where_it_is(tmp_path):
+def test_a_moved_store_still_works(tmp_path):
     execute(GAUSSIAN, tmp_path / "old")
     (tmp_path / "old").rename(tmp_path / "new")
     done = retort("resume", "gaussian", "--store", tmp_path / "new", "--engine", "inline")
@@ -114,7 +114,7 @@ def test_a_moved_store_is_found_where_it_is(tmp_path):
     assert not (tmp_path / "old").exists()
 
 
-def test_a_run_killed_between_record_and_move_only_moves(tmp_path):
+def test_a_run_killed_between_record_and_move_is_resumed_with_the_move(tmp_path):
     plan = execute(GAUSSIAN, tmp_path)["pairs"]
     plan.artifact.folder.rename(tmp_path / "work" / f"pairs-{plan.artifact.fingerprint}")
     execute(GAUSSIAN, tmp_path)

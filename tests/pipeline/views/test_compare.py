@@ -94,7 +94,7 @@ def test_students_of_several_runs_meet_in_one_section(store, tmp_path):
     assert students["rows"][4]["note"] == "also second/student"
 
 
-def test_what_is_shown_is_kept_with_the_evaluation(store):
+def test_the_images_of_a_comparison_are_stored_with_the_evaluation(store):
     from stages.data.pool import read_list
     from stages.data.reader import PairReader
 
@@ -190,7 +190,7 @@ def test_comparing_imports_nothing_heavy():
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_nothing_to_compare_is_exit_2(store, tmp_path):
+def test_comparing_nothing_exits_with_2(store, tmp_path):
     execute(GAUSSIAN, tmp_path)
     done = retort("compare", "--store", tmp_path)
     assert done.returncode == 2 and "run gaussian evaluates nothing; add a stage of `kind: evaluate`" in done.stderr
@@ -213,7 +213,7 @@ def test_nothing_to_compare_is_exit_2(store, tmp_path):
         assert done.returncode == 2 and refusal in done.stderr
 
 
-def test_damage_and_older_versions_are_told(store, tmp_path):
+def test_damaged_and_older_evaluations_are_listed(store, tmp_path):
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
     folder = plan_of(FIRST, copy)["quality"].artifact.folder
@@ -234,14 +234,14 @@ def test_damage_and_older_versions_are_told(store, tmp_path):
     assert "an older version of Retort" in why and "its VERSION is 4" in why
 
 
-# --- Sections and means, from figures given directly ---
+# --- Sections and means, from given figures ---
 
 
 SHOWN = {"pairs": "p", "teacher": "t", "seed": 0, "samples": [1, 0], "prompts": ["a <b>cat</b>", "x & y"]}
 
 
 def evaluated(folder, student, mse, **changed):
-    """An evaluation whose strips are red; `changed` are keys of metrics.json."""
+    """Make an evaluation with red images. `changed` replaces keys of metrics.json."""
     sides = {
         "teacher_20": {"network_calls": 40, "seconds_per_image": mse, "latent_mse": 0.0, "latent_mse_se": 0.0},
         "teacher_4": {"network_calls": 8, "seconds_per_image": 0.1, "latent_mse": 0.5, "latent_mse_se": 0.01},
@@ -256,7 +256,7 @@ def evaluated(folder, student, mse, **changed):
     return Evaluated(student, training, "noises of <pairs>", folder, metrics, SHOWN)
 
 
-def test_evaluations_that_disagree_on_their_teacher_are_of_different_sections(tmp_path):
+def test_evaluations_with_different_teacher_figures_are_in_different_sections(tmp_path):
     first, same = evaluated(tmp_path, "a", 0.1), evaluated(tmp_path, "b", 0.2)
     assert len(sections([first, same])) == 1  # though the teacher's seconds differ
     others = [
@@ -280,7 +280,7 @@ def test_one_student_evaluated_twice_is_one_row(tmp_path):
     assert [row.label for row in rows if row.kind == "student"] == ["a: also other/a"]
 
 
-def test_students_that_differ_only_in_their_seed_have_a_mean(tmp_path):
+def test_students_that_differ_only_in_their_seed_get_a_mean(tmp_path):
     names = ["s[loss=l1,seed=1]", "s[loss=l2,seed=1]", "s[loss=l1,seed=2]", "s[loss=l1,seed=3]", "plain", "r[seed=1]"]
     figures = [0.1, 0.2, 0.4, 0.3, 0.9, 0.9]
     section = sections([evaluated(tmp_path, *pair) for pair in zip(names, figures, strict=True)])[0]
@@ -298,7 +298,7 @@ def test_students_that_differ_only_in_their_seed_have_a_mean(tmp_path):
     assert "different only if their intervals do not overlap" in section.legend[-1]
 
 
-def test_a_seed_in_brackets_is_no_part_of_the_name():
+def test_the_seed_is_removed_from_the_name_of_a_mean():
     assert seedless("s[seed=2]") == "s" and seedless("run/s[seed=2,a=1]") == "run/s[a=1]"
     assert seedless("s[a=1]") is None and seedless("seed=1") is None
 
@@ -322,7 +322,7 @@ def test_names_and_prompts_are_escaped(tmp_path):
     ]
 
 
-def test_a_sweep_over_seeds_has_a_mean(store, tmp_path):
+def test_a_matrix_over_seeds_gets_a_mean(store, tmp_path):
     short = f"  short: {{kind: distill, pairs: pairs, matrix: {{seed: [0, 1]}}, {SHORT}}}\n"
     quality = "  quality: {kind: evaluate, student: short, samples: 20, teacher_steps: []}\n"
     execute(f"{TINY}\n{short}{quality}", store, name="sweep")

@@ -25,7 +25,7 @@ def scenes():
     return load(DigitScenes())
 
 
-def test_every_image_is_what_its_caption_says(scenes):
+def test_every_image_shows_what_its_caption_says(scenes):
     """All ink has the colour that the caption names. The first digit lies above or left of the second, as the caption
     says."""
     asked = digits.prompt_labels(scenes.captions)
@@ -43,13 +43,13 @@ def test_every_image_is_what_its_caption_says(scenes):
             assert np.abs(tints - brightest).sum(1).argmin() == colour
 
 
-def test_the_preset_is_the_settings_it_stands_for(scenes):
+def test_digit_scenes_equals_digits_with_its_settings(scenes):
     assert (load(SCENE).images == scenes.images).all()
     assert scenes.images.shape == (20_000, 3, 32, 32) and scenes.images.dtype == np.uint8
     assert len(set(captions(DigitScenes()))) == 7_200
 
 
-def test_captions_may_name_only_the_first_digit(scenes):
+def test_captions_can_name_only_the_first_digit(scenes):
     images = load(DigitScenes(named="first"))
     assert images.captions == [" ".join(caption.split()[:3]) for caption in scenes.captions]
     assert (images.images == scenes.images).all()
@@ -62,8 +62,8 @@ def test_captions_may_name_only_the_first_digit(scenes):
 
 
 @pytest.mark.parametrize(("named", "other"), [("digit", "colour"), ("colour", "digit")])
-def test_a_caption_may_be_true_of_only_the_digit_or_only_the_colour(named, other):
-    """The other word is right as often as a random word."""
+def test_captions_can_be_right_only_about_the_digit_or_the_colour(named, other):
+    """The other word is random, so it is right only by chance."""
     config = Digits(named=named)
     images = load(config)
     asked = digits.prompt_labels(images.captions)
@@ -75,7 +75,7 @@ def test_a_caption_may_be_true_of_only_the_digit_or_only_the_colour(named, other
         DigitScenes(named=named)
 
 
-def test_held_out_images_show_other_scans():
+def test_held_out_images_are_made_from_other_scans():
     """Uses single digits on black. No held-out image is equal to a training image."""
     seen, unseen = load(Digits()), load(Digits(), held_out=True)
     assert (len(seen), len(unseen)) == (8_622, 2_160)
@@ -85,7 +85,7 @@ def test_held_out_images_show_other_scans():
 
 @pytest.mark.parametrize("size", [16, 32])
 @pytest.mark.parametrize("background", ["plain", "photographs"])
-def test_single_digits_of_all_kinds(size, background):
+def test_single_digits_cover_all_digits_and_colours(size, background):
     images = load(Digits(size=size, background=background), limit=30)
     assert images.images.shape == (30, 3, size, size) and set(images.labels) >= {"colour", "digit"}
     assert images.captions[0] in captions(Digits())
@@ -98,7 +98,7 @@ def test_captions_of_another_set_are_refused():
             digits.prompt_labels([text])
 
 
-# --- The user's own ----------------------------------------------------------------------------------
+# --- The user's own images ----------------------------------------------------------------------------
 
 
 def encoded(colour, size=(40, 20)) -> bytes:
@@ -162,7 +162,7 @@ def test_every_format_gives_the_same_images(tmp_path, make):
     assert prompts == [text for _, _, text, _ in ROWS]
 
 
-def test_sidecar_captions(tmp_path):
+def test_captions_in_text_files_beside_the_images(tmp_path):
     for name, image, text, _ in ROWS:
         (tmp_path / f"{name}.png").write_bytes(image)
         (tmp_path / f"{name}.txt").write_text(text + "\n")
@@ -173,7 +173,7 @@ def test_sidecar_captions(tmp_path):
         load(config)
 
 
-def test_a_folder_a_class_as_imagenet_lies_on_disks(tmp_path):
+def test_folders_as_classes_as_in_imagenet(tmp_path):
     for name, image, _, colour in ROWS:
         (tmp_path / f"n{colour:08d}").mkdir(exist_ok=True)
         (tmp_path / f"n{colour:08d}" / f"{name}.JPEG").write_bytes(image)
@@ -186,7 +186,7 @@ def test_a_folder_a_class_as_imagenet_lies_on_disks(tmp_path):
         load(config)
 
 
-def test_images_are_scaled_and_cut_in_the_middle(tmp_path):
+def test_images_are_scaled_and_centre_cropped(tmp_path):
     wide = Image.new("RGB", (64, 32), "black")
     wide.paste((255, 255, 255), (16, 0, 48, 32))
     wide.save(tmp_path / "a.png")
@@ -194,7 +194,7 @@ def test_images_are_scaled_and_cut_in_the_middle(tmp_path):
     assert example.caption == "" and example.pixels(16).min() > 200  # the black sides are cut off
 
 
-def test_many_images_lie_in_a_file(tmp_path, monkeypatch):
+def test_many_images_are_memory_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr("stages.data.images.load.IN_MEMORY", 1000)
     (tmp_path / "set").mkdir()
     config = folder_csv(tmp_path / "set")
@@ -224,7 +224,7 @@ def test_what_is_wrong_is_named(tmp_path):
         load(config.model_copy(update={"path": str(tmp_path / "nowhere")}))
 
 
-def test_broken_containers_are_named(tmp_path):
+def test_unreadable_containers_are_named(tmp_path):
     config = shards(tmp_path)
     tar = tmp_path / "1.tar"
     tar.write_bytes(tar.read_bytes()[:2000])
@@ -238,7 +238,7 @@ def test_broken_containers_are_named(tmp_path):
         load(ParquetImages(path=str(tmp_path / "a.parquet"), size=16))
 
 
-def test_a_limit_is_spread_over_a_set_that_comes_class_by_class(tmp_path):
+def test_a_limit_selects_images_of_all_classes_of_a_sorted_set(tmp_path):
     rows = sorted(ROWS, key=lambda row: row[3])
     pq.write_table(
         pa.table({"image": [row[1] for row in rows], "text": [row[2] for row in rows], "class": [r[3] for r in rows]}),
@@ -248,19 +248,19 @@ def test_a_limit_is_spread_over_a_set_that_comes_class_by_class(tmp_path):
     assert len(images) == 9 and len(set(images.labels["label"].tolist())) >= 4
 
 
-def test_sixteen_bits_a_pixel_are_scaled(tmp_path):
+def test_images_of_16_bits_are_scaled(tmp_path):
     Image.fromarray(np.full((16, 16), 20_000, dtype=np.uint16)).save(tmp_path / "a.png")
     (example,) = examples(ImageFolder(path=str(tmp_path), size=16, caption=None))
     assert example.pixels(16)[0, 8, 8] == 78
 
 
-def test_upper_case_names_count(tmp_path):
+def test_upper_case_suffixes_are_found(tmp_path):
     (tmp_path / "A.PNG").write_bytes(ROWS[0][1])
     (tmp_path / "b.png").write_bytes(ROWS[1][1])
     assert len(list(examples(ImageFolder(path=str(tmp_path), size=16, caption=None)))) == 2
 
 
-def test_what_is_no_image_is_never_given_to_another_reader(tmp_path):
+def test_only_allowed_image_formats_are_opened(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     (example,) = examples(ImageFolder(path=str(tmp_path), size=16, caption=None))
     with pytest.raises(StageError, match="the image cannot be read"):

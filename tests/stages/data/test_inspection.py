@@ -35,10 +35,10 @@ def pairs(tmp_path):
     return execute(GAUSSIAN, tmp_path / "store")["pairs"]
 
 
-# --- What they say -----------------------------------------------------------------------------------
+# --- Reports -----------------------------------------------------------------------------------------
 
 
-def test_a_whole_artifact(pairs):
+def test_stats_of_an_intact_artifact(pairs):
     found = inspect_shards(str(pairs.artifact.folder), deep=True)
     assert (found["count"], found["shards"], found["damaged"]) == (40, 3, {})
     assert found["prompts"]["distinct"] == 40 and found["prompts"]["words"] == {"mean": 4.0, "std": 0.0, "most": 4.0}
@@ -48,7 +48,7 @@ def test_a_whole_artifact(pairs):
     assert found["provenance"]["sampler"]["name"] == "ddim" and found["provenance"]["device"] == "cpu"
 
 
-def test_the_ks_distance_is_that_of_the_normal_distribution():
+def test_the_ks_distance_to_the_normal_distribution_is_exact():
     values = np.random.default_rng(0).standard_normal(200_000)
     assert ks_distance(np.array(histogram(values))) < 0.005
     assert ks_distance(np.array(histogram(values + 0.5))) == pytest.approx(0.1974, abs=0.005)  # 2 Phi(1/4) - 1
@@ -102,7 +102,7 @@ def shard_files(pool: Path) -> list[Path]:
 
 @pytest.mark.parametrize("victim", range(6))
 @pytest.mark.parametrize("fault", ["deleted", "truncated", "flipped"])
-def test_every_damage_is_named_and_mended(pairs, victim, fault):
+def test_every_kind_of_damage_is_named_and_repaired(pairs, victim, fault):
     path = shard_files(pairs.pool)[victim]
     folder = pairs.artifact.folder
     sealed = {tar: sha256_of(tar) for tar in pairs.pool.rglob("*.tar")}
@@ -142,7 +142,7 @@ def test_any_flipped_byte_of_a_receipt_is_noticed(pairs, data):
         receipt.write_bytes(content)
 
 
-def test_damage_unseals_the_artifact_before_anything_is_removed(pairs, monkeypatch):
+def test_repair_unseals_the_artifact_before_it_removes_anything(pairs, monkeypatch):
     from pipeline.runs.repair import plan_repair
     from pipeline.store import load_artifact
 
@@ -159,7 +159,7 @@ def test_damage_unseals_the_artifact_before_anything_is_removed(pairs, monkeypat
     assert load_artifact(folder).fingerprint == pairs.artifact.fingerprint
 
 
-def test_what_cannot_be_the_same_again_is_not_touched(tmp_path):
+def test_repair_is_refused_if_the_prompts_changed(tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat\n")
     plan = execute(GAUSSIAN.replace("prompts: digits", f"prompts: {prompts}"), tmp_path / "store")["pairs"]
@@ -182,7 +182,7 @@ def test_a_folder_of_receipted_shards_says_what_is_missing(pairs):
     assert inspect_shards(str(pairs.artifact.folder))["extra"] == 1
 
 
-def test_all_receipts_lost_are_noticed(pairs):
+def test_the_loss_of_all_receipts_is_noticed(pairs):
     for receipt in pairs.pool.rglob("*.parquet"):
         receipt.unlink()
     assert inspect_shards(str(pairs.pool))["unreceipted"] == 3
@@ -196,13 +196,13 @@ def test_a_single_shard_is_checked_with_the_receipt_beside_it(pairs):
     assert list(inspect_shards(str(tar), deep=True)["damaged"]) == ["00001.tar"]
 
 
-def test_a_pool_of_two_counts_is_whole(pairs, tmp_path):
+def test_a_pool_that_two_counts_share_is_intact(pairs, tmp_path):
     execute(GAUSSIAN, tmp_path / "store", ["stages.pairs.count=46"])
     found = inspect_shards(str(pairs.pool))
     assert (found["count"], found["damaged"]) == (46, {})
 
 
-def test_the_table_of_prompts_is_part_of_what_is_sealed(pairs):
+def test_the_prompt_table_is_sealed(pairs):
     table = pairs.pool / "prompts.arrow"
     content = table.read_bytes()
     table.write_bytes(content.replace(b"red", b"RED", 1))
@@ -215,13 +215,13 @@ def test_the_table_of_prompts_is_part_of_what_is_sealed(pairs):
     assert list(inspect_shards(folder)["damaged"]) == ["prompts.arrow"]
 
 
-def test_parquet_files_of_others_are_no_receipts(foreign):
+def test_other_parquet_files_are_not_taken_for_receipts(foreign):
     pq.write_table(pa.table({"url": ["x"]}), foreign / "a.parquet")
     found = inspect_shards(str(foreign))
     assert found["count"] == 6 and found["damaged"] == {}
 
 
-def test_members_of_other_kinds_are_not_called_broken(tmp_path):
+def test_members_of_other_types_are_not_called_corrupt(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "0.names.npy", npy(np.array(["a", "b"])))
         add(tar, "0.jpg", picture())
@@ -231,7 +231,7 @@ def test_members_of_other_kinds_are_not_called_broken(tmp_path):
     assert found["damaged"] == {"*.jpg": "corrupt: 1 members are not what their name says"}
 
 
-def test_a_tar_that_goes_backwards_ends(tmp_path):
+def test_a_tar_with_negative_sizes_does_not_loop(tmp_path):
     first, second = tarfile.TarInfo("a.txt"), tarfile.TarInfo("b.txt")
     header = bytearray(second.tobuf(tarfile.GNU_FORMAT))
     header[124:136] = (256**12 - 512).to_bytes(12, "big")
@@ -241,7 +241,7 @@ def test_a_tar_that_goes_backwards_ends(tmp_path):
     assert inspect_shards(str(tmp_path))["corrupt"] == 1
 
 
-def test_shards_behind_a_plain_web_server(foreign):
+def test_shards_on_a_plain_web_server_are_read(foreign):
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(foreign)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -254,7 +254,7 @@ def test_shards_behind_a_plain_web_server(foreign):
 # --- Export ------------------------------------------------------------------------------------------
 
 
-def test_parquet_has_a_row_group_a_shard_and_every_value(pairs, tmp_path):
+def test_exported_parquet_has_all_values_and_one_row_group_per_shard(pairs, tmp_path):
     from stages.data.pool import read_list
     from stages.data.reader import PairReader
 
@@ -325,7 +325,7 @@ def foreign(tmp_path):
     return folder
 
 
-def test_foreign_shards_say_what_they_can(foreign, tmp_path):
+def test_stats_of_foreign_shards(foreign, tmp_path):
     found = inspect_shards(str(foreign), deep=True)
     assert found["count"] == 6 and found["damaged"] == {} and found["never_opened"] == {"pth": 5}
     assert found["incomplete"] == {"pth": 1} and found["members"]["jpg"]["count"] == 6
@@ -347,7 +347,7 @@ def test_values_that_are_not_finite_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [100, 700, 3000])
-def test_foreign_tars_that_are_cut_off(foreign, keep):
+def test_truncated_foreign_tars_are_noticed(foreign, keep):
     tar = foreign / "a.tar"
     tar.write_bytes(tar.read_bytes()[:keep])
     found = inspect_shards(str(foreign))
@@ -396,7 +396,7 @@ def test_hostile_receipts_and_lists_crash_nothing(tmp_path_factory, content, lis
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "00000.tar").write_bytes(b"\0" * 1024)
     (folder / "00000.parquet").write_bytes(content)
-    (folder / "prompts.arrow").write_bytes(b"")  # what tells that these are Retort's
+    (folder / "prompts.arrow").write_bytes(b"")  # the receipts show that Retort made the shards
     if listed is not None:
         (folder / "receipts.json").write_bytes(listed)
     try:
@@ -435,14 +435,14 @@ def test_a_small_tar_of_large_images_takes_little_memory(tmp_path):
 
 
 def sealed(content):
-    """A receipt's bytes with the seal that belongs to them."""
+    """Add the right seal to a receipt's bytes."""
     from stages.data.receipts import UNSEALED
 
     return content.replace(UNSEALED, UNSEALED[:-64] + hashlib.sha256(content).hexdigest().encode())
 
 
 @pytest.mark.parametrize("footer", ["honest", "lying"])
-def test_a_receipt_of_more_rows_than_its_tar_has_room_for_is_not_read(pairs, tmp_path, footer):
+def test_a_receipt_with_more_rows_than_its_tar_can_hold_is_refused(pairs, tmp_path, footer):
     """The receipt has two million rows in a few kilobytes. Its tar has 1024 bytes, but the receipt claims more."""
     from stages.data.receipts import METADATA, UNSEALED, read_facts
 
@@ -476,7 +476,7 @@ def test_a_receipt_of_more_rows_than_its_tar_has_room_for_is_not_read(pairs, tmp
 @pytest.mark.parametrize(
     ("column", "words"), [("noise_hash", "noise_hash does not hold numbers"), ("prompt", "prompts longer than a tar")]
 )
-def test_a_receipt_whose_few_bytes_stand_for_gigabytes_is_refused(pairs, column, words):
+def test_a_receipt_that_expands_to_gigabytes_is_refused(pairs, column, words):
     """2,000 rows refer to one string of 300 kB. If they were read, they would take 600 MB."""
     from stages.data.receipts import METADATA, UNSEALED, read_facts, read_receipt
 
@@ -500,7 +500,7 @@ def test_a_receipt_whose_few_bytes_stand_for_gigabytes_is_refused(pairs, column,
 
 
 @pytest.mark.parametrize("place", ["../../../etc/passwd", "/etc/passwd", "a/../../x.tar"])
-def test_a_list_may_not_point_outside_of_its_pool(pairs, place):
+def test_a_list_with_paths_outside_of_its_pool_is_refused(pairs, place):
     path = pairs.artifact.folder / "receipts.json"
     listed = json.loads(path.read_text())
     listed["shards"][0]["tar"] = place
@@ -546,7 +546,7 @@ def test_shards_in_an_object_store(pairs, foreign, object_store):
     assert done.returncode == 1 and "00001.tar: missing" in done.stdout
 
 
-def test_an_address_that_cannot_be_read_says_so():
+def test_an_unreadable_url_is_an_error():
     done = retort("stats", "s3://no-such-bucket/x", AWS_ENDPOINT_URL="http://127.0.0.1:9", AWS_ACCESS_KEY_ID="x",
                   AWS_SECRET_ACCESS_KEY="x", AWS_MAX_ATTEMPTS="1")  # fmt: skip
     assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr

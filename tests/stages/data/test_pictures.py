@@ -32,7 +32,7 @@ def places(drawn, image, factor):
     return [(x, y) for y, x in corners.tolist() if np.array_equal(drawn[y : y + height, x : x + width], wanted)]
 
 
-def test_images_in_minus_one_to_one_become_a_strip_and_images_again():
+def test_a_strip_can_be_cut_into_its_images_again():
     images = np.linspace(-1.2, 1.2, 2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
     whole = strip(images)
     assert whole.shape == (4, 10, 3) and (whole.min(), whole.max()) == (0, 255)
@@ -65,19 +65,21 @@ def test_a_figure_has_labels_at_the_left_and_captions_on_top():
     above = [inked[:top, x : x + 96] for x in columns]
     assert above[0].any() and above[1].any() and not above[2].any()
     assert np.argmax(above[1].any(1)) < np.argmax(above[0].any(1))  # of more lines, and so higher
-    assert inked[top : top + 96, :left].sum() > inked[below : below + 96, :left].sum() > 0  # two lines, and one
+    assert (
+        inked[top : top + 96, :left].sum() > inked[below : below + 96, :left].sum() > 0
+    )  # a caption of two lines, and one of one line
     assert not inked[:top, :left].any() and not inked[top:, columns[1] - 6 : columns[1]].any()
     assert not np.asarray(inked)[:, [0, -1]].any() and not inked[[0, -1]].any()
 
 
-def test_no_text_runs_into_an_image_or_another_column():
+def test_no_text_overlaps_an_image_or_another_column():
     endless = "x" * 400
     drawn = np.asarray(figure([(endless, noise())], [endless, "", ""]))
     x, y = places(drawn, noise()[0], 3)[0]
     assert drawn.shape[1] < 600 and (drawn[:y, x + 96 :] == PAPER).all()
 
 
-def test_a_figure_of_images_without_captions_and_of_labels_taller_than_images():
+def test_a_figure_without_captions_and_with_tall_labels():
     lines = "\n".join(["a line"] * 9)
     drawn = np.asarray(figure([(lines, noise(2, 96, 24)), (lines, noise(2, 96, 24, seed=1))], ["", ""]))
     assert places(drawn, noise(2, 96, 24, seed=1)[1], 1)[0][1] > 9 * 15

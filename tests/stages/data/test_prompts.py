@@ -1,4 +1,4 @@
-"""Prompts from files of every kind: the rows that are read, and errors that name the place."""
+"""Prompts from files of every format: the rows that are read, and errors that name the row."""
 
 import csv
 import json
@@ -50,14 +50,14 @@ one_line = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).f
 @given(texts=st.lists(one_line, min_size=1, max_size=12))
 @settings(max_examples=25, deadline=None)
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl", ".parquet"])
-def test_every_format_gives_the_rows_that_were_written(tmp_path_factory, suffix, texts):
+def test_every_format_is_read_as_it_was_written(tmp_path_factory, suffix, texts):
     path = write(tmp_path_factory.mktemp("p") / f"p{suffix}", texts)
     assert read(path) == [
         text.removeprefix("\ufeff") if i == 0 and suffix == ".txt" else text for i, text in enumerate(texts)
     ]
 
 
-def test_folders_and_globs_are_read_by_name(tmp_path):
+def test_folders_and_globs_are_read_in_order_of_names(tmp_path):
     for name, texts in (("b.parquet", ["three"]), ("a.parquet", ["one", "two"])):
         write(tmp_path / name, texts)
     assert read(tmp_path) == read(tmp_path / "*.parquet") == ["one", "two", "three"]
@@ -69,7 +69,7 @@ def test_folders_and_globs_are_read_by_name(tmp_path):
         read(tmp_path / "x*.parquet")
 
 
-def test_words_that_the_teacher_does_not_know_are_said_by_plan_pairs_and_sample(tmp_path, write_manifest):
+def test_plan_pairs_and_sample_warn_of_words_that_the_teacher_does_not_know(tmp_path, write_manifest):
     store = tmp_path / "store"
     shipped = "name: words\nstages:\n  teacher: {kind: teacher, from: digit_scenes}\n"
     teacher = execute(shipped, store)["teacher"].artifact.folder
@@ -97,7 +97,7 @@ def test_words_that_the_teacher_does_not_know_are_said_by_plan_pairs_and_sample(
     assert told("plan", manifest) == told("submit", manifest, "--engine", "inline") == []
 
 
-def test_every_tokenizer_of_a_teacher_of_several_pipelines_is_asked(tmp_path):
+def test_every_tokenizer_of_a_teacher_with_several_pipelines_is_checked(tmp_path):
     for half, name in (("host", "digits"), ("guest", "digit_scenes")):
         shutil.copytree(SHIPPED / name / "tokenizer", tmp_path / half / "tokenizer")
     guest, host = prompt_warnings(tmp_path, iter([["a handwritten seven"], ["seven above two"]]))
@@ -105,7 +105,7 @@ def test_every_tokenizer_of_a_teacher_of_several_pipelines_is_asked(tmp_path):
     assert "such as 'above';" in host and str(tmp_path / "host") in host
 
 
-def test_a_tokenizer_of_bytes_knows_every_word(tmp_path):
+def test_a_byte_level_tokenizer_knows_every_word(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -116,7 +116,7 @@ def test_a_tokenizer_of_bytes_knows_every_word(tmp_path):
     assert not list(prompt_warnings(tmp_path, [["a purple cat", "ein Käfer 🐞"]]))
 
 
-def test_prompts_that_the_encoder_cuts_are_counted(tmp_path):
+def test_prompts_that_the_encoder_truncates_are_counted(tmp_path):
     """Tests the tokenizer files that transformers writes today, and those of the published pipelines."""
     from transformers import CLIPTokenizer
 
@@ -135,7 +135,7 @@ def test_prompts_that_the_encoder_cuts_are_counted(tmp_path):
         assert not list(prompt_warnings(folder, prompts[:1]))
 
 
-def test_quoted_commas_and_lines_of_a_csv(tmp_path):
+def test_csv_fields_can_contain_commas_and_line_breaks(tmp_path):
     assert read(write(tmp_path / "p.csv", ["a, b", 'say "x"', "two\nlines"])) == ["a, b", 'say "x"', "two\nlines"]
 
 
@@ -173,7 +173,7 @@ def test_what_is_wrong_is_named(tmp_path, name, content, words):
         read(tmp_path / name)
 
 
-def test_nulls_and_kinds_of_parquet_columns(tmp_path):
+def test_nulls_and_wrong_types_in_parquet_columns_are_errors(tmp_path):
     pq.write_table(pa.table({"prompt": ["a", None, "c"]}), tmp_path / "p.parquet")
     with pytest.raises(StageError, match=r"p.parquet, row 2: null; expected text"):
         read(tmp_path / "p.parquet")
@@ -184,7 +184,7 @@ def test_nulls_and_kinds_of_parquet_columns(tmp_path):
     assert read(tmp_path / "p.parquet") == ["a", "b", "a"]
 
 
-def test_many_prompts_are_never_in_memory_together(tmp_path):
+def test_many_prompts_are_never_in_memory_at_once(tmp_path):
     path = tmp_path / "p.txt"
     with open(path, "w") as file:
         file.writelines(f"{i} {'a rather long prompt ' * 10}\n" for i in range(100_000))
@@ -197,14 +197,14 @@ def test_many_prompts_are_never_in_memory_together(tmp_path):
     assert peak < path.stat().st_size / 3
 
 
-def test_a_file_that_changed_since_the_plan_leaves_no_table(tmp_path):
+def test_no_table_is_written_if_a_file_changed_since_the_plan(tmp_path):
     path = write(tmp_path / "p.txt", ["a"])
     with pytest.raises(StageError, match=r"changed since the run was planned"):
         write_table(Prompts(path=str(path)), {"prompts.path": "sha256:other"}, tmp_path / PROMPTS)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_sample_i_uses_prompt_i_mod_p_whatever_the_format(tmp_path):
+def test_sample_i_uses_prompt_i_mod_p_in_every_format(tmp_path):
     made = []
     for suffix in (".parquet", ".jsonl"):
         path = write(tmp_path / f"p{suffix}", ["one", "two", "three"])
@@ -214,7 +214,7 @@ def test_sample_i_uses_prompt_i_mod_p_whatever_the_format(tmp_path):
     assert made[0] == made[1] == [["one", "two", "three"][i % 3] for i in range(40)]
 
 
-def test_a_bad_file_stops_the_stage_before_anything_is_solved(tmp_path):
+def test_an_invalid_prompts_file_stops_the_stage_before_solving(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text("prompt\na cat\n\n  \n")
     with pytest.raises(StageFailed, match=r"p.csv, row 3: empty; expected a prompt"):
@@ -222,7 +222,7 @@ def test_a_bad_file_stops_the_stage_before_anything_is_solved(tmp_path):
     assert not list((tmp_path / "store").rglob("*.tar"))
 
 
-def test_a_folder_counts_by_the_bytes_of_its_files(tmp_path):
+def test_the_content_of_a_folder_decides_the_fingerprint(tmp_path):
     folder = tmp_path / "prompts"
     folder.mkdir()
     write(folder / "a.jsonl", ["x"])
@@ -245,19 +245,19 @@ def test_a_folder_counts_by_the_bytes_of_its_files(tmp_path):
         ("{images: {name: digits, sizes: 3}}", "unknown key; did you mean 'size'"),
     ],
 )
-def test_contradictions_are_found_when_the_manifest_is_read(prompts, words):
+def test_contradictory_settings_are_errors_of_the_manifest(prompts, words):
     with pytest.raises(ManifestError, match=words):
         loads(GAUSSIAN.replace("prompts: digits", f"prompts: {prompts}"), "m.yaml")
 
 
-def test_text_that_utf8_cannot_hold_is_named(tmp_path):
+def test_text_that_utf8_cannot_encode_is_an_error(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "x\\ud83d"}\n')
     with pytest.raises(StageError, match=r"p.jsonl, row 2: cannot be encoded as UTF-8"):
         read(path)
 
 
-def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
+def test_a_folder_can_have_a_dot_in_its_name(tmp_path):
     folder = tmp_path / "laion-2.5"
     folder.mkdir()
     write(folder / "a.parquet", ["x"])

@@ -41,7 +41,7 @@ def write(folder, number: int, pairs: list[Pair]) -> ListedShard:
     return ListedShard(tar, len(pairs), tar.stat().st_size, sha)
 
 
-def test_any_webdataset_reader_reads_a_shard(tmp_path):
+def test_webdataset_reads_a_shard(tmp_path):
     pairs = make_pairs(0, 5)
     shard = write(tmp_path, 0, pairs)
     read = list(wds.WebDataset(str(shard.tar), shardshuffle=False).decode())
@@ -53,14 +53,14 @@ def test_any_webdataset_reader_reads_a_shard(tmp_path):
         assert sample["json"] == {"index": pair.index, "seed": 7}
 
 
-def test_a_shard_is_a_function_of_its_pairs(tmp_path):
+def test_a_shards_bytes_depend_only_on_its_pairs(tmp_path):
     (tmp_path / "again").mkdir()
     assert write(tmp_path, 0, make_pairs(0, 4)).sha256 == write(tmp_path / "again", 0, make_pairs(0, 4)).sha256
     with tarfile.open(tmp_path / "00000.tar") as archive:
         assert {member.mtime for member in archive} == {0}
 
 
-def test_a_receipt_holds_what_stats_and_readers_need(tmp_path):
+def test_a_receipt_has_offsets_statistics_and_hashes(tmp_path):
     pairs = make_pairs(3, 9)
     shard = write(tmp_path, 0, pairs)
     facts = receipts.read_facts(receipts.receipt_of(shard.tar))
@@ -89,7 +89,7 @@ def test_a_shard_without_valid_receipt_does_not_exist(tmp_path, damage):
     assert receipts.valid_facts(shard.tar) is None
 
 
-def test_nothing_is_left_of_a_shard_that_could_not_be_written(tmp_path):
+def test_a_failed_write_leaves_no_shard(tmp_path):
     bad = pair(0, "x", np.array([object()]), np.zeros(1))
     with pytest.raises(ValueError, match="Object arrays"):
         shards.write_shard(tmp_path / "00000.tar", [bad], {}, {})
@@ -125,7 +125,7 @@ def test_the_reader_refuses_shards_that_changed(tmp_path):
 
 
 @given(count=st.integers(1, 500), size=st.integers(1, 60), more=st.integers(0, 300))
-def test_shards_cover_every_sample_once_and_full_ones_are_shared(count, size, more):
+def test_shards_cover_every_sample_once_and_counts_share_full_shards(count, size, more):
     plans = plan_shards(count, size)
     assert [i for plan in plans for i in range(plan.start, plan.stop)] == list(range(count))
     places = {plan.place for plan in plans}
@@ -135,7 +135,7 @@ def test_shards_cover_every_sample_once_and_full_ones_are_shared(count, size, mo
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20), min_size=1, max_size=5))
-def test_moments_merge_to_those_of_the_whole(parts):
+def test_merged_moments_equal_those_of_all_values(parts):
     merged = Moments()
     for part in parts:
         merged = merged.merge(Moments.of(np.array(part)))
@@ -145,12 +145,12 @@ def test_moments_merge_to_those_of_the_whole(parts):
     assert merged.std == pytest.approx(whole.std(), abs=1e-6)
 
 
-def test_histograms_count_everything_also_what_lies_outside():
+def test_histograms_also_count_values_outside_of_the_edges():
     counts = histogram(np.array([-100.0, 0.0, 0.01, 100.0]))
     assert sum(counts) == 4 and counts[0] == counts[-1] == 1
 
 
-def test_noise_is_a_function_of_seed_and_index_and_normal():
+def test_noise_is_normal_and_depends_only_on_seed_and_index():
     shape, dtype = (4, 8, 8), np.dtype("float16")
     np.testing.assert_array_equal(noise_for(1, 5, shape, dtype), noise_for(1, 5, shape, dtype))
     assert (
@@ -163,7 +163,7 @@ def test_noise_is_a_function_of_seed_and_index_and_normal():
 
 
 @given(length=st.integers(1, 40), batch=st.integers(1, 17), world=st.integers(1, 4), seed=st.integers(0, 99))
-def test_an_epoch_draws_every_sample_once_whatever_the_world(length, batch, world, seed):
+def test_an_epoch_draws_every_sample_once_for_any_number_of_ranks(length, batch, world, seed):
     whole = ShuffledOrder(length, batch, seed)
     steps = -(-length // batch)
     drawn = np.concatenate([whole.batch(step) for step in range(steps)])
@@ -203,7 +203,7 @@ def test_the_reader_refuses_a_tar_with_a_flipped_bit(tmp_path):
     np.testing.assert_array_equal(reader.batch([3]).noise[0], make_pairs(3, 4)[0].arrays["noise"])
 
 
-def test_a_receipt_of_another_version_does_not_count(tmp_path):
+def test_a_receipt_of_another_version_is_invalid(tmp_path):
     shard = write(tmp_path, 0, make_pairs(0, 4))
     receipt = receipts.receipt_of(shard.tar)
     table = pq.read_table(receipt)
@@ -221,7 +221,7 @@ def test_a_receipt_of_another_version_does_not_count(tmp_path):
     seed=st.integers(0, 99),
 )
 @settings(deadline=None)
-def test_a_mixture_keeps_its_shares_and_every_source_its_epochs(lengths, weights, batch, seed):
+def test_a_mixture_has_exact_shares_and_each_source_its_own_epochs(lengths, weights, batch, seed):
     ends = np.cumsum([0, *lengths]).tolist()
     ranges = [range(*pair) for pair in itertools.pairwise(ends)]
     weights = weights[: len(ranges)]
@@ -241,7 +241,7 @@ def test_a_source_that_would_never_be_drawn_is_refused():
 
 @given(count=st.integers(4, 90), batch=st.integers(1, 4), stop=st.integers(0, 30), seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_four_ranks_stopped_in_the_middle_see_each_sample_exactly_once(tmp_path_factory, count, batch, stop, seed):
+def test_four_interrupted_and_resumed_ranks_see_each_sample_once(tmp_path_factory, count, batch, stop, seed):
     """Four readers read an epoch. They are killed after `stop` steps, and four new ones continue."""
     folder = tmp_path_factory.mktemp("pool")
     shards = [write(folder, k, make_pairs(s, min(s + 16, count))) for k, s in enumerate(range(0, count, 16))]

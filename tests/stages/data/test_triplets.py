@@ -59,7 +59,7 @@ def test_every_setting_says_what_it_means(name):
         ("faces", "unknown"),
     ],
 )
-def test_what_contradicts_itself_is_refused(given_settings, words):
+def test_contradictory_settings_are_refused(given_settings, words):
     with pytest.raises(ValidationError, match=words):
         Example.model_validate({"triplets": given_settings})
 
@@ -71,7 +71,7 @@ def photograph(size):
     return (photographs.crop(3, size, np.random.default_rng(size)) * 255.0).round().astype(np.uint8)
 
 
-def test_the_families_are_those_a_manifest_may_name():
+def test_the_families_equal_the_names_in_the_settings():
     assert tuple(DISTORTIONS) == FAMILIES
 
 
@@ -103,7 +103,7 @@ def ramps(size):
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.8])
-def test_a_strength_is_what_it_says(strength):
+def test_strengths_have_their_defined_size(strength):
     rng, size = np.random.default_rng(1), 256
     inner, level = slice(48, -48), np.full((3, 128, 128), 128, dtype=np.uint8)
 
@@ -179,7 +179,7 @@ def test_the_weaker_distortion_has_the_vote():
     assert scores(strengths[:, 0], strengths[:, 1], triplets.votes).mean() == 1.0
 
 
-def test_a_triplet_is_a_function_of_its_settings_and_its_place():
+def test_a_triplet_depends_only_on_settings_and_its_number():
     triplets = SMALL.load(two_splits, held_out=True)
     whole = triplets.batch(np.arange(60))
     again = SMALL.load(two_splits, held_out=True).batch(np.array([41, 3]))
@@ -196,7 +196,7 @@ def squared_errors(triplets, index):
     return [np.square(reference - other).mean((1, 2, 3)) for other in others]
 
 
-def test_squared_error_is_right_on_average_and_often_wrong():
+def test_squared_error_is_mostly_right_and_often_wrong():
     triplets = Synthetic(test_count=120).load(lambda held_out: load_images(Digits(), held_out=held_out), held_out=True)
     found = {
         family: scores(*squared_errors(triplets, at), triplets.votes[at.start : at.stop]).mean()
@@ -206,7 +206,7 @@ def test_squared_error_is_right_on_average_and_often_wrong():
     assert max(found["blur"], found["warp"], found["compression"]) < 0.9
 
 
-def test_misalignment_counts_for_nothing_but_in_shift():
+def test_both_images_are_misaligned_except_in_the_family_shift():
     aligned = Synthetic(count=50, test_count=10, misalignment=0.0)
     moved, still = (c.load(two_splits, held_out=True) for c in (SMALL, aligned))
     assert (moved.votes == still.votes).all()
@@ -239,7 +239,7 @@ def bapps(tmp_path):
     return Bapps(path=str(tmp_path), train=["traditional"], test=["traditional", "color"])
 
 
-def test_what_was_written_is_read(bapps):
+def test_bapps_is_read_as_it_was_written(bapps):
     seen, unseen = (bapps.load(of_nobody, held_out=held_out) for held_out in (False, True))
     assert seen.categories == {"traditional": range(3)} and not seen.unseen
     assert unseen.categories == {"traditional": range(2), "color": range(2, 6)} and unseen.unseen == {"color"}
@@ -250,7 +250,7 @@ def test_what_was_written_is_read(bapps):
         assert images[:, :, 3, 3].tolist() == [[9, place, 7], [4, place, 7], [6, place, 7]]
 
 
-def test_grey_and_jpeg_images_come_out_in_rgb(bapps, tmp_path):
+def test_grey_and_jpeg_images_are_read_as_rgb(bapps, tmp_path):
     folder = tmp_path / "train" / "traditional"
     for part in ("ref", "p0", "p1"):
         (folder / part / "000001.png").unlink()

@@ -24,5 +24,5 @@ from stages.data.urls import redacted
         ("https://host/a@b?page=2&design=1 mail@host", "https://host/a@b?page=2&design=1 mail@host"),
     ],
 )
-def test_what_lets_others_in_is_redacted_and_nothing_else(url, printed):
+def test_only_secrets_are_redacted(url, printed):
     assert redacted(url) == printed

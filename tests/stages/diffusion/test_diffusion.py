@@ -30,7 +30,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @given(log_snr=st.floats(-8, 8), seed=st.integers(0, 1000))
-def test_a_perfect_network_gives_back_x0_and_noise(prediction, log_snr, seed):
+def test_x0_and_noise_are_recovered_from_a_perfect_network(prediction, log_snr, seed):
     alpha, sigma = (1 / (1 + np.exp(-log_snr))) ** 0.5, (1 / (1 + np.exp(log_snr))) ** 0.5
     x0, noise = np.random.default_rng(seed).standard_normal((2, 5))
     z = alpha * x0 + sigma * noise
@@ -45,7 +45,7 @@ def test_v_at_the_ends_is_noise_and_minus_x0():
     assert target("v_prediction", x0, noise, 0.0, 1.0) == -x0
 
 
-def test_schedule_is_that_of_diffusers():
+def test_the_schedule_equals_that_of_diffusers():
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -57,7 +57,7 @@ def test_schedule_is_that_of_diffusers():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 10, 20, 25, 40, 50])
-def test_timesteps_are_those_of_diffusers(steps):
+def test_timesteps_equal_those_of_diffusers(steps):
     from diffusers import DDIMScheduler
 
     for spacing in ("trailing", "leading"):
@@ -145,7 +145,7 @@ def test_guidance_scale_one_is_the_conditional_output():
     np.testing.assert_allclose(guide(a, b, 3.0), b + 2.0 * (b - a), rtol=1e-12)
 
 
-def test_weights_are_errors_of_noise_and_of_v():
+def test_weighted_errors_are_those_of_the_noise_and_of_v():
     generator = torch.Generator().manual_seed(0)
     x, other, noise = (torch.randn(5, 3, generator=generator, dtype=torch.float64) for _ in "abc")
     for t in (0.1, 0.5, 0.9):
@@ -161,10 +161,12 @@ def test_weights_are_errors_of_noise_and_of_v():
     alpha, sigma = (torch.sigmoid(torch.tensor(sign * 20.0, dtype=torch.float64)).sqrt() for sign in (-1, 1))
     assert float(weights("snr", alpha, sigma)) == pytest.approx(2.06e-9, rel=1e-2)
     assert float(weights("truncated_snr", alpha, sigma)) == 1.0
-    torch.testing.assert_close(both_to_x0(x, noise, z, one[0], one[1]), x)  # both right: so is what they come to
+    torch.testing.assert_close(
+        both_to_x0(x, noise, z, one[0], one[1]), x
+    )  # both estimates are right, and so is their combination
 
 
-def test_grids_halve():
+def test_a_grid_contains_the_grid_of_half_its_steps():
     own = NoiseSchedule.stable_diffusion()
     for make in (lambda n: Grid.trailing(own, n), Grid.cosine):
         for n in (1, 3, 16, 125):

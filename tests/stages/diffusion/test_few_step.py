@@ -1,4 +1,4 @@
-"""Samplers of students that draw noise: the distribution of their samples, and their network calls."""
+"""Few-step samplers that draw noise: the distribution of their samples, and their network calls."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.support.samplers import sample
 MEAN, STD = 1.5, 0.6
 
 
-def test_noising_keeps_the_variance():
+def test_noising_gives_the_right_variance():
     grid = Grid.cosine(16)
     for from_, to in ((0, 1), (3, 4), (13, 15)):
         scale, std = noising(grid.level(from_), grid.level(to))
@@ -42,7 +42,7 @@ def test_the_stochastic_sampler_calls_n_times_and_keeps_the_marginals():
     assert torch.equal(*again)
 
 
-def test_the_sampler_noises_its_estimate_anew():
+def test_the_consistency_sampler_adds_new_noise_to_its_estimate():
     """The data are N(m, S^2), and the estimate at every point is the exact end of the ODE. Then samples have the
     distribution of the data, for any number of steps."""
     mean, std, grid, calls = 1.5, 0.6, Grid.cosine(4), []
@@ -59,7 +59,7 @@ def test_the_sampler_noises_its_estimate_anew():
     assert float(found.mean()) == pytest.approx(mean, abs=0.005) and float(found.std()) == pytest.approx(std, abs=0.004)
 
 
-def test_the_function_is_the_identity_on_clean_data():
+def test_the_consistency_function_is_the_identity_on_clean_data():
     from diffusers import LCMScheduler
 
     assert boundary(0.0) == (1.0, 0.0)

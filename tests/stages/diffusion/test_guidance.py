@@ -15,7 +15,7 @@ def denoised(z, alpha, sigma, mean, std=STD):
     return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (z - alpha * mean)
 
 
-def test_guidance_of_equal_normals_shifts_the_mean_alone():
+def test_guidance_of_normals_with_equal_deviation_shifts_only_the_mean():
     z = torch.linspace(-3, 3, 7, dtype=torch.float64)
     for alpha, sigma in ((0.9, 0.19**0.5), (0.1, 0.99**0.5)):
         of, none = (denoised(z, alpha, sigma, mean) for mean in (MEAN, OTHER_MEAN))
@@ -29,8 +29,8 @@ def test_guidance_of_equal_normals_shifts_the_mean_alone():
         assert float((found[-1] - found[0]) / (z[-1] - z[0])) == pytest.approx(3 * gains[0] - 2 * gains[1])
 
 
-def test_a_linear_student_of_every_strength_finds_the_guided_gain_affine_in_w():
-    """An exact fit to its targets has the gain (1 + w) times that of the class, minus w times that without a class."""
+def test_the_gain_of_a_linear_student_is_affine_in_w():
+    """The gain of the exact student is (1 + w) times the conditional gain minus w times the unconditional gain."""
     alpha, sigma, wide = 0.6, 0.8, 1.2
     z, w = (torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(2, -1) * 4).unbind()
     target = guide_by_w(denoised(z, alpha, sigma, OTHER_MEAN, wide), denoised(z, alpha, sigma, MEAN), w)
@@ -40,7 +40,7 @@ def test_a_linear_student_of_every_strength_finds_the_guided_gain_affine_in_w():
     assert own + 4 * (own - none) < 0, "at w = 4 it is turned round"
 
 
-def test_the_stronger_guidance_the_surer_the_class_and_the_narrower_it_is():
+def test_stronger_guidance_gives_purer_and_narrower_classes():
     """Two equally likely classes, N(1, 0.6^2) and N(-1, 0.6^2). The first is sampled in 64 steps."""
     grid = Grid.cosine(64)
 

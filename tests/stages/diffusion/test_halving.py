@@ -1,4 +1,4 @@
-"""The target for which one step of a student ends where two steps of its teacher end: in closed form, and learned."""
+"""The target of step halving: one student step ends where two teacher steps end. Tested in closed form, and learned."""
 
 import copy
 
@@ -55,8 +55,9 @@ class Linear:
 
 
 @pytest.mark.parametrize("std", TABLE)
-def test_students_that_fit_exactly_do_what_their_first_teacher_did(std):
-    """Holds for every N and any number of steps, even for one step of a student of a teacher with 8,192 steps."""
+def test_exactly_fitted_students_reproduce_their_first_teacher(std):
+    """This holds for every N and any number of steps, even for a one-step student whose first teacher has 8,192
+    steps."""
     for steps, expected in TABLE[std].items():
         teacher = Linear.exact(steps, std)
         alpha, sigma = teacher.grid.alpha * std, teacher.grid.sigma
@@ -71,7 +72,7 @@ def test_students_that_fit_exactly_do_what_their_first_teacher_did(std):
     assert halvings == 13
 
 
-def test_one_step_with_the_target_is_two_of_the_teachers():
+def test_one_step_with_the_target_equals_two_of_the_teachers():
     generator = torch.Generator().manual_seed(0)
     noise = {j: torch.randn(64, 4, 2, 2, generator=generator, dtype=torch.float64) for j in "zab"}
     estimates = iter((noise["a"], noise["b"]))
@@ -102,9 +103,9 @@ def test_the_target_of_a_gaussian_in_closed_form():
 
 
 def test_a_student_for_stochastic_sampling_jumps_twice_as_far():
-    """The target leads to the end of two of the teacher's jumps. At the last point, it leads to the end of two half
-    jumps, which is the teacher's estimate at point 1. In this test, the teacher's estimate is the number of the
-    point."""
+    """The target leads to the end of two double-length steps of the teacher. At the last point, it leads to the end of
+    two steps of normal length, which is the teacher's estimate at point 1. In this test, the teacher's estimate is the
+    number of the point."""
     grid, asked, z = Grid.cosine(8), [], torch.randn(4, 1, 1, 1, dtype=torch.float64)
 
     def denoise(z, j):
@@ -121,7 +122,7 @@ def test_a_student_for_stochastic_sampling_jumps_twice_as_far():
     assert float(found[3]) == pytest.approx(1.0)
 
 
-def test_few_steps_of_a_mixture_follow_the_ode_and_one_step_follows_it_worse():
+def test_few_steps_follow_the_ode_of_a_mixture_better_than_one_step():
     """Small networks learn a mixture of four normals in two dimensions, from 8 steps down to 1."""
     torch.manual_seed(0)
     means, std = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]), 0.2

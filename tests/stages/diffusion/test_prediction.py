@@ -1,4 +1,4 @@
-"""Prediction types and samplers on schedules of every kind: round trips in float64, and closed forms."""
+"""Prediction types and samplers on all kinds of schedules: round trips in float64, and closed forms."""
 
 import numpy as np
 import pytest
@@ -18,12 +18,14 @@ from tests.support.samplers import sample
 
 TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 FLOW = NoiseSchedule.flow(1000, shift=3.0)
-ANY = NoiseSchedule(np.linspace(0.999, 0.2, 1000), np.linspace(0.002, 1.7, 1000))  # neither kind
+ANY = NoiseSchedule(
+    np.linspace(0.999, 0.2, 1000), np.linspace(0.002, 1.7, 1000)
+)  # neither variance preserving nor a flow
 
 
 @pytest.mark.parametrize("prediction", TYPES)
 @given(alpha=st.floats(0.05, 2.0), sigma=st.floats(0.05, 2.0), seed=st.integers(0, 99))
-def test_predictions_and_what_they_predict_are_one(prediction, alpha, sigma, seed):
+def test_converting_a_target_gives_x0_and_noise_back(prediction, alpha, sigma, seed):
     x0, noise = np.random.default_rng(seed).standard_normal((2, 3, 4))
     z = alpha * x0 + sigma * noise
     output = target(prediction, x0, noise, alpha, sigma)
@@ -40,7 +42,7 @@ def test_a_variance_preserving_level_is_divided_by_exactly_one(angle):
         assert power(torch.tensor(alpha, dtype=dtype), torch.tensor(sigma, dtype=dtype)) == 1.0
 
 
-def test_power_is_not_rounded_where_it_is_another():
+def test_power_is_exact_where_it_is_not_1():
     assert power(0.5, 0.5) == 0.5 and power(0.9, 0.1) == 0.9**2 + 0.1**2
     level = torch.tensor([0.5, 1.0], dtype=torch.float64), torch.tensor([0.5, 0.0], dtype=torch.float64)
     assert power(*level).tolist() == [0.5, 1.0]
@@ -100,7 +102,7 @@ def test_solvers_reach_the_end_of_the_ode_on_every_schedule(schedule):
 
 
 @pytest.mark.parametrize("schedule", [FLOW, ANY], ids=["flow", "any"])
-def test_one_step_of_the_halving_target_is_two_of_its_teacher(schedule):
+def test_one_step_of_the_halving_target_equals_two_of_its_teacher(schedule):
     fine, coarse = Grid.trailing(schedule, 8), Grid.trailing(schedule, 4)
     x0, _ = exact(schedule)
     z, i = torch.randn(4, 2, 3, 3, dtype=torch.float64), torch.tensor([4, 3, 2, 1])
@@ -117,7 +119,7 @@ def test_one_step_of_the_halving_target_is_two_of_its_teacher(schedule):
         torch.testing.assert_close(implied_x0(z[k], end, here, there), found[k])
 
 
-def test_noising_keeps_the_law_of_any_schedule():
+def test_noising_keeps_the_distribution_on_any_schedule():
     for schedule in (FLOW, ANY, NoiseSchedule.stable_diffusion()):
         near, far = schedule.at(300), schedule.at(700)
         scale, std = noising(near, far)
@@ -125,7 +127,7 @@ def test_noising_keeps_the_law_of_any_schedule():
         assert (scale * near.sigma) ** 2 + std**2 == pytest.approx(far.sigma**2)
 
 
-def test_states_are_what_the_network_saw_and_end_in_the_sample():
+def test_states_are_the_inputs_of_the_network_and_end_in_the_sample():
     grid, noise, called = Grid.trailing(FLOW, 4), torch.randn(2, 3, 4, 4), []
 
     def denoise(z, i):
@@ -161,11 +163,11 @@ def test_explicit_levels_are_the_grid():
         ({"steps": 1, "levels": [999], "schedule": "cosine"}, "levels are timesteps of the teacher's schedule"),
     ],
 )
-def test_levels_that_make_no_sense_are_refused(settings, words):
+def test_invalid_levels_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Form(**settings)
 
 
-def test_the_boundary_is_the_samplers_unless_it_is_named():
+def test_the_boundary_follows_the_sampler_unless_it_is_set():
     assert Form(sampler="consistency").boundary == "lcm" and Form().boundary == "none"
     assert Form(sampler="consistency", boundary="none").boundary == "none"

@@ -66,7 +66,7 @@ def weights_only(remake, teacher):
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (6, 4, 3, 3)])
-def test_factors_are_the_best_of_their_rank(shape):
+def test_factors_are_the_best_approximation_of_their_rank(shape):
     torch.manual_seed(0)
     difference = torch.randn(shape)
     values = torch.linalg.svdvals(difference.flatten(1))
@@ -97,7 +97,9 @@ def test_a_higher_rank_keeps_more_and_full_rank_keeps_all(weights_only, teacher)
         restored = Student(teacher, add(teacher.student_network(), lora), loaded.grid, loaded.form)
         errors.append(_errors(loaded, restored, teacher, supply_of(weights_only))[2])
     assert shares == sorted(shares) and 0 < shares[0] < 0.7 and shares[-1] == pytest.approx(1, abs=1e-5)
-    assert errors[0] > 1e-4 and errors[-1] < 1e-10  # between them, a smaller change need not be a smaller error
+    assert (
+        errors[0] > 1e-4 and errors[-1] < 1e-10
+    )  # for ranks in between, a smaller weight difference may still give a larger error
 
 
 def test_biases_and_norms_are_lost_and_counted(remake, teacher):
@@ -136,8 +138,8 @@ def card_code(folder, taught_by):
 
 
 @pytest.mark.parametrize("rank", [3, FULL])
-def test_plain_diffusers_draws_what_retort_draws(weights_only, tiny, teacher, tmp_path, rank):
-    """At full rank, layers have many different ranks."""
+def test_plain_diffusers_draws_the_same_images_as_retort(weights_only, tiny, teacher, tmp_path, rank):
+    """At full rank, the LoRA has a different rank for each shape of layer."""
     write_lora(weights_only, rank, tmp_path / "lora")
     found = card_code(tmp_path / "lora", tiny[1]["teacher"].artifact.folder)
     pipeline = found["pipeline"]
@@ -178,13 +180,13 @@ def test_the_card_says_what_the_lora_loses(student, teacher, tmp_path):
     assert (tmp_path / "lora" / name).read_text() == (student.folder / name).read_text()
 
 
-def test_the_cost_is_not_measured_where_pairs_say_nothing(student, remake, teacher):
+def test_errors_are_not_measured_if_the_student_should_not_reproduce_its_pairs(student, remake, teacher):
     loaded, other = Student.load(student.folder, teacher), remake(guidance_scale=5.0)
     assert "not meant to reproduce its pairs" in _measured(other, Student.load(other.folder, teacher), teacher, {})
     assert "the student has no pairs" in _measured(replace(student, inputs={}), loaded, teacher, {})
 
 
-def test_students_that_are_no_lora_of_their_teacher_are_refused(tiny, teacher, remake, tmp_path):
+def test_students_that_cannot_be_a_lora_of_their_teacher_are_refused(tiny, teacher, remake, tmp_path):
     wide = remake(build.unet(8, 64, (24, 48)))
     with pytest.raises(StageError, match=r"other sizes than the teacher's \(`start:`\)"):
         write_lora(wide, 4, tmp_path / "lora")

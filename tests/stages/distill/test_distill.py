@@ -1,4 +1,4 @@
-"""Students: their start, their export to plain diffusers, their resume after a kill."""
+"""Students: their initial weights, export to plain diffusers, and resuming after a kill."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def held_out(tiny):
     return PairReader(read_list(tiny[1]["pairs"].artifact.folder)).batch(range(64, 96))
 
 
-def test_the_student_learns_what_it_never_saw(tiny, teacher):
+def test_the_error_falls_on_held_out_pairs(tiny, teacher):
     held = held_out(tiny)
     target = torch.from_numpy(held.latent).float()
 
@@ -60,7 +60,7 @@ def test_plain_diffusers_runs_the_export_in_one_step_at_any_guidance(tiny, teach
     np.testing.assert_allclose(images, ours, atol=1e-5)
 
 
-def test_the_export_says_what_it_is(tiny):
+def test_the_model_card_describes_the_student(tiny):
     student = tiny[1]["student"].artifact
     card = (student.folder / "README.md").read_text()
     assert "num_inference_steps=1" in card and student.fingerprint in card
@@ -100,7 +100,7 @@ stages:
     np.testing.assert_allclose(images, ((ours + 1) / 2).permute(0, 2, 3, 1).numpy(), atol=1e-4)
 
 
-def test_bf16_training_runs_and_leaves_conditions_in_float32(tiny):
+def test_bf16_training_keeps_conditions_in_float32(tiny):
     bf16 = "training: {steps: 3, batch_size: 16, mixed_precision: bf16}"
     plan = execute(TINY.replace("training: {steps: 24, batch_size: 16}", bf16), tiny[0])
     assert plan["student"].artifact.record["metrics"]["held_out_mse"] > 0
@@ -144,7 +144,7 @@ def test_a_killed_driver_resumes_training_to_the_same_bytes(tiny, tmp_path):
         assert sha256_of(student / file) == sha256_of(tiny[1]["student"].artifact.folder / file)
 
 
-def test_a_student_that_goes_on_from_another(tiny, teacher):
+def test_a_student_starts_from_another_student(tiny, teacher):
     """With a learning rate of almost 0, the student stays equal to the first one. Plain diffusers runs its export."""
     text = TINY.replace("    held_out: 32\n", "    held_out: 32\n    start_from: first\n").replace(
         "  student:\n", "  first:\n" + TINY.split("  student:\n")[1] + "  student:\n"
@@ -184,7 +184,7 @@ def test_a_student_that_goes_on_from_another(tiny, teacher):
         plan_of(other, tiny[0])
 
 
-def test_gradient_checkpointing_changes_no_byte(tiny, tmp_path):
+def test_gradient_checkpointing_changes_no_bytes(tiny, tmp_path):
     text = TINY.replace("checkpoint_every: 7}", "checkpoint_every: 7, gradient_checkpointing: true}")
     text = text.replace("pairs: pairs", f"pairs: {tiny[1]['pairs'].artifact.folder}")
     start, end = text.index("  teacher:"), text.index("  student:")
@@ -224,13 +224,13 @@ def test_a_student_of_several_pairs(tiny):
     assert student.record["metrics"]["held_out_mse"] > 0
 
 
-def test_weights_are_part_of_what_a_student_is(tiny):
+def test_the_weights_of_pairs_change_the_fingerprint(tiny):
     sources = "[{{pairs: pairs, weight: {}}}, {{pairs: more, weight: 1.0}}]"
     weights = [plan_of(MIXED, tiny[0], [f"stages.student.pairs={sources.format(w)}"])["student"] for w in (3.0, 4.0)]
     assert weights[0].artifact.fingerprint != weights[1].artifact.fingerprint
 
 
-def test_mixtures_that_would_mislead_are_refused_when_planning(tiny):
+def test_invalid_mixtures_are_refused_when_planning(tiny):
     one_seed = MIXED.replace("    seed: 5\n", "    storage_dtype: float32\n")
     with pytest.raises(ManifestError, match="two of them have the same seed, and so the same noises"):
         plan_of(one_seed, tiny[0])

@@ -21,7 +21,7 @@ SEEN = []
 
 
 class Listener:
-    """A method that keeps the batches that it is given. Its loss does not depend on them."""
+    """A method that records its batches. Its loss does not depend on them."""
 
     def __init__(self, materials):
         self.student = materials.student(ListenerConfig().form)
@@ -74,7 +74,7 @@ def test_a_batch_has_all_streams(tiny, seen):
     assert batch["latents"]["prompts"] != batch["prompts"]["prompts"], "each stream is drawn in an order of its own"
 
 
-def test_prompts_alone_need_a_teacher_and_nothing_else(tiny, seen):
+def test_a_student_of_prompts_needs_only_a_teacher(tiny, seen):
     store, plan = tiny
     text = DATA + STUDENT % ("prompts: digits, teacher: teacher", "listener")
     made = execute(text, store, name="prompts")["student"].artifact
@@ -156,12 +156,12 @@ def test_a_student_starts_from_a_smaller_network_that_was_trained_for_the_teache
     again = execute(text, tmp_path, name="like", only=["teacher", "narrow"])["narrow"].artifact
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert sha256_of(again.folder / weights) == sha256_of(narrow.folder / weights)
-    assert load_artifact(narrow.folder).fingerprint == narrow.fingerprint  # its record is read as a manifest is
+    assert load_artifact(narrow.folder).fingerprint == narrow.fingerprint  # its record is validated like a manifest
     assert narrow.record["metrics"]["like"] == teacher.fingerprint
 
 
-def test_a_lost_worker_finds_the_pipeline_as_it_was(tiny, tmp_path, monkeypatch):
-    """The first attempt ends after the old network was removed and before the new one is in its place."""
+def test_a_retry_after_a_lost_worker_gives_the_same_pipeline(tiny, tmp_path, monkeypatch):
+    """The first attempt ends after the old network was removed and before the new one is written."""
     from stages.teacher import stage
 
     replace = stage.os.replace
@@ -209,12 +209,12 @@ stages:
         (("like: teacher", "like: teacher\n      vae: {max_mse: 1}"), "like keeps the vae of that teacher"),
         (("{teacher: narrow}", "{teacher: narrow, pipeline: digit_scenes}"), "give either pipeline or teacher"),
         (("{teacher: narrow}", "{}"), "give either pipeline or teacher"),
-        (("like: teacher", "like: gaussian"), "it is not one pipeline"),
+        (("like: teacher", "like: gaussian"), "it is not a single pipeline"),
         (("{teacher: narrow}", "{teacher: gaussian}"), "`gaussian:`, which has no network"),
         (("{teacher: narrow}", "{teacher: narrow, revision: main}"), "revision needs pipeline"),
     ],
 )
-def test_settings_of_another_network_that_do_not_fit_are_refused_when_planning(tiny, change, words):
+def test_start_settings_that_do_not_fit_are_refused_when_planning(tiny, change, words):
     text = DATA + LIKE + STUDENT % ("pairs: pairs, start: {teacher: narrow}", "knowledge_distillation")
     text += "  gaussian: {kind: teacher, gaussian: {}}\n"
     with pytest.raises(ManifestError, match=words):
@@ -231,12 +231,12 @@ def test_settings_of_another_network_that_do_not_fit_are_refused_when_planning(t
         ),
     ],
 )
-def test_another_network_that_does_not_fit_the_pipeline_stops_the_stage(tiny, change, words):
+def test_a_network_that_does_not_fit_the_pipeline_stops_the_stage(tiny, change, words):
     with pytest.raises(StageFailed, match=words):
         execute(DATA + LIKE.replace(*change), tiny[0], name="like", only=["narrow"])
 
 
-def test_the_pipeline_that_it_begins_with_counts_by_its_bytes(tiny, narrow, tmp_path):
+def test_the_content_of_the_start_pipeline_decides_the_fingerprint(tiny, narrow, tmp_path):
     def planned(folder):
         text = DATA + STUDENT % (f"pairs: pairs, start: {{pipeline: {folder}}}", "knowledge_distillation")
         return plan_of(text, tiny[0])["student"].artifact.fingerprint
@@ -268,7 +268,7 @@ def test_a_pipeline_of_another_vae_or_schedule_is_refused(tiny, narrow, tmp_path
         execute(text, tiny[0], name="other")
 
 
-def test_a_chain_goes_on_with_the_smaller_network_that_it_began_with(tiny, narrow, tmp_path):
+def test_all_links_of_a_chain_have_the_smaller_network_of_start(tiny, narrow, tmp_path):
     """Another version of diffusers wrote the pipeline."""
     copy = shutil.copytree(narrow, tmp_path / "copy")
     changed(copy / "vae/config.json", _diffusers_version="0.20.0")
@@ -280,7 +280,7 @@ def test_a_chain_goes_on_with_the_smaller_network_that_it_began_with(tiny, narro
     assert "Training continued from distill/" in (folder / "README.md").read_text()
 
 
-def test_the_type_of_the_pipeline_that_it_begins_with_counts_when_planning(tiny, narrow, tmp_path):
+def test_the_prediction_type_of_the_start_pipeline_is_checked_when_planning(tiny, narrow, tmp_path):
     """The teacher predicts v, and the network in `start` epsilon."""
     copy = shutil.copytree(narrow, tmp_path / "copy")
     changed(copy / "scheduler/scheduler_config.json", prediction_type="epsilon")

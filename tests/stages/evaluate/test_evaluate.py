@@ -1,4 +1,4 @@
-"""The comparison of a student with its teacher, small."""
+"""Evaluations of a student and its teacher, at a small size."""
 
 import json
 import shutil
@@ -66,8 +66,8 @@ def test_every_side_is_measured_on_the_same_prompts_and_noise(quality):
     assert quality.record["metrics"] == metrics
 
 
-def test_held_out_pairs_are_taken_and_the_rest_is_solved_as_the_factory_would(quality, tiny):
-    """32 pairs are held out, and there are 60 samples. The other 28 are what pairs 96 to 123 would be."""
+def test_missing_samples_are_solved_like_those_of_a_pairs_stage(quality, tiny):
+    """32 pairs are held out, and there are 60 samples. The other 28 equal pairs 96 to 123, which are not stored."""
     student = tiny[1]["student"].artifact
     samples, latents, _ = sampled(sources(student.inputs)[0], student, 60)
     more = execute(TINY, tiny[0], ["stages.pairs.count=128", "stages.student.held_out=33"], only=["pairs"])["pairs"]
@@ -86,7 +86,7 @@ def test_the_page_is_self_contained(quality):
     assert "10 network calls" in page
 
 
-def test_contradictions_are_found_when_planning(tmp_path):
+def test_contradictory_settings_are_errors_of_the_plan(tmp_path):
     with pytest.raises(ManifestError, match="5 is not fewer than the 5 steps of the pairs"):
         plan_of(QUALITY, tmp_path, ["stages.quality.teacher_steps=[5]"])
     with pytest.raises(ManifestError, match="a number of steps is given twice"):
@@ -102,7 +102,7 @@ def test_contradictions_are_found_when_planning(tmp_path):
         plan_of(QUALITY, tmp_path, ["stages.probe.images=digit_scenes"])
 
 
-def test_without_real_images_only_the_teacher_is_compared_with(tiny):
+def test_without_real_images_only_distances_to_the_teacher_are_measured(tiny):
     text = TINY + "  quality: {kind: evaluate, student: student, samples: 20, teacher_steps: []}\n"
     artifact = execute(text, tiny[0])["quality"].artifact
     metrics = json.loads((artifact.folder / "metrics.json").read_text())
@@ -111,7 +111,7 @@ def test_without_real_images_only_the_teacher_is_compared_with(tiny):
     }  # fmt: skip
 
 
-def test_pairs_alone_show_their_teacher_in_few_steps_through_the_same_probe(quality, tiny):
+def test_pairs_alone_measure_their_teacher_in_few_steps(quality, tiny):
     text = PROBE + "  quality: {kind: evaluate, pairs: pairs, real: probe, samples: 120, teacher_steps: [1]}\n"
     assert plan_of(text, tiny[0])["probe"].state == "reuse"
     artifact = execute(text, tiny[0])["quality"].artifact
@@ -124,14 +124,17 @@ def test_pairs_alone_show_their_teacher_in_few_steps_through_the_same_probe(qual
     )
 
 
-def test_a_student_or_pairs_or_both(tiny):
+def test_an_evaluation_needs_a_student_or_pairs_or_both(tiny):
     with pytest.raises(ManifestError, match="give student, pairs or both"):
         plan_of(TINY + "  quality: {kind: evaluate}\n", tiny[0])
     text = TINY + "  quality: {kind: evaluate, student: student, pairs: others, samples: 20, teacher_steps: []}\n"
     sampler = "sampler: {steps: 2, guidance_scale: 2.0}"
     others = f"  others: {{kind: pairs, teacher: teacher, prompts: digits, count: 20, seed: 9, {sampler}}}\n"
     metrics = execute(text + others, tiny[0], name="others")["quality"].artifact.record["metrics"]
-    assert list(metrics["sides"]) == ["teacher_2", "student"]  # all of them are held out: it never saw any
+    assert list(metrics["sides"]) == [
+        "teacher_2",
+        "student",
+    ]  # all are held out, because the student was trained on none of them
     with pytest.raises(ManifestError, match="they were made by another teacher than student's"):
         scenes = "  scenes: {kind: teacher, from: digit_scenes}\n"
         plan_of(text + scenes + others.replace("teacher: teacher", "teacher: scenes"), tiny[0])
@@ -171,11 +174,11 @@ def test_noises_of_a_mixture_and_of_earlier_students_are_refused_too(tmp_path):
         plan_of(text, tmp_path, ["stages.student.pairs=[pairs, more]"])
     first = f"  first:\n{STUDENT.replace('pairs: pairs', 'pairs: more')}"
     assert plan_of(text + first, tmp_path)["quality"]
-    with pytest.raises(ManifestError, match=words.replace("20", "18")):  # 50, of which `first` holds 32 out
+    with pytest.raises(ManifestError, match=words.replace("20", "18")):  # 50 noises, of which `first` holds out 32
         plan_of(text + first, tmp_path, ["stages.student.start_from=first"])
 
 
-def test_held_out_noises_are_past_all_that_the_student_and_those_before_it_saw(tmp_path):
+def test_held_out_noises_follow_all_noises_of_the_student_and_earlier_students(tmp_path):
     """The student has pairs of 96 noises, 32 of them held out. An earlier student had 40 noises, 8 of them held out."""
     small = OTHERS.replace("others", "small") % f"count: 40, {SAMPLER}"
     mixed = OTHERS.replace("others", "mixed") % f"count: 50, seed: 5, {SAMPLER}"
@@ -191,10 +194,10 @@ def test_held_out_noises_are_past_all_that_the_student_and_those_before_it_saw(t
     assert held_out(mixed, student, "test", 20) == Noises(range(50, 50), range(50, 70))
     assert held_out(small, first, "test", 20) == Noises(range(32, 40), range(40, 52))
     assert held_out(pairs, first, "test", 80) == Noises(range(32, 96), range(96, 112))
-    assert held_out(pairs, None, "test", 20) == Noises(range(76, 96), range(96, 96))  # as of students of these pairs
+    assert held_out(pairs, None, "test", 20) == Noises(range(76, 96), range(96, 96))  # like students of these pairs
 
 
-def test_a_student_of_latents_was_trained_on_no_noise_of_any_pairs(tmp_path):
+def test_all_pairs_are_held_out_for_a_student_of_latents(tmp_path):
     latents = "  latents: {kind: latents, teacher: teacher, images: digits}\n"
     method = "{name: progressive, start_steps: 4, end_steps: 2, guidance_scale: 2.0}"
     text = TINY.replace("    pairs: pairs\n", "    latents: latents\n").replace(
@@ -206,7 +209,7 @@ def test_a_student_of_latents_was_trained_on_no_noise_of_any_pairs(tmp_path):
     assert held_out(pairs, student, "test", 100) == Noises(range(96), range(96, 100))
 
 
-def test_evaluating_on_a_source_without_anything_held_out_takes_fresh_noise(tiny):
+def test_a_source_without_held_out_pairs_is_evaluated_on_new_noises(tiny):
     more = OTHERS.replace("others", "more") % f"count: 24, seed: 5, {SAMPLER}"
     text = f"{TINY}{more}  quality: {{kind: evaluate, student: student, pairs: more, samples: 20}}\n"
     sets = ["stages.student.pairs=[pairs, more]", "stages.student.training.steps=2", "stages.quality.teacher_steps=[]"]
@@ -232,14 +235,14 @@ def test_validation_and_test_share_no_sample(tiny):
     assert set(shown["test"]["samples"]) <= set(range(64, 104))
     assert all(one.record["metrics"]["split"] == split for split, one in made.items())
     pairs, student = tiny[1]["pairs"].artifact, tiny[1]["student"].artifact
-    for samples in (20, 2000, 10**9):  # test noises are past the pairs, and never come to those of validation
+    for samples in (20, 2000, 10**9):  # test noises follow the pairs, and have lower numbers than validation noises
         test, validation = (held_out(pairs, student, split, samples) for split in ("test", "validation"))
         assert test.count == validation.count == samples and not validation.stored
         assert test.fresh.stop <= validation.fresh.start
 
 
 @pytest.mark.parametrize(("manifest", "split"), [("gan_weight", "validation"), ("ablation", "test")])
-def test_a_sweep_chooses_on_other_samples_than_are_reported(tmp_path, manifest, split):
+def test_validation_and_test_of_a_matrix_use_different_samples(tmp_path, manifest, split):
     plan = plan_of((ROOT / "manifests" / f"{manifest}.yaml").read_text(), tmp_path)
     stages = [planned.artifact.stage for planned in plan.values()]
     assert {stage.split for stage in stages if isinstance(stage, Evaluate)} == {split}
@@ -248,7 +251,7 @@ def test_a_sweep_chooses_on_other_samples_than_are_reported(tmp_path, manifest, 
 # --- Real images, cost ---
 
 
-def test_real_references_are_images_that_the_probe_never_saw(quality):
+def test_the_real_images_are_held_out_ones(quality):
     reference, other = two_real_sets(load(Digits(), held_out=True), 120)
     assert not set(reference.origins) & set(other.origins) and len(reference) == len(other) == 120
     classifier = Classifier.load(quality.inputs["real"].folder, "cpu")
@@ -263,8 +266,8 @@ def test_too_few_real_images_for_a_distance_are_an_error():
         two_real_sets(few, 120)
 
 
-def test_both_sides_compute_in_the_dtype_of_the_pairs_in_batches_as_asked(tiny):
-    text = TINY + OTHERS % f"count: 12, seed: 9, dtype: bfloat16, {SAMPLER}"  # the other 8 are solved here
+def test_both_sides_use_the_dtype_of_the_pairs_and_the_micro_batch(tiny):
+    text = TINY + OTHERS % f"count: 12, seed: 9, dtype: bfloat16, {SAMPLER}"  # the other 8 are solved by the evaluation
     pairs = execute(text, tiny[0], only=["others"], name="bfloat16")["others"].artifact
     student = tiny[1]["student"].artifact
     seen = set()
@@ -279,7 +282,7 @@ def test_both_sides_compute_in_the_dtype_of_the_pairs_in_batches_as_asked(tiny):
     finally:
         hook.remove()
     assert {(weight, given) for weight, given, _ in seen} == {(torch.bfloat16, torch.bfloat16)}
-    assert {count for *_, count in seen} == {16, 8, 4}  # 16: with guidance; 4: what is left of 20
+    assert {count for *_, count in seen} == {16, 8, 4}  # 16: doubled by guidance; 4: the rest of 20
     exact = StableDiffusion(pairs.inputs["teacher"].folder)
     with torch.no_grad():
         wanted = Student.load(student.folder, exact)(
@@ -288,7 +291,7 @@ def test_both_sides_compute_in_the_dtype_of_the_pairs_in_batches_as_asked(tiny):
     assert 0 < (drawn - wanted).abs().max() < 0.1
 
 
-def test_how_an_evaluation_is_batched_is_told_and_makes_nothing_stale(tiny):
+def test_the_micro_batch_is_recorded_and_makes_nothing_stale(tiny):
     text = TINY + "  quality: {kind: evaluate, student: student, samples: 21, teacher_steps: []}\n"
     made = execute(text, tiny[0], ["stages.quality.execution={micro_batch: 8}"])["quality"].artifact
     assert plan_of(text, tiny[0])["quality"].artifact.fingerprint == made.fingerprint
@@ -308,13 +311,13 @@ PARTED = (
     real: probe
     samples: 100
     teacher_steps: [2]
-    execution: {threads: 1} # two workers on two cores have one each
+    execution: {threads: 1} # two workers on two cores have one thread each
 """
 )
 
 
 class InterruptedAfter(Quiet):
-    """Presses Ctrl-C once so many samples are measured, and notes all progress."""
+    """Interrupts (Ctrl-C) after a number of measured samples, and records all progress."""
 
     def __init__(self, samples: int = 10**9) -> None:
         self.samples = samples
@@ -339,7 +342,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "SIZE", 32)
 
 
-def test_an_interrupted_evaluation_goes_on_after_its_measured_parts(tiny, small_parts):
+def test_an_interrupted_evaluation_keeps_its_measured_parts(tiny, small_parts):
     whole = execute(PARTED, tiny[0], force=["parted"], name="whole")["parted"].artifact.record["metrics"]
     shutil.rmtree(plan_of(PARTED, tiny[0])["parted"].artifact.folder)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Latents of image sets: they are those of the teacher's VAE, also after interruptions."""
+"""Latents of image sets: they equal those of the teacher's VAE, even after interruptions."""
 
 import itertools
 import json
@@ -73,7 +73,7 @@ def own(teacher, images, **settings):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_latents_are_what_the_teacher_makes_of_the_images(latents, teacher, held_out):
+def test_latents_equal_the_teachers_encoding_of_the_images(latents, teacher, held_out):
     images, found = load(Digits(), held_out=held_out), read_latents(latents.folder, held_out)
     assert found.latents.shape == (len(images), 4, 8, 8) and found.latents.dtype == np.float16
     assert isinstance(found.latents, np.memmap)
@@ -87,7 +87,7 @@ def test_latents_are_what_the_teacher_makes_of_the_images(latents, teacher, held
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_captions_classes_and_origins_are_those_of_the_images(latents, held_out):
+def test_captions_classes_and_origins_belong_to_their_images(latents, held_out):
     images, found = load(Digits(), held_out=held_out), read_latents(latents.folder, held_out)
     assert len(found) == len(images) and found.captions == images.captions
     assert found.labels.keys() == images.labels.keys()
@@ -100,7 +100,7 @@ def test_captions_classes_and_origins_are_those_of_the_images(latents, held_out)
     }  # fmt: skip
 
 
-def test_the_record_says_what_the_latents_are_like(latents):
+def test_the_record_has_statistics_of_the_latents(latents):
     found = np.concatenate([read_latents(latents.folder, held_out).latents for held_out in (False, True)])
     metrics = latents.record["metrics"]
     assert metrics["counts"] == {"training": 8_622, "held_out": 2_160}
@@ -116,7 +116,7 @@ def steps(teacher, output, images, dtype="float16"):
     return encode_images(teacher.folder, images, dtype, Execution(device="cpu"), output, record, 1)
 
 
-def test_killed_anywhere_it_goes_on_and_comes_to_the_same_bytes(teacher, folder, tmp_path, monkeypatch):
+def test_killed_anywhere_and_resumed_it_gives_the_same_bytes(teacher, folder, tmp_path, monkeypatch):
     """The test drops the generator where a kill would end it: none of its code runs after that. The 81 training images
     are three batches of up to 30, and 9 images are held out. Every second batch is recorded, and the last one of a
     split."""
@@ -132,7 +132,7 @@ def test_killed_anywhere_it_goes_on_and_comes_to_the_same_bytes(teacher, folder,
         assert hashes(output) == hashes(whole)
 
 
-def test_a_killed_run_says_what_it_will_go_on_from(teacher, folder, tmp_path):
+def test_the_plan_of_a_killed_run_says_what_is_encoded(teacher, folder, tmp_path):
     text, store = own(teacher.folder, folder), tmp_path / "store"
     plan = plan_of(text, store)["latents"]
     work = Store(store).work(plan.artifact)
@@ -147,8 +147,9 @@ def test_a_killed_run_says_what_it_will_go_on_from(teacher, folder, tmp_path):
     assert made.record["metrics"] == again.record["metrics"]
 
 
-def test_images_of_ones_own_and_of_another_size(teacher, folder, tmp_path):
-    """The VAE of a teacher for images of 16 pixels also takes 32, if it is not known that it was trained on 16."""
+def test_images_of_the_user_and_of_another_size_are_encoded(teacher, folder, tmp_path):
+    """The VAE of a teacher of 16-pixel images also encodes 32 pixels, if the plan does not know what it was trained
+    on."""
     text = own(teacher.folder, folder).replace("images: {", "storage_dtype: float32, images: {")
     made = execute(text, tmp_path / "store")["latents"].artifact
     seen, unseen = read_latents(made.folder, False), read_latents(made.folder, True)
@@ -168,7 +169,9 @@ def test_images_of_ones_own_and_of_another_size(teacher, folder, tmp_path):
         *settings, ["latents"], made.inputs["teacher"], [], [], held_out=1, latents=made, prompts=tmp_path, start=None,
         origin=None, inputs={}, contents={},
     )  # fmt: skip
-    with pytest.raises(StageError, match="encode images of 16 pixels"):  # what a hub holds is not known before
+    with pytest.raises(
+        StageError, match="encode images of 16 pixels"
+    ):  # the plan does not know the image size of a hub repository
         finish(distill(recipe, StudentExecution(), 0, tmp_path, 1, ""))
     assert made.record["identity"]["contents"]["images.path"].startswith("sha256:")
 
@@ -183,10 +186,10 @@ def test_a_pixel_space_teachers_latents_are_the_images(folder, tmp_path):
     assert found.captions == [""] * 9 and found.labels == {} and made.record["metrics"]["classes"] == {}
 
 
-def test_images_are_decoded_a_batch_at_a_time(folder, tmp_path):
+def test_images_are_decoded_in_batches(folder, tmp_path):
     images = load(folder)
     assert (np.concatenate(list(batches(folder, 7, start=14))) == images.images[14:]).all()
-    (tmp_path / "images" / "11.png").write_bytes(b"no image")  # number 10 of those to train on
+    (tmp_path / "images" / "11.png").write_bytes(b"no image")  # the tenth training image
     assert (next(batches(folder, 10)) == images.images[:10]).all()
     assert (next(batches(folder, 10, start=11)) == images.images[11:21]).all()
     with pytest.raises(StageError, match=r"11\.png: the image cannot be read"):
@@ -236,7 +239,7 @@ def test_a_size_that_does_not_fit_the_vae_is_refused_when_it_is_known(teacher, f
         execute(text, tmp_path / "store")
 
 
-def test_latents_that_do_not_fit_their_type_are_refused(teacher, folder, tmp_path):
+def test_latents_that_overflow_their_dtype_are_refused(teacher, folder, tmp_path):
     """A VAE whose scaling factor makes latents larger than float16 holds."""
     source = tmp_path / "source"
     shutil.copytree(teacher.folder, source)

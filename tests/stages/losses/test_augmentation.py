@@ -1,4 +1,4 @@
-"""The ensemble's random transformations: exact ones exactly, the others against functions and distributions."""
+"""The ensemble's random transformations: some are compared exactly, others with smooth functions and distributions."""
 
 import itertools
 import math
@@ -88,10 +88,10 @@ def test_a_draw_is_fresh_for_each_call_and_sample_and_follows_the_seed(groups):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None)
     outputs = [*augmentation(x, first), *augmentation(x, second)]
     same = sum(torch.equal(a, b) for a, b in itertools.combinations(outputs, 2))
-    assert same <= (4 if groups == "b" else 0)  # one of 200 transformations there
+    assert same <= (4 if groups == "b" else 0)  # one of 200 possible transformations
 
 
-def test_a_group_that_is_added_leaves_the_draws_of_those_before_it():
+def test_an_added_group_does_not_change_the_draws_of_earlier_groups():
     x = noise(2, 3, 8, 8)
     draws = []
     for groups in ("bg", "bgc", "gbco"):
@@ -110,7 +110,7 @@ def test_a_draw_has_no_gradient_and_only_what_its_groups_need():
 
 
 @pytest.mark.parametrize("groups", ["", "x", "bgx", "bb", "B"])
-def test_groups_that_there_are_not_are_refused(groups):
+def test_unknown_groups_are_refused(groups):
     with pytest.raises(ValueError, match=f"some of bgco, each once, not '{groups}'"):
         Augmentation(groups)
 
@@ -191,14 +191,14 @@ def test_a_shift_far_beyond_the_border_reflects_again_and_again(groups, size):
 
 
 @pytest.mark.parametrize("size", [(3, 3), (4, 4), (5, 5), (4, 9), (32, 32), (64, 48)])
-def test_standing_still_gives_back_the_input(size):
+def test_the_identity_returns_the_input(size):
     x = noise(2, 3, *size)
     torch.testing.assert_close(moved(x, np.eye(3), "g"), x, rtol=0, atol=1e-4)
     assert torch.equal(moved(x, np.eye(3), "b"), x)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 9), (6, 9)])
-def test_whole_pixels_are_resampled_exactly_where_they_fall_on_pixels(size):
+def test_pixels_that_map_to_pixels_are_exact(size):
     x = noise(2, 3, *size)
     mirror = np.diag([-1.0, 1.0, 1.0])
     torch.testing.assert_close(moved(x, mirror), x.flip(3), rtol=0, atol=1e-4)
@@ -208,7 +208,7 @@ def test_whole_pixels_are_resampled_exactly_where_they_fall_on_pixels(size):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (31, 32)])
-def test_a_smooth_function_is_found_where_the_matrix_says(size):
+def test_a_smooth_function_is_transformed_by_the_matrix(size):
     """The function is a sum of cosines that are symmetric about the outermost pixels. Reflected borders continue it
     exactly, so the test also holds beyond the borders."""
     height, width = size
@@ -230,8 +230,8 @@ def test_a_smooth_function_is_found_where_the_matrix_says(size):
 
 @pytest.mark.parametrize("turn, scale", [(0.0, 0.6), (0.3, 0.6), (1.1, 0.55), (math.pi / 4, 0.55)])
 def test_shrinking_does_not_alias(turn, scale):
-    """If the finest possible pattern is made smaller, only its mean remains. Without filters it would turn into another
-    pattern."""
+    """If the finest possible pattern is scaled down, only its mean remains. Without a filter it would alias into
+    another pattern."""
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     for fine in ((x + y) % 2, x % 2):
         image = (2.0 * fine - 0.7)[None, None]
@@ -282,7 +282,7 @@ def test_colours_in_closed_form():
     assert by(0.0, 0.0, 1.0) == [2.5] * 4
 
 
-def test_colours_are_each_inputs_own_and_their_order_does_not_matter():
+def test_colour_changes_commute_and_use_each_inputs_own_mean():
     """Applies brightness, contrast about the input's mean, and saturation about the pixel's mean, in turn."""
     x = noise(2, 4, 6, 5, seed=1) + torch.tensor([0.0, 3.0])[:, None, None, None]
     colour = torch.tensor([[0.3, 0.6, 1.7], [-0.4, 1.4, 0.2]])
@@ -315,7 +315,7 @@ def test_colours_follow_their_distributions():
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
-def test_the_hole_is_a_square_of_half_the_side_full_of_zeros(size):
+def test_the_cutout_is_a_square_of_zeros_with_half_the_side(size):
     torch.manual_seed(0)
     x = 1 + noise(200, 3, *size).abs()
     augmentation = Augmentation("o")
@@ -334,7 +334,7 @@ def test_the_hole_is_a_square_of_half_the_side_full_of_zeros(size):
                 assert len(inside) == side // 2
 
 
-def test_the_hole_lies_anywhere():
+def test_the_position_of_the_cutout_is_uniform():
     """The expected share of each side is 1/2 minus the part beyond the two borders, 1/32 at each."""
     torch.manual_seed(0)
     x = torch.ones(20_000, 1, 16, 16)
@@ -354,7 +354,7 @@ def test_the_hole_lies_anywhere():
 
 @pytest.mark.parametrize("groups", ["b", "g", "bg", "c", "o", "bgco"])
 def test_the_gradient_is_that_of_a_linear_map(groups):
-    """f(x) - f(0) is linear, so <v, f(x) - f(0)> = <x, gradient of <v, f>>, whatever x the gradient is taken at."""
+    """f(x) - f(0) is linear, so <v, f(x) - f(0)> = <x, gradient of <v, f>>, and the gradient is the same at every x."""
     torch.manual_seed(0)
     augmentation, (x, z, v) = Augmentation(groups), noise(3, 4, 3, 9, 12).unbind()
     draw = augmentation.draw(x)
@@ -368,7 +368,7 @@ def test_the_gradient_is_that_of_a_linear_map(groups):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_dtype_is_kept_and_in_between_all_is_float32(dtype):
+def test_the_dtype_is_kept_and_computation_is_float32(dtype):
     torch.manual_seed(0)
     augmentation, x = Augmentation("bgco"), noise(4, 3, 16, 16).to(dtype)
     draw = augmentation.draw(x)

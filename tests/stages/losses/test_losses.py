@@ -37,7 +37,7 @@ def metric(network):
 X, Y = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def test_regression_by_hand():
+def test_regression_losses_equal_hand_computed_values():
     """The differences are 3 and -4. The mean of |d| is 3.5, that of d^2 is 12.5, and the norm is 5, with c = 0.00054
     sqrt(2)."""
     a, b, c = torch.tensor([[4.0, -2.0], [1.0, 1.0]]), torch.tensor([[1.0, 2.0], [1.0, 1.0]]), 0.00054 * 2**0.5
@@ -46,16 +46,16 @@ def test_regression_by_hand():
     expected = ((25 + c**2) ** 0.5 - c) / 2**0.5
     torch.testing.assert_close(pseudo_huber(a, b), torch.tensor([expected, 0.0]))
     near = pseudo_huber(torch.tensor([[1e-5, 0.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64))
-    assert float(near) == pytest.approx(1e-10 / (2 * c) / 2**0.5, rel=1e-3)  # a square, where it is below c
+    assert float(near) == pytest.approx(1e-10 / (2 * c) / 2**0.5, rel=1e-3)  # quadratic below c
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_a_perceptual_loss_is_its_metric_and_so_much_of_the_mean_absolute_difference(metric, weight):
+def test_a_perceptual_loss_is_its_metric_plus_the_weighted_l1_term(metric, weight):
     expected = metric(X, Y) + weight * (X - Y).abs().mean((1, 2, 3))
     torch.testing.assert_close(PerceptualLoss(metric, l1_weight=weight)(X, Y), expected)
 
 
-def test_an_ensemble_transforms_what_the_metric_sees_and_not_the_l1_term(metric):
+def test_the_ensemble_transforms_the_input_of_the_metric_but_not_of_the_l1_term(metric):
     augmentation = Augmentation("bg")
     torch.manual_seed(3)
     found = PerceptualLoss(metric, augmentation, 0.5)(X, Y)
@@ -65,7 +65,7 @@ def test_an_ensemble_transforms_what_the_metric_sees_and_not_the_l1_term(metric)
     torch.testing.assert_close(found, expected)
 
 
-def test_a_decoded_loss_keeps_no_gradients_for_a_target_that_wants_none():
+def test_a_decoded_loss_tracks_gradients_of_the_target_only_if_needed():
     decoder = nn.Conv2d(4, 3, 1)
     wanted = []
     loss = Decoded(decoder, lambda image, target: wanted.append(target.requires_grad) or mse(image, target))
@@ -105,7 +105,7 @@ def teachers(tiny, tmp_path):
     return replace(own, fingerprint="net", inputs={"latents": latents}), own, alike, other
 
 
-def test_images_are_compared_that_the_named_decoder_makes(tiny, tmp_path):
+def test_the_named_decoder_makes_the_compared_images(tiny, tmp_path):
     torch.manual_seed(0)
     trunk = VGG(3, 4, "pixels").eval()
     about = About(space="pixels", channels=3, width=4, trunk="random", images="none", std=1.0)
@@ -125,7 +125,7 @@ def test_images_are_compared_that_the_named_decoder_makes(tiny, tmp_path):
     torch.testing.assert_close(distance(x, y), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_only_another_vae_is_warned_about(teachers, caplog):
+def test_only_another_vae_gives_a_warning(teachers, caplog):
     network, own, alike, other = teachers
     with caplog.at_level(logging.WARNING):
         for same in (own, alike):
@@ -149,9 +149,7 @@ def test_a_tiny_vae_with_its_revision_is_taken():
     assert LOSSES["pixel_lpips"].model_validate(settings).tiny_vae == "owner/name"
 
 
-def test_a_loss_looks_through_the_network_that_it_names_and_transforms_only_where_it_is_an_ensemble(
-    tiny, tmp_path, network, metric
-):
+def test_a_loss_uses_the_named_network_and_only_the_ensemble_transforms(tiny, tmp_path, network, metric):
     perceptual.write(tmp_path, *network)
     teacher = tiny[1]["teacher"].artifact
     materials = LossMaterials(StableDiffusion(teacher.folder), {"perceptual": replace(teacher, folder=tmp_path)}, {})

@@ -94,7 +94,7 @@ def test_at_particles_it_is_the_kl_gradient_to_the_exact_teachers_density(t):
         assert float(ours) == pytest.approx(float(kl(particles + step) - kl(particles - step)) / 2e-5, abs=1e-7)
 
 
-def test_with_an_exact_fake_score_it_ends_at_the_teachers_mean_and_deviation():
+def test_with_an_exact_fake_score_training_reaches_the_teachers_mean_and_deviation():
     """DMD's loss moves mean and deviation from (-1, 1.5) to (1.5, 0.6) within 1e-3."""
     a, b = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (-1.0, 1.5))
     optimizer = torch.optim.Adam([a, b], 0.02)
@@ -127,14 +127,14 @@ def test_differences_of_x0_of_the_score_and_of_the_noise_agree(t, of_z, of_real,
     torch.testing.assert_close(weight_on_x0(3.0, at) * gradient, of_noise, atol=1e-9, rtol=1e-9)
 
 
-def test_weights_by_hand():
+def test_weights_equal_hand_computed_values():
     at = level(600)
     x, real, fake = torch.randn(3, 4, 2, 5, 5, generator=torch.Generator().manual_seed(0)).unbind()
     torch.testing.assert_close(difference(x, real, fake, at, "constant"), fake - real)
     stressed = difference(x, real, fake, at, "sigma2_over_alpha")
     torch.testing.assert_close(stressed, (fake - real) * float(at.sigma**2 / at.alpha))
     ours = difference(x, real, fake, at)
-    for i in range(4):  # each sample by its own mean
+    for i in range(4):  # each sample is divided by its own mean
         torch.testing.assert_close(ours[i], (fake[i] - real[i]) / (x[i] - real[i]).abs().mean(), rtol=1e-4, atol=1e-5)
     half = difference(x.half(), real.half(), fake.half(), at)
     assert half.dtype == torch.float16 and torch.allclose(half.float(), ours, atol=0.05)
@@ -142,7 +142,7 @@ def test_weights_by_hand():
     assert not difference(x, real, real, at).any()
 
 
-def test_the_loss_has_the_gradient_and_no_other():
+def test_the_gradient_of_the_loss_is_the_given_one():
     x = torch.randn(3, 2, 4, 4, requires_grad=True)
     gradient = torch.randn(3, 2, 4, 4, requires_grad=True)
     loss = matching_loss(x, gradient)

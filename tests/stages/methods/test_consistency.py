@@ -59,9 +59,9 @@ def test_a_student_is_trained_on_more_points_than_it_is_sampled_at(teacher):
 
 
 @pytest.mark.parametrize("guidance", [{"guidance_scale": 2.0}, {"w_range": (0.0, 4.0)}])
-def test_the_target_is_the_averaged_weights_where_the_teacher_leads(teacher, guidance):
-    """Computes the loss by hand, with the random numbers of the loop. At the last point before data, the target is the
-    teacher's estimate. With a range of w, teacher, target and student get the same w."""
+def test_the_target_is_the_averaged_students_output_at_the_teachers_next_point(teacher, guidance):
+    """Computes the loss by hand, with the random numbers of the loop. At the point next to clean data, the target is
+    the teacher's estimate. With a range of w, teacher, target and student get the same w."""
     method, given = method_of(teacher, **guidance), batch(teacher)
     shaken(method.target)
     shaken(shaken(method.student))
@@ -87,7 +87,7 @@ def test_the_target_is_the_averaged_weights_where_the_teacher_leads(teacher, gui
     torch.testing.assert_close(loss, torch.cat(distances).mean(), atol=1e-5, rtol=1e-4)
 
 
-def test_the_target_moves_by_its_share_of_the_way_to_the_student(teacher):
+def test_the_target_moves_towards_the_student_by_its_decay(teacher):
     method = method_of(teacher, target_decay=0.75)
     shaken(method.student)
     before = [value.clone() for value in method.target.parameters()]
@@ -97,7 +97,7 @@ def test_the_target_moves_by_its_share_of_the_way_to_the_student(teacher):
     assert [name for name, player in method.players.items() if player.averaged] == ["student"]
 
 
-def test_a_student_can_be_sampled_where_its_steps_divide_the_points():
+def test_a_student_can_be_sampled_in_steps_that_divide_its_points():
     config = ConsistencyConfig(steps=4, solver_steps=20)
     assert [steps for steps in range(1, 21) if config.step_count_error(steps) is None] == [1, 2, 4, 5, 10, 20]
 
@@ -121,19 +121,19 @@ def test_the_target_follows_the_student_and_is_kept_in_checkpoints(teacher, tmp_
     assert not torch.equal(target, start) and not torch.equal(target, student)
     tensors, state = checkpoint.latest(tmp_path / "c")
     assert state["step"] == 3 and torch.equal(tensors["target/module/network.conv_out.weight"], target)
-    again, _ = run()  # from the last checkpoint: nothing is left to do
+    again, _ = run()  # the last checkpoint is that of the last step
     assert torch.equal(again.target.network.conv_out.weight, target)
 
 
-def test_it_runs_and_is_measured(plan):
+def test_the_student_is_trained_and_evaluated(plan):
     metrics = plan["quality"].artifact.record["metrics"]
     assert metrics["sides"]["student"]["network_calls"] == 4 and metrics["sides"]["student"]["latent_mse"] > 0
     about = json.loads((plan["student"].artifact.folder / "student.json").read_text())
     assert about["timesteps"] == [999, 749, 499, 249] and about["w_range"] == [0.0, 4.0]
-    assert "held_out_mse" not in plan["student"].artifact.record["metrics"]  # its sampler draws noise of its own
+    assert "held_out_mse" not in plan["student"].artifact.record["metrics"]  # the sampler draws more noise
 
 
-def test_its_steps_are_no_part_of_its_training(plan, tiny, tmp_path):
+def test_the_number_of_steps_does_not_change_the_training(plan, tiny, tmp_path):
     own, fewer = (plan[name].artifact.record["metrics"]["sides"]["student"] for name in ("quality", "fewer"))
     assert (own["network_calls"], fewer["network_calls"]) == (4, 2) and own["latent_mse"] != fewer["latent_mse"]
     found = json.loads(retort("compare", "lcm", "--store", tiny[0], "--html", tmp_path / "c.html", "--json").stdout)
@@ -158,7 +158,7 @@ def test_its_steps_are_no_part_of_its_training(plan, tiny, tmp_path):
     ("w_range: [0.0, 4.0]", "w_range: [2.0, 4.0]", "guidance_scale: 2; the student takes scales of .3, 5."),
     ("w_range: [0.0, 4.0]", "guidance_scale: 3.0", "the pairs have guidance_scale: 2; the student has learned 3"),
 ])  # fmt: skip
-def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
+def test_contradictory_settings_are_errors_of_the_plan(tmp_path, old, new, words):
     assert old in LCM
     with pytest.raises(ManifestError, match=words):
         plan_of(LCM.replace(old, new), tmp_path)

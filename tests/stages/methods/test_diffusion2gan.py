@@ -1,4 +1,4 @@
-"""Diffusion2GAN: what its discriminator sees, its losses in closed form, its false triples, and resuming."""
+"""Diffusion2GAN: the inputs of its discriminator, its losses in closed form, its mismatched triples, and resuming."""
 
 import copy
 import itertools
@@ -96,7 +96,7 @@ def awake(d):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_three_maps_at_every_scale_of_the_decoder(layout):
+def test_every_scale_of_the_decoder_has_three_maps(layout):
     d = discriminator(layout)
     maps = d(*inputs(d, layout))
     assert [tuple(m.shape) for m in maps] == [(2, n, n) for n in LAYOUTS[layout][2] for _ in range(3)]
@@ -105,7 +105,7 @@ def test_three_maps_at_every_scale_of_the_decoder(layout):
     assert only.shape == (2, finest, finest) and not len(e.resized)
 
 
-def test_what_is_judged_is_what_flows_through_the_unet():
+def test_the_discriminator_judges_the_features_of_the_unet():
     """The test's own hooks record the output of the middle block, the skips of the encoder, and the input of the output
     layer."""
     d = awake(discriminator())
@@ -122,13 +122,13 @@ def test_what_is_judged_is_what_flows_through_the_unet():
     d(*inputs(d))
     assert len(judged) == 12
     assert judged[1] is seen["below 0"] and judged[-1] is seen["last"]
-    for k in range(4):  # the first skip that a scale's decoder meets is the last that the encoder made there
+    for k in range(4):  # the decoder reads the skips of a scale in reverse order
         assert judged[3 * k] is [out for out in skips if out.shape[-1] == 2 << k][-1]
         if k:
-            assert judged[3 * k + 1].shape[-1] == 2 * judged[3 * k - 1].shape[-1]  # made larger in between
+            assert judged[3 * k + 1].shape[-1] == 2 * judged[3 * k - 1].shape[-1]  # upsampled in between
 
 
-def test_a_map_changes_if_and_only_if_its_branch_does():
+def test_a_map_changes_only_with_its_own_branch_and_earlier_ones():
     d = awake(discriminator())
     before = d(*inputs(d))
 
@@ -140,7 +140,9 @@ def test_a_map_changes_if_and_only_if_its_branch_does():
         head[2].bias.data += 1
         assert changed() == [i == k for i in range(12)]
         head[2].bias.data.copy_(kept)
-    for k, layer in enumerate(d.resized):  # skips finer than where it enters come before it; all else comes after
+    for k, layer in enumerate(
+        d.resized
+    ):  # finer skips are computed before this input enters; all other maps depend on it
         kept = layer.bias.data.clone()
         layer.bias.data += 1
         finer = {3 * scale for scale in range(3 - k, 4)}
@@ -149,7 +151,7 @@ def test_a_map_changes_if_and_only_if_its_branch_does():
     assert not any(changed())
 
 
-def test_a_new_discriminator_is_the_teachers_unet_and_blind_to_the_noise():
+def test_a_new_discriminator_is_the_teachers_unet_and_ignores_the_noise():
     d = discriminator()
     x, z, c = inputs(d)
     assert all(torch.equal(a, b) for a, b in zip(d(x, z, c), d(x, z + 1, c), strict=True))
@@ -169,7 +171,7 @@ def test_a_new_discriminator_is_the_teachers_unet_and_blind_to_the_noise():
     assert blind.noise is None and torch.equal(blind(x, z, c)[0], blind(x, z + 1, c)[0])
 
 
-def test_a_copied_discriminator_listens_to_its_own_unet():
+def test_a_copied_discriminator_reads_its_own_unet():
     d = awake(discriminator())
     twin = copy.deepcopy(d)
     for parameter in d.parameters():
@@ -178,8 +180,8 @@ def test_a_copied_discriminator_listens_to_its_own_unet():
     assert all(float(m.detach().abs().max()) == 0 for m in d(*inputs(d)))
 
 
-def test_losses_are_small_for_whom_the_logits_favour():
-    """A positive logit means that the discriminator takes the input for real."""
+def test_losses_are_small_if_the_logits_are_right():
+    """A positive logit means that the discriminator judges the input as real."""
     yes, no = [torch.full((2, 4, 4), 3.0)], [torch.full((2, 4, 4), -3.0)]
     small, large = math.log1p(math.exp(-3)), math.log1p(math.exp(3))
     assert float(generator_loss(yes)) == pytest.approx(small) and float(generator_loss(no)) == pytest.approx(large)
@@ -187,13 +189,13 @@ def test_losses_are_small_for_whom_the_logits_favour():
     assert float(discriminator_loss(no, yes)) == pytest.approx(2 * large)
 
 
-def test_losses_of_a_discriminator_that_cannot_tell():
+def test_losses_at_logits_of_zero():
     nothing = [torch.zeros(3, 4, 4), torch.zeros(3, 8, 8)]
     assert float(generator_loss(nothing)) == pytest.approx(math.log(2), abs=1e-6)
     assert float(discriminator_loss(nothing, nothing)) == pytest.approx(2 * math.log(2), abs=1e-6)
 
 
-def test_every_map_counts_alike_whatever_its_size():
+def test_all_maps_have_the_same_weight():
     small, large = torch.full((1, 1, 1), 3.0), torch.full((1, 50, 50), -3.0)
     expected = (math.log1p(math.exp(-3)) + math.log1p(math.exp(3))) / 2
     assert float(generator_loss([small, large])) == pytest.approx(expected, rel=1e-6)
@@ -201,7 +203,7 @@ def test_every_map_counts_alike_whatever_its_size():
 
 def test_r1_of_a_linear_discriminator_in_closed_form():
     """For D(x) = w . x, spread over the positions of a map, the penalty is weight / 2 |w|^2 for any x. Its gradient in
-    w is weight times w. Of several maps, the mean counts, whatever their sizes."""
+    w is weight times w. The penalty of several maps is that of their mean, whatever their sizes."""
     w, u = (torch.randn(3, 4, 4, requires_grad=True) for _ in "wu")
     x = torch.randn(5, 3, 4, 4)
     penalty = r1_penalty(lambda x: [(x * w).sum(1)], x, 7.0)
@@ -213,7 +215,8 @@ def test_r1_of_a_linear_discriminator_in_closed_form():
 
 
 def test_r1_grows_with_the_number_of_positions():
-    """The discriminator judges each position in the same way. So the weight of R1 has to fall as latents grow."""
+    """The discriminator of the test treats all positions alike. The penalty grows with their number, so larger latents
+    need a smaller weight."""
     judge = nn.Conv2d(3, 1, 1)
     small, large = (
         float(r1_penalty(lambda x: [judge(x)[:, 0]], torch.randn(2, 3, n, n), 1.0).detach()) for n in (8, 32)
@@ -222,7 +225,7 @@ def test_r1_grows_with_the_number_of_positions():
     assert large == pytest.approx(16 * small, rel=1e-5)
 
 
-def test_r1_of_single_samples_is_on_average_that_of_the_batch():
+def test_the_mean_r1_of_single_samples_equals_that_of_the_batch():
     d = awake(discriminator("digits"))
     x, z, c = inputs(d, "digits")
     whole = r1_penalty(lambda real: d(real, z, c), x, 1.0)
@@ -266,17 +269,17 @@ def false(rows=64, share=0.5, sees_noise=True, texts=True, seed=0):
 
 @given(st.integers(0, 2**32), st.integers(1, 40), st.floats(0, 1), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_what_is_mixed_is_real_and_of_it_one_thing_is_anothers(seed, rows, share, sees_noise, few_texts):
+def test_mixed_rows_are_real_and_exactly_one_part_is_another_rows(seed, rows, share, sees_noise, few_texts):
     texts = [i % 3 for i in range(rows)] if few_texts else True
     own, x, z, c, false_c = false(rows, share, sees_noise, texts, seed)
     for i in range(rows):
         n = own[i].item()
         another_noise, another_text = z[i].item() != n, false_c[i] != c[i]
         if x[i] < 0:
-            assert x[i] == -n and not another_noise and not another_text  # generated, with all that it was made from
+            assert x[i] == -n and not another_noise and not another_text  # a generated row with its own noise and text
         elif x[i] != n:
             assert not another_noise and not another_text
-            assert sees_noise or c[int(x[i]) - 1] != c[i]  # or nobody could tell
+            assert sees_noise or c[int(x[i]) - 1] != c[i]  # otherwise the row would match
         else:
             assert another_noise != another_text and (sees_noise or not another_noise)
 
@@ -290,7 +293,7 @@ def test_what_is_mixed_is_real_and_of_it_one_thing_is_anothers(seed, rows, share
         (False, None, (1, 0, 0, 0)),
     ],
 )
-def test_the_share_that_is_mixed_is_the_one_asked_for(sees_noise, texts, parts):
+def test_the_share_of_mixed_rows_equals_the_setting(sees_noise, texts, parts):
     counts = torch.zeros(4)
     for seed in range(40):
         own, x, z, c, false_c = false(sees_noise=sees_noise, texts=texts, seed=seed)
@@ -299,7 +302,7 @@ def test_the_share_that_is_mixed_is_the_one_asked_for(sees_noise, texts, parts):
     torch.testing.assert_close(counts / counts.sum(), torch.tensor(parts, dtype=torch.float), atol=0.03, rtol=0)
 
 
-def test_nothing_is_mixed_of_a_share_of_none_or_of_a_batch_of_one():
+def test_nothing_is_mixed_with_share_0_or_in_a_batch_of_one():
     for rows, share in ((64, 0.0), (1, 1.0)):
         own, x, z, c, false_c = false(rows, share)
         assert torch.equal(x, -own) and torch.equal(z, own) and torch.equal(c, false_c)
@@ -347,7 +350,7 @@ def weights(result):
     return result.averages["student"].state_dict()
 
 
-def test_without_its_gan_it_is_knowledge_distillation(teacher, batch, tmp_path):
+def test_without_the_gan_it_equals_knowledge_distillation(teacher, batch, tmp_path):
     settings = StudentTraining(steps=4, batch_size=8, learning_rate=1e-3)
     plain = KnowledgeDistillationConfig(loss=MSE).create(Materials(teacher, settings))
     batches = [batch(range(8 * i, 8 * i + 8)) for i in range(4)]
@@ -371,7 +374,7 @@ class Recorder(nn.Module):
         return self.said[-1]
 
 
-def test_what_the_discriminator_is_shown_as_real_and_as_false_and_where_it_is_penalised(teacher, batch):
+def test_the_discriminators_real_and_fake_inputs_and_the_input_of_r1(teacher, batch):
     method = made(teacher, mix_and_match=1.0)
     recorder = method.discriminator = Recorder(method.discriminator)
     rows = batch(range(8))
@@ -384,7 +387,7 @@ def test_what_the_discriminator_is_shown_as_real_and_as_false_and_where_it_is_pe
     truth = pairs["latent"], pairs["noise"], teacher.encode_prompts(pairs["prompts"]).tensors["text"]
     assert all(torch.equal(half[:8], true) for half, true in zip((x, z, c), truth, strict=True))
     assert torch.equal(shown_to_student[1], truth[1]) and torch.equal(shown_to_student[2], truth[2])
-    for i in range(8, 16):  # all mixed: real latents, of which one thing is another's
+    for i in range(8, 16):  # all rows are mixed: real latents with one mismatched part
         assert any(torch.equal(x[i], real) for real in truth[0])
         assert not all(torch.equal(part[i], true[i - 8]) for part, true in zip((x, z, c), truth, strict=True))
     assert len(one_x) == 1
@@ -398,7 +401,7 @@ def minus_log(probabilities):
 
 
 @pytest.mark.parametrize("gan_weight", [0.3, 2.0])
-def test_both_losses_by_hand(teacher, batch, gan_weight):
+def test_both_losses_equal_hand_computed_values(teacher, batch, gan_weight):
     """distance + gan_weight * E[-log D(false)], and E[-log D(real)] + E[-log(1 - D(false))]."""
     method = made(teacher, gan_weight=gan_weight, mix_and_match=0)
     recorder, rows = Recorder(awake(method.discriminator)), batch(range(8))
@@ -406,7 +409,7 @@ def test_both_losses_by_hand(teacher, batch, gan_weight):
         for head in method.discriminator.heads:
             head[2].bias += 0.7
     method.discriminator = recorder
-    student, critic = method.turns(1)  # no penalty falls due
+    student, critic = method.turns(1)  # a step without a penalty
     loss, figures = student.loss(rows)
     distance = float((recorder.asked[0][0] - rows["pairs"]["latent"]).square().mean())
     gan = minus_log([logits.detach().sigmoid() for logits in recorder.said[0]])
@@ -425,7 +428,7 @@ def test_both_losses_by_hand(teacher, batch, gan_weight):
     assert {name: float(value.detach()) for name, value in figures.items()} == pytest.approx(means, rel=1e-4, abs=1e-6)
 
 
-def test_a_discriminator_learns_to_tell_and_the_student_to_please_it(teacher, batch):
+def test_discriminator_and_student_lower_their_losses(teacher, batch):
     method = made(teacher, r1_weight=0, mix_and_match=0)
     rows = batch(range(8))
     critic = torch.optim.Adam(method.discriminator.parameters(), 1e-3)
@@ -474,7 +477,7 @@ def test_every_third_step_is_penalised_beginning_with_the_first(teacher, batch):
     assert "r1" not in critic.loss(batch(range(8)))[1]
 
 
-def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, batch, tmp_path):
+def test_killed_between_two_steps_and_resumed_it_gives_the_same_bits(teacher, batch, tmp_path):
     """The state has two optimizers, an average, the number of steps to the next penalty, and the last logged
     figures."""
 
@@ -489,7 +492,7 @@ def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, batch, tmp_pat
     assert again.history == whole.history
 
 
-def test_two_halves_accumulated_are_one_whole_batch(teacher, batch, tmp_path):
+def test_two_accumulated_halves_equal_one_batch(teacher, batch, tmp_path):
     """Each half of the discriminator's turn gets the latents that the student made from the same half."""
     switches = {"r1_weight": 0, "mix_and_match": 0}
     whole = trained(made(teacher, 3, **switches), lambda step: batch(range(16)), tmp_path / "whole")
@@ -500,14 +503,14 @@ def test_two_halves_accumulated_are_one_whole_batch(teacher, batch, tmp_path):
         torch.testing.assert_close(value, weights(whole)[name], atol=2e-5, rtol=1e-3)
 
 
-def test_in_bf16_with_checkpointing_all_of_it_runs(teacher, batch, tmp_path):
+def test_training_runs_in_bf16_with_checkpointing(teacher, batch, tmp_path):
     result = trained(
         made(teacher, 4, mixed_precision="bf16"), lambda step: batch(range(8)), tmp_path, checkpointing=True
     )
     assert all(math.isfinite(value) for line in result.history for value in line.values())
 
 
-def test_only_whose_turn_it_is_learns_and_the_student_learns_from_both_terms(teacher, batch):
+def test_only_the_player_of_the_turn_gets_gradients_and_the_student_from_both_terms(teacher, batch):
     method = made(teacher)
     student, critic = method.turns(1)
     critic_module = method.discriminator.requires_grad_(False)
@@ -533,7 +536,7 @@ GAN = TINY.replace(
 )
 
 
-def test_the_whole_stage_and_its_export(tiny):
+def test_the_stage_runs_and_exports_a_student(tiny):
     student = execute(GAN, tiny[0], name="gan")["student"].artifact
     assert student.record["metrics"]["held_out_mse"] > 0
     assert "diffusion2gan" in (student.folder / "README.md").read_text()
@@ -578,7 +581,7 @@ quality.execution.threads=1
 """
 
 
-def test_the_manifest_for_stable_diffusion_as_it_is_but_small(tmp_path):
+def test_the_manifest_for_stable_diffusion_runs_at_small_size(tmp_path):
     """Only sizes and outside files differ: bf16, checkpointing, accumulation, E-LatentLPIPS and R1 are as published."""
     torch.manual_seed(0)
     folder = stable_diffusion_layout(tmp_path / "sd", sd15(8, 32))

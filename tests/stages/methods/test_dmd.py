@@ -1,4 +1,5 @@
-"""DMD and DMD2: whose gradients go where, the terms by hand, the states of backward simulation, turns and resume."""
+"""DMD and DMD2: which players get gradients, terms computed by hand, states of backward simulation, turns and
+resuming."""
 
 import json
 import math
@@ -95,7 +96,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_turn_moves_its_own_player_only_and_never_the_teacher(teacher, name):
+def test_a_turn_changes_only_its_own_player(teacher, name):
     made, settings, given = METHODS[name]
     method, rows = stirred(made(teacher, **settings)), given(teacher)
     student, fake = method.turns(0)
@@ -111,7 +112,7 @@ def test_a_turn_moves_its_own_player_only_and_never_the_teacher(teacher, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_loop_changes_student_and_fake_score_and_leaves_the_teacher(teacher, name, tmp_path):
+def test_the_loop_changes_student_and_fake_score_but_not_the_teacher(teacher, name, tmp_path):
     made, settings, given = METHODS[name]
     method = made(teacher, materials(teacher, steps=2), **settings)
     starts = {player: [p.clone() for p in of.module.parameters()] for player, of in method.players.items()}
@@ -148,7 +149,7 @@ def run(method, rows, folder, every=100, stop=None):
 
 
 def test_an_untrained_fake_score_gives_no_gradient_without_guidance(teacher):
-    """The fake score is the teacher. The check also holds for guidance 1 of a real score that could be guided."""
+    """The fake score equals the teacher. This also holds if the real score can be guided, at guidance 1."""
     method = dmd2(teacher, guidance_scale=1.0, gan=None)
     x, prompts = torch.randn(4, *teacher.latent_shape), [*PROMPTS, ""]
     t = torch.tensor([20, 300, 700, 980])
@@ -202,7 +203,7 @@ def test_the_students_times_are_from_20_to_980_and_the_fake_scores_from_0_to_999
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 @pytest.mark.parametrize("schedule", ["stable_diffusion", "flow", "zero_terminal_snr"])
-def test_any_prediction_type_and_schedule_by_hand(prediction, schedule):
+def test_any_prediction_type_and_schedule_equal_hand_computed_values(prediction, schedule):
     """Converts the network's output to real and fake score by hand. Also checks the error for each weighting: output is
     the error of the network's output, snr that of the noise, edm (snr + 4) times that of x0."""
     adapter = of_schedule(prediction, schedule)
@@ -272,7 +273,7 @@ def test_dmds_loss_is_the_matching_loss_plus_the_weighted_regression(teacher):
     torch.testing.assert_close(alone.student_loss(rows)[0], figures["matching"].mean())
 
 
-def test_prompts_of_their_own_are_sampled_from_in_place_of_those_of_the_pairs(teacher):
+def test_the_setting_prompts_replaces_the_prompts_of_the_pairs(teacher):
     method, rows = dmd(teacher), pairs_only(teacher)
     seen = []
     method.matching.gradient = lambda x, prompts, w=None: seen.append(prompts) or torch.zeros_like(x)
@@ -351,14 +352,14 @@ def test_a_state_is_the_last_estimate_with_the_noise_of_its_level(teacher):
     assert float(rest.std()) == pytest.approx(student.grid.level(1).sigma, rel=0.01)
 
 
-def test_gradients_flow_to_the_last_call_of_a_roll_out_only(teacher):
+def test_only_the_last_call_of_a_rollout_has_gradients(teacher):
     method, called = stirred(dmd2(teacher, steps=4)), []
     method.student.network.register_forward_hook(lambda *_: called.append(torch.is_grad_enabled()))
     method.sample(latents_only(teacher), 2)
     assert called == [False, False, True]
 
 
-def test_the_exit_is_a_function_of_seed_and_step_and_visits_every_step(teacher):
+def test_the_length_of_a_rollout_depends_only_on_seed_and_step_and_takes_all_values(teacher):
     method, other = dmd2(teacher, steps=4), dmd2(teacher, steps=4)
     exits = [[turn.loss.keywords["calls"] for turn in method.turns(step)] for step in range(40)]
     assert all(len(set(found)) == 1 for found in exits)
@@ -382,7 +383,7 @@ def test_without_backward_simulation_real_latents_are_noised(teacher):
 
 
 def test_the_gan_term_has_the_gradient_of_plain_autograd(teacher):
-    """The loss cuts the graph at the samples. The gradient is the one without the cut."""
+    """The loss detaches the samples. The gradient is the same as without detaching."""
     method, rows = stirred(dmd2(teacher, gan=GanSettings(weight=0.5))), latents_only(teacher)
     torch.manual_seed(1)
     loss, figures = method.student_loss(rows, calls=0)
@@ -416,7 +417,7 @@ def test_the_head_reads_the_middle_block_of_the_noised_sample(teacher):
     fake.network.up_blocks[0].register_forward_hook(lambda *_: decoded.append(1))
     (logits,) = fake.logits(x, t, noise, condition)
     assert torch.equal(read[0], seen[0]) and logits.shape == (2, 1, 1) and not decoded
-    assert torch.equal(fake.x0(fake.levels.noised(x, t, noise), t, condition), output)  # it is a denoiser as before
+    assert torch.equal(fake.x0(fake.levels.noised(x, t, noise), t, condition), output)  # it is still a denoiser
 
 
 @pytest.mark.parametrize("side", [2, 4, 8, 16, 32])
@@ -431,7 +432,7 @@ def test_the_head_gives_one_logit_at_every_size(side):
     assert logits.shape == (1, 1, 1)
 
 
-def test_the_discriminators_loss_by_hand(teacher):
+def test_the_discriminators_loss_equals_hand_computed_values(teacher):
     """softplus(-D(real)) + softplus(D(false)), each with its own prompts and noise, weighed against the errors."""
     rows = latents_only(teacher)
     method = stirred(dmd2(teacher, gan=GanSettings(discriminator_weight=0.5)))
@@ -455,7 +456,7 @@ def test_the_discriminators_loss_by_hand(teacher):
 
 
 def test_checkpointed_activations_give_the_head_the_same_gradients(teacher):
-    """The decoder is never computed: an exception leaves the network at its middle block."""
+    """The decoder is not computed: an exception ends the forward pass after the middle block."""
     found = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
@@ -472,8 +473,8 @@ def test_checkpointed_activations_give_the_head_the_same_gradients(teacher):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_killed_between_two_steps_it_goes_on_bit_for_bit(teacher, name, tmp_path):
-    """Also if the kill happens between two turns of the student."""
+def test_killed_between_two_steps_and_resumed_it_gives_the_same_bits(teacher, name, tmp_path):
+    """This also holds for a kill between two turns of the student."""
     made, settings, given = METHODS[name]
     settings = {**settings, **({"fake_updates": 3} if made is dmd2 else {})}
 
@@ -505,13 +506,13 @@ def test_lora_weights_of_student_and_fake_score_share_the_teachers(teacher, name
     run(method, given(teacher), tmp_path)
 
 
-def test_halves_accumulated_are_paired_with_their_own_samples(teacher, tmp_path):
+def test_accumulated_halves_use_their_own_samples(teacher, tmp_path):
     method = dmd2(teacher, materials(teacher, steps=4, accumulate=2), fake_updates=2)
     run(method, lambda i: latents_only(teacher, seed=i), tmp_path)
     assert not method._samples
 
 
-# --- Seen early ---
+# --- Problems that are noticed early ---
 
 
 class Scripted:
@@ -534,12 +535,12 @@ class Scripted:
 
 
 def test_a_collapsed_student_is_stopped_after_50_turns(tmp_path):
-    low, high = 0.019, 0.021  # around 1 % of the data's 2.0
+    low, high = 0.019, 0.021  # near 1 % of the data's variance of 2.0
     message = "the student has collapsed: in the 50 turns up to step 79, its samples had less than 1% of the variance"
     with pytest.raises(StageError, match=message):
         run(Scripted([high] * 30 + [low] * 60), {}, tmp_path / "a")
     run(Scripted([high] * 30 + [low] * (PATIENCE - 1) + [high] + [low] * 20), {}, tmp_path / "b")
-    folder = tmp_path / "c"  # the count goes on over a kill
+    folder = tmp_path / "c"  # the count continues after a kill
     run(Scripted([high] * 30 + [low] * 60), {}, folder, every=40, stop=5)
     with pytest.raises(StageError, match="to step 79"):
         run(Scripted([high] * 30 + [low] * 60), {}, folder, every=40)
@@ -650,7 +651,7 @@ DMD = (
 )
 
 
-def test_pairs_of_another_guidance_scale_are_warned_of(tiny, tmp_path):
+def test_pairs_of_another_guidance_scale_give_a_warning(tiny, tmp_path):
     path = tmp_path / "m.yaml"
     path.write_text(DMD.replace("guidance_scale: 2.0}\n    training", "guidance_scale: 4.0}\n    training"))
     said = retort("plan", str(path), "--store", str(tiny[0])).stderr
@@ -659,7 +660,7 @@ def test_pairs_of_another_guidance_scale_are_warned_of(tiny, tmp_path):
     assert "real score" not in retort("plan", str(path), "--store", str(tiny[0])).stderr
 
 
-def test_a_regression_needs_pairs_and_no_regression_needs_none(tiny):
+def test_pairs_are_needed_if_and_only_if_there_is_a_regression(tiny):
     with pytest.raises(ManifestError, match="without a regression, `pairs` are not used"):
         plan_of(DMD.replace("guidance_scale: 2.0}\n    tr", "regression_weight: 0}\n    tr"), tiny[0])
     prompts = DMD.replace("pairs: pairs\n    prompts: digits", "prompts: digits\n    teacher: teacher")
@@ -667,8 +668,8 @@ def test_a_regression_needs_pairs_and_no_regression_needs_none(tiny):
         plan_of(prompts.replace("    held_out: 32\n", ""), tiny[0])
 
 
-def test_a_loss_without_a_name_finds_its_perceptual_network(tiny):
-    """The short form is read everywhere: by the plan, which finds the stage, and by validation."""
+def test_a_loss_without_a_name_is_e_latent_lpips(tiny):
+    """Both the plan, which looks for the stage, and the validation accept the short form."""
     vgg = "  vgg: {kind: perceptual, from: nowhere}\n  student:"
     text = DMD.replace("  student:", vgg, 1).replace("name: dmd,", "name: dmd, loss: {perceptual: vgg},")
     assert plan_of(text, tiny[0])["student"].reads == ["pairs", "vgg"]
@@ -695,7 +696,8 @@ student.execution.threads=1
 quality.samples=20
 quality.execution.threads=1
 """
-"""Sizes only: bf16, checkpointing, accumulation and weights are as published. The student has several turns."""
+"""Only sizes are changed: bf16, checkpointing, accumulation and weights are as published. The student has several
+turns."""
 PUBLISHED = {
     "sd15_dmd": "pairs.execution.compile=false student.method.loss=mse student.held_out=20",
     "sd15_dmd2": """
@@ -707,7 +709,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_manifests_run_as_they_are_but_small(name, tmp_path):
+def test_the_published_manifests_run_at_small_size(name, tmp_path):
     layout = stable_diffusion_xl_layout if name.startswith("sdxl") else stable_diffusion_layout
     sets = [*PUBLISHED[name].split(), f"teacher.from={layout(tmp_path / 'teacher')}", *SMALL.split()]
     if name != "sd15_dmd":
@@ -716,7 +718,7 @@ def test_the_published_manifests_run_as_they_are_but_small(name, tmp_path):
     text = (ROOT / "manifests" / f"{name}.yaml").read_text()
     text = text.replace("manifests/prompts", f"{ROOT}/manifests/prompts")
     stages = loads(text, "m.yaml").manifest.stages
-    chosen = [stage for stage in stages if stage != "latent_vgg"]  # mse looks through no network
+    chosen = [stage for stage in stages if stage != "latent_vgg"]  # mse uses no perceptual network
     plan = execute(text, tmp_path / "store", [f"stages.{line}" for line in sets], only=chosen)
     student = plan["student"].artifact
     (line,) = (json.loads(line) for line in (student.folder / "history.jsonl").read_text().splitlines())

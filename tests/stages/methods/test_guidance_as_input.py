@@ -110,7 +110,7 @@ def test_a_student_takes_the_scale_as_an_input(made, teacher, method):
     DMDConfig(name="dmd"),
 ], ids=["kd", "gan", "dmd"])  # fmt: skip
 def test_training_gives_each_pair_its_own_scale(teacher, config):
-    """The loss is that at w of the pairs: with another w of one pair, it is another."""
+    """The loss uses the w of each pair: with another w for one pair, the loss changes."""
     method = config.create(Materials(teacher, StudentTraining(steps=1, batch_size=2), guidance_scale=(1.0, 8.0)))
     with torch.no_grad():
         for name, weights in method.student.named_parameters():
@@ -138,7 +138,7 @@ def test_held_out_pairs_are_compared_at_their_own_scales(made, teacher):
     assert artifact.record["metrics"]["held_out_mse"] == pytest.approx(error, rel=1e-4)
 
 
-def test_plain_diffusers_feeds_the_scale(made, teacher):
+def test_plain_diffusers_passes_the_scale_to_the_student(made, teacher):
     from diffusers import DiffusionPipeline
 
     folder = made["taught[method=kd]"].artifact.folder
@@ -186,7 +186,7 @@ def test_scales_are_exported(made, tmp_path):
     ("pairs: drawn", "pairs: [drawn, pairs]", "pairs", "use pairs of one kind"),
     ("[1.0, 8.0]", "fast", "sampler.guidance_scale", "should be a number, or a list of two numbers, not 'fast'"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_refused(tiny, old, new, path, words):
+def test_scales_that_do_not_fit_are_refused(tiny, old, new, path, words):
     text = TINY + DRAWN + STUDENTS
     assert old in text
     with pytest.raises(ManifestError) as refused:

@@ -63,7 +63,7 @@ def test_the_first_link_takes_as_many_steps_as_the_teacher():
     assert loads(dump(loaded.manifest), "again.yaml").manifest == loaded.manifest
 
 
-def test_w_changes_nothing_before_training_and_something_after(chain, teacher):
+def test_w_has_an_effect_only_after_training(chain, teacher):
     noise = torch.randn(2, *teacher.latent_shape)
     condition = teacher.encode_prompts(["a red handwritten seven", "a blue handwritten two"])
     new = Student.from_teacher(teacher, Form(steps=2, w_range=(0.0, 4.0)))
@@ -78,7 +78,7 @@ def test_w_changes_nothing_before_training_and_something_after(chain, teacher):
         trained(noise, condition)
 
 
-def test_every_strength_is_measured_with_one_student(chain):
+def test_one_student_is_evaluated_at_every_guidance_strength(chain):
     for steps in (4, 2):
         for scale in (1.0, 3.0):
             metrics = chain[f"quality/{steps}[guidance_scale={scale}]"].artifact.record["metrics"]
@@ -107,7 +107,7 @@ def test_the_first_link_learns_the_guided_teacher(tiny, teacher):
     assert after < 0.5 * before
 
 
-def test_a_stochastic_chain_runs_and_says_that_its_sampler_is_retorts_own(tiny):
+def test_a_stochastic_chain_runs_and_its_card_says_that_diffusers_cannot_sample_it(tiny):
     text = TINY + CHAIN.split("  strengths")[0].replace("w_range", "sampler: stochastic, w_range")
     student = execute(text.replace("steps: 8,", "steps: 2,"), tiny[0], name="stochastic")["guided/2"].artifact
     assert json.loads((student.folder / "student.json").read_text())["sampler"] == "stochastic"
@@ -117,7 +117,7 @@ def test_a_stochastic_chain_runs_and_says_that_its_sampler_is_retorts_own(tiny):
 
 
 def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
-    """The link is named as RUN/STAGE, although the stage name of a link contains a slash."""
+    """The link is named as RUN/STAGE, although its stage name contains a slash."""
     from PIL import Image
 
     folder = find_artifact("guided/guided/2", str(tiny[0]))
@@ -140,14 +140,14 @@ def test_images_are_drawn_with_a_link_at_any_strength(chain, tiny, tmp_path):
     ("start_steps: 4", "start_steps: 5", "end_steps: should be start_steps: 5 halved one or more times, not 2"),
     ("    latents: latents\n", "    latents: latents\n    start_from: student\n", "the student in start_from takes 1"),
 ])  # fmt: skip
-def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
+def test_contradictory_settings_are_errors_of_the_plan(tmp_path, old, new, words):
     assert old in CHAIN
     with pytest.raises(ManifestError, match=words):
         plan_of(TINY + CHAIN.replace(old, new), tmp_path)
 
 
-def test_a_chain_that_goes_on_has_no_first_link(tmp_path):
-    """It cannot have training steps for a first link either. Otherwise all later links would become one wrong round."""
+def test_a_chain_with_start_from_has_no_guidance_link(tmp_path):
+    """It cannot have training steps for a first link either."""
     settings = "method: {name: guided, start_steps: 4, end_steps: 1, w_range: [0.0, 4.0], training_steps: {%s}}"
     text = TINY + CHAIN.split("  strengths")[0]
     more = "  further:" + CHAIN.partition("  guided:")[2].split("  strengths")[0]

@@ -91,7 +91,7 @@ def wrong_by(student, z, i, target, condition, **inputs):
 
 @pytest.mark.parametrize(("of", "to", "weighting"), CASES)
 def test_progressive(teachers, of, to, weighting):
-    """At guidance 2, the last point among those drawn."""
+    """At guidance 2. The drawn points include the last one."""
     teacher = teachers[of]
     config = ProgressiveConfig(start_steps=8, end_steps=4, prediction=to, weighting=weighting, guidance_scale=2.0)
     method, batch = config.create(Materials(teacher, StudentTraining(steps=1))), batch_of(teacher)
@@ -116,7 +116,7 @@ def test_progressive(teachers, of, to, weighting):
 
 @pytest.mark.parametrize(("of", "to", "weighting"), CASES)
 def test_guided(teachers, of, to, weighting):
-    """The first link, and at the same points the one after it; each sample with a w of its own."""
+    """Tests the first link, and the next link at the same points. Each sample has its own w."""
     from diffusers import StableDiffusionPipeline
 
     teacher = teachers[of]
@@ -158,7 +158,7 @@ def test_guided(teachers, of, to, weighting):
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample", "both"])
-def test_error_is_that_of_x0_whatever_is_put_out(teachers, prediction):
+def test_the_error_is_that_of_x0_for_every_prediction_type(teachers, prediction):
     teacher = teachers["v_prediction"]
     student = shaken(Student.from_teacher(teacher, Form(steps=4, schedule="cosine", prediction=prediction)))
     z, x0 = torch.randn(2, 4, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -170,9 +170,9 @@ def test_error_is_that_of_x0_whatever_is_put_out(teachers, prediction):
         assert float(found[k]) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_targets_are_in_full_precision_whatever_the_student_trains_in(teachers, monkeypatch):
-    """Also the targets from an earlier student. Precision matters, because numerator and denominator are differences of
-    nearly equal numbers."""
+def test_targets_are_in_full_precision_even_in_bf16_training(teachers, monkeypatch):
+    """This also holds for targets from an earlier student. Precision matters because numerator and denominator are
+    differences of nearly equal numbers."""
     teacher = teachers["v_prediction"]
     config = ProgressiveConfig(start_steps=4, end_steps=2, guidance_scale=1.0)
     method = config.create(Materials(teacher, StudentTraining(steps=1)))

@@ -1,4 +1,4 @@
-"""Progressive distillation: its chain of stages, a killed chain, and what is refused."""
+"""Progressive distillation: its chain of stages, a killed chain, and refused settings."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def chain(tiny):
     return execute(TINY + PROGRESSIVE, tiny[0], name="chain")
 
 
-def test_links_are_sealed_measured_and_go_on_from_each_other(chain, teacher):
+def test_links_are_sealed_evaluated_and_start_from_each_other(chain, teacher):
     assert chain["quality/2"].artifact.inputs["student"] == chain["fewer/2"].artifact
     for steps in (4, 2, 1):
         artifact = chain[f"fewer/{steps}"].artifact
@@ -46,7 +46,7 @@ def test_links_are_sealed_measured_and_go_on_from_each_other(chain, teacher):
     assert any(not torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_it_learns_what_its_teacher_does_in_twice_the_steps(tiny, teacher):
+def test_a_link_learns_the_result_of_twice_the_steps(tiny, teacher):
     text = (
         (TINY + PROGRESSIVE.split("  quality")[0])
         .replace("end_steps: 1", "end_steps: 4")
@@ -66,7 +66,7 @@ def test_it_learns_what_its_teacher_does_in_twice_the_steps(tiny, teacher):
     assert errors[1] < 0.75 * errors[0]
 
 
-def test_a_killed_chain_goes_on_to_the_same_bytes(chain, tiny, tmp_path):
+def test_a_killed_chain_is_resumed_to_the_same_bytes(chain, tiny, tmp_path):
     """The driver gets SIGKILL during the first round, then between the first and the second."""
     store, manifest = tmp_path / "store", tmp_path / "m.yaml"
     text = "  fewer" + PROGRESSIVE.partition("  fewer")[2].partition("  quality")[0]
@@ -114,20 +114,20 @@ def test_a_killed_chain_goes_on_to_the_same_bytes(chain, tiny, tmp_path):
     ("guidance_scale: 2.0", "guidance_scale: 3.0", "the pairs have guidance_scale: 2; the student has learned 3"),
     ("student: fewer", "student: fewer/16", "there is no stage 'fewer/16'; did you mean 'fewer/1'"),
 ])  # fmt: skip
-def test_contradictions_are_errors_of_the_plan(tmp_path, old, new, words):
+def test_contradictory_settings_are_errors_of_the_plan(tmp_path, old, new, words):
     assert old in PROGRESSIVE
     with pytest.raises(ManifestError, match=words):
         plan_of(TINY + PROGRESSIVE.replace(old, new), tmp_path)
 
 
 @pytest.mark.parametrize(("scale", "guided"), [(None, False), (1.0, False), (1.5, True)])
-def test_only_a_scale_above_one_asks_the_teacher_without_a_prompt(scale, guided):
+def test_the_teacher_is_called_without_a_prompt_only_for_scales_above_one(scale, guided):
     config = ProgressiveConfig(start_steps=4, end_steps=2, guidance_scale=scale)
     assert config.uses_guidance == guided
     assert config.step_count_error(2) is None and "steps are 2, not 4" in config.step_count_error(4)
 
 
-def test_the_ratio_of_data_to_noise_is_no_weight_where_the_teachers_schedule_ends_in_pure_noise(tiny):
+def test_snr_weighting_is_refused_if_the_teachers_schedule_ends_in_pure_noise(tiny):
     teacher = StableDiffusion(tiny[1]["teacher"].artifact.folder)
     config, training = ProgressiveConfig(start_steps=4, end_steps=2, weighting="snr"), StudentTraining(steps=1)
     assert config.create(Materials(teacher, training)).student.alpha[-1] > 0
@@ -136,14 +136,14 @@ def test_the_ratio_of_data_to_noise_is_no_weight_where_the_teachers_schedule_end
         config.create(Materials(teacher, training))
 
 
-def test_guidance_needs_a_teacher_that_knows_no_prompt(tmp_path):
+def test_guidance_needs_a_teacher_trained_with_dropped_prompts(tmp_path):
     text = (TINY + PROGRESSIVE).replace("      dataset: digits\n", "      dataset: digits\n      drop_text: 0.0\n")
     with pytest.raises(ManifestError, match="needs guidance, but the teacher was trained with drop_text: 0"):
         plan_of(text, tmp_path)
 
 
-def test_guidance_is_that_of_the_pairs_where_nothing_else_is_said(tiny, teacher):
-    """Also checks that the method's name alone gives a chain with the default start of 32 steps."""
+def test_the_default_guidance_is_that_of_the_pairs(tiny, teacher):
+    """Also checks that the method's name alone gives a chain with the default start_steps, 32."""
     text = TINY.replace("{name: knowledge_distillation}", "progressive")
     assert list(plan_of(text, tiny[0]))[2:] == [f"student/{steps}" for steps in (16, 8, 4, 2, 1)]
     text = TINY.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")
@@ -156,7 +156,7 @@ def test_guidance_is_that_of_the_pairs_where_nothing_else_is_said(tiny, teacher)
     assert materials.teacher_denoiser(Form(steps=2, guidance_scale=4.0)).default_w == 3.0
 
 
-def test_guidance_that_is_that_of_the_pairs_is_checked_as_any_other(tmp_path):
+def test_the_default_guidance_is_checked_too(tmp_path):
     first, rest = TINY.partition("  pairs:")[::2]
     pairs, student = rest.partition("  student:")[::2]
     student = student.replace("{name: knowledge_distillation}", "{name: progressive, start_steps: 4, end_steps: 2}")

@@ -57,21 +57,21 @@ def test_kernel_distance_is_unbiased():
     assert kernel_distance(A, A + 1) > 10 * found.std()
 
 
-def test_kernel_distance_by_hand():
+def test_kernel_distance_equals_a_hand_computed_value():
     """Within a: (4 / 2 + 1)^3 = 27; within b: (-4 / 2 + 1)^3 = -1; across: (1 + 1 + 27 - 1) / 4 = 7."""
     a, b = np.array([[2.0, 0.0], [2.0, 2.0]]), np.array([[0.0, 2.0], [0.0, -2.0]])
     assert kernel_distance(a, b) == pytest.approx(27 - 1 - 2 * 7)
 
 
-def test_kernel_distance_weighs_all_pairs_alike():
+def test_kernel_distance_weighs_all_pairs_equally():
     """Two of three pairs within a have x.y = 0 and k = 1, one has x.y = 1 and k = 8; b is at the origin: k = 1."""
     assert kernel_distance(np.array([[1.0], [1.0], [0.0]]), np.zeros((2, 1))) == pytest.approx((8 + 1 + 1) / 3 + 1 - 2)
 
 
 @pytest.mark.parametrize(("k", "share"), [(1, 1 / 3), (2, 2 / 3)])
-def test_precision_and_recall_by_hand(k, share):
-    """The radii of a are 1, 1, 2, 4 for k = 1 and 3, 2, 3, 6 for k = 2, and b lies 2, 3.5 and 7 outside of its ends;
-    -2 reaches at least 12.5 far, to all of a."""
+def test_precision_and_recall_equal_hand_computed_values(k, share):
+    """The radii of a are 1, 1, 2, 4 for k = 1 and 3, 2, 3, 6 for k = 2. The points of b lie 2, 3.5 and 7 beyond the
+    ends of a. The ball around -2 has a radius of at least 12.5 and contains all of a."""
     a, b = np.array([[0.0], [1.0], [3.0], [7.0]]), np.array([[-2.0], [10.5], [14.0]])
     assert precision_recall(a, b, k) == pytest.approx((share, 1.0))
     assert precision_recall(b, a, k) == pytest.approx((1.0, share))
@@ -93,7 +93,7 @@ def test_diversity_is_within_groups():
     assert diversity(np.array([[0.0, 0.0], [3.0, 4.0]]), ["a", "a"]) == pytest.approx(5.0)
 
 
-def test_the_standard_error_is_the_spread_over_fresh_samples():
+def test_the_standard_error_is_the_deviation_over_new_samples():
     def difference(a, b):
         return float(a.mean() - b.mean())
 
@@ -103,7 +103,7 @@ def test_the_standard_error_is_the_spread_over_fresh_samples():
     assert estimate == pytest.approx((2 / 400) ** 0.5, rel=0.15)
 
 
-def test_the_standard_error_knows_that_copies_of_one_original_are_not_independent():
+def test_the_standard_error_treats_copies_of_one_original_as_one_group():
     """One set has ten copies of each of forty originals, in random order. The other set has 400 originals."""
 
     def difference(a, b):

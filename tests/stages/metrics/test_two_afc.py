@@ -43,7 +43,7 @@ def test_scoring_is_symmetric_and_sees_only_the_order(triplets):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30))
-def test_ceilings(votes):
+def test_human_ceilings(votes):
     p = np.array(votes)
     majority = scores(p, 1.0 - p, p).mean()
     assert 0.5 <= human_ceiling(p) <= majority + 1e-12
@@ -54,7 +54,7 @@ def test_a_known_ceiling():
     assert human_ceiling(np.array([0.0, 1.0, 0.5, 0.8])) == pytest.approx((1 + 1 + 0.5 + 0.68) / 4)
 
 
-def test_errors_are_the_spread_over_fresh_triplets():
+def test_standard_errors_are_the_deviation_over_new_triplets():
     rng = np.random.default_rng(0)
     runs = (rng.random((300, 400)) < 0.7).astype(np.float64)
     found = np.array([score_with_error(run) for run in runs])
@@ -71,7 +71,7 @@ def test_a_paired_difference_cancels_what_both_share():
     assert mean == pytest.approx(0.02) and error < score_with_error(hard)[1] / 2
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_invalid_distances_and_votes_are_refused():
     one, two = np.ones(1), np.ones(2)
     with pytest.raises(ValueError, match="a distance is NaN"):
         scores(np.array([np.nan]), one, one)

@@ -37,7 +37,7 @@ def family(tmp_path_factory):
     return teacher(make("teacher")), os.pathsep.join((str(ROOT), str(installed)))
 
 
-def test_every_method_takes_a_new_family_from_pairs_to_evaluation(family, tmp_path):
+def test_every_method_works_with_a_new_family(family, tmp_path):
     folder, path = family
     manifest, store = tmp_path / "m.yaml", tmp_path / "store"
     text = MANIFEST.format(folder=folder)
@@ -54,7 +54,7 @@ def test_every_method_takes_a_new_family_from_pairs_to_evaluation(family, tmp_pa
         assert json.loads(metrics.read_text())["sides"]["student"]["latent_mse"] > 0
 
 
-def test_a_discriminator_is_refused_when_nothing_can_listen(family, tmp_path):
+def test_a_discriminator_is_refused_if_the_adapter_has_none(family, tmp_path):
     folder, path = family
     manifest = tmp_path / "m.yaml"
     how = "pairs: pairs, method: {name: diffusion2gan, loss: mse}"

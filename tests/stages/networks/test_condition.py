@@ -1,4 +1,4 @@
-"""Conditions: rows move together, whatever the tensors are."""
+"""Conditions: operations on rows apply to all tensors."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def condition():
     return Condition(3, {"text": torch.arange(12.0).view(3, 2, 2), "class": torch.tensor([5, 6, 5])})
 
 
-def test_rows_are_selected_together(condition):
+def test_all_tensors_of_a_row_are_selected_together(condition):
     for index in (torch.tensor([2, 0]), slice(0, 3, 2)):
         found = condition.select(index)
         assert len(found) == 2 and len(found.tensors["text"]) == 2
@@ -19,12 +19,12 @@ def test_rows_are_selected_together(condition):
     assert condition.select(slice(1, 9)).tensors["class"].tolist() == [6, 5]
 
 
-def test_what_is_cut_can_be_joined(condition):
+def test_parts_of_a_condition_can_be_joined(condition):
     joined = Condition.cat([condition.select(slice(2)), condition.select(slice(2, 3))])
     assert len(joined) == 3 and joined.same_rows(condition).all()
 
 
-def test_one_row_stands_for_many(condition):
+def test_one_row_is_expanded_to_many(condition):
     many = condition.select(slice(1)).expand(4)
     assert len(many) == 4 and many.tensors["text"].shape == (4, 2, 2) and many.tensors["class"].tolist() == [5] * 4
 
@@ -35,7 +35,7 @@ def test_rows_are_equal_if_all_their_tensors_are(condition):
     assert not condition.same_rows(other).any()
 
 
-def test_only_numbers_that_are_not_whole_take_another_dtype(condition):
+def test_only_floating_point_tensors_change_their_dtype(condition):
     half = condition.to(torch.zeros(1, dtype=torch.float16))
     assert half.tensors["text"].dtype == torch.float16 and half.tensors["class"].dtype == torch.int64
 

@@ -28,7 +28,7 @@ ROTATION = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manua
 
 
 class Normal(StableDiffusion):
-    """The exact denoiser of N(mean, std^2) in every element of an image, whose latents are the image, turned."""
+    """The exact denoiser of images whose elements are N(mean, std^2). Latents are rotated images."""
 
     def __init__(self, mean, std, turn=None, schedule=SCHEDULE):
         self.mean, self.std, self.turn = mean, std, torch.eye(12, dtype=torch.float64) if turn is None else turn
@@ -72,7 +72,7 @@ SAMPLER = Sampler(steps=20, guidance_scale=1.0)
 
 
 @pytest.mark.parametrize("refresh", ["own", "re_encode"])
-def test_at_delta_0_the_host_samples_and_at_delta_1_the_guest(refresh):
+def test_delta_0_gives_the_hosts_samples_and_delta_1_the_guests(refresh):
     host, guest = Normal(-1.0, 0.5), Normal(2.0, 0.3)
     alone = [solve(one, noise(), [""] * 5, SAMPLER) for one in (host, guest)]
     first, last = (solve(fused(host, guest, delta=d, refresh=refresh), noise(), [""] * 5, SAMPLER) for d in (0, 1))
@@ -82,7 +82,8 @@ def test_at_delta_0_the_host_samples_and_at_delta_1_the_guest(refresh):
 
 @pytest.mark.parametrize("delta", [0.3, 1.0])
 def test_the_conversion_between_turned_latents_is_exact(delta):
-    """A guest with turned latents of the same images gives the host's own estimate, so any delta gives its output."""
+    """A guest with rotated latents of the same images has the same estimate as the host, so the output does not depend
+    on delta."""
     host, guest = Normal(-1.0, 0.5), Normal(-1.0, 0.5, ROTATION)
     z = torch.from_numpy(noise())
     state = torch.cat([z.flatten(1), guest.encode(z).flatten(1)], 1)
@@ -91,9 +92,9 @@ def test_the_conversion_between_turned_latents_is_exact(delta):
 
 
 @pytest.mark.parametrize("delta", [0.25, 0.5, 0.9])
-def test_two_gaussians_of_one_deviation_end_between_their_means(delta):
-    """Samples are those of one Gaussian with mean (1 - delta) m_A + delta m_B. If the guest follows its own path, it
-    has a stronger effect, because the host's estimate follows the state."""
+def test_fused_gaussians_of_equal_deviation_sample_a_mean_between_theirs(delta):
+    """Samples come from one Gaussian with mean (1 - delta) m_A + delta m_B. If the guest follows its own path, it has
+    more influence, because the host's estimate follows the fused state."""
     host, guest, std = Normal(-1.0, 0.4), Normal(2.0, 0.4), 0.4
     mean = (1 - delta) * -1.0 + delta * 2.0
     together, apart, wanted = (
@@ -180,8 +181,8 @@ def bridged(host, guest, switch=500, finish=False):
 
 
 def test_a_bridge_noises_scaled_images_with_the_hosts_noise():
-    """The guest gives its mean. The host starts from that with its own noise, which is white: bilinear scaling of noisy
-    latents would correlate it."""
+    """The guest's estimate is its mean. The host adds its own white noise to it. Bilinear scaling of noisy latents
+    would correlate the noise instead."""
     host, guest = Large(64, 0.0, 0.5), Large(32, 0.7, 1e-6)
     teacher = bridged(host, guest)
     drawn = noise(20, (3, 64, 64))
@@ -200,7 +201,7 @@ def test_a_bridge_noises_scaled_images_with_the_hosts_noise():
 
 
 @pytest.mark.parametrize("finish", [False, True])
-def test_the_host_goes_on_from_the_guests_estimate_or_from_its_image(finish):
+def test_the_host_starts_from_the_guests_estimate_or_from_its_image(finish):
     host, guest = Large(8, 0.7, 0.5), Large(8, -0.2, 0.1)
     drawn, grid = torch.from_numpy(noise(5, (3, 8, 8))), list(range(999, 0, -50))
     made = solve(bridged(host, guest, finish=finish), drawn.numpy(), [""] * 5, SAMPLER)
@@ -237,7 +238,7 @@ def test_the_guest_of_a_bridge_is_called_at_the_switch_itself():
 
 @pytest.mark.parametrize(("spacing", "steps", "called"), [("trailing", 1, (1, 0)), ("leading", 2, (0, 2))])
 def test_if_no_timestep_is_on_one_side_the_other_teacher_samples_alone(spacing, steps, called):
-    """Here the latents of both are the same images."""
+    """Here both teachers have the same latents, the images."""
     host, guest = Large(8, 0.7, 0.5), Large(8, -0.2, 0.1)
     sampler = Sampler(steps=steps, guidance_scale=1.0, timestep_spacing=spacing)  # at 999; at 501 and 1
     made = solve(bridged(host, guest, 600), noise(2, (3, 8, 8)), [""] * 2, sampler)
@@ -331,7 +332,7 @@ PARTS = f"""{HEAD}
         ("{train: {dataset: digits, start: teacher, vae: teacher}}", "denoiser.channels: [16, 32]; set these"),
     ],
 )
-def test_what_was_never_trained_is_not_called(tmp_path, made, expected):
+def test_teachers_called_at_timesteps_they_were_not_trained_on_are_refused(tmp_path, made, expected):
     text = PARTS + made.replace("{", "{kind: teacher, ", 1)
     if expected is None:
         plan_of(text, tmp_path)

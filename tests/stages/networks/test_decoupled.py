@@ -1,4 +1,4 @@
-"""Time-decoupled teachers: their training, which network is called where, and students of them."""
+"""Time-decoupled teachers: their training, which network is called at which timestep, and their students."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def noise(teacher, count=4):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
-def test_two_halves_that_are_one_network_make_its_samples_bit_for_bit(teacher, tmp_path, steps):
+def test_two_equal_halves_make_the_samples_of_one_network(teacher, tmp_path, steps):
     """Each network is called as often as the grid has points on its side."""
     same = made_of(tmp_path / "same", teacher.folder, teacher.folder)
     assert family_of(type(same)) is StableDiffusion and adapter_of(tmp_path / "same") is type(same)
@@ -109,7 +109,7 @@ def test_two_halves_that_are_one_network_make_its_samples_bit_for_bit(teacher, t
 
 
 @pytest.mark.parametrize(("t", "half"), [(999, STRUCTURE), (500, STRUCTURE), (499, TEXTURE), (0, TEXTURE)])
-def test_the_timestep_itself_chooses_the_network(made, both, t, half):
+def test_the_current_timestep_selects_the_network(made, both, t, half):
     alone = load_network(made[{STRUCTURE: "high", TEXTURE: "low"}[half]].artifact.folder, TrainingExecution())
     z = torch.from_numpy(noise(both))
     assert torch.equal(both.denoiser(PROMPTS, 2.0)(z, t), alone.denoiser(PROMPTS, 2.0)(z, t))
@@ -127,7 +127,7 @@ def test_a_batch_on_both_sides_of_the_switch_is_split_and_joined(both):
         )
 
 
-def test_a_student_starts_from_the_half_that_is_called_at_its_level(both):
+def test_a_student_starts_from_the_half_that_is_called_at_its_noisiest_level(both):
     for form, half in (
         (Form(), both),
         (Form(steps=2, levels=(999, 100), sampler="consistency", boundary="none"), both),
@@ -140,7 +140,7 @@ def test_a_student_starts_from_the_half_that_is_called_at_its_level(both):
     assert not torch.equal(*(one.encode_prompts(PROMPTS[:1]).tensors["text"] for one in (both, both.texture)))
 
 
-def test_halves_share_one_vae_and_nothing_that_is_trained(made):
+def test_halves_share_only_the_vae(made):
     first, high, low = (made[name].artifact for name in ("teacher", "high", "low"))
     for half in (high, low):
         assert (half.folder / "vae/diffusion_pytorch_model.safetensors").read_bytes() == (
@@ -154,8 +154,8 @@ def test_halves_share_one_vae_and_nothing_that_is_trained(made):
         assert (high.folder / name).read_bytes() != (low.folder / name).read_bytes()
 
 
-def test_training_may_start_from_another_teacher_at_another_size(tiny):
-    """With almost no learning, all weights are still those of the start."""
+def test_training_can_start_from_a_teacher_of_another_image_size(tiny):
+    """With a learning rate of almost 0, all weights stay those of the start."""
     store, plan = tiny
     teacher = plan["teacher"].artifact
     boosted = f"""{HEAD}
@@ -171,7 +171,7 @@ def test_training_may_start_from_another_teacher_at_another_size(tiny):
         assert all(torch.allclose(after[key], value, atol=1e-6) for key, value in before.items())
 
 
-def test_a_composed_teacher_is_two_stock_folders_and_its_student_one(made):
+def test_a_time_decoupled_teacher_is_two_diffusers_folders_and_its_student_one(made):
     from diffusers import DiffusionPipeline
 
     both, student = made["both"].artifact.folder, made["student"].artifact.folder
@@ -207,7 +207,7 @@ def test_a_half_is_trained_on_its_timesteps_only(times):
     assert (min(seen), max(seen)) == (times[0], times[1] - 1) and sizes == {(4, 4)}
 
 
-def test_up_scaled_images_are_those_of_half_the_size():
+def test_upscaled_images_equal_enlarged_images_of_half_the_size():
     images = load(Digits(), limit=40)
     changed = images.upscaled(0.25, seed=3)
     different = [i for i in range(40) if not np.array_equal(images.images[i], changed.images[i])]
@@ -236,15 +236,19 @@ def test_up_scaled_images_are_those_of_half_the_size():
             "    gaussian: {}\n    switch: 300",
             "switch needs structure and texture",
         ),
-        ("  both:", "  third: {kind: teacher, train: {dataset: digits, vae: both}}\n  both:", "it is not one pipeline"),
+        (
+            "  both:",
+            "  third: {kind: teacher, train: {dataset: digits, vae: both}}\n  both:",
+            "it is not a single pipeline",
+        ),
         (
             "  both:",
             "  third: {kind: teacher, train: {dataset: digits, start: both}}\n  both:",
-            "it is not one pipeline",
+            "it is not a single pipeline",
         ),
     ],
 )
-def test_halves_that_do_not_meet_are_errors_of_the_plan(tmp_path, old, new, expected):
+def test_halves_that_do_not_fit_are_errors_of_the_plan(tmp_path, old, new, expected):
     text = HALVES.replace(old, new)
     if expected is None:
         plan_of(text, tmp_path)
@@ -268,7 +272,7 @@ stages:
         assert json.loads((folder / half / "micro_conditioning.json").read_text())["original_size"] == [64, 32]
 
 
-def test_pipelines_of_different_latents_are_one_sentence(teacher, tmp_path):
+def test_pipelines_of_different_latents_are_refused(teacher, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(teacher.folder, folder)
     scheduler = folder / "scheduler" / "scheduler_config.json"

@@ -1,4 +1,4 @@
-"""A teacher of many timesteps gives x0 at the points of a student's grid."""
+"""A teacher's estimates of x0 at the points of a student's grid."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from stages.networks.stable_diffusion import StableDiffusion
 from tests.support.networks import stable_diffusion_layout
 
 
-def test_a_teacher_is_asked_where_its_ratio_of_data_to_noise_is_the_grids(teacher):
+def test_a_teacher_is_called_at_the_timestep_of_equal_snr(teacher):
     asked = TeacherDenoiser(teacher, Grid.cosine(64))
     log_snr = 2 * (asked.alpha / asked.sigma).log()
     grid, known = Grid.cosine(64), teacher.schedule.log_snr
@@ -19,8 +19,8 @@ def test_a_teacher_is_asked_where_its_ratio_of_data_to_noise_is_the_grids(teache
     assert own.timesteps[1:].tolist() == Grid.trailing(teacher.schedule, 50).timesteps[1:].tolist()
 
 
-def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
-    """An epsilon teacher is asked for x0."""
+def test_an_epsilon_teacher_gives_x0_to_students_of_any_type(teacher, tmp_path):
+    """The output of an epsilon teacher is converted to x0."""
     of_noise = StableDiffusion(stable_diffusion_layout(tmp_path / "sd"))
     z, i = torch.randn(3, *of_noise.latent_shape), torch.tensor([2, 3, 4])
     condition, grid = of_noise.encode_prompts(["a", "b", ""]), Grid.trailing(of_noise.schedule, 4)
@@ -31,7 +31,7 @@ def test_teachers_of_noise_and_students_of_anything(teacher, tmp_path):
         torch.testing.assert_close(x0[k : k + 1], (z[k : k + 1] - sigma * output) / alpha, atol=1e-4, rtol=1e-4)
 
 
-def test_beyond_its_cleanest_level_a_teacher_is_read_at_the_grids(teacher, monkeypatch):
+def test_below_the_teachers_lowest_noise_its_output_is_converted_at_the_grids_level(teacher, monkeypatch):
     """The cleanest of 8,192 steps are nearer to data than the teacher's timestep 0. There, an estimate of x0 is nearly
     z."""
     grid = Grid.cosine(8192)
@@ -45,7 +45,7 @@ def test_beyond_its_cleanest_level_a_teacher_is_read_at_the_grids(teacher, monke
         torch.testing.assert_close(TeacherDenoiser(teacher, grid).x0(z, torch.tensor([1]), condition), wanted)
 
 
-def test_a_teacher_computes_in_its_own_precision_whatever_the_student_trains_in(teacher):
+def test_a_teacher_keeps_its_own_precision_in_bf16_training(teacher):
     z, condition = torch.randn(2, *teacher.latent_shape), teacher.encode_prompts(["a red handwritten seven"] * 2)
     many, i = TeacherDenoiser(teacher, Grid.trailing(teacher.schedule, 4), 5.0), torch.tensor([4, 2])
     wanted = many.x0(z, i, condition)
@@ -53,7 +53,7 @@ def test_a_teacher_computes_in_its_own_precision_whatever_the_student_trains_in(
         assert torch.equal(many.x0(z, i, condition), wanted)
 
 
-def test_without_guidance_the_target_is_the_conditional_output_bit_for_bit(teacher):
+def test_without_guidance_the_target_equals_the_conditional_output(teacher):
     grid, z = Grid.trailing(teacher.schedule, 4), torch.randn(3, *teacher.latent_shape)
     condition, i = teacher.encode_prompts(["a red handwritten seven"] * 3), torch.tensor([4, 2, 1])
     many = TeacherDenoiser(teacher, grid)

@@ -64,8 +64,8 @@ def levels(count, alpha=0.6):
     return values, (1 - values**2).sqrt()
 
 
-def test_one_datum_is_a_gaussian(tmp_path):
-    """Around one datum the data are N(x, h^2): the formulas of the Gaussian teacher."""
+def test_one_image_gives_a_gaussian(tmp_path):
+    """With one image, the data are N(x, h^2), so the formulas of the Gaussian teacher hold."""
     teacher = GaussianTeacher(0.5, 0.7, (2, 4, 4))
     z = drawn(3, 32)
     data = torch.full((1, 32), 0.5, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_one_datum_is_a_gaussian(tmp_path):
         torch.testing.assert_close(log_density, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_data_with_a_large_spread_are_a_gaussian_around_their_mean():
+def test_a_large_spread_gives_a_gaussian_around_the_mean():
     """To first order in 1 / h^2, the weights are equal."""
     data, z = drawn(50, 6), drawn(4, 6, seed=1)
     alpha, sigma = levels(4)
@@ -160,8 +160,8 @@ def test_a_schedule_that_ends_in_noise_samples_the_gaussian_exactly(made):
     assert errors[1] < 0.01 and errors[0] > 2 * errors[1]
 
 
-def test_pairs_are_the_same_bytes_again_and_whatever_the_micro_batch(made, tmp_path):
-    """The teacher computes in float64. Micro-batches seldom change the last bits of float32, so values are compared
+def test_pairs_have_the_same_bytes_again_and_for_any_micro_batch(made, tmp_path):
+    """The teacher computes in float64, but micro-batches may change the last bits of float32, so values are compared
     with a tolerance."""
     again = execute(TEXT, tmp_path / "again")["pairs"].artifact.folder
     ours, theirs = ([one.tar for one in read_list(folder)] for folder in (again, made[1]["pairs"].artifact.folder))
@@ -188,7 +188,7 @@ def captioned(made):
     return load_network(folder, TrainingExecution(device="cpu"))
 
 
-def test_a_prompt_chooses_the_images_with_that_caption(captioned):
+def test_a_prompt_selects_the_images_with_that_caption(captioned):
     captions = json.loads((captioned.folder / "exact.json").read_text())["captions"]
     caption = max(set(captions), key=captions.count)
     z = torch.randn(4, *captioned.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -253,7 +253,7 @@ def test_a_student_of_it_starts_from_the_pipelines_network(exact):
     assert all(torch.equal(value, theirs[name].float()) for name, value in exact.student_network().state_dict().items())
 
 
-def test_pixels_are_latents_too(tmp_path):
+def test_an_exact_teacher_in_pixel_space(tmp_path):
     unet = pixel_unet()
     DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path / "pixels")
     images = tmp_path / "images"
@@ -284,7 +284,7 @@ def test_a_pipeline_that_predicts_epsilon_cannot_end_in_noise(tmp_path):
         plan_of(text, tmp_path)
 
 
-def test_an_attempt_that_was_cut_leaves_nothing_that_the_next_one_trips_over(tmp_path, monkeypatch):
+def test_files_of_an_interrupted_attempt_do_not_break_the_next_one(tmp_path, monkeypatch):
     from stages.teacher import exact
 
     def cut(path, _content):
@@ -302,6 +302,6 @@ def test_an_attempt_that_was_cut_leaves_nothing_that_the_next_one_trips_over(tmp
     (("images: digit_scenes", "images: digits"),
      r"exact\.images: the images have 16 pixels; the pipeline takes 32 x 32"),
 ])  # fmt: skip
-def test_images_that_do_not_fit_stop_the_stage(change, words, tmp_path):
+def test_images_that_do_not_fit_the_pipeline_stop_the_stage(change, words, tmp_path):
     with pytest.raises(StageFailed, match=words):
         execute(TEXT.replace(*change), tmp_path, only=["teacher"])

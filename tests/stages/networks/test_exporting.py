@@ -16,8 +16,9 @@ from tests.support.networks import SCHEDULER, drawn, shaken, stable_diffusion_la
     (1, "teacher", "v_prediction"), (4, "teacher", "v_prediction"), (16, "teacher", "v_prediction"),
     (3, "teacher", "sample"), (4, "cosine", "v_prediction"), (16, "cosine", "v_prediction"), (1, "cosine", "sample"),
 ])  # fmt: skip
-def test_plain_diffusers_steps_as_retort_does(teacher, tmp_path, steps, schedule, prediction):
-    """Also where the steps do not divide the teacher's 1,000 timesteps, and where the schedule ends in pure noise."""
+def test_plain_diffusers_takes_the_same_steps_as_retort(teacher, tmp_path, steps, schedule, prediction):
+    """This also holds if the steps do not divide the teacher's 1,000 timesteps, and if the schedule ends in pure
+    noise."""
     student = shaken(Student.from_teacher(teacher, Form(steps=steps, schedule=schedule, prediction=prediction)))
     export(student, tmp_path, "a card")
     prompts = ["a red handwritten seven", "a blue handwritten two"]
@@ -31,7 +32,7 @@ def test_plain_diffusers_steps_as_retort_does(teacher, tmp_path, steps, schedule
 @pytest.mark.parametrize(("steps", "prediction", "w"), [
     (4, "v_prediction", 2.0), (1, "v_prediction", None), (8, "epsilon", None), (2, "sample", 0.0)
 ])  # fmt: skip
-def test_plain_diffusers_samples_as_retort_does(teacher, tmp_path, steps, prediction, w):
+def test_plain_diffusers_gives_the_same_samples_as_retort(teacher, tmp_path, steps, prediction, w):
     """The same call, with the same generator: LCMScheduler on 999, 749, 499, 249."""
     from diffusers import LCMScheduler
 
@@ -55,7 +56,7 @@ def test_plain_diffusers_samples_as_retort_does(teacher, tmp_path, steps, predic
 
 
 @pytest.mark.parametrize("w", [0.0, 2.0])
-def test_plain_diffusers_feeds_guidance_scale_less_one(teacher, tmp_path, w):
+def test_plain_diffusers_passes_guidance_scale_minus_one(teacher, tmp_path, w):
     form = Form(steps=4, schedule="cosine", w_range=(0.0, 4.0))
     student = shaken(Student.from_teacher(teacher, form))
     export(student, tmp_path, "a card")
@@ -73,7 +74,7 @@ def test_plain_diffusers_feeds_guidance_scale_less_one(teacher, tmp_path, w):
     Form(), Form(steps=4), Form(steps=3), Form(steps=4, schedule="cosine"), Form(steps=4, w_range=(0.0, 14.0)),
     Form(steps=4, sampler="consistency"),
 ], ids=str)  # fmt: skip
-def test_what_a_published_scheduler_leaves_out_is_not_its_students_default(tmp_path, scheduler, form):
+def test_an_exported_scheduler_sets_every_value_that_the_published_config_lacks(tmp_path, scheduler, form):
     folder = stable_diffusion_layout(tmp_path / "sd")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     teacher = StableDiffusion(folder)
@@ -90,8 +91,8 @@ def test_what_a_published_scheduler_leaves_out_is_not_its_students_default(tmp_p
     assert reason(teacher, form) is None
 
 
-def test_a_student_of_both_is_read_as_both(teacher, tmp_path):
-    """And says that plain diffusers cannot."""
+def test_a_student_that_predicts_both_is_loaded_as_such(teacher, tmp_path):
+    """Its card says that plain diffusers cannot load it."""
     student = shaken(Student.from_teacher(teacher, Form(steps=2, prediction="both")))
     export(student, tmp_path, "a card")
     loaded = Student.load(tmp_path, teacher)
@@ -121,12 +122,12 @@ def reason(teacher, form):
     (Form(steps=1, sampler="stochastic"), None),  # a last step adds no noise
     (Form(steps=4, sampler="consistency"), None),
 ])  # fmt: skip
-def test_what_plain_diffusers_cannot_do_is_said(teacher, form, words):
+def test_reasons_why_plain_diffusers_cannot_sample_a_student(teacher, form, words):
     found = reason(teacher, form)
     assert found is None if words is None else words in found
 
 
-def test_steps_that_miss_the_teachers_timesteps_are_not_for_plain_diffusers(teacher):
+def test_steps_off_the_teachers_timesteps_are_refused_for_plain_diffusers(teacher):
     form = Form(steps=3, sampler="consistency")
     student, grid = Student.from_teacher(teacher, form, 30), Grid.trailing(teacher.schedule, 3)
     assert student.grid.subsample(10).timesteps.tolist() == grid.timesteps.tolist()

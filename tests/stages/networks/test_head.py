@@ -90,7 +90,7 @@ def test_an_untrained_student_is_no_worse_than_one_step_of_its_teacher(teacher, 
     assert error(untrained, noises()) < 1.01
 
 
-def test_a_student_of_the_teachers_own_type_begins_as_the_teacher():
+def test_a_student_of_the_teachers_prediction_type_starts_as_the_teacher():
     for prediction in ("epsilon", "v_prediction", "sample"):
         student = Student.from_teacher(perfect_teacher(prediction), Form(prediction=None))
         assert student.form.prediction == prediction
@@ -99,7 +99,7 @@ def test_a_student_of_the_teachers_own_type_begins_as_the_teacher():
 
 
 @pytest.mark.parametrize(("teacher", "student"), [("epsilon", "v_prediction"), ("v_prediction", "epsilon")])
-def test_a_fitted_student_makes_what_its_features_can(teacher, student):
+def test_a_fitted_student_is_exact_if_its_features_allow_it(teacher, student):
     """Here the features are z, and the end of the ODE is linear in z. So the fit is exact, also on other noises."""
     fitted = Student.from_teacher(perfect_teacher(teacher), Form(prediction=student))
     fitted.fit_head(noises(), noises(), Condition(64), torch.zeros(64))
@@ -116,7 +116,7 @@ def test_fitting_finds_the_layer_that_made_its_targets():
     torch.testing.assert_close(layer.bias, true.bias, atol=1e-3, rtol=1e-3)
 
 
-def test_zeros_are_kept_where_nothing_can_be_fitted():
+def test_zeros_are_kept_if_a_fit_is_no_better():
     """The targets do not depend on the features. So any fit to few samples is worse than zeros on other samples."""
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 3, 3, padding=1)
@@ -124,7 +124,7 @@ def test_zeros_are_kept_where_nothing_can_be_fitted():
     assert not layer.weight.any() and not layer.bias.any()
 
 
-def test_epsilon_is_refused_where_sampling_begins_in_pure_noise():
+def test_an_epsilon_student_is_refused_on_a_schedule_that_ends_in_pure_noise():
     with pytest.raises(ValueError, match="schedule: cosine ends in pure noise"):
         Form(steps=4, schedule="cosine", prediction="epsilon")
     ends_in_noise = NoiseSchedule.from_alphas_cumprod(torch.linspace(1, 0, 1001)[1:].numpy())
@@ -191,9 +191,9 @@ def test_the_first_link_learns_the_teachers_own_output(of_epsilon):
         ("sample", "both", (1, 0)),
     ],
 )
-def test_the_last_layer_is_that_of_the_teacher_times_what_is_known(teacher, student, factors):
-    """In pure noise v = -x0. There, the output of an x0 teacher does not determine the noise, and that of an epsilon
-    teacher determines neither x0 nor v."""
+def test_the_last_layer_is_scaled_from_the_teachers_if_possible(teacher, student, factors):
+    """In pure noise v = -x0. There, the noise cannot be computed from the output of an x0 teacher, and neither x0 nor v
+    from that of an epsilon teacher."""
     unet = build.unet(4, 12, (8,))
     layer = copy.deepcopy(unet.conv_out)
     turned = convert(unet, "conv_out", teacher, student).conv_out
@@ -201,16 +201,16 @@ def test_the_last_layer_is_that_of_the_teacher_times_what_is_known(teacher, stud
     assert torch.equal(turned.bias, torch.cat([factor * layer.bias for factor in factors]))
 
 
-def test_what_cannot_be_fitted_is_said_or_left():
+def test_a_fit_to_one_sample_is_skipped_and_one_to_nan_is_refused():
     layer = nn.Conv2d(6, 3, 3, padding=1)
     before = layer.weight.clone()
-    fit(layer, [(torch.randn(1, 6, 4, 4), torch.randn(1, 3, 4, 4))])  # one sample: nothing to choose by
+    fit(layer, [(torch.randn(1, 6, 4, 4), torch.randn(1, 3, 4, 4))])  # with one sample, no fit can be validated
     assert torch.equal(layer.weight, before)
     with pytest.raises(ValueError, match="not finite"):
         fit(layer, [(torch.full((4, 6, 4, 4), float("nan")), torch.randn(4, 3, 4, 4))])
 
 
-def test_the_last_layer_is_fitted_to_different_pairs_of_all_sources_but_none_held_out(of_epsilon):
+def test_the_last_layer_is_fitted_to_training_pairs_of_all_sources(of_epsilon):
     _, plan = of_epsilon
     folder = plan["pairs"].artifact.folder
     supply = PairSupply([folder, folder], [None, None], 32, 8, 0)
@@ -223,7 +223,7 @@ def test_the_last_layer_is_fitted_to_different_pairs_of_all_sources_but_none_hel
     assert len(supply.examples(10**6)["prompts"]) == len(read) == supply.count == 64 + 96
 
 
-def test_a_chain_that_halves_an_epsilon_teacher_at_once_is_refused(of_epsilon):
+def test_halving_an_epsilon_teacher_without_match_first_is_refused(of_epsilon):
     text = (
         (EPSILON + STUDENTS)
         .replace("match_first: true, ", "")
@@ -251,7 +251,7 @@ def test_match_first_is_checked_as_a_setting(tiny, settings, words):
         plan_of(text, tiny[0])
 
 
-def test_a_consistency_student_of_epsilon_needs_a_teacher_of_epsilon(tiny):
+def test_a_consistency_student_that_predicts_epsilon_needs_an_epsilon_teacher(tiny):
     text = TINY + STUDENTS.replace("name: consistency", "name: consistency, prediction: epsilon")
     with pytest.raises(
         ManifestError,
@@ -260,8 +260,8 @@ def test_a_consistency_student_of_epsilon_needs_a_teacher_of_epsilon(tiny):
         plan_of(text, tiny[0])
 
 
-def test_going_on_from_a_student_of_another_type_is_refused(of_epsilon):
-    """If a manifest leaves the prediction type to the teacher, the worker compares the types."""
+def test_starting_from_a_student_of_another_prediction_type_is_refused(of_epsilon):
+    """If a manifest does not set the prediction type, the worker compares the types."""
     _, plan = of_epsilon
     teacher = StableDiffusion(plan["teacher"].artifact.folder)
     with pytest.raises(ValueError, match="in start_from predicts v_prediction, this one predicts epsilon"):

@@ -19,7 +19,7 @@ from stages.networks.vgg import VGG, Classifier
 ENDS = {"latents": (7, 14, 24, 34, 44), "pixels": (6, 13, 23, 33, 43)}
 """methods.md 2.2: in latents after the fourth and the fifth pool; in pixels before every pool, as LPIPS does."""
 LIKE = {"latents": (4, 16), "pixels": (3, 32)}
-"""Channels and side of what the tests look at."""
+"""Channels and side of the tests' inputs."""
 
 
 def trained(space="latents", width=4, channels=None, seed=0):
@@ -123,7 +123,7 @@ def test_folding_a_network_in_training_leaves_it_in_training():
     torch.testing.assert_close(taps[0](x), unfolded(vgg.eval(), x)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_in_pixels_the_network_is_that_of_torchvision():
+def test_in_pixels_the_network_equals_torchvisions():
     vgg = trained("pixels", width=64)
     with torch.device("meta"):
         stock = vgg16_bn().features
@@ -138,7 +138,7 @@ def test_in_pixels_the_network_is_that_of_torchvision():
             torch.testing.assert_close(y, stock[:end](x), rtol=1e-4, atol=1e-4)
 
 
-def test_in_latents_the_network_is_that_of_torchvision_without_three_pools():
+def test_in_latents_the_network_equals_torchvisions_without_three_pools():
     with torch.device("meta"):
         ours, stock = VGG(4).features, vgg16_bn().features
     assert len(ours) == len(stock) == 44
@@ -161,7 +161,7 @@ def test_the_classifier(size, pooled):
 
 
 @pytest.mark.parametrize("space, smallest", [("latents", 4), ("pixels", 32)])
-def test_what_the_pools_leave_nothing_of_is_refused(space, smallest):
+def test_inputs_that_are_too_small_for_the_pools_are_refused(space, smallest):
     vgg, side = VGG(4, 4, space), smallest - 1
     assert Classifier(vgg, {"class": 2}, (smallest,) * 2)(torch.zeros(2, 4, smallest, smallest))["class"].ndim == 2
     with pytest.raises(StageError, match=f"{space} of {side} x 64 are too small .* must be at least {smallest}"):
@@ -188,7 +188,7 @@ def test_the_distance_is_the_formula(space):
 
 @given(st.integers(1, 3), st.integers(4, 21), st.integers(4, 21), st.integers(0, 100))
 @settings(max_examples=20, deadline=None)
-def test_laws_of_a_distance(metric, batch, height, width, seed):
+def test_the_distance_is_symmetric_and_zero_for_equal_inputs(metric, batch, height, width, seed):
     x0, x1 = torch.randn(2, batch, 4, height, width, generator=torch.Generator().manual_seed(seed)).unbind()
     assert torch.equal(metric(x0, x0.clone()), torch.zeros(batch))
     distances = metric(x0, x1)
@@ -219,8 +219,8 @@ def test_gradients_are_those_of_the_formula(space):
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-3, atol=1e-3 * float(y.grad.abs().max()))
 
 
-def test_the_gradient_where_features_vanish_is_finite(metric):
-    """At equal inputs it is zero; a constant input has dead pixels in many taps."""
+def test_the_gradient_is_finite_where_features_are_zero(metric):
+    """The gradient is zero at equal inputs. A constant input has pixels without features in many taps."""
     x = torch.randn(1, 4, 16, 16, requires_grad=True)
     metric(x, x.detach().clone()).sum().backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
@@ -247,7 +247,7 @@ class Saved:
 
 
 @pytest.mark.parametrize("wanted", [0, 1])
-def test_an_input_that_needs_no_gradient_keeps_nothing(wanted):
+def test_an_input_without_gradient_stores_no_activations(wanted):
     found, inputs, outputs = lpips(width=8), list(two()), []
     for layer in found.taps.modules():
         if isinstance(layer, nn.Conv2d | nn.ReLU):
@@ -265,7 +265,7 @@ def test_an_input_that_needs_no_gradient_keeps_nothing(wanted):
     assert inputs[1 - wanted].grad is None and inputs[wanted].grad is not None
 
 
-def test_of_a_tap_only_the_difference_is_kept_besides_the_features():
+def test_only_the_difference_of_each_tap_is_stored_besides_the_features():
     found, (x0, x1) = lpips(width=8), two()
     x0.requires_grad_()
     with Saved() as whole:
@@ -276,7 +276,7 @@ def test_of_a_tap_only_the_difference_is_kept_besides_the_features():
     assert kept - before < 1.3 * sum(tap.numel() for tap in taps)
 
 
-def test_nothing_is_kept_and_nothing_follows_without_gradients(metric):
+def test_without_gradients_nothing_is_stored(metric):
     with Saved() as saved:
         distances = metric(*two())
     assert not saved.tensors and not distances.requires_grad
@@ -328,7 +328,7 @@ def test_shapes_that_do_not_fit_are_refused(metric, shape):
         assert f"not {tuple(x0.shape)} with {tuple(x1.shape)}" in str(raised.value)
 
 
-def test_pixels_have_to_be_larger():
+def test_pixel_inputs_have_a_larger_minimum_size():
     found = lpips("pixels")
     with pytest.raises(StageError, match=r"pixels of shape .*, H and W at least 16"):
         found(torch.zeros(1, 3, 15, 32), torch.zeros(1, 3, 15, 32))
@@ -336,7 +336,7 @@ def test_pixels_have_to_be_larger():
 
 
 @pytest.mark.parametrize("factor, warnings", [(1.0, 0), (5.5, 1), (0.18, 1), (1.5, 0)])
-def test_latents_that_are_not_scaled_are_noticed_once(caplog, factor, warnings):
+def test_unscaled_latents_give_one_warning(caplog, factor, warnings):
     found, (x0, x1) = lpips(std=0.9), two()
     x1 = factor * 0.9 * x1 / x1.std()
     for _ in range(3):
@@ -346,7 +346,7 @@ def test_latents_that_are_not_scaled_are_noticed_once(caplog, factor, warnings):
         assert f"{factor:.2f} times" in caplog.text and "scaling factor" in caplog.text
 
 
-def test_pixels_are_not_taken_for_latents(caplog):
+def test_a_pixel_network_does_not_warn_of_unscaled_latents(caplog):
     found, (x0, x1) = lpips("pixels"), two("pixels")
     found(x0, 0.1 * x1)
     assert not caplog.records
@@ -363,7 +363,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("space", ENDS)
-def test_what_is_read_is_what_was_written(tmp_path, space):
+def test_a_saved_network_is_loaded_unchanged(tmp_path, space):
     vgg = trained(space).to(memory_format=torch.channels_last)
     heads, about = some_heads(vgg), About(space, vgg.channels, 4, "of a test", 0.7, "cc0-1.0")
     write(tmp_path, vgg, heads, about)
@@ -414,7 +414,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("what", BREAKAGES)
-def test_what_is_no_perceptual_network_is_refused(folder, what):
+def test_folders_without_a_valid_perceptual_network_are_refused(folder, what):
     breakage, message = BREAKAGES[what]
     breakage(folder)
     with pytest.raises(StageError) as raised:
@@ -422,7 +422,7 @@ def test_what_is_no_perceptual_network_is_refused(folder, what):
     assert message in str(raised.value) and str(folder) in str(raised.value)
 
 
-def test_a_path_that_is_no_folder_is_refused(folder):
+def test_a_path_that_is_not_a_folder_is_refused(folder):
     for path in (folder / "nowhere", folder / WEIGHTS):
         with pytest.raises(StageError, match="is not a perceptual network"):
             LPIPS.load(path)

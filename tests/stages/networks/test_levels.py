@@ -16,7 +16,7 @@ PROMPTS = ["a red handwritten seven", "a blue handwritten two"]
 
 @pytest.mark.parametrize("sampler", ["ddim", "consistency"])
 @pytest.mark.parametrize("levels", [(999, 749, 499, 249), (399,), (980, 333)])
-def test_plain_diffusers_calls_it_at_its_levels(teacher, tmp_path, levels, sampler):
+def test_plain_diffusers_calls_a_student_at_its_levels(teacher, tmp_path, levels, sampler):
     form = Form(steps=len(levels), levels=levels, sampler=sampler, guidance_scale=1.0)
     student = shaken(Student.from_teacher(teacher, form))
     export(student, tmp_path, "a card")
@@ -33,7 +33,7 @@ def test_plain_diffusers_calls_it_at_its_levels(teacher, tmp_path, levels, sampl
     torch.testing.assert_close(latents, ours, atol=1e-4, rtol=1e-4)
 
 
-def test_a_boundary_without_its_sampler_is_not_for_plain_diffusers(teacher):
+def test_a_boundary_without_its_sampler_is_refused_for_plain_diffusers(teacher):
     form = Form(steps=4, boundary="lcm")
     grid = Grid.of(form, teacher.schedule)
     assert "LCM boundary condition" in teacher.plain_error(form, grid, teacher.student_scheduler(form, grid))
@@ -46,7 +46,7 @@ def test_the_lcm_scheduler_cannot_leave_out_the_boundary_near_clean_data(teacher
     assert (teacher.plain_error(form, grid, teacher.student_scheduler(form, grid)) is None) == fits
 
 
-def test_the_boundary_and_the_sampler_are_apart(teacher):
+def test_the_boundary_is_independent_of_the_sampler(teacher):
     z, i = torch.randn(3, *teacher.latent_shape), torch.tensor([1, 2, 4])
     for sampler in ("ddim", "consistency"):
         student = shaken(Student.from_teacher(teacher, Form(steps=4, sampler=sampler, boundary="none")))
@@ -66,7 +66,7 @@ def test_the_boundary_and_the_sampler_are_apart(teacher):
         {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.3], "latents_std": [1.0, 2.0, 0.5]},
     ],
 )
-def test_latents_are_scaled_and_back(config):
+def test_scaling_of_latents_can_be_inverted(config):
     latents = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     scaled = to_network(latents, config)
     torch.testing.assert_close(to_vae(scaled, config), latents)

@@ -57,7 +57,7 @@ def sampled(student, w=2.0):
 
 
 @pytest.mark.parametrize("form", [V, Form(prediction="v_prediction", steps=2, w_range=(0.0, 4.0))], ids=["plain", "w"])
-def test_a_new_student_is_its_teacher_and_shares_its_weights(form, teacher):
+def test_a_new_student_equals_its_teacher_and_shares_its_weights(form, teacher):
     student = Student.from_teacher(teacher, form, lora=RANK_3)
     torch.testing.assert_close(sampled(student), sampled(Student.from_teacher(teacher, form)), rtol=0, atol=0)
     assert places(teacher.network) <= places(student.network)
@@ -88,7 +88,7 @@ def test_all_networks_of_a_method_share_the_base(config, teacher):
     assert sum(everywhere.values()) <= base + own
 
 
-def test_checkpoints_hold_what_is_trained_and_no_more(teacher, tmp_path):
+def test_checkpoints_hold_only_trained_weights(teacher, tmp_path):
     """Weights, average, and the two moments and the step count of AdamW, for each trainable tensor, in float32."""
     made = method(ConsistencyConfig(steps=2, solver_steps=4, guidance_scale=2.0), teacher, RANK_3)
     run = _Run(made, TrainingExecution(device="cpu"))
@@ -113,7 +113,7 @@ def test_a_student_with_all_weights_is_averaged_and_checkpointed_whole(teacher, 
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_what_is_exported_is_what_was_trained(merged, teacher, tmp_path):
+def test_the_exported_student_equals_the_trained_one(merged, teacher, tmp_path):
     lora = LoraSettings(rank=3, alpha=5, merged=merged)
     student = shaken(Student.from_teacher(teacher, V, lora=lora))
     export(student, tmp_path, "a card")
@@ -138,7 +138,7 @@ def test_what_is_exported_is_what_was_trained(merged, teacher, tmp_path):
     torch.testing.assert_close(drawn, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_guidance_embedding_is_trained_in_full_and_kept_beside(teacher, tmp_path):
+def test_a_guidance_embedding_is_trained_in_full_and_saved_separately(teacher, tmp_path):
     form = Form(prediction="v_prediction", steps=2, w_range=(0.0, 4.0))
     student = shaken(Student.from_teacher(teacher, form, lora=RANK_3))
     export(student, tmp_path, "a card")
@@ -151,7 +151,7 @@ def test_a_guidance_embedding_is_trained_in_full_and_kept_beside(teacher, tmp_pa
     torch.testing.assert_close(sampled(student, 3.0), sampled(loaded, 3.0), rtol=1e-4, atol=1e-4)
 
 
-def test_targets_are_ends_of_names_of_layers(teacher):
+def test_targets_are_matched_with_the_ends_of_layer_names(teacher):
     student = Student.from_teacher(teacher, V, lora=LoraSettings(rank=2, targets=["attn2.to_k"]))
     assert all("attn2.to_k.lora_" in name for name, p in student.named_parameters() if p.requires_grad)
     with pytest.raises(StageError) as refused:
@@ -161,13 +161,12 @@ def test_targets_are_ends_of_names_of_layers(teacher):
     )
     assert "to_out.0" in str(refused.value)
     takes_w = Form(prediction="v_prediction", steps=2, w_range=(0.0, 4.0))
-    with pytest.raises(StageError, match="is called cond_proj"):  # trained in full, for the teacher lacks it
+    with pytest.raises(StageError, match="is called cond_proj"):  # trained in full, because the teacher lacks it
         Student.from_teacher(teacher, takes_w, lora=LoraSettings(targets=["to_k", "cond_proj"]))
 
 
 def test_a_guided_student_holds_the_base_once(teacher):
-    """Its guidance embedding is added without another copy of the network, and takes no memory of the teacher's
-    weights."""
+    """Its guidance embedding is added without another copy of the network or of the teacher's weights."""
     form = Form(prediction="v_prediction", steps=2, w_range=(0.0, 4.0))
     student = Student.from_teacher(teacher, form, lora=RANK_3)
     own = {value.data_ptr() for value in trained(student)}
@@ -195,7 +194,7 @@ def test_a_lora_student_learns(learned, tiny, teacher):
     assert "LoRA weights of rank 4" in (learned["student"].artifact.folder / "README.md").read_text()
 
 
-def test_training_goes_on_from_a_lora_student(learned, tiny):
+def test_training_can_start_from_a_lora_student(learned, tiny):
     further = "training: {steps: 2, batch_size: 16, learning_rate: 1e-9, ema_decay: 0.0"
     go_on = f"""
   further:
@@ -239,12 +238,12 @@ def test_settings_that_do_not_fit_are_refused_when_planning(change, words, tmp_p
         plan_of(LORA.replace(*change), tmp_path)
 
 
-def test_a_target_of_no_layer_stops_the_stage_with_one_sentence(tiny):
+def test_a_target_that_matches_no_layer_stops_the_stage(tiny):
     with pytest.raises(StageFailed, match=r"lora\.targets: no linear or convolution layer .* called to_x"):
         execute(LORA.replace("rank: 4", "rank: 4, targets: [to_x]"), tiny[0], name="refused")
 
 
-def test_checkpointed_activations_change_nothing(learned, tiny, tmp_path):
+def test_gradient_checkpointing_does_not_change_a_lora_student(learned, tiny, tmp_path):
     text = LORA.replace("checkpoint_every: 7", "checkpoint_every: 7, gradient_checkpointing: true")
     pairs = tiny[1]["pairs"].artifact.folder
     text = "name: t\nstages:\n" + text[text.index("  student:") :].replace("pairs: pairs", f"pairs: {pairs}")

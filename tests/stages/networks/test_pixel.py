@@ -59,7 +59,7 @@ stages:
 
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory):
-    """A stock DDPM pipeline, as those trained on CIFAR-10 are saved, its schedule linear."""
+    """A standard DDPM pipeline with a linear schedule, saved like those trained on CIFAR-10."""
     folder = tmp_path_factory.mktemp("unconditional")
     DDPMPipeline(unet=pixel_unet(), scheduler=DDPMScheduler(beta_schedule="linear")).save_pretrained(folder)
     return folder
@@ -75,7 +75,7 @@ def by_class(tmp_path_factory):
     return folder
 
 
-def test_an_unconditional_teacher_goes_all_the_way(unconditional, tmp_path):
+def test_an_unconditional_teacher_is_distilled_and_evaluated(unconditional, tmp_path):
     plan = execute(PIPELINE.format(folder=unconditional, prompts="", scale=1.0), tmp_path)
     reader = PairReader(read_list(plan["pairs"].artifact.folder))
     held = reader.batch(range(4))
@@ -96,7 +96,7 @@ def test_an_unconditional_teacher_goes_all_the_way(unconditional, tmp_path):
     assert "pipeline(num_inference_steps=1)" in (folder / "README.md").read_text()
 
 
-def test_a_teacher_by_class_goes_all_the_way_and_keeps_its_names(by_class, tmp_path):
+def test_a_class_conditional_teacher_is_distilled_and_keeps_its_class_names(by_class, tmp_path):
     prompts = tmp_path / "classes.txt"
     prompts.write_text("cat\n1\n")
     plan = execute(PIPELINE.format(folder=by_class, prompts=f"prompts: {prompts}", scale=2.0), tmp_path / "store")
@@ -110,10 +110,12 @@ def test_a_teacher_by_class_goes_all_the_way_and_keeps_its_names(by_class, tmp_p
     teacher = PixelDiffusion(plan["teacher"].artifact.folder)
     with torch.no_grad():
         x0 = Student.load(folder, teacher)(namespace["noise"], teacher.encode_prompts(["cat"]))
-    torch.testing.assert_close(namespace["image"], x0, atol=1e-5, rtol=1e-6)  # hundreds, of random weights
+    torch.testing.assert_close(
+        namespace["image"], x0, atol=1e-5, rtol=1e-6
+    )  # random weights give values of several hundred
 
 
-def test_guidance_goes_from_no_class_to_the_class(by_class):
+def test_guidance_combines_the_outputs_of_the_null_class_and_the_class(by_class):
     teacher = PixelDiffusion(by_class)
     z = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -122,7 +124,7 @@ def test_guidance_goes_from_no_class_to_the_class(by_class):
     torch.testing.assert_close(guided, none + 3.0 * (cat - none), rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_that_a_teacher_does_not_know_are_refused(unconditional, by_class, tmp_path):
+def test_prompts_that_are_not_classes_of_the_teacher_are_refused(unconditional, by_class, tmp_path):
     with pytest.raises(StageError, match="the teacher is unconditional"):
         PixelDiffusion(unconditional).encode_prompts(["cat"])
     with pytest.raises(StageError, match="'cow' is not a class of the teacher, which has cat, dog, 0, 1, 2"):
@@ -131,7 +133,7 @@ def test_prompts_that_a_teacher_does_not_know_are_refused(unconditional, by_clas
         execute(PIPELINE.format(folder=unconditional, prompts="prompts: digits", scale=1.0), tmp_path)
 
 
-def test_without_a_class_for_none_there_is_no_guidance(tmp_path):
+def test_guidance_needs_a_null_class(tmp_path):
     DDIMPipeline(unet=pixel_unet(2), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "source")
     prompts = tmp_path / "classes.txt"
     prompts.write_text("0\n1\n")
@@ -141,8 +143,8 @@ def test_without_a_class_for_none_there_is_no_guidance(tmp_path):
     execute(text.replace("guidance_scale: 3.0", "guidance_scale: 1.0"), tmp_path / "store", only=["teacher"])
 
 
-def test_what_a_sealed_teacher_says_counts_when_planning(unconditional, by_class, tmp_path, monkeypatch):
-    """Of a hub's, nothing else can be known; and never of what lies in the current folder."""
+def test_the_plan_checks_guidance_by_the_sealed_teacher(unconditional, by_class, tmp_path, monkeypatch):
+    """For a hub id, the plan knows only the sealed teacher. Files in the current folder are never used."""
     stage = Teacher.model_validate({"kind": "teacher", "from": "owner/name"})
     assert "unconditional" in stage.guidance_error(False, unconditional)
     assert stage.guidance_error(False, by_class) is None and stage.timesteps(by_class) == 1000
@@ -152,7 +154,7 @@ def test_what_a_sealed_teacher_says_counts_when_planning(unconditional, by_class
         assert one.guidance_error(False, tmp_path) is None and one.timesteps(tmp_path) is None
 
 
-def test_networks_that_want_more_are_refused(unconditional, tmp_path):
+def test_networks_with_other_inputs_are_refused(unconditional, tmp_path):
     shutil.copytree(unconditional, tmp_path / "source")
     config = json.loads((tmp_path / "source" / "unet" / "config.json").read_text())
     (tmp_path / "source" / "unet" / "config.json").write_text(json.dumps({**config, "out_channels": 6}))
@@ -184,7 +186,7 @@ def test_grey_images_are_shown_in_colour(tmp_path):
     torch.testing.assert_close(teacher.encode(images)[:, 0], images[:, 0])
 
 
-def test_classes_of_one_name_are_asked_for_by_number(by_class, tmp_path):
+def test_classes_of_equal_names_are_given_by_number(by_class, tmp_path):
     shutil.copytree(by_class, tmp_path / "source")
     index = json.loads((by_class / "model_index.json").read_text())
     (tmp_path / "source" / "model_index.json").write_text(
@@ -199,8 +201,8 @@ def test_classes_of_one_name_are_asked_for_by_number(by_class, tmp_path):
 @pytest.mark.parametrize(("steps", "schedule", "pipeline_class"), [
     (4, "teacher", DDIMPipeline), (3, "teacher", DDPMPipeline), (4, "cosine", DDIMPipeline)
 ])  # fmt: skip
-def test_students_of_several_steps_in_plain_diffusers(unconditional, tmp_path, steps, schedule, pipeline_class):
-    """A pipeline that steps on the student's own grid, for an epsilon teacher whose student puts out v."""
+def test_plain_diffusers_samples_students_of_several_steps(unconditional, tmp_path, steps, schedule, pipeline_class):
+    """The exported pipeline uses the student's own grid. The teacher predicts epsilon and the student v."""
     teacher = PixelDiffusion(unconditional)
     student = Student.from_teacher(teacher, Form(steps=steps, schedule=schedule))
     export(student, tmp_path, "a card")
@@ -218,7 +220,7 @@ def test_students_of_several_steps_in_plain_diffusers(unconditional, tmp_path, s
 @pytest.mark.parametrize(("form", "scheduler"), [
     (Form(steps=4, sampler="consistency"), "LCMScheduler"), (Form(steps=16), "DPMSolverMultistepScheduler")
 ])  # fmt: skip
-def test_the_card_of_a_student_by_class_names_the_scheduler_that_it_has(by_class, tmp_path, form, scheduler):
+def test_the_card_of_a_class_conditional_student_names_its_scheduler(by_class, tmp_path, form, scheduler):
     teacher = PixelDiffusion(by_class)
     student = Student.from_teacher(teacher, form).eval()
     export(student, tmp_path, "a card")
@@ -258,14 +260,14 @@ def test_a_damaged_index_is_refused(text, tmp_path):
 
 
 def test_a_flow_scheduler_is_refused(unconditional, tmp_path):
-    """These networks are called at the number of a timestep, and flow-matching ones at the noise level."""
+    """These networks take the number of a timestep, but flow-matching networks take the noise level."""
     folder = shutil.copytree(unconditional, tmp_path / "source")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     with pytest.raises(StageError, match="FlowMatchEulerDiscreteScheduler, which is for flow matching"):
         checked(folder)
 
 
-def test_a_teacher_by_class_is_halved_on_the_classes_of_an_image_set(by_class, tmp_path):
+def test_a_class_conditional_teacher_is_halved_with_the_classes_of_an_image_set(by_class, tmp_path):
     images = tmp_path / "images"
     for name in ("a", "b"):
         (images / name).mkdir(parents=True)
@@ -298,8 +300,9 @@ stages:
     torch.testing.assert_close(namespace["image"], x0, atol=1e-4, rtol=1e-4)
 
 
-def test_the_manifest_of_cifar10_pairs_is_planned_without_a_network_and_runs_small(unconditional, tmp_path):
-    """Its own stages, with fewer pairs, steps and samples, and without the downloads: LPIPS and Inception."""
+def test_the_manifest_of_cifar10_pairs_is_planned_offline_and_runs_at_small_size(unconditional, tmp_path):
+    """The stages are those of the manifest, with fewer pairs, steps and samples, and without the downloads of LPIPS and
+    Inception."""
     text = (ROOT / "manifests/cifar10_ode_pairs.yaml").read_text()
     images = [BytesIO() for _ in range(40)]
     for i, file in enumerate(images):

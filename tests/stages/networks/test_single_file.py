@@ -124,7 +124,7 @@ def image(pipeline: Any) -> Any:
 
 
 @pytest.mark.parametrize("layout", PIPELINES)
-def test_stock_diffusers_reads_every_weight_to_the_bit_and_draws_the_same(tmp_path, layout):
+def test_diffusers_reads_every_weight_exactly_and_draws_the_same_image(tmp_path, layout):
     pipeline = shaken(PIPELINES[layout]())
     pipeline.save_pretrained(tmp_path / "pipeline")
     weights = {name: value.contiguous() for name, value in converted(pipeline).items()}
@@ -223,7 +223,7 @@ def test_full_size_networks_have_the_published_names(layout, unet, text):
         assert projection.shape == (3 * 1280, 1280)
 
 
-def test_the_key_of_v_prediction_is_for_networks_that_predict_v():
+def test_only_networks_that_predict_v_have_the_key_of_v_prediction():
     assert "v_pred" not in converted(stable_diffusion_xl())
 
 

@@ -45,7 +45,7 @@ def test_second_order_solvers_are_of_second_order(name):
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "heun"])
-def test_every_state_lies_near_the_exact_trajectory(name):
+def test_every_state_is_near_the_exact_trajectory(name):
     teacher = GaussianTeacher(MEAN, STD, (1, 2, 2))
     states = list(trajectory(teacher, NOISE, ["", ""], Sampler(name=name, steps=50)))
     assert [t for t, _ in states] == [*timesteps(1000, 50), -1]
@@ -55,7 +55,7 @@ def test_every_state_lies_near_the_exact_trajectory(name):
 
 
 @pytest.mark.parametrize("solver", [solvers.dpmpp_2m, solvers.heun])
-def test_what_the_network_predicts_makes_no_difference(solver):
+def test_solvers_do_not_depend_on_the_prediction_type(solver):
     """The same optimal denoiser is given as epsilon, v and x0."""
     teacher = GaussianTeacher(MEAN, STD, (1, 2, 2))
     ends = []
@@ -73,7 +73,7 @@ def test_what_the_network_predicts_makes_no_difference(solver):
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "heun"])
-def test_the_network_is_called_as_often_as_is_said(name):
+def test_the_number_of_network_calls_equals_the_documented_one(name):
     teacher = GaussianTeacher(MEAN, STD, (1, 2, 2))
     calls = []
     denoise = teacher.denoiser([""], 1.0)
@@ -84,7 +84,7 @@ def test_the_network_is_called_as_often_as_is_said(name):
     assert Sampler(name=name, steps=7, guidance_scale=3.0).network_calls == 2 * len(calls)
 
 
-def test_a_schedule_that_ends_in_pure_noise_is_for_ddim_only():
+def test_only_ddim_solves_a_schedule_that_ends_in_pure_noise():
     teacher = GaussianTeacher(MEAN, STD, (1, 2, 2))
     teacher.schedule.alpha[-1], teacher.schedule.sigma[-1] = 0.0, 1.0
     for name in ("heun", "dpmpp_2m"):
@@ -93,7 +93,7 @@ def test_a_schedule_that_ends_in_pure_noise_is_for_ddim_only():
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "heun"])
-def test_pairs_store_the_states_that_were_asked_for(tmp_path, name):
+def test_pairs_store_the_states_at_path_timesteps(tmp_path, name):
     grid = timesteps(1000, 10)
     text = GAUSSIAN.replace("{steps: 10}", f"{{name: {name}, steps: 10}}\n    path_timesteps: [{grid[0]}, {grid[4]}]")
     pairs = execute(text, tmp_path)["pairs"].artifact
@@ -114,7 +114,7 @@ def test_states_that_are_not_on_the_grid_are_refused(tmp_path):
         loads(text.replace("[998]", "[499, 999]"), "m.yaml")
 
 
-def test_text_embeddings_are_the_encoders_states(tiny):
+def test_text_embeddings_equal_the_encoders_states(tiny):
     from stages.networks.stable_diffusion import StableDiffusion
 
     plan = execute(TINY, tiny[0], ["stages.pairs.text_embeddings=true", "stages.pairs.count=64"], only=["pairs"])

@@ -1,4 +1,5 @@
-"""Stable Diffusion XL: its conditions, its pairs beside the stock pipeline's, what is refused, and a whole pipeline."""
+"""Stable Diffusion XL: its conditions, its pairs compared with diffusers' pipeline, refused pipelines, and a whole
+run."""
 
 import json
 import shutil
@@ -71,7 +72,7 @@ def pairs(store, folder, scale, batch=4, settings=""):
 @pytest.mark.parametrize(("prediction", "zeros", "scale"), [
     ("epsilon", True, 5.0), ("epsilon", False, 5.0), ("epsilon", True, 1.0), ("v_prediction", True, 3.0)
 ])  # fmt: skip
-def test_pairs_are_the_latents_of_the_stock_pipeline(prediction, zeros, scale, tmp_path):
+def test_pairs_equal_the_latents_of_the_diffusers_pipeline(prediction, zeros, scale, tmp_path):
     folder = stable_diffusion_xl_layout(tmp_path / "sdxl", prediction, zeros)
     found, _ = pairs(tmp_path / "store", folder, scale)
     latents = stock(folder)(
@@ -86,7 +87,7 @@ def test_micro_batches_change_rounding_only(folder, tmp_path):
     np.testing.assert_allclose(four.latent, three.latent, atol=1e-4, rtol=1e-4)
 
 
-def test_an_empty_prompt_is_encoded_and_a_dropped_one_is_zeros(folder, xl, tmp_path):
+def test_an_empty_prompt_is_encoded_and_a_missing_one_is_zeros(folder, xl, tmp_path):
     """diffusers encodes an empty prompt, and takes zeros in place of a negative prompt that is left out."""
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     given = {"num_inference_steps": 1, "guidance_scale": 4.0, "output_type": "latent"}
@@ -103,7 +104,7 @@ def test_an_empty_prompt_is_encoded_and_a_dropped_one_is_zeros(folder, xl, tmp_p
     assert torch.equal(kept.encode_dropped().tensors["text"], kept.encode_prompts([""]).tensors["text"])
 
 
-def test_sizes_are_settings_of_the_teacher_and_lines_of_the_card(folder, tmp_path):
+def test_conditioning_sizes_are_used_and_written_to_the_card(folder, tmp_path):
     sizes = ", micro_conditioning: {original_size: [8, 12], crops_coords_top_left: [0, 3]}"
     found, plan = pairs(tmp_path / "store", folder, 3.0, settings=sizes)
     latents = stock(folder)(
@@ -123,7 +124,7 @@ def test_sizes_are_settings_of_the_teacher_and_lines_of_the_card(folder, tmp_pat
 
 
 def test_the_vae_is_float32_in_a_float16_teacher(folder):
-    """SDXL's own overflows in float16."""
+    """SDXL's VAE overflows in float16."""
     teacher = StableDiffusionXL(folder, dtype=torch.float16)
     assert next(teacher.network.parameters()).dtype == next(teacher.text_encoder_2.parameters()).dtype == torch.float16
     assert next(teacher.vae.parameters()).dtype == torch.float32
@@ -145,7 +146,7 @@ def test_the_vae_is_float32_in_a_float16_teacher(folder):
     ("vae/config.json", {"latent_channels": 16}, "vae makes latents of 16 channels, its unet takes 4"),
     ("text_encoder_2/config.json", {"hidden_size": 64}, "text has states of 96 features, its unet takes 80"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_refused_with_what_is_supported(file, change, words, folder, tmp_path):
+def test_unsupported_pipelines_are_refused_and_the_supported_ones_listed(file, change, words, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "sdxl")
     path = tmp_path / "sdxl" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -161,8 +162,8 @@ def test_a_missing_component_is_named(folder, tmp_path):
         pairs(tmp_path / "store", tmp_path / "sdxl", 1.0)
 
 
-def test_a_student_cannot_start_from_stable_diffusion(folder, tmp_path):
-    """Its adapter is the base class of SDXL's, and yet another family."""
+def test_an_sdxl_student_cannot_start_from_stable_diffusion(folder, tmp_path):
+    """Its adapter is the base class of SDXL's adapter, but they are different families."""
     other = stable_diffusion_layout(tmp_path / "sd")
     student = f"""
   student:
@@ -214,7 +215,7 @@ stages:
 """
 
 
-def test_a_whole_pipeline(folder, tmp_path):
+def test_an_sdxl_manifest_runs_from_teacher_to_evaluation(folder, tmp_path):
     """From the teacher to the evaluation, planned without torch; then `stats` and `sample`."""
     manifest, store = tmp_path / "whole.yaml", tmp_path / "store"
     manifest.write_text(WHOLE.format(folder=folder))
@@ -241,7 +242,7 @@ def test_a_whole_pipeline(folder, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["a folder", "a hub id"])
-def test_planning_needs_no_torch_and_no_network(source, folder, tmp_path):
+def test_planning_needs_no_torch_and_no_internet(source, folder, tmp_path):
     commit = "owner/sdxl, revision: 462165984030d82259a11f4367a4eed129e94a7b"
     manifest = tmp_path / "m.yaml"
     manifest.write_text(WHOLE.format(folder=folder if source == "a folder" else commit))

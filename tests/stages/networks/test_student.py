@@ -14,7 +14,7 @@ from stages.networks.student import Student, export
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
-def test_a_new_student_is_its_formula_on_the_teachers_weights(teacher, prediction, monkeypatch):
+def test_a_new_student_applies_its_formula_to_the_teachers_output(teacher, prediction, monkeypatch):
     monkeypatch.setattr(teacher, "prediction", prediction)
     student = Student.from_teacher(teacher, Form(prediction=prediction))
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -25,7 +25,7 @@ def test_a_new_student_is_its_formula_on_the_teachers_weights(teacher, predictio
     torch.testing.assert_close(student(noise, condition), expected)
 
 
-def test_a_config_that_leaves_a_key_out_takes_the_guidance_embedding(teacher, tmp_path):
+def test_a_guidance_embedding_can_be_added_if_the_config_lacks_its_key(teacher, tmp_path):
     """The published U-Nets of Stable Diffusion 1.5 do not name time_cond_proj_dim."""
     folder = shutil.copytree(teacher.folder, tmp_path / "teacher")
     config = json.loads((folder / "unet/config.json").read_text())
@@ -35,9 +35,9 @@ def test_a_config_that_leaves_a_key_out_takes_the_guidance_embedding(teacher, tm
     assert json.loads((tmp_path / "student/unet/config.json").read_text())["time_cond_proj_dim"] == 256
 
 
-def test_the_last_point_is_trained_on_noise_alone_whatever_the_schedule_ends_in(teacher):
-    """Stable Diffusion's own schedule ends at alpha = 0.068. There, a student is trained on the pure noise that
-    sampling starts from, and learns what its teacher does from that noise."""
+def test_the_last_point_is_trained_on_pure_noise_with_any_schedule(teacher):
+    """Stable Diffusion's own schedule ends at alpha = 0.068. There, a student is trained on pure noise, from which
+    sampling starts, and learns what its teacher does with it."""
     x, noise = torch.randn(2, 3, *teacher.latent_shape)
     for schedule, alpha in (("teacher", 0.0683), ("cosine", 0.0)):
         student = Student.from_teacher(teacher, Form(steps=4, schedule=schedule))

@@ -1,4 +1,4 @@
-"""Meshes: which pixels see which triangle, colours and their gradients, files that are read, written and refused."""
+"""Meshes: which triangle each pixel sees, colours and their gradients, and files that are read, written and refused."""
 
 import math
 import shutil
@@ -140,7 +140,7 @@ def facing(x, size, turned=False):
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [2, 1, 0]])
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_nearest_triangle_wins_from_either_side_and_none_is_seen_behind_the_camera(order, turned):
+def test_the_nearest_triangle_is_seen_from_both_sides_but_not_behind_the_camera(order, turned):
     triangles = torch.tensor([facing(-0.5, 0.9, turned), facing(0.5, 0.4, turned), facing(4.0, 0.5, turned)]).double()
     hits = first_hits(triangles[order], camera(), 32)
     names = torch.tensor(order)[hits.faces]
@@ -174,7 +174,7 @@ def triangles_around(count):
 WITHIN = camera(30.0, 20.0, 1.5, 70.0)
 
 
-def test_the_hits_are_those_of_all_pairs_of_rays_and_triangles():
+def test_hits_equal_those_of_a_search_over_all_triangles():
     corners = triangles_around(90)
     hits, (nearest, faces) = first_hits(corners, WITHIN, 96), all_pairs(corners, WITHIN, 96)
     assert torch.equal(hits.pixels, nearest.isfinite().nonzero()[:, 0])
@@ -218,7 +218,7 @@ def test_a_square_shows_its_texture_upright_and_repeated(teacher, tmp_path, repe
     assert_close(mesh.look(FILLED, 8 * repeats).images[0], texture.repeat(1, repeats, repeats))
 
 
-def test_between_texels_colours_are_means_also_across_the_border(teacher, tmp_path):
+def test_colours_are_interpolated_between_texels_even_across_the_border(teacher, tmp_path):
     mesh = mesh_of(teacher, written(tmp_path, QUAD.format(1 / 16, 1 + 1 / 16, 1)), up="z", texture=8)
     texture = random_texture(8)
     paint(mesh, texture)
@@ -227,7 +227,7 @@ def test_between_texels_colours_are_means_also_across_the_border(teacher, tmp_pa
 
 
 @pytest.mark.parametrize("texture", [3, None])
-def test_gradients_are_those_of_the_particles_that_are_seen(teacher, tmp_path, texture):
+def test_only_visible_particles_get_gradients(teacher, tmp_path, texture):
     mesh = mesh_of(teacher, written(tmp_path, BENT), count=2, up="z", texture=texture, smooth=0.5)
     where = view(azimuth=20.0, elevation=15.0, distance=2.0)
 
@@ -248,19 +248,19 @@ def test_the_total_variation_is_the_mean_difference_of_neighbours(teacher, tmp_p
     paint(textured, (0.2 + 0.1 * torch.arange(4.0)).expand(3, 4, 4))
     assert_close(textured.look(view(), 8).terms["smooth"], torch.tensor([2 * 0.1 / 2]).double())
     coloured = mesh_of(teacher, file, smooth=2.0)
-    number = coloured.surface.vertices.tolist().index([0, 0, 0])  # an end of three of the five edges
+    number = coloured.surface.vertices.tolist().index([0, 0, 0])  # this vertex belongs to three of the five edges
     paint(coloured, torch.where(torch.arange(4)[:, None] == number, 0.7, 0.5).expand(4, 3))
     assert_close(coloured.look(view(), 8).terms["smooth"], torch.tensor([2 * 0.2 * 3 / 5]).double())
     assert not mesh_of(teacher, file).look(view(), 8).terms
 
 
-def test_a_seam_of_the_texture_is_none_of_vertex_colours(teacher):
+def test_vertices_at_a_seam_are_merged_for_vertex_colours(teacher):
     assert len(load(CUBE).vertices) == 24
     assert mesh_of(teacher, CUBE).state[0].shape == (8, 3)
     assert mesh_of(teacher, CUBE, texture=16).state[0].shape == (3, 16, 16)
 
 
-def test_a_random_background_is_grey_when_it_is_measured(teacher):
+def test_a_random_background_is_grey_in_evaluation(teacher):
     mesh = mesh_of(teacher, CUBE, background="random", count=1)
     views = Views(torch.tensor([0, 0]), Cameras(*(torch.tensor([v, v]) for v in (0.0, 0.0, 3.0, 60.0))))
     corner = mesh.look(views, 8).images[:, :, 0, 0]
@@ -295,7 +295,7 @@ def test_the_cube_covers_a_square_without_cracks(teacher, azimuth, elevation):
         ("z", {(0, 0): "+x", (90, 0): "+y", (180, 0): "-x", (-90, 0): "-y", (0, 90): "+z", (0, -90): "-z"}),
     ],
 )
-def test_each_side_shows_its_face_of_the_file(teacher, up, seen):
+def test_each_side_of_the_cube_shows_its_face(teacher, up, seen):
     mesh = mesh_of(teacher, CUBE, up=up, texture=48)
     level = torch.arange(1, 7).view(2, 3) / 8.0  # the cells of the atlas in the order of the file
     paint(mesh, level.repeat_interleave(24, 0).repeat_interleave(16, 1).expand(3, 48, 48))
@@ -401,7 +401,7 @@ def test_the_file_types_are_read_with_their_texture_coordinates(teacher, tmp_pat
         ("a.obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "texture", "the mesh has no UV coordinates"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_with_a_remedy(tmp_path, name, text, field, problem):
+def test_an_unusable_file_is_refused_with_a_remedy(tmp_path, name, text, field, problem):
     config = MeshConfig(path=str(written(tmp_path, text, name)), texture=8)
     ((where, what),) = config.check()
     assert where == field and what.startswith(problem) and "; " in what
@@ -410,7 +410,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_a_remedy(tmp_path, name, tex
         config.prepare(tmp_path / "stage")
 
 
-def test_the_content_of_the_file_decides_the_fingerprint_and_a_missing_one_blocks(tmp_path):
+def test_the_content_of_the_mesh_decides_the_fingerprint_and_a_missing_file_blocks(tmp_path):
     head, _, _ = TINY.partition("  pairs:")
 
     def planned(file):

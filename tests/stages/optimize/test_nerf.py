@@ -1,4 +1,4 @@
-"""Radiance fields: what light passes, encodings of positions, gradients, and files that are written and read."""
+"""Radiance fields: volume rendering, encodings of positions, gradients, and files."""
 
 import math
 
@@ -20,7 +20,7 @@ from stages.optimize.representations.nerf.volume import composite, march, strata
 from tests.support.networks import adapter_around, pixel_unet
 
 TINY = {"levels": 2, "features": 1, "log2_table_size": 4, "coarsest": 1, "finest": 3, "hidden": 4, "samples": 3}
-"""One grid of 8 vertices, and one whose 64 vertices share 16 entries."""
+"""One grid with 8 vertices, and one with 64 vertices that share 16 entries."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def nerf_of(teacher, tmp_path, count=1, **settings):
 
 
 def homogeneous(nerf, density, colour):
-    """Make all fields constant, but for the blob."""
+    """Make all fields constant, except for the blob."""
     for field in nerf.fields:
         torch.nn.init.zeros_(field.network[-1].weight)
         bias = [math.log(math.expm1(density)), *[math.log(colour / (1 - colour))] * 3]
@@ -70,7 +70,7 @@ def rays(count=50):
 
 
 @pytest.mark.parametrize("density", [0.3, 4.0])
-def test_a_homogeneous_ball_stops_light_by_the_length_of_the_chord(teacher, tmp_path, density):
+def test_the_opacity_of_a_homogeneous_ball_follows_the_length_of_the_chord(teacher, tmp_path, density):
     nerf = homogeneous(nerf_of(teacher, tmp_path, blob=0, samples=64, background="grey"), density, colour=0.8)
     side, distance = 16, 2.5
     images, opacity, depth, _ = nerf.look(seen_from(40.0), side)
@@ -87,7 +87,7 @@ def test_a_homogeneous_ball_stops_light_by_the_length_of_the_chord(teacher, tmp_
 
 
 @pytest.mark.parametrize("samples", [1, 7])
-def test_a_linear_density_stops_what_the_middle_of_the_chord_says(samples):
+def test_the_opacity_of_a_linear_density_follows_the_middle_of_the_chord(samples):
     origins, directions = rays()
     found = march(lambda x: (2 + x @ SLOPE, torch.ones_like(x)), origins, directions, samples, random=False)
     nearest = origins - (origins * directions).sum(-1, keepdim=True) * directions
@@ -130,13 +130,13 @@ def test_the_weights_sum_to_the_opacity(dtype):
     assert_close(depth[3], torch.tensor(0.5, dtype=dtype))
 
 
-def test_rays_that_miss_the_ball_and_rays_that_leave_it_see_nothing():
+def test_rays_that_miss_or_leave_the_ball_see_nothing():
     origins = torch.tensor([[2.0, 0, 0], [2.0, 0, 0], [0.0, 0, 0]], dtype=torch.float64)
     directions = torch.tensor([[0.0, 1, 0], [1.0, 0, 0], [0.0, 0, 1]], dtype=torch.float64)
     field = lambda x: (torch.ones(len(x)).to(x), torch.ones_like(x))  # noqa: E731
     found = march(field, origins, directions, 4, random=False)
     assert not found[:2].any()
-    assert found[2, 3].item() == pytest.approx(1 - math.exp(-1))  # from the middle on
+    assert found[2, 3].item() == pytest.approx(1 - math.exp(-1))  # from the middle of the ball on
     assert not march(field, origins[:2], directions[:2], 4, random=True).any()
 
 
@@ -182,7 +182,7 @@ def test_memory_is_bounded_in_evaluation_mode(teacher, tmp_path, monkeypatch):
     assert 0 < max(together) <= 20
 
 
-def test_the_terms_are_those_of_the_opacity(teacher, tmp_path):
+def test_regularisation_terms_follow_the_opacity(teacher, tmp_path):
     nerf = nerf_of(teacher, tmp_path, sparsity=2.0, opaque=3.0)
     _, opacity, _, terms = nerf.look(seen_from(0.0, 90.0), 6)
     for row in range(2):
@@ -244,7 +244,7 @@ def test_the_hash_grid_is_continuous_and_linear_along_an_axis_in_a_cell(grid, le
     assert (last - first).abs().mean() > 0.1
 
 
-def test_frequencies_are_those_of_nerf():
+def test_the_frequency_encoding_equals_nerfs():
     x = torch.tensor([[0.3, -0.6, 0.9]], dtype=torch.float64)
     wanted = [of(2**k * math.pi * value) for of in (math.sin, math.cos) for value in x[0].tolist() for k in range(4)]
     assert_close(Frequencies(4).double()(x)[0], torch.tensor(wanted, dtype=torch.float64))
@@ -254,7 +254,7 @@ def test_frequencies_are_those_of_nerf():
 
 
 @pytest.mark.parametrize("encoding", ["hash", "frequency"])
-def test_gradients_are_finite_differences(teacher, tmp_path, encoding):
+def test_gradients_equal_finite_differences(teacher, tmp_path, encoding):
     nerf = nerf_of(teacher, tmp_path, encoding=encoding, sparsity=1.0, opaque=1.0)
 
     def seen(*_):
@@ -264,7 +264,7 @@ def test_gradients_are_finite_differences(teacher, tmp_path, encoding):
     assert torch.autograd.gradcheck(seen, tuple(nerf.parameters()), fast_mode=True)
 
 
-def test_views_are_of_their_particles_and_the_others_get_no_gradient(teacher, tmp_path):
+def test_only_the_viewed_particles_get_gradients(teacher, tmp_path):
     nerf = nerf_of(teacher, tmp_path, count=4)
     images = nerf.look(seen_from(0.0, 70.0, 200.0, particles=[3, 0, 3]), 6).images
     for row, (azimuth, particle) in enumerate([(0.0, 3), (70.0, 0), (200.0, 3)]):
@@ -274,7 +274,7 @@ def test_views_are_of_their_particles_and_the_others_get_no_gradient(teacher, tm
         assert all((parameter.grad is not None) == (number in (0, 3)) for parameter in field.parameters())
 
 
-def test_particles_start_different(teacher, tmp_path):
+def test_particles_start_differently(teacher, tmp_path):
     torch.manual_seed(0)
     nerf = NerfConfig(**TINY).create(RepresentationMaterials(teacher, 2, tmp_path)).eval()
     first, second = nerf.look(seen_from(0.0, 0.0, particles=[0, 1]), 8).images
@@ -289,7 +289,7 @@ def test_a_rendering_is_an_input_of_the_teacher_with_gradients(teacher, tmp_path
     assert all(parameter.grad.abs().sum() > 0 for parameter in nerf.parameters())
 
 
-def test_saved_particles_look_the_same(teacher, tmp_path, monkeypatch):
+def test_loaded_particles_render_the_same_images(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "FRAMES", 3)
     nerf = nerf_of(teacher, tmp_path, count=2).float()
     nerf.save(tmp_path)
@@ -324,7 +324,7 @@ def test_settings_that_cannot_work_are_refused(field, value, problem):
     assert caught.value.errors()[0]["loc"] == (field,)
 
 
-def test_grids_get_finer():
+def test_grids_become_finer():
     assert list(NerfConfig(coarsest=16, finest=8).check()) == [("coarsest", "16 is above finest: 8")]
     assert not list(NerfConfig().check()) and not list(NerfConfig(coarsest=256, encoding="frequency").check())
     assert HashGrid(NerfConfig()).cells == [8, 12, 18, 26, 39, 58, 86, 128]

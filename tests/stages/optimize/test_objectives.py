@@ -1,4 +1,4 @@
-"""SDS and VSD: their fixed points with exact scores, whose gradients go where, cameras, turns and resume."""
+"""SDS and VSD: fixed points with exact scores, which players get gradients, cameras, turns and resuming."""
 
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ class Given:
 
 
 class Numbers(Flat):
-    """Particles that start where they are told, as latents."""
+    """Particles with given initial values, as latents."""
 
     def __init__(self, teacher, start):
         super().__init__(teacher, start.view(-1, *teacher.latent_shape))
@@ -130,7 +130,7 @@ def test_sds_particles_collapse_to_the_guided_mean(tmp_path):
 
 @pytest.mark.parametrize(("weighting", "weight"), [("sigma2", 2), ("uniform", 0), ("alpha_sigma2", None)])
 @pytest.mark.parametrize("t", [60, 500, 940])
-def test_the_mean_gradient_and_its_noise_are_those_of_the_closed_form(t, weighting, weight):
+def test_mean_and_noise_of_the_gradient_equal_the_closed_form(t, weighting, weight):
     """w sigma alpha (x - m) / v and w alpha^2 S^2 / v. The gradient is linear in the noise."""
     std, x, m = 0.4, 1.1, 0.3
     alpha, sigma = SCHEDULE.at(t)
@@ -143,7 +143,7 @@ def test_the_mean_gradient_and_its_noise_are_those_of_the_closed_form(t, weighti
     assert (low - high) / 2 == pytest.approx(w * alpha**2 * std**2 / variance, rel=1e-4)
 
 
-def test_vsd_with_the_score_of_single_points_is_sds_samplewise():
+def test_vsd_with_the_score_of_single_points_equals_sds():
     x, noise = torch.randn(2, 6, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.tensor([20, 100, 400, 600, 900, 980])
     ours = ScoreDifference(denoiser(Gaussians(0.4)), None, EVERY, "sigma2").at(x, ["up"] * 6, t, noise)
@@ -178,7 +178,7 @@ def test_with_an_exact_score_of_512_particles_vsd_keeps_mean_and_deviation():
     assert mean == pytest.approx(m, abs=0.05) and deviation < 0.1
 
 
-def test_particles_distributed_as_the_data_have_no_gradient_samplewise():
+def test_particles_distributed_like_the_data_have_no_gradient():
     x = torch.randn(64, 1, 1, 1, dtype=torch.float64)
     t, noise = EVERY.draw(x)
     same, wider, moved = (
@@ -235,9 +235,9 @@ def test_sds_ends_near_single_images_shrunk_to_their_mean(tmp_path):
     assert abs((pull(ends) * towards).sum(1).mean()) < 0.15 * (pull(image) * towards).sum(1).mean()
 
 
-def test_from_one_start_sds_particles_end_together_and_vsd_particles_spread(tmp_path):
-    """With the exact score of the particles: that of a mixture of points. It repels only points that noise can
-    connect, so the images must be near one another."""
+def test_from_one_start_sds_particles_end_together_and_vsd_particles_spread_out(tmp_path):
+    """The score of the particles is exact: that of a mixture of points. It repels only points whose noised densities
+    overlap, so the images must be near one another."""
 
     class Points(Given):
         def x0(self, z, t, condition, w=None):
@@ -288,7 +288,7 @@ def test_no_gradient_reaches_the_teacher_or_the_other_player(teacher):
     assert gradients(method.fake) and not gradients(method.particles) and not gradients(teacher.network)
 
 
-def test_the_score_of_an_untrained_lora_is_the_teachers_and_a_trained_one_leaves_the_teacher_alone(teacher):
+def test_a_new_lora_score_equals_the_teachers_and_training_it_does_not_change_the_teacher(teacher):
     """The teacher has no LoRA. The network with the LoRA is another module, and they share only frozen weights."""
     method = vsd(teacher, guidance_scale=1.0)
     x, t, noise = torch.randn(3, *teacher.latent_shape), torch.tensor([50, 500, 950]), torch.randn(3, 4, 8, 8)
@@ -329,7 +329,7 @@ def test_annealing_lowers_the_largest_timestep(teacher):
     assert max(drawn[0]) > 800 and max(drawn[1]) <= 500 and min(drawn[1]) >= 20
 
 
-def test_a_particle_that_is_not_seen_stays_as_it_is(teacher, tmp_path):
+def test_a_particle_that_is_not_viewed_does_not_change(teacher, tmp_path):
     method = vsd(teacher, 4)
     before = [particle.clone() for particle in method.particles.state]
     run(method, tmp_path, 4, lambda step: {"particles": torch.tensor([[0, 2], [2, 0]][step % 2])})
@@ -397,7 +397,7 @@ def test_each_turn_of_the_score_sees_every_render_once(teacher):
     assert not method._renders
 
 
-def test_views_that_the_teacher_does_not_know_are_reported_with_the_remedy():
+def test_view_prompts_that_the_teacher_does_not_know_are_errors_with_a_remedy():
     adapter = adapter_around(pixel_unet(3).requires_grad_(False), PixelDiffusion)
     adapter.schedule, adapter.prediction, adapter.latent_shape = SCHEDULE, "epsilon", (3, 8, 8)
     adapter._classes = {"0": 0, "1": 1, "2": 2}
@@ -412,7 +412,7 @@ def test_views_that_the_teacher_does_not_know_are_reported_with_the_remedy():
             SDSConfig(guidance_scale=1.0).create(materials)
 
 
-def test_a_prompt_that_the_teacher_does_not_know_is_one_sentence():
+def test_a_prompt_that_the_teacher_does_not_know_gives_one_sentence():
     adapter = adapter_around(pixel_unet(3), PixelDiffusion)
     adapter.schedule, adapter.prediction, adapter.latent_shape = SCHEDULE, "epsilon", (3, 8, 8)
     adapter._classes = {"0": 0, "1": 1, "2": 2}
@@ -540,6 +540,6 @@ def test_fixed_cameras_are_spread_over_the_azimuths_of_the_random_ones(azimuth, 
         (0, 61, "overhead"),
     ],
 )
-def test_words_for_views(azimuth, elevation, view):
+def test_prompts_name_the_view(azimuth, elevation, view):
     cameras = Cameras(*(torch.tensor([float(value)]) for value in (azimuth, elevation, 3, 40)))
     assert cameras.prompts("a cube") == [f"a cube, {view} view"]

@@ -76,7 +76,7 @@ def test_an_evaluation_measures_particles_beside_their_teacher_and_they_are_comp
     assert {row.name: row.figures["method"] for row in section.rows[1:]} == {"latent": "vsd", "image": "sds"}
 
 
-def test_stored_particles_are_those_that_are_measured(made):
+def test_an_evaluation_measures_the_stored_particles(made):
     """The strip of an evaluation shows the images of the optimize stage."""
     folder, evaluation = (made[1][name].artifact.folder for name in ("image", "measured_images"))
     shown = json.loads((evaluation / "shown.json").read_text())["samples"]
@@ -169,7 +169,7 @@ def test_guidance_without_a_prompt_and_unknown_words_of_views_are_warnings(tiny)
 
 
 @pytest.mark.parametrize(("name", "thing"), [("sd15_dreamfusion", "hamburger"), ("sd15_prolificdreamer", "pineapple")])
-def test_the_published_manifests_run_as_they_are_but_small(name, thing, tmp_path):
+def test_the_published_manifests_run_at_small_size(name, thing, tmp_path):
     sets = [
         f"teacher.from={stable_diffusion_layout(tmp_path / 'layout')}",
         "teacher.revision=null",

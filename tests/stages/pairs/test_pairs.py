@@ -1,4 +1,4 @@
-"""The pair factory: its law, its purity, and faults at every moment."""
+"""Making pairs: their distribution, reproducible bytes, and recovery from faults."""
 
 import gc
 import itertools
@@ -34,11 +34,11 @@ def hashes(pool: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict[str, str]:
-    """Hashes of every tar of SLOW, made in one go by the inline engine."""
+    """Hashes of every tar of SLOW, made by the inline engine without interruption."""
     return hashes(execute(SLOW, tmp_path_factory.mktemp("whole"))["pairs"].pool)
 
 
-def test_pairs_follow_the_linear_map_of_ddim(tmp_path):
+def test_latents_follow_the_linear_map_of_ddim(tmp_path):
     """Regressing latents on noise gives the mean and the product of DDIM's factors (methods.md 0.2 and 1)."""
     text = GAUSSIAN.replace("count: 40", "count: 64\n    storage_dtype: float32")
     plan = execute(text, tmp_path)
@@ -58,14 +58,16 @@ def test_pairs_follow_the_linear_map_of_ddim(tmp_path):
     np.testing.assert_allclose(batch.latent, slope * batch.noise + intercept, atol=1e-4)
 
 
-def test_what_is_stored_is_what_was_solved_from(tiny):
+def test_stored_noise_gives_the_stored_latents_again(tiny):
     """Solving again from the stored float16 noise gives the stored latents, bit for bit."""
     from stages.networks import teachers
     from stages.networks.compute import prepare
 
     _, plan = tiny
     pairs = plan["pairs"].artifact
-    prepare(pairs.stage.execution.threads)  # bits depend on it, and another test may have left another number
+    prepare(
+        pairs.stage.execution.threads
+    )  # the number of threads decides the last bits, and another test may have changed it
     reader = PairReader(read_list(pairs.folder))
     teacher = teachers.load(pairs.inputs["teacher"].folder, Execution(device="cpu"))
     held = reader.batch(range(32, 48))
@@ -87,7 +89,7 @@ def test_raising_the_count_reuses_every_full_shard(tmp_path):
 
 
 class CountingFacts(InlineEngine):
-    """Counts the shards' facts that are in memory when the work begins."""
+    """Counts the shard records in memory when the work begins."""
 
     found = -1
 
@@ -96,7 +98,7 @@ class CountingFacts(InlineEngine):
         yield from super().map(*arguments)
 
 
-def test_a_driver_keeps_no_facts_of_shards_while_it_waits(tmp_path):
+def test_a_waiting_driver_keeps_no_shard_records_in_memory(tmp_path):
     execute(GAUSSIAN, tmp_path)
     gc.collect()
     before = sum(type(thing) is ShardFacts for thing in gc.get_objects())
@@ -105,7 +107,7 @@ def test_a_driver_keeps_no_facts_of_shards_while_it_waits(tmp_path):
     assert engine.found == before
 
 
-def test_receipts_say_where_shards_come_from(tmp_path):
+def test_receipts_record_how_shards_were_made(tmp_path):
     plan = execute(GAUSSIAN, tmp_path)
     facts = receipts.read_facts(plan["pairs"].pool / "00000.parquet")
     assert facts.provenance["teacher"] == plan["teacher"].artifact.fingerprint
@@ -156,7 +158,7 @@ def test_a_driver_killed_at_any_moment_is_resumed_to_the_same_bytes(tmp_path, mo
     assert not list(pool.rglob(".*"))
 
 
-def test_a_truncated_tar_is_made_again(tmp_path, uninterrupted):
+def test_a_truncated_shard_is_made_again(tmp_path, uninterrupted):
     plan = execute(SLOW, tmp_path)["pairs"]
     tar = plan.pool / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:-1024])
@@ -185,7 +187,7 @@ def test_a_teacher_that_yields_nan_fails_with_one_sentence(broken_teacher, tmp_p
     assert not list(pool.rglob("*.parquet")) and not list(pool.rglob("*.tar"))
 
 
-def test_an_unwritable_store_is_one_sentence_and_exit_2(tmp_path):
+def test_an_unwritable_store_gives_one_sentence_and_exit_code_2(tmp_path):
     (tmp_path / "file").write_text("")
     manifest = tmp_path / "m.yaml"
     manifest.write_text(GAUSSIAN)
@@ -195,8 +197,8 @@ def test_an_unwritable_store_is_one_sentence_and_exit_2(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_full_disk_is_one_sentence_exit_1_and_resumable(tmp_path, uninterrupted):
-    """A real one: a file system of 96 KB, in a mount namespace of its own."""
+def test_a_full_disk_gives_one_sentence_and_exit_code_1_and_can_be_resumed(tmp_path, uninterrupted):
+    """The disk is a real file system of 96 KB, in its own mount namespace."""
     manifest = tmp_path / "m.yaml"
     manifest.write_text(SLOW)
     disk = tmp_path / "disk"
@@ -216,7 +218,7 @@ def test_a_full_disk_is_one_sentence_exit_1_and_resumable(tmp_path, uninterrupte
     assert all(sha in done.stdout for name, sha in uninterrupted.items() if "tail" not in name)
 
 
-def test_stats_say_what_is_there(tmp_path):
+def test_stats_describe_the_dataset_and_its_damage(tmp_path):
     plan = execute(GAUSSIAN, tmp_path)["pairs"]
     done = retort("stats", plan.artifact.folder, "--json", "--deep")
     found = json.loads(done.stdout)
@@ -239,7 +241,7 @@ def test_stats_say_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_in_half_precision_the_solvers_state_is_still_float32(tiny, dtype):
+def test_the_solvers_state_is_float32_even_in_half_precision(tiny, dtype):
     """The solver starts from the stored noise. Only the network rounds, not the solver."""
     import torch
 
@@ -258,7 +260,7 @@ def test_in_half_precision_the_solvers_state_is_still_float32(tiny, dtype):
     assert 0 < error < {"float16": 5e-3, "bfloat16": 5e-2}[dtype]
 
 
-def test_a_compiled_network_solves_the_same(tiny):
+def test_a_compiled_network_gives_the_same_latents(tiny):
     from stages.networks import teachers
 
     pairs = tiny[1]["pairs"].artifact
@@ -270,8 +272,9 @@ def test_a_compiled_network_solves_the_same(tiny):
     np.testing.assert_allclose(b.numpy(), a.numpy(), atol=1e-3)
 
 
-def test_a_shard_that_was_made_again_with_other_bytes_is_sealed_anew(tmp_path):
-    """As after the repair of another artifact on other hardware. Readers refuse the shard until it is sealed anew."""
+def test_a_shard_made_again_with_other_bytes_is_sealed_again(tmp_path):
+    """This happens after the repair of another artifact on other hardware. Readers refuse the shard until it is sealed
+    again."""
     from stages.data.receipts import read_facts
     from stages.data.records import Pair
     from stages.data.shards import write_shard

@@ -1,4 +1,4 @@
-"""Published E-LatentLPIPS weights in Retort's form: from checkpoints of random weights in the published layout."""
+"""Importing published E-LatentLPIPS weights, tested with random weights in the published layout."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize("channels", [4, 16])
-def test_features_are_those_of_torchvisions_network(channels, tmp_path):
+def test_features_equal_those_of_torchvisions_network(channels, tmp_path):
     features = latent_vgg(channels)
     tensors = published(features)
     torch.save(tensors, tmp_path / "mine.pth")
@@ -78,7 +78,7 @@ def test_features_are_those_of_torchvisions_network(channels, tmp_path):
         torch.testing.assert_close(network(x, y), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_writes_a_folder_that_says_what_it_is(checkpoint, tmp_path):
+def test_import_weights_writes_a_folder_with_its_source_and_licence(checkpoint, tmp_path):
     path, tensors, features = checkpoint
     out = tmp_path / "new" / "sd15"
     done = retort("import-weights", path, out)
@@ -103,7 +103,7 @@ def test_the_command_writes_a_folder_that_says_what_it_is(checkpoint, tmp_path):
     assert again.returncode == 2 and "already exists" in again.stderr
 
 
-def test_without_a_network_a_name_says_what_to_fetch(tmp_path):
+def test_without_internet_the_error_names_the_file_to_download(tmp_path):
     done = retort("import-weights", "flux", tmp_path / "out", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     url = "https://huggingface.co/Mingguksky/elatentlpips/resolve/main/elatentlpips_ckpt/flux_latest_vgg16_tuned.pth"
@@ -146,7 +146,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_other_checkpoints_are_refused_and_leave_nothing(case, checkpoint, tmp_path):
+def test_other_checkpoints_are_refused_and_no_files_are_left(case, checkpoint, tmp_path):
     change, words = REFUSALS[case]
     tensors = change(checkpoint[1])
     if case == "negative":
@@ -168,7 +168,7 @@ class _Writes:
         return open, (self.path, "w")
 
 
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(checkpoint, tmp_path):
+def test_a_checkpoint_that_would_run_code_is_refused(checkpoint, tmp_path):
     torch.save(checkpoint[1] | {"made": _Writes(str(tmp_path / "ran"))}, tmp_path / "other.pth")
     with pytest.raises(StageError, match="holds more than tensors"):
         import_weights(tmp_path / "other.pth", tmp_path / "out")
@@ -176,14 +176,14 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(checkpoint, t
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all", None])
-def test_what_is_damaged_is_refused(content, checkpoint, tmp_path):
+def test_damaged_checkpoints_are_refused(content, checkpoint, tmp_path):
     damaged = tmp_path / "damaged.pth"
     damaged.write_bytes(checkpoint[0].read_bytes()[:4000] if content is None else content)
     with pytest.raises(StageError, match="cannot be read"):
         import_weights(damaged, tmp_path / "out")
 
 
-def test_nothing_is_left_where_writing_fails(checkpoint, tmp_path):
+def test_a_failed_write_leaves_no_files(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         import_weights(checkpoint[0], tmp_path / "file" / "out")

@@ -48,7 +48,7 @@ def target(made):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Twelve dozen images of 32 pixels: stripes that lie, and stripes that stand."""
+    """144 images of 32 pixels with horizontal or vertical stripes."""
     folder = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     rows = ["file_name,kind"]
@@ -93,7 +93,7 @@ def test_a_network_is_trained_calibrated_tested_and_sealed(made):
     assert (metric.about.channels, metric.about.space, metric.about.trunk) == (4, "latents", "trained")
     assert metric.about.std == pytest.approx(1.0, abs=0.2)
     assert all((head >= 0).all() for head in metric.heads)
-    assert len({float(weight) for weight in metric.heads[0].flatten()}) > 1  # all were alike at first
+    assert len({float(weight) for weight in metric.heads[0].flatten()}) > 1  # all were equal before training
     found = json.loads((artifact.folder / "two_afc.json").read_text())
     assert found["warp"]["unseen"] and not found["blur"]["unseen"]
     assert found["warp"]["count"] == 40 and "human_ceiling" not in found["warp"]  # no human judged them
@@ -102,14 +102,14 @@ def test_a_network_is_trained_calibrated_tested_and_sealed(made):
     assert metrics["two_afc"]["all"] == found["all"]["metrics"]["latent_lpips_digits"]["score"]
 
 
-def test_in_pixels_it_is_the_stock_network_on_images(in_pixels):
+def test_in_pixels_a_standard_vgg_is_trained_on_images(in_pixels):
     metric = LPIPS.load(in_pixels.folder)
     assert metric.about.channels == 3 and metric.about.name == "pixel_lpips_image_folder"
     assert [f.shape[-1] for f in metric.features(torch.zeros(1, 3, 32, 32))] == [32, 16, 8, 4, 2]
     assert in_pixels.record["metrics"]["top_1"] > 0.9
 
 
-def test_interrupted_anywhere_it_comes_to_the_same_bytes(made, tmp_path):
+def test_interrupted_anywhere_and_resumed_it_gives_the_same_bytes(made, tmp_path):
     artifact = made[1]["perceptual"].artifact
     stage = artifact.stage
     recipe = Recipe(
@@ -137,7 +137,7 @@ def test_interrupted_anywhere_it_comes_to_the_same_bytes(made, tmp_path):
         assert (tmp_path / name).read_bytes() == (artifact.folder / name).read_bytes(), name
 
 
-def test_without_classification_the_trunk_is_random_and_said_to_be(made, teacher, caplog):
+def test_without_classification_the_trunk_is_random_and_the_record_says_so(made, teacher, caplog):
     text = TINY + LATENT.replace(
         "    classification: {training: {steps: 150, batch_size: 64, learning_rate: 4e-3}}\n", ""
     )
@@ -184,7 +184,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("stage", "problem"), REFUSED)
-def test_what_cannot_be_is_refused_when_planning(stage, problem, tmp_path):
+def test_invalid_stages_are_refused_when_planning(stage, problem, tmp_path):
     text = f"{TINY}\n  latents: {{kind: latents, teacher: teacher, images: digits}}\n  wrong: {stage}\n"
     with pytest.raises(ManifestError) as error:
         plan_of(text, tmp_path)
@@ -216,7 +216,7 @@ def test_the_ensemble_pulls_a_random_latent_to_a_target_and_the_metric_alone_doe
     assert left(loss("e_latent_lpips", teacher, artifact)) < 0.7 * left(loss("latent_lpips", teacher, artifact))
 
 
-def test_both_inputs_get_the_same_draw_and_a_new_one_at_every_call(made, teacher, target):
+def test_both_inputs_get_the_same_transformation_which_is_new_at_every_call(made, teacher, target):
     distance = loss("e_latent_lpips", teacher, made[1]["perceptual"].artifact, augment="bgco")
     other = target.flip(0)
     assert (distance(target, target.clone()) == 0).all()
@@ -226,7 +226,7 @@ def test_both_inputs_get_the_same_draw_and_a_new_one_at_every_call(made, teacher
     assert torch.equal(distance(target, other), first) and not torch.equal(first, second)
 
 
-def test_the_l1_term_is_off_unless_asked_for(made, teacher, target):
+def test_the_l1_term_is_off_by_default(made, teacher, target):
     artifact = made[1]["perceptual"].artifact
     plain, both = loss("latent_lpips", teacher, artifact), loss("latent_lpips", teacher, artifact, l1_weight=0.5)
     other = target.flip(0)
@@ -234,7 +234,7 @@ def test_the_l1_term_is_off_unless_asked_for(made, teacher, target):
     torch.testing.assert_close(difference, 0.5 * (target - other).abs().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
 
 
-def test_decoded_losses_look_at_images_and_pass_gradients_through_the_decoder(in_pixels, target, tmp_path):
+def test_decoded_losses_compare_images_and_pass_gradients_through_the_decoder(in_pixels, target, tmp_path):
     shipped = StableDiffusion(SHIPPED / "digit_scenes")
     blocks = {f"{side}_block_out_channels": (8, 8, 8) for side in ("encoder", "decoder")}
     blocks |= {f"num_{side}_blocks": (1, 1, 1) for side in ("encoder", "decoder")}
@@ -266,7 +266,7 @@ def test_the_published_lpips_needs_its_weights(teacher, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["latent_lpips", "e_latent_lpips"])
-def test_a_student_is_trained_with_it(made, name):
+def test_a_student_is_trained_with_each_perceptual_loss(made, name):
     text = (
         TINY
         + LATENT

@@ -41,7 +41,7 @@ class Interrupting(InlineEngine):
 
 @pytest.fixture(scope="module")
 def walls(tmp_path_factory):
-    """Eight hundred noisy pictures, a third of each colour."""
+    """800 noisy images, a third in each colour."""
     folder = tmp_path_factory.mktemp("walls")
     noise = np.random.default_rng(0).integers(0, 100, (800, 16, 16, 3), dtype=np.uint8)
     rows = [("file_name", "text", "class")]
@@ -59,7 +59,7 @@ def made(walls, tmp_path_factory):
     return execute(ALONE.format(path=walls), tmp_path_factory.mktemp("store"))["probe"].artifact
 
 
-def test_it_is_sealed_with_what_it_knows_and_how_often_it_is_right(made):
+def test_a_sealed_probe_records_its_labels_and_accuracy(made):
     assert {file.name for file in made.folder.iterdir()} == {
         "artifact.json", "classifier.json", "classifier.safetensors",
     }  # fmt: skip
@@ -70,7 +70,7 @@ def test_it_is_sealed_with_what_it_knows_and_how_often_it_is_right(made):
     }  # fmt: skip
 
 
-def test_interrupted_and_resumed_it_comes_to_the_same_bytes_and_another_seed_to_others(made, walls, tmp_path):
+def test_a_resumed_probe_has_the_same_bytes_and_another_seed_other_bytes(made, walls, tmp_path):
     text = ALONE.format(path=walls)
     with pytest.raises(KeyboardInterrupt):
         execute(text, tmp_path, engine=Interrupting())
@@ -89,18 +89,18 @@ def test_a_set_without_classes_is_refused_at_its_line(tmp_path):
         plan_of(text, tmp_path)
 
 
-def test_an_evaluation_names_a_probe_not_a_set(tmp_path):
+def test_an_evaluation_needs_a_probe_instead_of_an_image_set(tmp_path):
     with pytest.raises(ManifestError, match="there is no stage 'digits'; give a stage of kind probe, or the path"):
         plan_of(against("digits"), tmp_path)
     with pytest.raises(ManifestError, match="needs a stage of kind probe; 'teacher' is of kind teacher"):
         plan_of(against("teacher"), tmp_path)
 
 
-def test_images_of_ones_own_are_compared_with_as_long_as_they_are_those_that_it_knows(made, walls, tiny):
+def test_an_evaluation_fails_if_the_images_of_its_probe_changed(made, walls, tiny):
     text = against(made.folder)
     metrics = execute(text, tiny[0], name="walls")["quality"].artifact.record["metrics"]
     assert metrics["features"] == "image_folder_probe_64" and metrics["probe_accuracy"] == 1.0
-    assert metrics["distance_samples"] == 100  # half of those held out, though it was trained on 600
+    assert metrics["distance_samples"] == 100  # half of the held-out images, although the probe was trained on 600
     assert "prompt_accuracy" not in metrics["sides"]["teacher_5"]
     real, teacher = metrics["references"]["real"], metrics["sides"]["teacher_5"]
     assert real["frechet_distance"] < teacher["frechet_distance"]

@@ -25,7 +25,7 @@ def features():
     return real, random.standard_normal((1200, 24)) @ mixing * 1.1 + 0.05
 
 
-def test_fid_is_torch_fidelitys(features):
+def test_fid_equals_torch_fidelitys(features):
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     statistics = [fid_features_to_statistics(torch.from_numpy(one)) for one in features]
@@ -33,7 +33,7 @@ def test_fid_is_torch_fidelitys(features):
     assert distances.frechet_distance(*features) == pytest.approx(theirs, abs=1e-6)
 
 
-def test_kid_is_torch_fidelitys(features):
+def test_kid_equals_torch_fidelitys(features):
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     made, real = features
@@ -44,7 +44,7 @@ def test_kid_is_torch_fidelitys(features):
     assert ours == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
 
 
-def test_precision_and_recall_are_torch_fidelitys(features):
+def test_precision_and_recall_equal_torch_fidelitys(features):
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     theirs = prc_features_to_metric(*map(torch.from_numpy, features[::-1]), verbose=False)  # made, then real
@@ -72,7 +72,7 @@ def weights(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:  # the library only builds its network from weights
+    with pytest.MonkeyPatch.context() as patch:  # the library can build its network only from weights
         patch.setattr(torch, "load", lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         inception = FeatureExtractorInceptionV3("any", ["2048"], "none")
@@ -104,14 +104,14 @@ def legacy(weights):
     return Eyes(weights, PROTOCOLS["cifar10_50k"], "cpu")
 
 
-def test_inception_features_are_torch_fidelitys(weights, legacy):
+def test_inception_features_equal_torch_fidelitys(weights, legacy):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     theirs = FeatureExtractorInceptionV3("any", ["2048"], str(weights / "inception.pth"))(images())[0]
     torch.testing.assert_close(torch.from_numpy(legacy.features(images())["inception"]), theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_clean_resizing_is_pillows_for_each_channel_in_float():
+def test_clean_resizing_equals_pillows_on_float_channels():
     one = images(1)[0].numpy()
     wanted = [
         np.asarray(Image.fromarray(channel.astype(np.float32), "F").resize((299, 299), Image.Resampling.BICUBIC))
@@ -121,7 +121,7 @@ def test_clean_resizing_is_pillows_for_each_channel_in_float():
     assert np.array_equal(found, np.stack(wanted).clip(0, 255))
 
 
-def test_the_patch_is_the_middle_at_full_resolution(weights):
+def test_the_patch_is_the_centre_at_full_resolution(weights):
     eyes = Eyes(weights, Protocol(10, image_size=256, resize="clean", patch=True), "cpu")
     large = images(1, 320)
     changed = large.clone()
@@ -213,7 +213,7 @@ def test_an_evaluation_has_the_standard_metrics_and_the_weights_hashes(tiny, wei
     assert saved.shape == (40, 2048) == (metrics["reference"]["images"], 2048)
 
 
-def test_what_is_not_given_is_not_measured_and_said(tiny, weights, few, write_manifest):
+def test_metrics_without_weights_are_not_measured_and_listed(tiny, weights, few, write_manifest):
     text = TINY + MEASURED.replace("WEIGHTS", str(weights))
     kept = "\n".join(
         line for line in text.splitlines() if not line.strip().startswith(("inception:", "dinov2:", "lpips:"))
@@ -226,7 +226,7 @@ def test_what_is_not_given_is_not_measured_and_said(tiny, weights, few, write_ma
     assert "clip_score" in found["sides"]["student"] and "fid" not in found["sides"]["student"]
 
 
-def test_a_reference_is_made_once_for_its_content(tiny, weights):
+def test_the_content_of_the_weights_decides_the_fingerprint(tiny, weights):
     text = TINY + MEASURED.replace("WEIGHTS", str(weights))
     one = plan_of(text, tiny[0])["standard"].artifact.fingerprint
     assert plan_of(text, tiny[0])["standard"].artifact.fingerprint == one
@@ -236,7 +236,7 @@ def test_a_reference_is_made_once_for_its_content(tiny, weights):
 
 @pytest.mark.parametrize(("file", "words"), [
     ("lpips.safetensors", "the inception weights are of another network"),
-    ("clip/config.json", "is no file of weights"),
+    ("clip/config.json", "is not a file of weights"),
 ])  # fmt: skip
 def test_weights_of_another_network_are_refused(tiny, weights, few, file, words):
     text = TINY + MEASURED.replace("WEIGHTS/inception.pth", f"WEIGHTS/{file}").replace("WEIGHTS", str(weights))
@@ -251,19 +251,19 @@ def test_a_pickle_that_runs_code_is_refused(tiny, weights, few, tmp_path):
 
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     text = TINY + MEASURED.replace("WEIGHTS/inception.pth", str(tmp_path / "evil.pth")).replace("WEIGHTS", str(weights))
-    with pytest.raises(StageFailed, match="is no file of weights"):
+    with pytest.raises(StageFailed, match="is not a file of weights"):
         execute(text, tiny[0], name="evil")
 
 
 def test_a_file_with_more_than_tensors_is_refused(tiny, weights, few, tmp_path):
     torch.save({"state_dict": {"weight": torch.zeros(1)}, "epoch": 3}, tmp_path / "checkpoint.pth")
     text = TINY + MEASURED.replace("WEIGHTS/inception.pth", str(tmp_path / "checkpoint.pth"))
-    with pytest.raises(StageFailed, match="is no file of weights: it holds more than the tensors of a network"):
+    with pytest.raises(StageFailed, match="is not a file of weights: it holds more than the tensors of a network"):
         execute(text.replace("WEIGHTS", str(weights)), tiny[0], name="checkpoint")
 
 
 def test_diversity_of_one_prompt_has_no_error(tiny, weights, few, monkeypatch):
-    """Unconditional pairs have one empty prompt. The standard error of one value would be no number."""
+    """Unconditional pairs have one empty prompt. The standard error of one value would be NaN."""
     from stages.evaluate import stage
 
     monkeypatch.setattr(stage, "DIVERSITY_PROMPTS", 1)

@@ -91,7 +91,8 @@ def peft_file(folder, base, text=False, dtype=torch.float32, targets=ATTENTION +
 
 
 def kohya_file(folder, base, dtype=torch.float32):
-    """A file as kohya's sd-scripts write it, underscores for dots, alpha as a tensor, and a pipeline with the LoRA."""
+    """A file in the format of kohya's sd-scripts (underscores for dots, alpha as a tensor), and a pipeline with the
+    LoRA."""
     pipeline = StableDiffusionPipeline.from_pretrained(base)
     written = {}
     for prefix, network, targets, alpha in (
@@ -148,7 +149,7 @@ def prediction(folder):
 
 
 @pytest.mark.parametrize("layout", FILES)
-def test_the_sealed_teacher_predicts_as_plain_diffusers_with_the_lora(base, tmp_path, layout):
+def test_the_sealed_teacher_predicts_like_plain_diffusers_with_the_lora(base, tmp_path, layout):
     file, pipeline = FILES[layout](tmp_path, base)
     sealed = adopted(base, f"weights: {file}, scale: 0.8", tmp_path / "store")
     assert {path.name for path in sealed.folder.iterdir()} == {
@@ -169,7 +170,7 @@ def test_the_sealed_teacher_predicts_as_plain_diffusers_with_the_lora(base, tmp_
 
 
 @pytest.mark.parametrize("layout", ["peft", "half"])
-def test_the_sealed_teacher_predicts_as_load_lora_weights_of_diffusers(base, tmp_path, layout):
+def test_the_sealed_teacher_predicts_like_load_lora_weights(base, tmp_path, layout):
     file, _ = FILES[layout](tmp_path, base)
     sealed = adopted(base, f"weights: {file}, scale: 0.8", tmp_path / "store")
     plain = StableDiffusionPipeline.from_pretrained(base)
@@ -198,7 +199,7 @@ def test_a_lora_in_half_precision_is_fused_in_float32(base, tmp_path):
     torch.testing.assert_close(after[weight], before[weight] + 6 / 3 * up @ down, rtol=0, atol=1e-7)
 
 
-def test_pairs_and_card_are_those_of_the_base_with_the_lora(base, tmp_path):
+def test_pairs_and_card_describe_the_base_with_the_lora(base, tmp_path):
     file, pipeline = peft_file(tmp_path, base, text=True)
     (tmp_path / "prompts.txt").write_text("a\nb\nab\nba\n" * 2)
     more = (PAIRS + STUDENT).replace("PROMPTS", str(tmp_path / "prompts.txt"))
@@ -249,7 +250,7 @@ def test_the_record_names_base_and_lora(base, tmp_path):
     assert about == {"source": str(base), "revision": None, "licence": None, "lora": lora | {"licence": "openrail++"}}
 
 
-def test_scale_and_content_decide_the_fingerprint_and_the_name_does_not(base, tmp_path):
+def test_scale_and_content_decide_the_fingerprint_but_not_the_name(base, tmp_path):
     def fingerprint(lora):
         return plan_of(text_of(base, lora), tmp_path / "store")["teacher"].artifact.fingerprint
 
@@ -265,7 +266,7 @@ def test_scale_and_content_decide_the_fingerprint_and_the_name_does_not(base, tm
     assert planned.state == "run" and planned.contents["lora.weights"] == "hub:" + "a" * 40
 
 
-def test_a_worker_that_takes_over_fuses_nothing_twice(base, tmp_path):
+def test_a_retry_does_not_fuse_the_lora_twice(base, tmp_path):
     file, _ = peft_file(tmp_path, base)
     folder = shutil.copytree(base, tmp_path / "copy")
     bytes_of = []
@@ -275,7 +276,7 @@ def test_a_worker_that_takes_over_fuses_nothing_twice(base, tmp_path):
     assert bytes_of[0] == bytes_of[1]
 
 
-def test_an_attempt_after_a_kill_between_two_networks_seals_the_same_bytes(base, tmp_path, monkeypatch):
+def test_a_resumed_attempt_seals_the_same_bytes_after_a_kill_between_two_networks(base, tmp_path, monkeypatch):
     file, _ = peft_file(tmp_path, base, text=True)
     text, moved, replace = text_of(base, f"weights: {file}"), [], os.replace
 
@@ -315,12 +316,12 @@ SDXL = {
 
 
 def weights_of(folder, component):
-    """By names without `text_model.`, which the files of one release of transformers have and those of another not."""
+    """The weights by names without `text_model.`, because only some releases of transformers write this prefix."""
     (file,) = folder.joinpath(component).glob("*.safetensors")
     return {f"{component}.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
 
 
-def test_a_lora_of_sdxl_in_kohyas_format_changes_the_layers_that_it_names(tmp_path):
+def test_an_sdxl_lora_in_kohyas_format_changes_the_right_layers(tmp_path):
     folder, written, change = stable_diffusion_xl_layout(tmp_path / "sdxl"), {}, {}
     components = ("unet", "text_encoder", "text_encoder_2")
     before = {name: value for one in components for name, value in weights_of(folder, one).items()}
@@ -379,7 +380,7 @@ UNREAD = "has no LoRA format that diffusers reads; it holds "
         (renamed("lora_B", "lora_C"), UNREAD),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_sentence(base, tmp_path, change, words):
+def test_loras_that_do_not_fit_are_refused_in_one_sentence(base, tmp_path, change, words):
     file = changed(base, tmp_path, change)
     with pytest.raises(StageError, match=f"my_style.safetensors .*{words}") as caught:
         list(fuse(base, file, 1.0, tmp_path / "fused", 1))
@@ -387,7 +388,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(base, tmp_path, change, wo
     assert not (tmp_path / "fused").exists()
 
 
-def test_a_lora_of_another_base_stops_the_run(base, tmp_path, write_manifest):
+def test_a_lora_of_another_base_stops_the_stage(base, tmp_path, write_manifest):
     manifest = write_manifest(text_of(base, f"weights: {changed(base, tmp_path, wider)}"))
     done = retort("submit", manifest, "--store", tmp_path / "store", "--engine", "inline")
     assert done.returncode == 1
@@ -419,7 +420,7 @@ def test_a_missing_file_blocks_the_plan(base, tmp_path):
         assert why(relative).startswith(f"'{relative}' is neither a file or folder that exists nor a hub id")
 
 
-def test_a_folder_needs_one_file_or_the_name_of_one(base, tmp_path):
+def test_a_folder_needs_exactly_one_file_or_the_setting_file(base, tmp_path):
     folder = tmp_path / "loras"
     first, _ = peft_file(folder, base)
     (folder / "notes.txt").write_text("not read")
@@ -455,7 +456,7 @@ def test_a_lora_needs_a_base(tmp_path, write_manifest):
     assert done.returncode == 2 and "lora needs `from`" in done.stderr
 
 
-def test_the_settings_of_a_lora_are_those_of_the_manifest(base, tmp_path):
+def test_the_settings_of_a_lora_survive_a_round_trip(base, tmp_path):
     file, _ = peft_file(tmp_path, base)
     settings = adopted(base, f"weights: {file}, scale: 0.8", tmp_path / "store").record["settings"]["lora"]
     assert json.loads(json.dumps(settings)) == {"weights": str(file), "scale": 0.8}

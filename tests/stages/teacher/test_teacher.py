@@ -19,7 +19,7 @@ def adopt(folder, store):
     return execute(f"name: adopt\nstages:\n  teacher: {{kind: teacher, from: {folder}}}\n", store)["teacher"].artifact
 
 
-def test_a_trained_teacher_is_a_stock_diffusers_folder(tiny):
+def test_a_trained_teacher_is_a_standard_diffusers_folder(tiny):
     from diffusers import DiffusionPipeline
 
     folder = tiny[1]["teacher"].artifact.folder
@@ -67,13 +67,13 @@ def test_a_prompts_encoding_does_not_depend_on_its_batch(tiny):
     assert torch.equal(alone.tensors["text"][0], together.tensors["text"][1])
 
 
-def test_a_bad_autoencoder_stops_before_the_unet(tmp_path):
+def test_a_bad_autoencoder_stops_the_stage_before_the_unet_is_trained(tmp_path):
     text = TINY.replace("max_mse: 1.0, training: {steps: 40", "max_mse: 0.0001, training: {steps: 2")
     with pytest.raises(StageFailed, match=r"reconstructs held-out images with MSE .* train.vae.max_mse = 0.0001"):
         execute(text, tmp_path, only=["teacher"])
 
 
-def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):
+def test_the_content_of_a_pipeline_folder_decides_the_fingerprint(tiny, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(tiny[1]["teacher"].artifact.folder, source)
     (source / "model_card.txt").write_text("not taken")
@@ -107,7 +107,7 @@ def test_a_folder_is_adopted_and_counts_by_content(tiny, tmp_path):
         ),
     ],
 )
-def test_other_layouts_are_refused_with_what_is_supported(tiny, tmp_path, file, change, words):
+def test_other_layouts_are_refused_and_the_supported_ones_listed(tiny, tmp_path, file, change, words):
     source = tmp_path / "source"
     shutil.copytree(tiny[1]["teacher"].artifact.folder, source)
     if change is None:
@@ -120,8 +120,8 @@ def test_other_layouts_are_refused_with_what_is_supported(tiny, tmp_path, file, 
     assert "supported teachers: folders or hub ids of Stable Diffusion 1.x or 2.x layout" in str(caught.value)
 
 
-def test_json_that_python_does_not_read_is_refused(tmp_path):
-    """Integers of more than some thousand digits."""
+def test_json_that_python_cannot_parse_is_refused(tmp_path):
+    """It contains an integer of several thousand digits."""
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("9" * 60_000)
@@ -131,7 +131,7 @@ def test_json_that_python_does_not_read_is_refused(tmp_path):
         checked(tmp_path)
 
 
-def test_the_shipped_teacher_is_small_stock_and_says_where_it_comes_from(tmp_path):
+def test_the_shipped_teacher_is_small_and_its_card_names_its_origin(tmp_path):
     from diffusers import StableDiffusionPipeline
 
     from stages.data.images.config import DigitScenes
@@ -157,7 +157,7 @@ def test_the_shipped_teacher_is_small_stock_and_says_where_it_comes_from(tmp_pat
     assert (teacher.decode(teacher.encode(pixels)) - pixels).square().mean() < 0.01
 
 
-def test_a_run_of_the_shipped_teacher_outlives_a_move_of_the_installation(tmp_path, write_manifest):
+def test_a_run_of_the_shipped_teacher_works_after_the_installation_moved(tmp_path, write_manifest):
     store, manifest = tmp_path / "store", write_manifest("name: a\nstages: {t: {kind: teacher, from: digit_scenes}}")
     here = tmp_path / "before"
     for package in ("pipeline", "stages"):
@@ -184,8 +184,8 @@ def test_the_shipped_name_wins_over_a_local_folder_of_that_name(tmp_path, monkey
     assert found == ["digit_scenes", str(tmp_path / "digit_scenes")]
 
 
-def test_a_teacher_trained_on_ones_own_images(tmp_path):
-    """Images of a folder, captions of its metadata: their words become the tokenizer's."""
+def test_a_teacher_is_trained_on_the_users_images(tmp_path):
+    """The images are those of a folder. The words of their captions become the vocabulary of the tokenizer."""
     from PIL import Image
 
     images = tmp_path / "images"
@@ -206,7 +206,7 @@ def test_a_teacher_trained_on_ones_own_images(tmp_path):
     assert plan_of(own, tmp_path / "store", few)["teacher"].why == "images changed"
 
 
-def test_a_tokenizer_knows_every_word_of_its_captions_and_cuts_none():
+def test_a_trained_tokenizer_knows_all_words_of_its_captions_and_truncates_none():
     from stages.networks.build import word_tokenizer
 
     captions = ["a cat, on a mat.", "A dog-like man's hat"]

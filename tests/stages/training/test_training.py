@@ -1,4 +1,4 @@
-"""The training loop, through a method of its own: a linear student of a Gaussian teacher."""
+"""The training loop, tested with a method of the tests: a linear student of a Gaussian teacher."""
 
 import itertools
 import shutil
@@ -19,7 +19,7 @@ MEAN, STD = 0.5, 0.6
 
 
 class Linear:
-    """x = m + S z, to be found by regression; `noisy` draws from the global generator in its loss."""
+    """A student x = m + S z, trained by regression. With `noisy`, its loss draws from the global random generator."""
 
     def __init__(self, noisy: bool = False, **settings):
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_regression_finds_the_teachers_map(tmp_path):
     assert (weight, bias) == pytest.approx((STD, MEAN), abs=1e-3)
 
 
-def test_killed_at_any_step_the_result_is_the_same_bit_for_bit(tmp_path):
+def test_killed_at_any_step_and_resumed_the_result_has_the_same_bits(tmp_path):
     """The test drops the generator where a kill would end it: no code of the loop runs after that."""
     whole = finish(run(Linear(noisy=True), tmp_path / "whole", every=3))
     for stop in range(1, 5):
@@ -84,7 +84,7 @@ def test_killed_at_any_step_the_result_is_the_same_bit_for_bit(tmp_path):
         assert strip == whole.history
 
 
-def test_a_half_written_checkpoint_is_not_believed(tmp_path):
+def test_a_half_written_checkpoint_is_ignored(tmp_path):
     whole = finish(run(Linear(), tmp_path / "whole"))
     list(itertools.islice(run(Linear(), tmp_path / "cut"), 2))
     newest = max((tmp_path / "cut").glob("step-*"))
@@ -106,7 +106,7 @@ def test_the_last_two_checkpoints_are_kept(kept):
     assert sorted(path.name for path in kept.iterdir()) == ["step-00000010", "step-00000015"]
 
 
-def test_progress_names_the_newest_checkpoint_and_the_phase_that_it_is_of(kept, tmp_path):
+def test_progress_names_the_newest_checkpoint_and_its_phase(kept, tmp_path):
     shutil.copytree(kept, tmp_path / "vae")
     assert training_progress(kept) == "checkpoint of step 15"
     assert training_progress(tmp_path) == "vae: checkpoint of step 15"
@@ -128,7 +128,7 @@ FILES = ("tensors.safetensors", "state.json", "SHA256SUMS")
 
 @pytest.mark.parametrize("damage", [flipped, cut, Path.unlink])
 @pytest.mark.parametrize("file", FILES)
-def test_from_a_damaged_checkpoint_training_falls_back_to_the_one_before(kept, tmp_path, caplog, damage, file):
+def test_training_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(kept, tmp_path, caplog, damage, file):
     """The result is the same as without damage, bit for bit."""
     whole = finish(run(Linear(noisy=True), tmp_path / "whole", every=5))
     folder = shutil.copytree(kept, tmp_path / "killed")
@@ -140,8 +140,8 @@ def test_from_a_damaged_checkpoint_training_falls_back_to_the_one_before(kept, t
     assert again.history == whole.history
 
 
-def test_a_damaged_checkpoint_does_not_stay_for_a_sound_one(kept, tmp_path):
-    """The training goes on with another checkpoint interval. Then the newest two checkpoints are sound."""
+def test_a_damaged_checkpoint_is_removed_before_an_intact_one(kept, tmp_path):
+    """Training resumes with another checkpoint interval. Then the newest two checkpoints are intact."""
     folder = shutil.copytree(kept, tmp_path / "killed")
     flipped(folder / "step-00000015" / "tensors.safetensors")
     list(itertools.islice(run(Linear(noisy=True), folder, every=13), 1))  # from 10 to 20: a checkpoint at 13
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_does_not_stay_for_a_sound_one(kept, tmp_path):
     assert checkpoint.latest(folder)[1]["step"] == 13
 
 
-def test_training_stops_where_all_checkpoints_are_damaged(kept, tmp_path):
+def test_training_fails_if_all_checkpoints_are_damaged(kept, tmp_path):
     folder = shutil.copytree(kept, tmp_path / "killed")
     for path in folder.iterdir():
         cut(path / "state.json")
@@ -160,7 +160,7 @@ def test_training_stops_where_all_checkpoints_are_damaged(kept, tmp_path):
     assert finish(run(Linear(noisy=True), folder)).history[0]["step"] == 10
 
 
-def test_accumulating_two_halves_is_one_whole_batch(tmp_path):
+def test_two_accumulated_halves_equal_one_batch(tmp_path):
     one = Linear(batch_size=8)
     two = Linear(batch_size=4, accumulate=2)
     a = finish(run(one, tmp_path / "one", size=8))
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path):
         finish(run(other, tmp_path))
 
 
-def test_another_number_of_threads_is_warned_about(tmp_path, caplog):
+def test_another_number_of_threads_gives_a_warning(tmp_path, caplog):
     list(itertools.islice(run(Linear(), tmp_path), 2))
     threads = torch.get_num_threads()
     torch.set_num_threads(threads % 2 + 1)
@@ -207,7 +207,7 @@ def test_another_number_of_threads_is_warned_about(tmp_path, caplog):
     assert "results will differ" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
+def test_a_loss_that_is_not_finite_stops_training_with_one_sentence(tmp_path):
     method = Linear(learning_rate=1e-3)
     method.loss = lambda batch: (method.players["student"].module(batch["z"]).sum() * float("nan"), {})
     with pytest.raises(StageError, match="the loss is nan at step 0, before the first checkpoint; lower learning_r"):
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
 
 
 class Occasional(Linear):
-    """Gives a figure at every eighth step only."""
+    """Returns a figure only at every eighth step."""
 
     def turns(self, step):
         return [
@@ -224,7 +224,7 @@ class Occasional(Linear):
         ]
 
 
-def test_a_figure_given_now_and_then_is_logged_as_last_given(tmp_path):
+def test_a_figure_of_some_steps_is_logged_with_its_last_value(tmp_path):
     whole = finish(run(Occasional(), tmp_path / "whole")).history
     assert [line["seen"] for line in whole] == [8, 16, 24, 32]
     list(itertools.islice(run(Occasional(), tmp_path / "killed"), 2))
@@ -232,7 +232,7 @@ def test_a_figure_given_now_and_then_is_logged_as_last_given(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_not_checkpointed(tmp_path):
-    """The loss is finite, its gradient is not: sqrt at 0."""
+    """The loss, a square root at 0, is finite, but its gradient is not."""
     method = Linear()
     method.loss = lambda batch: ((method.players["student"].module(batch["z"]) * 0).square().sum().sqrt(), {})
     with pytest.raises(StageError, match="the gradient norm is nan at step 0"):
@@ -264,7 +264,7 @@ class TwoPlayers:
         self.seen.append(("after", step))
 
 
-def test_only_the_player_whose_turn_it_is_learns(tmp_path):
+def test_only_the_player_of_the_turn_is_trained(tmp_path):
     idle = TwoPlayers()
     idle.turns = lambda step: [Turn("critic", lambda batch: idle.loss("critic", batch))]
     before = {name: [p.clone() for p in player.module.parameters()] for name, player in idle.players.items()}
@@ -284,8 +284,8 @@ def test_only_the_player_whose_turn_it_is_learns(tmp_path):
 
 
 class Uneven(TwoPlayers):
-    """In each step, the critic has two turns. The student has one turn in three steps. Each step ends by making weights
-    smaller. `left` holds the weights after the step of each turn."""
+    """The critic has two turns in each step, the student one turn in three steps. Weights are made smaller at the end
+    of each step. `left` holds the weights after each turn."""
 
     def __init__(self, **settings):
         super().__init__()
@@ -310,7 +310,7 @@ class Uneven(TwoPlayers):
             self.left[turn.player].append(self.state(turn.player))
 
 
-def test_the_average_is_its_recurrence_over_the_players_own_turns(tmp_path):
+def test_the_average_follows_its_recurrence_over_the_players_turns(tmp_path):
     """mean <- d mean + (1 - d) value at turn n, with d = min(decay, (1 + n) / (10 + n)); 0.5 is reached at n = 8."""
     method = Uneven(steps=40, ema_decay=0.5)
     averages = finish(run(method, tmp_path)).averages
@@ -324,7 +324,7 @@ def test_the_average_is_its_recurrence_over_the_players_own_turns(tmp_path):
             torch.testing.assert_close(averages[name].state_dict()[key], mean.to(value.dtype), rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_warms_up_as_if_it_had_not_been_interrupted(tmp_path):
+def test_an_interruption_does_not_change_the_warm_up_of_the_average(tmp_path):
     whole = finish(run(Uneven(steps=30), tmp_path / "whole")).averages
     list(itertools.islice(run(Uneven(steps=30), tmp_path / "killed"), 2))  # after 20 steps; the last checkpoint: 14
     again = finish(run(Uneven(steps=30), tmp_path / "killed")).averages
@@ -361,13 +361,13 @@ class Exploding(TwoPlayers):
 
 @pytest.mark.parametrize("factor", [float("inf"), 1e9])
 @pytest.mark.parametrize("every", [4, 13])
-def test_the_player_that_exploded_first_its_step_and_the_last_good_checkpoint_are_named(tmp_path, factor, every):
+def test_the_error_names_the_first_diverged_player_its_step_and_the_last_good_checkpoint(tmp_path, factor, every):
     """Figures are checked every ten steps. By then the student has exploded too, because it learns from the critic."""
     last = {4: "step-00000008 is the last good checkpoint", 13: "before the first checkpoint"}[every]
     with pytest.raises(StageError, match=rf"the critic loss is \S+ at step 9.*{last}"):
         finish(run(Exploding(factor), tmp_path, every=every))
 
 
-def test_only_players_that_want_one_keep_an_average(tmp_path):
+def test_only_players_with_averaged_true_keep_an_average(tmp_path):
     method = TwoPlayers(averaged=("student",))
     assert set(finish(run(method, tmp_path)).averages) == {"student"}

@@ -24,24 +24,24 @@ UP: dict[str, Axis] = {".glb": "y", ".obj": "y", ".ply": "z"}
 class MeshConfig(SolidConfig):
     """The texture or the vertex colours of your own mesh. They start grey, with a little noise.
 
-    The mesh is moved and scaled: the origin is the centre of its bounding box, and the farthest vertex is 1 away from
-    it. There is no light: colours are shown as they are. Textures repeat outside [0, 1]. The parts of a scene share one
-    texture: where their UV coordinates overlap, they have the same colours.
+    The mesh is moved and scaled so that its bounding box is centred at the origin and its farthest vertex has distance
+    1 from it. There is no light: colours are shown as they are. Textures repeat outside [0, 1]. The parts of a scene
+    share one texture: where their UV coordinates overlap, they have the same colours.
     """
 
     name: Literal["mesh"] = "mesh"
     path: Annotated[str, Content()] = Field(description="an .obj, .ply or .glb file; its own colours are not used")
     up: Axis | None = Field(
         None,
-        description="axis of the file that points up; y: z is the front, as in glTF; z: x is the front; "
+        description="axis of the file that points up; with y, the front is z, as in glTF; with z, the front is x; "
         "default: y for .glb and .obj, z for .ply",
     )
     texture: int | None = Field(
         None,
         ge=2,
         le=8192,
-        description="side of the texture in texels, for meshes with UV coordinates; a texel that no pixel falls on is "
-        "not trained; null: a colour for each vertex",
+        description="side of the texture in texels, for meshes with UV coordinates; texels that no pixel falls on are "
+        "not trained; null: train a colour for each vertex instead",
     )
     smooth: float = Field(
         0.0,

@@ -26,9 +26,10 @@ NOISE = 0.1
 
 
 class Mesh(Solid):
-    """Particles on one surface. Each is a texture (3, T, T), top row first, or a set of vertex colours (V, 3).
+    """One surface with a colouring for each particle: a texture (3, T, T), top row first, or vertex colours (V, 3).
 
-    Colours are the sigmoid of `state`, in [0, 1]. There is no light. The geometry is not trained, and not saved."""
+    Colours are the sigmoid of `state`, in [0, 1]. There is no light. `state` does not hold the geometry, which is not
+    trained."""
 
     config: MeshConfig
     corners: Tensor

@@ -25,8 +25,8 @@ class NerfConfig(SolidConfig):
     name: Literal["nerf"] = "nerf"
     encoding: Literal["hash", "frequency"] = Field(
         "hash",
-        description="encoding of a position; hash: trained features on grids (Instant NGP, 2201.05989); "
-        "frequency: sines and cosines (NeRF, 2003.08934), smoother, but the network needs to be larger",
+        description="encoding of a position; hash: trained features on grids (Instant NGP, 2201.05989); frequency: "
+        "sines and cosines (NeRF, 2003.08934), which give smoother fields but need a larger network",
     )
     levels: int = Field(
         8,
@@ -54,21 +54,22 @@ class NerfConfig(SolidConfig):
     samples: int = Field(
         32,
         ge=1,
-        description="number of equal parts of a ray inside the ball; the network is evaluated once in each part: at a "
-        "random position in training, in the middle otherwise",
+        description="number of samples on each ray inside the ball; the ray is divided into as many equal parts; the "
+        "sample of a part is at a random position in training, and in the middle otherwise",
     )
     blob: float = Field(
         10.0,
         ge=0,
-        description="density in the middle before training; it falls linearly to 0 (Magic3D, 2211.10440); "
-        "0: training starts from a thin fog, and often no object forms",
+        description="density in the middle before training, from which it falls linearly to 0 (Magic3D, 2211.10440); "
+        "with 0, training starts from a thin fog, and often no object forms",
     )
     blob_radius: float = Field(0.5, gt=0, le=1, description="distance from the middle at which the blob ends")
     sparsity: float = Field(
         1e-3,
         ge=0,
-        description="weight of the mean of sqrt(opacity^2 + 0.01) over the pixels, which clears fog; threestudio's 1 "
-        "for Stable Diffusion is 6e-5 here, because Retort averages the teacher's loss over the elements of latents",
+        description="weight of the mean of sqrt(opacity^2 + 0.01) over the pixels, which removes fog; threestudio's "
+        "weight of 1 for Stable Diffusion corresponds to 6e-5 here, because Retort averages the teacher's loss over "
+        "the elements of latents",
     )
     opaque: float = Field(
         0.0, ge=0, description="weight of the mean entropy of opacity over the pixels, which drives opacity to 0 or 1"

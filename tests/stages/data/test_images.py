@@ -206,7 +206,7 @@ def test_many_images_are_memory_mapped(tmp_path, monkeypatch):
     assert (images == load(config).images).all()
 
 
-def test_what_is_wrong_is_named(tmp_path):
+def test_errors_name_the_file_and_the_row(tmp_path):
     config = folder_csv(tmp_path)
     (tmp_path / "04.png").write_bytes(b"not an image")
     with pytest.raises(StageError, match=r"04.png: the image cannot be read"):

@@ -167,7 +167,7 @@ def test_a_named_column(tmp_path):
         ("p.parquet", b"PAR1", "p.parquet: cannot be read as parquet"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, name, content, words):
+def test_errors_name_the_file_and_the_row(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(StageError, match=words):
         read(tmp_path / name)

@@ -295,7 +295,7 @@ def test_grey_and_jpeg_images_are_read_as_rgb(bapps, tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_named(bapps, tmp_path, harm, words):
+def test_errors_name_the_damaged_file(bapps, tmp_path, harm, words):
     harm(tmp_path / "train" / "traditional")
     with pytest.raises(StageError, match=f"BAPPS .*{words}"):
         bapps.load(of_nobody, held_out=False).batch(np.arange(3))

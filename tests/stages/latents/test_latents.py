@@ -226,7 +226,7 @@ def test_images_are_decoded_in_batches(folder, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_encoded_is_refused_when_planning(tmp_path, text, place, words):
+def test_images_that_cannot_be_encoded_are_refused_when_planning(tmp_path, text, place, words):
     with pytest.raises(ManifestError) as caught:
         plan_of(text, tmp_path)
     message = str(caught.value)

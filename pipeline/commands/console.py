@@ -33,25 +33,40 @@ store_option = click.option(
     metavar="FOLDER",
     help=f"The store. Default: RETORT_STORE, then the manifest's store, then {DEFAULT_STORE}.",
 )
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
 name_option = click.option("--name", help="Name of the run; default: the manifest's name.")
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How stages are run, and what is printed."""
+
+    engine: str = "ray"
+    wait: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    """Print nothing at all."""
+
+
 def execution_options(command: F) -> F:
-    """Add --engine, --wait and --debug to a command."""
-    for option in (
-        click.option(
-            "--engine",
-            type=click.Choice(["ray", "inline", "attached"]),
-            default="ray",
-            show_default=True,
-            help="ray: worker processes. inline: everything in this process, for debugging. "
-            "attached: workers of the Ray cluster that this process runs in.",
-        ),
-        click.option("--wait", is_flag=True, help="Wait for locks that other runs hold."),
-        click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
-    ):
-        command = option(command)
-    return command
+    """Add --engine, --wait, --json and --debug to a command. It gets them as one argument `how`, an Execution."""
+
+    @click.option(
+        "--engine",
+        type=click.Choice(["ray", "inline", "attached"]),
+        default="ray",
+        show_default=True,
+        help="ray: worker processes. inline: everything in this process, for debugging. "
+        "attached: workers of the Ray cluster that this process runs in.",
+    )
+    @click.option("--wait", is_flag=True, help="Wait for locks that other runs hold.")
+    @json_option
+    @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+    @wraps(command)
+    def with_execution(*args: Any, engine: str, wait: bool, as_json: bool, **others: Any) -> Any:
+        return command(*args, how=Execution(engine, wait, as_json), **others)
+
+    return with_execution  # type: ignore[return-value]
 
 
 def selection_options(command: F) -> F:
@@ -133,17 +148,6 @@ def plan_run(loaded: Loaded, run: Run, force: Collection[str] = ()) -> Plan:
 
     contents = read_contents(loaded, run.store.hashes)
     return make_plan(loaded, contents, run.store, run.previous(), force)
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How stages are run, and what is printed."""
-
-    engine: str = "ray"
-    wait: bool = False
-    as_json: bool = False
-    quiet: bool = False
-    """Print nothing at all."""
 
 
 def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -> Plan:

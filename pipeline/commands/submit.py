@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.commands.cluster import Cluster, cluster_options, resume_on, submit_to, submitted_by
+from pipeline.commands.cluster import Cluster, cluster_options, run_on
 from pipeline.commands.console import (
     Execution,
     carry_out,
+    dry_run_option,
     execution_options,
     find_run,
     is_manifest,
@@ -34,12 +35,11 @@ if TYPE_CHECKING:
 @click.argument("manifest", type=click.Path(path_type=Path))
 @set_option
 @selection_options
-@click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
+@dry_run_option
 @name_option
 @store_option
 @execution_options
 @cluster_options
-@json_option
 def submit(
     manifest: Path,
     overrides: tuple[str, ...],
@@ -47,9 +47,7 @@ def submit(
     dry_run: bool,
     name: str | None,
     store: str | None,
-    engine: str,
-    wait: bool,
-    as_json: bool,
+    how: Execution,
     cluster: Cluster | None,
 ) -> None:
     """Run the pipeline of MANIFEST. Artifacts that the store already holds are reused."""
@@ -58,43 +56,48 @@ def submit(
     loaded = examine(manifest, [*overrides, *store_override(store)])
     run_name = name or loaded.manifest.name
     if dry_run:
-        show_plan(loaded, run_name, selection, as_json)
+        show_plan(loaded, run_name, selection, how.as_json)
     elif cluster:
-        submit_to(cluster, loaded, run_name, selection, wait, as_json)
+        run_on(cluster, loaded, run_name, selection, how)
     else:
-        carry_out(loaded, run_name, selection, Execution(engine, wait, as_json))
+        carry_out(loaded, run_name, selection, how)
+
+
+def _same_build(_: click.Context, __: click.Parameter, theirs: str | None) -> None:
+    from pipeline.engines.nodes import build_difference
+    from pipeline.errors import UsageError
+
+    if theirs and (problem := build_difference("this node", "the machine that submitted the run", theirs)):
+        raise UsageError(problem)
 
 
 @click.command(short_help="Continue a run.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
 @click.argument("stages", metavar="[STAGE]...", nargs=-1, shell_complete=complete_stages)
 @selection_options
-@click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
+@dry_run_option
 @store_option
 @execution_options
 @cluster_options
-@submitted_by
-@json_option
+@click.option("--submitted-by", metavar="BUILD", hidden=True, expose_value=False, callback=_same_build)
 def resume(
     run_name: str | None,
     stages: tuple[str, ...],
     selection: Selection,
     dry_run: bool,
     store: str | None,
-    engine: str,
-    wait: bool,
-    as_json: bool,
+    how: Execution,
     cluster: Cluster | None,
 ) -> None:
     """Continue RUN, or only some STAGEs of it. Finished work is not repeated."""
     run = find_run(run_name, store)
     selection = replace(selection, only=(*stages, *selection.only))
     if dry_run:
-        show_plan(run.manifest(), run.name, selection, as_json)
+        show_plan(run.manifest(), run.name, selection, how.as_json)
     elif cluster:
-        resume_on(cluster, run, selection, wait, as_json)
+        run_on(cluster, run.manifest(), run.name, selection, how, follow=True)
     else:
-        carry_out(run.manifest(), run.name, selection, Execution(engine, wait, as_json))
+        carry_out(run.manifest(), run.name, selection, how)
 
 
 @click.command(short_help="Show what would be done, and why.")

@@ -1,14 +1,15 @@
-"""Ask a Ray dashboard over HTTP. A wrong address, token or version is explained in one sentence.
+"""Ask a Ray dashboard over HTTP (Ray's Jobs REST API). A wrong address, token or version is explained in one sentence.
 
-Jobs are submitted, followed and stopped by Ray's `JobSubmissionClient`. It has no timeout and follows redirects, and it
-does not tell an unknown job from a failed request. So the state of a job and the version of Ray are asked for here.
+Ray's `JobSubmissionClient` has no timeout and follows redirects, and it does not tell an unknown job from a failed
+request.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from http.client import HTTPException
+from collections.abc import Mapping
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -19,8 +20,8 @@ from pipeline.engines.nodes import needs
 from pipeline.errors import UsageError
 from stages.data.provenance import versions
 
-TIMEOUT = 15.0
-"""Seconds to wait for one answer."""
+TIMEOUT = 30.0
+"""Seconds to wait for one answer. To start or stop a job, the dashboard waits up to 10 s for an agent of its own."""
 
 PORT = 8265
 """The default port of a dashboard."""
@@ -63,17 +64,11 @@ class _NoRedirects(HTTPRedirectHandler):
 _open = build_opener(_NoRedirects).open
 
 
-def headers() -> dict[str, str]:
-    """HTTP headers with the token, which is found by Ray's own rules; empty without a token.
+def _token() -> tuple[str, str]:
+    """The token, found by Ray's own rules, and the variable or file that it is from. Both are empty if there is none.
 
     Raises UsageError for a token file that cannot be read.
     """
-    token, _ = _token()
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _token() -> tuple[str, str]:
-    """The token, and the variable or file that it is from. Both are empty if there is none."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return "", ""
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -88,25 +83,29 @@ def _token() -> tuple[str, str]:
         raise UsageError(f"the token in {file} (RAY_AUTH_TOKEN_PATH) cannot be read: {error.strerror}") from None
 
 
-def ask(address: str, path: str) -> Any:
-    """Return the JSON at `path`; None for HTTP 404.
+def ask(address: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    """Return the JSON at `path`; None for HTTP 404. With a `body`, it is posted as JSON.
 
     Raises Unreachable. Raises UsageError for a refused token, and for a redirect, which is not followed.
     """
+    token, _ = _token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    data = None if body is None else json.dumps(body).encode()
     try:
-        with _open(Request(address + path, headers=headers()), timeout=TIMEOUT) as reply:
+        with _open(Request(address + path, data, headers), timeout=TIMEOUT) as reply:
             return json.load(reply)
     except HTTPError as error:
         if error.code in (401, 403):
-            raise UsageError(refused(address, error.code)) from None
+            raise UsageError(_refused(address, error.code)) from None
         if error.code == 404:
             return None
         if "Location" in error.headers:
             where = error.headers["Location"]
             raise UsageError(f"{address} redirects to {where}; if that is the cluster, give that address") from None
-        raise Unreachable(f"{address} answers with HTTP {error.code}, not as a Ray dashboard") from None
-    except OSError as error:
-        why = getattr(error, "reason", error)
+        said = error.read().decode(errors="replace").strip().rpartition("\n")[2] if body is not None else error.reason
+        raise Unreachable(f"{address} answers with HTTP {error.code}: {said}") from None
+    except (OSError, IncompleteRead) as error:
+        why: Any = getattr(error, "reason", error)
         raise Unreachable(
             f"no Ray dashboard listens at {address} ({getattr(why, 'strerror', None) or why}); "
             "is the cluster up, and can this machine reach it?"
@@ -115,7 +114,7 @@ def ask(address: str, path: str) -> Any:
         raise Unreachable(f"what listens at {address} is no Ray dashboard") from None
 
 
-def refused(address: str, code: int) -> str:
+def _refused(address: str, code: int) -> str:
     """Say why a dashboard answered with HTTP 401 or 403, and what to do."""
     _, source = _token()
     how = (

@@ -5,10 +5,7 @@ A job executes `retort resume`. The state of a run is in the store, not in Ray.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
-import os
 import re
 import shlex
 import socket
@@ -21,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.engines.nodes import OVERRIDES, build, needs
+from pipeline.engines.nodes import build, needs
 from pipeline.errors import INTERRUPTED, StageFailed, UsageError
 from pipeline.jobs import dashboard
 from pipeline.runs import Run
@@ -41,14 +38,11 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 NOT_FOUND = 127
 """The exit code of a shell that cannot find the command."""
 
-SILENCE = 60.0
-"""Seconds without a line after which the connection to a log is renewed. A half-open connection reports no error."""
+LOOK_EVERY = 2.0
+"""Seconds between two looks at the log and the state of a job."""
 
 LOST_FOR = 300.0
 """Seconds without contact to the cluster after which following the job is given up."""
-
-PAUSE, LONGEST_PAUSE = 0.5, 10.0
-"""Seconds between two attempts to connect: the first pause, and the longest. The pause doubles each time."""
 
 STOP_FOR = 60.0
 """Seconds to wait for a job to end. Ray kills it RAY_JOB_STOP_WAIT_TIME_S seconds (default 3) after it was asked to
@@ -78,28 +72,29 @@ def load(run: Run) -> Job | None:
         return None
 
 
-def submit(run: Run, address: str, *, store_is_shared: bool, extra: Sequence[str] = ()) -> Job:
-    """Submit `run`, whose plan is stored already, to the cluster. `extra` are further arguments of `retort resume`.
+def submit(run: Run, address: str, arguments: Sequence[str]) -> Job:
+    """Submit `run`, whose plan is stored already, to the cluster. `arguments` are further ones of `retort resume`.
 
-    Raises UsageError for an unsuitable address, token, version of Ray or store. Raises StageFailed if the cluster does
-    not accept the job.
+    Raises UsageError for an unsuitable token or version of Ray. Raises StageFailed if the cluster does not accept the
+    job.
     """
-    address = dashboard.checked(address)
-    check_store(run.store.root, address, store_is_shared)
     ray, now = dashboard.same_ray(address), datetime.now(UTC)
     name = f"retort-{run.name}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
     job = Job(run.name, address, name, now.isoformat(timespec="seconds"), ray)
-    command = ["retort", "resume", run.name, *extra, "--store", str(run.store.root), "--engine", "attached"]
+    command = ["retort", "resume", run.name, *arguments, "--store", str(run.store.root), "--engine", "attached"]
+    request = {
+        "entrypoint": shlex.join([*command, "--submitted-by", build()]),
+        "submission_id": name,
+        "metadata": {"retort_run": run.name, "retort_store": str(run.store.root), "retort_build": build()},
+    }
     # written before the job is submitted, so that every running job is on record
     write_atomically(run.folder / "job.json", json.dumps(asdict(job), indent=2).encode("utf-8"))
     try:
-        _client(address).submit_job(
-            entrypoint=shlex.join([*command, "--submitted-by", build()]),
-            submission_id=name,
-            metadata={"retort_run": run.name, "retort_store": str(run.store.root), "retort_build": build()},
-        )
-    except (RuntimeError, OSError) as error:
-        raise StageFailed(f"the cluster at {address} did not accept the job: {error}") from error
+        accepted = dashboard.ask(address, "/api/jobs/", request)
+    except dashboard.Unreachable as error:
+        raise StageFailed(f"the cluster did not accept the job: {error}") from error
+    if accepted is None:
+        raise StageFailed(f"the dashboard at {address} does not take jobs")
     return job
 
 
@@ -110,78 +105,43 @@ def alive(job: Job) -> bool:
 
 
 def follow(job: Job, write: Callable[[str], None]) -> int:
-    """Write the job's log as it grows, until the job ends. Return the exit code of its driver. Lost connections are
-    renewed.
+    """Write the job's log as it grows, until the job ends. Return the exit code of its driver.
 
-    Raises StageFailed if no driver started, or if the cluster is gone or does not know the job.
+    The whole log is fetched each time, so nothing is lost with a connection. Raises StageFailed if no driver started,
+    or if the cluster is gone or does not know the job.
     """
-    log, client = _Log(job, write), _client(job.address)
-    pause, last_contact, told = PAUSE, time.monotonic(), False
+    written, last_contact, told = 0, time.monotonic(), False
     while True:
-        before, lost = log.written, asyncio.run(log.read(client))
         try:
             found = _info(job)
-            if found["status"] in ENDED:
-                log.write_rest()
-                return _exit_code(job, found)
-            last_contact = time.monotonic()
+            log = dashboard.ask(job.address, f"/api/jobs/{job.id}/logs")["logs"]
         except dashboard.Unreachable as error:
-            lost = str(error)
             if time.monotonic() - last_contact > LOST_FOR:
-                raise StageFailed(f"{lost}\njob {job.id} may still run: resume with --address to follow it") from None
-        if log.written > before:
-            pause, told = PAUSE, False
-        if lost and not told:
+                raise StageFailed(f"{error}\njob {job.id} may still run: resume with --address to follow it") from None
+            if not told:
+                print(f"connection lost, trying again ({error})", file=sys.stderr, flush=True)
             told = True
-            print(f"connection lost, trying again ({lost})", file=sys.stderr, flush=True)
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+        else:
+            if len(log) > written:
+                write(log[written:])
+                written = len(log)
+            if found["status"] in ENDED:
+                return _exit_code(job, found)
+            last_contact, told = time.monotonic(), False
+        time.sleep(LOOK_EVERY)
 
 
-class _Log:
-    """Writes a job's log as it grows. It counts the characters that it has written, because each new connection starts
-    at the beginning of the log."""
-
-    def __init__(self, job: Job, write: Callable[[str], None]) -> None:
-        self.job, self._write, self.written = job, write, 0
-
-    async def read(self, client: Any) -> str:
-        """Write the log until the connection ends. Return why it was lost, or an empty string."""
-        position, chunks = 0, client.tail_job_logs(self.job.id)
-        while True:
-            try:
-                text = await asyncio.wait_for(anext(chunks), SILENCE)
-            except (StopAsyncIteration, TimeoutError):
-                return ""
-            except Exception as error:  # of Ray, of aiohttp or of the system: `follow` looks at the job's state next
-                return str(error) or type(error).__name__
-            self._write_from(position, text)
-            position += len(text)
-
-    def write_rest(self) -> None:
-        """Write the rest of the log of a job that has ended. Raises Unreachable."""
-        found = dashboard.ask(self.job.address, f"/api/jobs/{self.job.id}/logs")
-        self._write_from(0, found["logs"] if found else "")
-
-    def _write_from(self, position: int, text: str) -> None:
-        new = text[max(0, self.written - position) :]
-        if new:
-            self._write(new)
-            self.written += len(new)
-
-
-def stop(job: Job) -> str:
-    """Stop the job and wait until it has ended. Return its final state. Raises StageFailed if it does not end."""
-    client, deadline = _client(job.address), time.monotonic() + STOP_FOR
+def stop(job: Job) -> None:
+    """Stop the job and wait until it has ended. Raises StageFailed if it does not end."""
+    deadline = time.monotonic() + STOP_FOR
     try:
-        client.stop_job(job.id)
-    except RuntimeError as error:
-        raise StageFailed(f"the cluster at {job.address} did not stop job {job.id}: {error}") from error
+        dashboard.ask(job.address, f"/api/jobs/{job.id}/stop", {})
+    except dashboard.Unreachable as error:
+        raise StageFailed(f"the cluster did not stop job {job.id}: {error}") from error
     while (status := str(_info(job)["status"])) not in ENDED:
         if time.monotonic() > deadline:
             raise StageFailed(f"job {job.id} is still {status.lower()} after {STOP_FOR:.0f} s")
-        time.sleep(PAUSE)
-    return status
+        time.sleep(LOOK_EVERY)
 
 
 def check_store(root: Path, address: str, store_is_shared: bool) -> None:
@@ -214,18 +174,6 @@ def file_system(path: Path, mounts: Path = MOUNTS) -> str | None:
 def _is_here(address: str) -> bool:
     host = urlsplit(address).hostname or ""
     return host in ("localhost", "::1", socket.gethostname().lower()) or host.startswith("127.")
-
-
-def _client(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
-    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # it logs each closed connection
-    for variable in OVERRIDES:
-        os.environ.pop(variable, None)
-    try:
-        return JobSubmissionClient(address, headers=dashboard.headers())
-    except (RuntimeError, OSError) as error:
-        raise dashboard.Unreachable(f"the dashboard at {address} does not take jobs: {error}") from error
 
 
 def _info(job: Job) -> dict[str, Any]:

@@ -92,8 +92,9 @@ class Cluster:
 
 
 class Proxy:
-    """A proxy for a port. It cuts connections that follow a log, the k-th after `cuts[k]` bytes. For `outage` seconds
-    after each cut, it refuses all connections."""
+    """A proxy for a port. It cuts the first answer with a log that is longer than `cuts[0]` bytes at this length, then
+    the first that is longer than `cuts[1]`, and so on. For `outage` seconds after each cut, it refuses all
+    connections."""
 
     def __init__(self, port: int, cuts: list[int], outage: float) -> None:
         self._port, self._cuts, self._outage, self._dark_until = port, cuts.copy(), outage, 0.0
@@ -120,7 +121,7 @@ class Proxy:
             server = socket.create_connection(("127.0.0.1", self._port))
             request = client.recv(65536)
             server.sendall(request)
-            left = self._cuts.pop(0) if b"/logs/tail" in request and self._cuts else None
+            left = self._cuts[0] if b"/logs " in request and self._cuts else None
             threading.Thread(target=self._pass, args=(client, server, None), daemon=True).start()
             threading.Thread(target=self._pass, args=(server, client, left), daemon=True).start()
 
@@ -133,6 +134,7 @@ class Proxy:
                 target.sendall(data)
                 left = None if left is None else left - len(data)
         if left == 0:
+            self._cuts.pop(0)
             self._dark_until = time.monotonic() + self._outage
         for end in (source, target):
             with suppress(OSError):

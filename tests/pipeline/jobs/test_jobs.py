@@ -163,12 +163,13 @@ def user(monkeypatch, cluster):
 
 
 def job_of(address, entry_point, name):
-    jobs._client(address).submit_job(entrypoint=entry_point, submission_id=name)
+    ask(address, "/api/jobs/", {"entrypoint": entry_point, "submission_id": name})
     return jobs.Job("any", address, name, "", "")
 
 
-def test_a_cut_log_goes_on_where_it_was(cluster, user, capsys):
-    """The log is cut four times, in the middle of lines and of messages of the dashboard."""
+def test_a_cut_log_goes_on_where_it_was(cluster, user, capsys, monkeypatch):
+    """The connection is cut four times, in the middle of lines."""
+    monkeypatch.setattr(jobs, "LOOK_EVERY", 0.5)
     proxy = Proxy(cluster.port, cuts=[350, 1200, 1777, 2503], outage=0.7)
     entry_point = 'i=0; while [ $i -lt 300 ]; do echo "line $i ☃ of the log"; i=$((i+1)); sleep 0.03; done; exit 7'
     job = job_of(proxy.address, entry_point, "cut")

@@ -128,14 +128,13 @@ def find_artifact(target: str, store: str | None) -> Path:
         return Path(target)
     run = find_run(run_name, store)
     plan = run.plan()
-    if stage not in plan:
-        several = chosen(list(plan), stage)
-        if len(several) > 1:
-            raise UsageError(f"run {run.name} has several stages {stage}; name one: {', '.join(several)}")
-        if not several:
-            raise UsageError(f"run {run.name} has no stage {stage!r}{suggest(stage, list(plan))}")
-        (stage,) = several
-    return run.store.folder(plan[stage]["kind"], plan[stage]["fingerprint"])
+    found = chosen(list(plan), stage)
+    if not found:
+        raise UsageError(f"run {run.name} has no stage {stage!r}{suggest(stage, list(plan))}")
+    if len(found) > 1:
+        raise UsageError(f"run {run.name} has several stages {stage}; name one: {', '.join(found)}")
+    planned = plan[found[0]]
+    return run.store.folder(planned["kind"], planned["fingerprint"])
 
 
 def store_override(store: str | None) -> list[str]:
@@ -230,19 +229,6 @@ def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) ->
         if stage.state in ("run", "resume"):
             for text in stage.artifact.stage.warnings(stage.artifact.inputs):
                 say_warning(f"{stage.name}: {text}")
-
-
-def show_difference(loaded: Loaded, other: str, as_json: bool) -> None:
-    """Print how a manifest's plan differs from the plan of run `other`."""
-    from pipeline.planning.difference import difference
-    from pipeline.runs import Run
-    from pipeline.views import tables
-
-    store = open_store(loaded.manifest.store)
-    before = Run.find(store, other).plan()
-    now = plan_run(loaded, Run(store, loaded.manifest.name))
-    found = difference(before, {stage.name: stage.as_dict() for stage in now})
-    print_result(as_json, found, lambda: tables.difference(found))
 
 
 def _engine(name: str) -> Any:

@@ -18,9 +18,11 @@ from pipeline.commands.console import (
     is_manifest,
     json_option,
     name_option,
+    open_store,
+    plan_run,
+    print_result,
     selection_options,
     set_option,
-    show_difference,
     show_plan,
     store_option,
     store_override,
@@ -124,18 +126,24 @@ def plan(
 ) -> None:
     """Show what `retort submit MANIFEST` or `retort resume RUN` would do, and why. Nothing is changed."""
     from pipeline.manifest import examine
+    from pipeline.planning.difference import difference
+    from pipeline.runs import Run
+    from pipeline.views import tables
 
-    if name is not None and not is_manifest(target):
-        raise click.UsageError("--name needs a manifest; a run already has a name")
     if is_manifest(target):
         loaded = examine(Path(target), [*overrides, *store_override(store)])
         run_name = name or loaded.manifest.name
+    elif name is not None:
+        raise click.UsageError("--name needs a manifest; a run already has a name")
     else:
         run = find_run(target, store)
         loaded, run_name = run.manifest(overrides), run.name
-    if diff is not None and (selection.given or selection.force):
-        raise click.UsageError("--diff compares whole plans; do not give --only, --from or --force")
-    if diff is not None:
-        show_difference(loaded, diff, as_json)
-    else:
+    if diff is None:
         show_plan(loaded, run_name, selection, as_json)
+        return
+    if selection.given or selection.force:
+        raise click.UsageError("--diff compares whole plans; do not give --only, --from or --force")
+    before = Run.find(open_store(loaded.manifest.store), diff).plan()
+    now = plan_run(loaded, Run(open_store(loaded.manifest.store), loaded.manifest.name))
+    found = difference(before, {stage.name: stage.as_dict() for stage in now})
+    print_result(as_json, found, lambda: tables.difference(found))

@@ -31,7 +31,7 @@ FLOORS = [
 ]
 
 HOMES = {
-    "ray": {"pipeline.engines", "pipeline.jobs"},
+    "ray": {"pipeline.engines"},
     "webdataset": {"stages.data"},
     "diffusers": {"stages.networks", "stages.teacher"},
     "torchvision": {"stages.networks"},

@@ -14,17 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.commands.console import (
-    Execution,
-    find_run,
-    held,
-    ignore_overrides,
-    open_store,
-    plan_run,
-    print_result,
-    show_done,
-    store_option,
-)
+from pipeline.commands import console
 from pipeline.reference.completion import complete_runs_or_paths
 
 if TYPE_CHECKING:
@@ -68,7 +58,7 @@ def cluster_options(command: F) -> F:
 
 
 def run_on(
-    cluster: Cluster, loaded: Loaded, name: str, selection: Selection, how: Execution, follow: bool = False
+    cluster: Cluster, loaded: Loaded, name: str, selection: Selection, how: console.Execution, follow: bool = False
 ) -> None:
     """Plan a run on this machine, and submit it to the cluster as a job. If the run is a job already that is under way,
     raise Locked, or with `follow`, follow that job.
@@ -80,7 +70,7 @@ def run_on(
     from pipeline.jobs.dashboard import Unreachable
     from pipeline.runs import Run
 
-    run = Run(open_store(loaded.manifest.store), name)
+    run = Run(console.open_store(loaded.manifest.store), name)
     job, under_way = jobs.load(run), False
     try:
         under_way = job is not None and jobs.alive(job)
@@ -89,9 +79,9 @@ def run_on(
             raise  # otherwise the cluster of the old job is gone; a driver that still runs holds the run's lock
     if job is None or not under_way:
         jobs.check_store(run.store.root, cluster.address, cluster.store_is_shared)
-        with held(loaded, run, selection, how.wait):
+        with console.held(loaded, run, selection, how.wait):
             pass  # this makes and stores the plan; the job then carries it out
-        ignore_overrides(f"--address {cluster.address} is used")
+        console.ignore_overrides(f"--address {cluster.address} is used")
         given = {"--only": selection.only, "--from": selection.onward}
         arguments = [word for option, names in given.items() for name in names for word in (option, name)]
         job = jobs.submit(run, cluster.address, [*arguments, *(["--wait"] if how.wait else [])])
@@ -104,7 +94,7 @@ def run_on(
         click.echo(f"job {job.id} is still under way: following it", err=True)
     if cluster.no_wait:
         result = {"run": run.name, "job": job.id, "address": job.address}
-        print_result(how.as_json, result, lambda: f"submitted as job {job.id}; {_how(run, job)}")
+        console.print_result(how.as_json, result, lambda: f"submitted as job {job.id}; {_how(run, job)}")
         return
     try:
         # with --json, standard output is only for the result
@@ -115,7 +105,7 @@ def run_on(
     if code:
         sys.exit(code)
     if how.as_json:
-        show_done(run, plan_run(run.manifest(), run), how.as_json)
+        console.show_done(run, console.plan_run(run.manifest(), run), how.as_json)
 
 
 def _how(run: Run, job: Job) -> str:
@@ -130,36 +120,31 @@ def _how(run: Run, job: Job) -> str:
 
 @click.command(short_help="Stop a run, on this machine or in a cluster.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
-@store_option
+@console.store_option
 def stop(run_name: str | None, store: str | None) -> None:
     """Stop RUN, on this machine or in a cluster. It can be resumed."""
+    from pipeline import jobs
     from pipeline.errors import UsageError
+    from pipeline.jobs.dashboard import Unreachable
 
-    run = find_run(run_name, store)
-    if not _stopped_job(run):
-        driver = run.driver()
-        if driver is None:
-            raise UsageError(f"run {run.name} is not running (store {run.store.root})")
+    run = console.find_run(run_name, store)
+    job, driver, in_cluster = jobs.load(run), run.driver(), False
+    try:
+        in_cluster = job is not None and jobs.alive(job)
+    except Unreachable as error:
+        click.echo(f"job {job and job.id}: {error}", err=True)
+    if job and in_cluster:
+        jobs.stop(job)
+        _explain_kill(run, driver)
+    elif driver:
         _stop_driver(run, driver)
+    else:
+        raise UsageError(f"run {run.name} is not running (store {run.store.root})")
     click.echo(f"stopped; carry on with: retort resume {run.name} --store {run.store.root}")
 
 
-def _stopped_job(run: Run) -> bool:
-    """Stop the run's job if it is running. Return whether it was."""
-    from pipeline import jobs
-    from pipeline.jobs.dashboard import Unreachable
-
-    job = jobs.load(run)
-    if job is None:
-        return False
-    try:
-        if not jobs.alive(job):
-            return False
-    except Unreachable as error:
-        click.echo(f"job {job.id}: {error}", err=True)
-        return False
-    driver = run.driver()
-    jobs.stop(job)
+def _explain_kill(run: Run, driver: Holder | None) -> None:
+    """If a job was killed while its driver was at work, say so, and how to give it more time."""
     last = [event["event"] for event in run.events()][-1:]
     if driver and not {"run_interrupted", "run_done", "stage_failed"}.intersection(last):
         click.echo(
@@ -167,7 +152,6 @@ def _stopped_job(run: Run) -> bool:
             "RAY_JOB_STOP_WAIT_TIME_S (seconds; 3 by default) when starting the head node",
             err=True,
         )
-    return True
 
 
 def _stop_driver(run: Run, driver: Holder) -> None:

@@ -233,14 +233,11 @@ def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) ->
 
 def _engine(name: str) -> Any:
     from pipeline.engines import InlineEngine
-
-    if name == "inline":
-        return InlineEngine()
     from pipeline.engines.ray import RayEngine
 
     if name == "ray":
         ignore_overrides("this run starts a Ray of its own")
-    return RayEngine(attached=name == "attached")
+    return InlineEngine() if name == "inline" else RayEngine(attached=name == "attached")
 
 
 def ignore_overrides(instead: str) -> None:

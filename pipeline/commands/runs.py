@@ -71,11 +71,11 @@ def logs(run_name: str, stage: str | None, follow: bool, as_json: bool, store: s
                 click.echo(f"==> {name} <==")
             for line in lines(run.log_file(name), run, follow):
                 click.echo(line)
-        return
-    for line in lines(run.folder / "events.jsonl", run, follow):
-        event = read_event(line)
-        if event and (not stage or event["stage"] in names):
-            click.echo(line if as_json else _words(event))
+    else:
+        for line in lines(run.folder / "events.jsonl", run, follow):
+            event = read_event(line)
+            if event and (not stage or event["stage"] in names):
+                click.echo(line if as_json else _words(event))
 
 
 def _words(event: dict[str, Any]) -> str:

@@ -10,23 +10,13 @@ from typing import Any
 
 import click
 
-from pipeline.commands.console import (
-    Execution,
-    carry_out,
-    execution_options,
-    find_artifact,
-    json_option,
-    open_store,
-    print_result,
-    say_waiting,
-    store_option,
-)
+from pipeline.commands import console
 from pipeline.reference.completion import complete_runs_or_paths
 
 
 @click.command(short_help="Show what is in shards of pairs.")
 @click.argument("target", shell_complete=complete_runs_or_paths)
-@store_option
+@console.store_option
 @click.option("--deep", is_flag=True, help="Read and hash every tar again.")
 @click.option(
     "--html",
@@ -35,7 +25,7 @@ from pipeline.reference.completion import complete_runs_or_paths
 )
 @click.option("--sample", "samples", type=click.IntRange(0), default=0, help="Also write this many decoded samples.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("samples"), show_default=True)
-@json_option
+@console.json_option
 def stats(target: str, store: str | None, deep: bool, html: Path | None, samples: int, out: Path, as_json: bool) -> int:
     """Show what is in TARGET: a run, a sealed `pairs` artifact, or a folder or URL of shards. The shards may be any
     webdataset, including one that Retort did not make.
@@ -58,8 +48,8 @@ def stats(target: str, store: str | None, deep: bool, html: Path | None, samples
 
 @click.command(short_help="Check artifacts by hashing them again.")
 @click.argument("target", shell_complete=complete_runs_or_paths)
-@store_option
-@json_option
+@console.store_option
+@console.json_option
 def verify(target: str, store: str | None, as_json: bool) -> int:
     """Read and hash everything in TARGET again, and list what is damaged. TARGET is the path of an artifact of any
     kind, RUN/STAGE, a run (all its artifacts), or a folder or URL of shards. The exit code is 1 if something is
@@ -82,9 +72,9 @@ def shards() -> None:
 
 @shards.command()
 @click.argument("target", metavar="ARTIFACT|RUN/STAGE")
-@store_option
-@execution_options
-def repair(target: str, store: str | None, how: Execution) -> None:
+@console.store_option
+@console.execution_options
+def repair(target: str, store: str | None, how: console.Execution) -> None:
     """Make damaged shards of the sealed `pairs` ARTIFACT again, byte for byte.
 
     The artifact is unsealed first: no stage can use it until it is whole again. If the command is killed, repeat it.
@@ -92,16 +82,16 @@ def repair(target: str, store: str | None, how: Execution) -> None:
     from pipeline.planning import Selection
     from pipeline.runs.repair import plan_repair
 
-    artifact = find_artifact(target, store)
+    artifact = console.find_artifact(target, store)
     found = plan_repair(artifact)
     if not found.needed:
-        print_result(how.as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
+        console.print_result(how.as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
         return
-    found.unseal(say_waiting if how.wait else None)
-    carry_out(found.loaded, found.run_name, Selection(), replace(how, quiet=True))
+    found.unseal(console.say_waiting if how.wait else None)
+    console.carry_out(found.loaded, found.run_name, Selection(), replace(how, quiet=True))
     changed = found.changed()
     result = {"repaired": list(found.damaged), "changed": changed}
-    print_result(how.as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'only the seal'}")
+    console.print_result(how.as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'only the seal'}")
     if changed:
         click.echo(
             f"sealed again, but with different bytes: {', '.join(changed)}; the hardware or the versions have changed; "
@@ -113,7 +103,7 @@ def repair(target: str, store: str | None, how: Execution) -> None:
 @shards.command()
 @click.argument("target", metavar="ARTIFACT|RUN/STAGE")
 @click.argument("out", type=click.Path(path_type=Path))
-@store_option
+@console.store_option
 @click.option(
     "--to",
     "form",
@@ -127,7 +117,7 @@ def export(target: str, out: Path, store: str | None, form: str) -> None:
     from pipeline.store import load_artifact
     from stages.data.export import EXPORTS
 
-    artifact = find_artifact(target, store)
+    artifact = console.find_artifact(target, store)
     found = load_artifact(artifact)
     if found.kind != "pairs":
         raise UsageError(f"{artifact} is of kind {found.kind}; only pairs have shards")
@@ -146,12 +136,9 @@ def _places(target: str, store: str | None, kind: str | None = None) -> list[str
     from pipeline.runs import Run, status_of
 
     if "/" in target:
-        artifact = find_artifact(target, store)
-        if not artifact.exists():
-            raise UsageError(f"{artifact} does not exist")
-        return [str(artifact)]
+        return [str(console.find_artifact(target, store))]
     try:
-        run = Run.find(open_store(store), target)
+        run = Run.find(console.open_store(store), target)
     except UsageError as error:
         raise UsageError(f"{target} is neither a folder nor a run: {error}") from None
     made = [s["artifact"] for s in status_of(run).values() if kind in (None, s["kind"]) and s["state"] == "done"]
@@ -195,8 +182,8 @@ def _report(as_json: bool, found: dict[str, dict[str, Any]], table: Callable[[di
     """Print the reports. If there are several, each begins with the path of its target. Return the exit code."""
     if len(found) == 1:
         (report,) = found.values()
-        print_result(as_json, report, lambda: table(report))
+        console.print_result(as_json, report, lambda: table(report))
     else:
         texts = (f"{place}\n{table(report)}" for place, report in found.items())
-        print_result(as_json, list(found.values()), lambda: "\n\n".join(texts))
+        console.print_result(as_json, list(found.values()), lambda: "\n\n".join(texts))
     return int(any(report["damaged"] for report in found.values()))

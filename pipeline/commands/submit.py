@@ -8,25 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.commands import console
 from pipeline.commands.cluster import Cluster, cluster_options, run_on
-from pipeline.commands.console import (
-    Execution,
-    carry_out,
-    dry_run_option,
-    execution_options,
-    find_run,
-    is_manifest,
-    json_option,
-    name_option,
-    open_store,
-    plan_run,
-    print_result,
-    selection_options,
-    set_option,
-    show_plan,
-    store_option,
-    store_override,
-)
 from pipeline.reference.completion import complete_runs, complete_runs_or_paths, complete_stages
 
 if TYPE_CHECKING:
@@ -35,12 +18,12 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Run the pipeline of a manifest.")
 @click.argument("manifest", type=click.Path(path_type=Path))
-@set_option
-@selection_options
-@dry_run_option
-@name_option
-@store_option
-@execution_options
+@console.set_option
+@console.selection_options
+@console.dry_run_option
+@console.name_option
+@console.store_option
+@console.execution_options
 @cluster_options
 def submit(
     manifest: Path,
@@ -49,20 +32,20 @@ def submit(
     dry_run: bool,
     name: str | None,
     store: str | None,
-    how: Execution,
+    how: console.Execution,
     cluster: Cluster | None,
 ) -> None:
     """Run the pipeline of MANIFEST. Artifacts that the store already holds are reused."""
     from pipeline.manifest import examine
 
-    loaded = examine(manifest, [*overrides, *store_override(store)])
+    loaded = examine(manifest, [*overrides, *console.store_override(store)])
     run_name = name or loaded.manifest.name
     if dry_run:
-        show_plan(loaded, run_name, selection, how.as_json)
+        console.show_plan(loaded, run_name, selection, how.as_json)
     elif cluster:
         run_on(cluster, loaded, run_name, selection, how)
     else:
-        carry_out(loaded, run_name, selection, how)
+        console.carry_out(loaded, run_name, selection, how)
 
 
 def _same_build(_: click.Context, __: click.Parameter, theirs: str | None) -> None:
@@ -76,10 +59,10 @@ def _same_build(_: click.Context, __: click.Parameter, theirs: str | None) -> No
 @click.command(short_help="Continue a run.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
 @click.argument("stages", metavar="[STAGE]...", nargs=-1, shell_complete=complete_stages)
-@selection_options
-@dry_run_option
-@store_option
-@execution_options
+@console.selection_options
+@console.dry_run_option
+@console.store_option
+@console.execution_options
 @cluster_options
 @click.option("--submitted-by", metavar="BUILD", hidden=True, expose_value=False, callback=_same_build)
 def resume(
@@ -88,33 +71,33 @@ def resume(
     selection: Selection,
     dry_run: bool,
     store: str | None,
-    how: Execution,
+    how: console.Execution,
     cluster: Cluster | None,
 ) -> None:
     """Continue RUN, or only some STAGEs of it. Finished work is not repeated."""
-    run = find_run(run_name, store)
+    run = console.find_run(run_name, store)
     selection = replace(selection, only=(*stages, *selection.only))
     if dry_run:
-        show_plan(run.manifest(), run.name, selection, how.as_json)
+        console.show_plan(run.manifest(), run.name, selection, how.as_json)
     elif cluster:
         run_on(cluster, run.manifest(), run.name, selection, how, follow=True)
     else:
-        carry_out(run.manifest(), run.name, selection, how)
+        console.carry_out(run.manifest(), run.name, selection, how)
 
 
 @click.command(short_help="Show what would be done, and why.")
 @click.argument("target", metavar="MANIFEST|RUN", shell_complete=complete_runs_or_paths)
-@set_option
-@selection_options
+@console.set_option
+@console.selection_options
 @click.option(
     "--diff",
     metavar="RUN",
     shell_complete=complete_runs,
     help="Show instead how the settings differ from those of this run.",
 )
-@name_option
-@store_option
-@json_option
+@console.name_option
+@console.store_option
+@console.json_option
 def plan(
     target: str,
     overrides: tuple[str, ...],
@@ -130,20 +113,20 @@ def plan(
     from pipeline.runs import Run
     from pipeline.views import tables
 
-    if is_manifest(target):
-        loaded = examine(Path(target), [*overrides, *store_override(store)])
+    if console.is_manifest(target):
+        loaded = examine(Path(target), [*overrides, *console.store_override(store)])
         run_name = name or loaded.manifest.name
     elif name is not None:
         raise click.UsageError("--name needs a manifest; a run already has a name")
     else:
-        run = find_run(target, store)
+        run = console.find_run(target, store)
         loaded, run_name = run.manifest(overrides), run.name
     if diff is None:
-        show_plan(loaded, run_name, selection, as_json)
+        console.show_plan(loaded, run_name, selection, as_json)
         return
     if selection.given or selection.force:
         raise click.UsageError("--diff compares whole plans; do not give --only, --from or --force")
-    before = Run.find(open_store(loaded.manifest.store), diff).plan()
-    now = plan_run(loaded, Run(open_store(loaded.manifest.store), loaded.manifest.name))
+    before = Run.find(console.open_store(loaded.manifest.store), diff).plan()
+    now = console.plan_run(loaded, Run(console.open_store(loaded.manifest.store), loaded.manifest.name))
     found = difference(before, {stage.name: stage.as_dict() for stage in now})
-    print_result(as_json, found, lambda: tables.difference(found))
+    console.print_result(as_json, found, lambda: tables.difference(found))

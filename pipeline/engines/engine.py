@@ -38,7 +38,7 @@ class Failure:
         final = isinstance(error, StageError) or (isinstance(error, OSError) and error.errno in FINAL_ERRNOS)
         return cls(describe(error), "".join(traceback.format_exception(error)), final)
 
-    def end(self) -> NoReturn:
+    def fail(self) -> NoReturn:
         """Log the failure, and raise it as a StageError."""
         log.error("%s", self.traceback)
         raise StageError(self.message)

@@ -36,7 +36,7 @@ class InlineEngine:
         try:
             return (yield from function(*arguments))
         except Exception as error:
-            Failure.of(error).end()
+            Failure.of(error).fail()
 
     def close(self) -> None:
         pass

@@ -145,7 +145,7 @@ class RayEngine:
                     retry_or_raise(outcome.failure, what, lost_in_a_row)
                     break  # the function continues from its files on disk
                 else:
-                    outcome.failure.end()
+                    outcome.failure.fail()
 
     def close(self) -> None:
         if self._ray is not None:
@@ -269,7 +269,7 @@ class _StageWorkers:
             retry_or_raise(LOST, "the start of a worker", self._failed_starts)
             self._engine.replace(worker)
         elif outcome.failure is not None:
-            outcome.failure.end()
+            outcome.failure.fail()
         else:
             self._failed_starts = 0
             worker.where = outcome.value

@@ -128,8 +128,8 @@ def _refused(address: str, code: int) -> str:
     return f"{address} asks for a token, and there is none here (HTTP {code}): {how}"
 
 
-def same_ray(address: str) -> str:
-    """Return the cluster's version of Ray. Raises UsageError unless its first two numbers are those of this machine."""
+def check_ray(address: str) -> None:
+    """Raise UsageError unless the first two numbers of the cluster's version of Ray are those of this machine."""
     found = ask(address, "/api/version")
     if not isinstance(found, dict) or "ray_version" not in found:
         raise UsageError(f"what listens at {address} is no Ray dashboard")
@@ -139,4 +139,3 @@ def same_ray(address: str) -> str:
             f"the cluster at {address} runs Ray {in_cluster}, but this machine has Ray {here}: "
             f"its nodes need {needs()}; or install ray[default]=={in_cluster} here"
         )
-    return in_cluster

@@ -51,24 +51,19 @@ stop."""
 
 @dataclass(frozen=True)
 class Job:
-    """A run that was submitted to a cluster, as STORE/runs/NAME/job.json holds it.
+    """A run that was submitted to a cluster, as STORE/runs/NAME/job.json holds it: the address of the dashboard, and
+    the name of the job in Ray."""
 
-    `address` is the address of the dashboard, `id` the name of the job in Ray, `submitted` a UTC time, and `ray` the
-    version of Ray in the cluster.
-    """
-
-    run: str
     address: str
     id: str
-    submitted: str
-    ray: str
 
 
 def load(run: Run) -> Job | None:
     """The run's latest job, which may have ended long ago. None if there is none, or if job.json cannot be read."""
     try:
-        return Job(**json.loads((run.folder / "job.json").read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        found = json.loads((run.folder / "job.json").read_text(encoding="utf-8"))
+        return Job(found["address"], found["id"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -78,19 +73,14 @@ def submit(run: Run, address: str, arguments: Sequence[str]) -> Job:
     Raises UsageError for an unsuitable token or version of Ray. Raises StageFailed if the cluster does not accept the
     job.
     """
-    ray, now = dashboard.same_ray(address), datetime.now(UTC)
-    name = f"retort-{run.name}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
-    job = Job(run.name, address, name, now.isoformat(timespec="seconds"), ray)
+    dashboard.check_ray(address)
+    job = Job(address, f"retort-{run.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"[:-3])
     command = ["retort", "resume", run.name, *arguments, "--store", str(run.store.root), "--engine", "attached"]
-    request = {
-        "entrypoint": shlex.join([*command, "--submitted-by", build()]),
-        "submission_id": name,
-        "metadata": {"retort_run": run.name, "retort_store": str(run.store.root), "retort_build": build()},
-    }
     # written before the job is submitted, so that every running job is on record
     write_atomically(run.folder / "job.json", json.dumps(asdict(job), indent=2).encode("utf-8"))
     try:
-        accepted = dashboard.ask(address, "/api/jobs/", request)
+        entrypoint = shlex.join([*command, "--submitted-by", build()])
+        accepted = dashboard.ask(address, "/api/jobs/", {"entrypoint": entrypoint, "submission_id": job.id})
     except dashboard.Unreachable as error:
         raise StageFailed(f"the cluster did not accept the job: {error}") from error
     if accepted is None:
@@ -114,7 +104,7 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
     while True:
         try:
             found = _info(job)
-            log = dashboard.ask(job.address, f"/api/jobs/{job.id}/logs")["logs"]
+            answer = dashboard.ask(job.address, f"/api/jobs/{job.id}/logs")
         except dashboard.Unreachable as error:
             if time.monotonic() - last_contact > LOST_FOR:
                 raise StageFailed(f"{error}\njob {job.id} may still run: resume with --address to follow it") from None
@@ -122,9 +112,10 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
                 print(f"connection lost, trying again ({error})", file=sys.stderr, flush=True)
             told = True
         else:
-            if len(log) > written:
-                write(log[written:])
-                written = len(log)
+            new = answer["logs"][written:] if answer else ""  # without an answer, the next look says why
+            if new:
+                write(new)
+                written += len(new)
             if found["status"] in ENDED:
                 return _exit_code(job, found)
             last_contact, told = time.monotonic(), False

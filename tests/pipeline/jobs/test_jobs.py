@@ -164,7 +164,7 @@ def user(monkeypatch, cluster):
 
 def job_of(address, entry_point, name):
     ask(address, "/api/jobs/", {"entrypoint": entry_point, "submission_id": name})
-    return jobs.Job("any", address, name, "", "")
+    return jobs.Job(address, name)
 
 
 def test_a_cut_log_goes_on_where_it_was(cluster, user, capsys, monkeypatch):
@@ -190,7 +190,7 @@ def test_a_job_that_cannot_start_is_explained(cluster, user):
     written: list[str] = []
     assert jobs.follow(started["fine"], written.append) == 0 and written[-1].endswith("fine\n")
     with pytest.raises(StageFailed, match="does not know job unknown; the cluster may have been restarted"):
-        jobs.follow(jobs.Job("any", cluster.address, "unknown", "", ""), lambda text: None)
+        jobs.follow(jobs.Job(cluster.address, "unknown"), lambda text: None)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from typing import NoReturn
@@ -11,13 +10,11 @@ import click
 
 from pipeline.commands.cluster import stop
 from pipeline.commands.compare import compare
-from pipeline.commands.export import export
 from pipeline.commands.help import completion, explain, init, print_schema
+from pipeline.commands.networks import export, import_weights, sample
 from pipeline.commands.runs import gc, logs, runs, status
-from pipeline.commands.sample import sample
 from pipeline.commands.shards import shards, stats, verify
 from pipeline.commands.submit import plan, resume, submit
-from pipeline.commands.weights import import_weights
 from pipeline.errors import INTERRUPTED
 
 
@@ -64,14 +61,14 @@ def main() -> None:
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # `retort logs RUN | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         from pipeline.engines import describe
-        from pipeline.errors import ManifestError, RetortError
+        from pipeline.errors import ManifestError, RetortError, UsageError
+        from stages.base import StageError
         from stages.data.urls import redacted
 
+        if isinstance(error, StageError):  # what the command was given is unsuitable; stages that fail are StageFailed
+            error = UsageError(str(error))
         if debug or not isinstance(error, RetortError | OSError):
             raise
         # problems of a manifest begin with file:line:column, so that editors can link to them

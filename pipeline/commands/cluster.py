@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.commands.console import (
-    find_run,
-    held,
-    ignore_overrides,
-    open_store,
-    plan_run,
-    print_result,
-    show_done,
-    store_option,
-)
+from pipeline.commands import console
 from pipeline.reference.completion import complete_runs_or_paths
 
 if TYPE_CHECKING:
@@ -56,107 +47,65 @@ def cluster_options(command: F) -> F:
     @click.option("--store-is-shared", is_flag=True, help="With --address: every node has the store at the same path.")
     @wraps(command)
     def with_cluster(*args: Any, address: str | None, no_wait: bool, store_is_shared: bool, **others: Any) -> Any:
+        from pipeline.jobs.dashboard import checked
+
         if address is None and (no_wait or store_is_shared):
             raise click.UsageError("--no-wait and --store-is-shared need --address")
-        cluster = Cluster(address, no_wait, store_is_shared) if address is not None else None
+        cluster = Cluster(checked(address), no_wait, store_is_shared) if address is not None else None
         return command(*args, cluster=cluster, **others)
 
     return with_cluster  # type: ignore[return-value]
 
 
-def _check_submitted_by(_: click.Context, __: click.Parameter, theirs: str | None) -> None:
-    from pipeline.engines.nodes import check_submitted_by
+def run_on(
+    cluster: Cluster, loaded: Loaded, name: str, selection: Selection, how: console.Execution, follow: bool = False
+) -> None:
+    """Plan a run on this machine, and submit it to the cluster as a job. If the run is a job already that is under way,
+    raise Locked, or with `follow`, follow that job.
 
-    if theirs is not None:
-        check_submitted_by(theirs)
-
-
-submitted_by = click.option(
-    "--submitted-by", metavar="BUILD", hidden=True, expose_value=False, callback=_check_submitted_by
-)
-"""Hidden option of the job in a cluster: the version that planned the run. The job's node must have the same one."""
-
-
-def submit_to(cluster: Cluster, loaded: Loaded, name: str, selection: Selection, wait: bool, as_json: bool) -> None:
-    """Plan the run on this machine, then submit it to the cluster.
-
-    Raises Locked if the run is a job that is still running.
+    At the end of the job, exit with its driver's exit code. With --no-wait, print how to follow the job.
     """
     from pipeline import jobs
     from pipeline.errors import Locked
-    from pipeline.jobs.dashboard import Unreachable, checked
-    from pipeline.jobs.job import check_store
+    from pipeline.jobs.dashboard import Unreachable
     from pipeline.runs import Run
 
-    store = open_store(loaded.manifest.store)
-    check_store(store.root, checked(cluster.address), cluster.store_is_shared)
-    run = Run(store, name)
-    previous = jobs.load(run)
+    run = Run(console.open_store(loaded.manifest.store), name)
+    job, under_way = jobs.load(run), False
     try:
-        if previous and jobs.alive(previous):
-            raise Locked(f"run {name} is job {previous.id} of {previous.address}; {_how(run, previous)}")
+        under_way = job is not None and jobs.alive(job)
     except Unreachable:
-        pass  # the cluster of the old job is gone; a driver that still runs holds the run's lock
-    with held(loaded, run, selection, wait):
-        pass  # this makes and stores the plan; the job then carries it out
-    _start(cluster, run, selection, wait, as_json)
-
-
-def resume_on(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_json: bool) -> None:
-    """Follow the run's job if it is still running, else submit a new one."""
-    from pipeline import jobs
-    from pipeline.errors import Locked
-    from pipeline.jobs.dashboard import Unreachable, checked
-
-    address, job = checked(cluster.address), jobs.load(run)
-    try:
-        going_on = job is not None and jobs.alive(job)
-    except Unreachable:
-        if job and job.address == address:
-            raise
-        going_on = False
-    if job is None or not going_on:
-        submit_to(cluster, run.manifest(), run.name, selection, wait, as_json)
-    elif job.address != address:
-        raise Locked(f"run {run.name} is job {job.id} of {job.address}; {_how(run, job)}")
-    elif selection.given or selection.force:
+        if job and job.address == cluster.address:
+            raise  # otherwise the cluster of the old job is gone; a driver that still runs holds the run's lock
+    if job is None or not under_way:
+        jobs.check_store(run.store.root, cluster.address, cluster.store_is_shared)
+        with console.held(loaded, run, selection, how.wait):
+            pass  # this makes and stores the plan; the job then carries it out
+        console.ignore_overrides(f"--address {cluster.address} is used")
+        given = {"--only": selection.only, "--from": selection.onward}
+        arguments = [word for option, names in given.items() for name in names for word in (option, name)]
+        job = jobs.submit(run, cluster.address, [*arguments, *(["--wait"] if how.wait else [])])
+    elif not follow or job.address != cluster.address or selection.given or selection.force:
         raise Locked(
-            f"job {job.id} is still under way, with the stages that were chosen when it was submitted; {_how(run, job)}"
+            f"run {run.name} is job {job.id} of {job.address}, which is still under way with the stages that were "
+            f"chosen when it was submitted; {_how(run, job)}"
         )
     else:
         click.echo(f"job {job.id} is still under way: following it", err=True)
-        _attend(cluster, run, job, as_json)
-
-
-def _start(cluster: Cluster, run: Run, selection: Selection, wait: bool, as_json: bool) -> None:
-    from pipeline import jobs
-
-    ignore_overrides(f"--address {cluster.address} is used")
-    extra = [word for name in selection.only for word in ("--only", name)]
-    extra += [word for name in selection.onward for word in ("--from", name)]
-    extra += ["--wait"] if wait else []
-    job = jobs.submit(run, cluster.address, store_is_shared=cluster.store_is_shared, extra=extra)
-    _attend(cluster, run, job, as_json)
-
-
-def _attend(cluster: Cluster, run: Run, job: Job, as_json: bool) -> None:
-    """Follow the job to its end, and exit with its driver's exit code. With --no-wait, print how to follow it."""
-    from pipeline import jobs
-
     if cluster.no_wait:
         result = {"run": run.name, "job": job.id, "address": job.address}
-        print_result(as_json, result, lambda: f"submitted as job {job.id}; {_how(run, job)}")
+        console.print_result(how.as_json, result, lambda: f"submitted as job {job.id}; {_how(run, job)}")
         return
     try:
         # with --json, standard output is only for the result
-        code = jobs.follow(job, lambda text: click.echo(text, nl=False, err=as_json))
+        code = jobs.follow(job, lambda text: click.echo(text, nl=False, err=how.as_json))
     except KeyboardInterrupt:
         click.echo(f"\nno longer following; job {job.id} goes on; {_how(run, job)}", err=True)
         raise
     if code:
         sys.exit(code)
-    if as_json:
-        show_done(run, plan_run(run.manifest(), run), as_json)
+    if how.as_json:
+        console.show_done(run, console.plan_run(run.manifest(), run), how.as_json)
 
 
 def _how(run: Run, job: Job) -> str:
@@ -171,34 +120,31 @@ def _how(run: Run, job: Job) -> str:
 
 @click.command(short_help="Stop a run, on this machine or in a cluster.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
-@store_option
+@console.store_option
 def stop(run_name: str | None, store: str | None) -> None:
     """Stop RUN, on this machine or in a cluster. It can be resumed."""
+    from pipeline import jobs
     from pipeline.errors import UsageError
+    from pipeline.jobs.dashboard import Unreachable
 
-    run = find_run(run_name, store)
-    if not _stopped_job(run):
-        driver = run.driver()
-        if driver is None:
-            raise UsageError(f"run {run.name} is not running (store {run.store.root})")
+    run = console.find_run(run_name, store)
+    job, driver, in_cluster = jobs.load(run), run.driver(), False
+    try:
+        in_cluster = job is not None and jobs.alive(job)
+    except Unreachable as error:
+        click.echo(f"job {job and job.id}: {error}", err=True)
+    if job and in_cluster:
+        jobs.stop(job)
+        _explain_kill(run, driver)
+    elif driver:
         _stop_driver(run, driver)
+    else:
+        raise UsageError(f"run {run.name} is not running (store {run.store.root})")
     click.echo(f"stopped; carry on with: retort resume {run.name} --store {run.store.root}")
 
 
-def _stopped_job(run: Run) -> bool:
-    """Stop the run's job if it is running. Return whether it was."""
-    from pipeline import jobs
-    from pipeline.jobs.dashboard import Unreachable
-
-    job = jobs.load(run)
-    try:
-        if job is None or not jobs.alive(job):
-            return False
-    except Unreachable as error:
-        click.echo(f"job {job.id if job else ''}: {error}", err=True)
-        return False
-    driver = run.driver()
-    jobs.stop(job)
+def _explain_kill(run: Run, driver: Holder | None) -> None:
+    """If a job was killed while its driver was at work, say so, and how to give it more time."""
     last = [event["event"] for event in run.events()][-1:]
     if driver and not {"run_interrupted", "run_done", "stage_failed"}.intersection(last):
         click.echo(
@@ -206,7 +152,6 @@ def _stopped_job(run: Run) -> bool:
             "RAY_JOB_STOP_WAIT_TIME_S (seconds; 3 by default) when starting the head node",
             err=True,
         )
-    return True
 
 
 def _stop_driver(run: Run, driver: Holder) -> None:

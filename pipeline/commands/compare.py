@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -9,20 +10,16 @@ import click
 from pipeline.commands.console import find_run, json_option, print_result, store_option
 from pipeline.reference.completion import complete_runs_or_paths
 
+FILE = click.Path(path_type=Path, dir_okay=False)
+
 
 @click.command(short_help="Compare students with their teacher.")
 @click.argument("run_names", metavar="[RUN]...", nargs=-1, shell_complete=complete_runs_or_paths)
 @store_option
-@click.option(
-    "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("compare.html"),
-    show_default=True,
-    help="Where to write the page.",
-)
+@click.option("--html", type=FILE, default=Path("compare.html"), show_default=True, help="Where to write the page.")
 @click.option(
     "--figure",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="Also draw the images with labels and prompts to this file (.png, .pdf, ...), for a README or a paper.",
 )
 @click.option(
@@ -33,9 +30,7 @@ from pipeline.reference.completion import complete_runs_or_paths
     help="A row of the figure: its NAME in the table, or `NAME as LABEL`. Repeat for several; default: all rows.",
 )
 @click.option(
-    "--chart",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Also draw quality against network calls to this file (.png, .svg, .pdf, ...).",
+    "--chart", type=FILE, help="Also draw quality against network calls to this file (.png, .svg, .pdf, ...)."
 )
 @click.option(
     "--columns", type=click.IntRange(1), default=8, show_default=True, help="Maximum number of columns of the figure."
@@ -71,20 +66,22 @@ def compare(
     runs = [find_run(name, store) for name in dict.fromkeys(run_names or (None,))]
     evaluations, not_made = collect(runs)
     compared, missing = sections(evaluations), remarks(not_made)
-    drawn = comparison.figure(pictured(compared, row_names), columns) if figure else None
-    charted = next(filter(None, (charts.chart(one.rows) for one in compared)), None) if chart else None
-    if chart and not charted:
-        raise UsageError("--chart needs students, and rows that differ in network calls")
-    try:
-        html.write_text(comparison.page(compared, missing), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--html {html} cannot be written: {error.strerror}") from None
-    for option, path, save in (("figure", figure, drawn and drawn.save), ("chart", chart, charted and charted.savefig)):
-        if path and save:
-            try:
-                save(path)
-            except (OSError, ValueError) as error:  # ValueError: unknown format
-                raise UsageError(f"--{option} {path} cannot be written: {error}") from None
+    page = comparison.page(compared, missing)
+    files: list[tuple[str, Path, Callable[[Path], object]]]
+    files = [("html", html, lambda path: path.write_text(page, encoding="utf-8"))]
+    if figure:
+        files.append(("figure", figure, comparison.figure(pictured(compared, row_names), columns).save))
+    if chart:
+        drawn = next(filter(None, (charts.chart(section.rows) for section in compared)), None)
+        if drawn is None:
+            raise UsageError("--chart needs students, and rows that differ in network calls")
+        files.append(("chart", chart, drawn.savefig))
+    for option, path, write in files:
+        try:
+            write(path)
+        except (OSError, ValueError) as error:  # ValueError: unknown format
+            why = getattr(error, "strerror", None) or error
+            raise UsageError(f"--{option} {path} cannot be written: {why}") from None
     result = {
         "sections": [section.as_dict() for section in compared],
         "not_made": [one.as_dict() for one in not_made],
@@ -92,5 +89,5 @@ def compare(
         "figure": figure and str(figure),
         "chart": chart and str(chart),
     }
-    files = [f"page: {html}", *(f"{name}: {result[name]}" for name in ("figure", "chart") if result[name])]
-    print_result(as_json, result, lambda: "\n\n".join([tables.compared(compared, missing), "\n".join(files)]))
+    made = "\n".join(f"{'page' if option == 'html' else option}: {path}" for option, path, _ in files)
+    print_result(as_json, result, lambda: f"{tables.compared(compared, missing)}\n\n{made}")

@@ -33,25 +33,40 @@ store_option = click.option(
     metavar="FOLDER",
     help=f"The store. Default: RETORT_STORE, then the manifest's store, then {DEFAULT_STORE}.",
 )
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
 name_option = click.option("--name", help="Name of the run; default: the manifest's name.")
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How stages are run, and what is printed."""
+
+    engine: str = "ray"
+    wait: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    """Print nothing at all."""
+
+
 def execution_options(command: F) -> F:
-    """Add --engine, --wait and --debug to a command."""
-    for option in (
-        click.option(
-            "--engine",
-            type=click.Choice(["ray", "inline", "attached"]),
-            default="ray",
-            show_default=True,
-            help="ray: worker processes. inline: everything in this process, for debugging. "
-            "attached: workers of the Ray cluster that this process runs in.",
-        ),
-        click.option("--wait", is_flag=True, help="Wait for locks that other runs hold."),
-        click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
-    ):
-        command = option(command)
-    return command
+    """Add --engine, --wait, --json and --debug to a command. It gets them as one argument `how`, an Execution."""
+
+    @click.option(
+        "--engine",
+        type=click.Choice(["ray", "inline", "attached"]),
+        default="ray",
+        show_default=True,
+        help="ray: worker processes. inline: everything in this process, for debugging. "
+        "attached: workers of the Ray cluster that this process runs in.",
+    )
+    @click.option("--wait", is_flag=True, help="Wait for locks that other runs hold.")
+    @json_option
+    @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+    @wraps(command)
+    def with_execution(*args: Any, engine: str, wait: bool, as_json: bool, **others: Any) -> Any:
+        return command(*args, how=Execution(engine, wait, as_json), **others)
+
+    return with_execution  # type: ignore[return-value]
 
 
 def selection_options(command: F) -> F:
@@ -113,14 +128,13 @@ def find_artifact(target: str, store: str | None) -> Path:
         return Path(target)
     run = find_run(run_name, store)
     plan = run.plan()
-    if stage not in plan:
-        several = chosen(list(plan), stage)
-        if len(several) > 1:
-            raise UsageError(f"run {run.name} has several stages {stage}; name one: {', '.join(several)}")
-        if not several:
-            raise UsageError(f"run {run.name} has no stage {stage!r}{suggest(stage, list(plan))}")
-        (stage,) = several
-    return run.store.folder(plan[stage]["kind"], plan[stage]["fingerprint"])
+    found = chosen(list(plan), stage)
+    if not found:
+        raise UsageError(f"run {run.name} has no stage {stage!r}{suggest(stage, list(plan))}")
+    if len(found) > 1:
+        raise UsageError(f"run {run.name} has several stages {stage}; name one: {', '.join(found)}")
+    planned = plan[found[0]]
+    return run.store.folder(planned["kind"], planned["fingerprint"])
 
 
 def store_override(store: str | None) -> list[str]:
@@ -133,17 +147,6 @@ def plan_run(loaded: Loaded, run: Run, force: Collection[str] = ()) -> Plan:
 
     contents = read_contents(loaded, run.store.hashes)
     return make_plan(loaded, contents, run.store, run.previous(), force)
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How stages are run, and what is printed."""
-
-    engine: str = "ray"
-    wait: bool = False
-    as_json: bool = False
-    quiet: bool = False
-    """Print nothing at all."""
 
 
 def carry_out(loaded: Loaded, name: str, selection: Selection, how: Execution) -> Plan:
@@ -228,29 +231,13 @@ def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) ->
                 say_warning(f"{stage.name}: {text}")
 
 
-def show_difference(loaded: Loaded, other: str, as_json: bool) -> None:
-    """Print how a manifest's plan differs from the plan of run `other`."""
-    from pipeline.planning.difference import difference
-    from pipeline.runs import Run
-    from pipeline.views import tables
-
-    store = open_store(loaded.manifest.store)
-    before = Run.find(store, other).plan()
-    now = plan_run(loaded, Run(store, loaded.manifest.name))
-    found = difference(before, {stage.name: stage.as_dict() for stage in now})
-    print_result(as_json, found, lambda: tables.difference(found))
-
-
 def _engine(name: str) -> Any:
     from pipeline.engines import InlineEngine
-
-    if name == "inline":
-        return InlineEngine()
     from pipeline.engines.ray import RayEngine
 
     if name == "ray":
         ignore_overrides("this run starts a Ray of its own")
-    return RayEngine(attached=name == "attached")
+    return InlineEngine() if name == "inline" else RayEngine(attached=name == "attached")
 
 
 def ignore_overrides(instead: str) -> None:

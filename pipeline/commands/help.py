@@ -9,10 +9,6 @@ import click
 from pipeline.commands.console import json_option, print_result
 from pipeline.reference.completion import complete_explained, complete_methods
 
-SHELLS = ("bash", "zsh", "fish")
-COMPLETE = "_RETORT_COMPLETE"
-"""The environment variable with which click's completion script calls `retort`."""
-
 
 @click.command(short_help="Write a commented manifest.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default="retort.yaml")
@@ -54,10 +50,8 @@ def init(file: Path, teacher: str, method: str, prompts: str | None) -> None:
         raise UsageError(f"{file} already exists; give another file, or delete it first") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}") from None
-    if f" {PLACEHOLDER} #" in text:
-        click.echo(f"{file} is written; replace {PLACEHOLDER} in it with your own file of prompts")
-    else:
-        click.echo(f"{file} is written")
+    rest = f"; replace {PLACEHOLDER} in it with your own file of prompts" if f" {PLACEHOLDER} #" in text else ""
+    click.echo(f"{file} is written{rest}")
     click.echo(f"next: retort plan {file}    what would be done\n      retort submit {file}  do it")
 
 
@@ -109,12 +103,10 @@ To use it in every new shell, add one line:
   zsh,  to ~/.zshrc:    eval "$(retort completion zsh)"
   fish, to ~/.config/fish/config.fish:   retort completion fish | source""",
 )
-@click.argument("shell", type=click.Choice(SHELLS))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script that makes SHELL complete commands, runs, stages and names of settings."""
-    from click.shell_completion import get_completion_class
+    from click.shell_completion import shell_complete
 
-    found = get_completion_class(shell)
-    assert found is not None
     root = click.get_current_context().find_root().command
-    click.echo(found(root, {}, "retort", COMPLETE).source())
+    shell_complete(root, {}, "retort", "_RETORT_COMPLETE", f"{shell}_source")

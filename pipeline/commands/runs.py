@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
@@ -34,15 +35,14 @@ def status(run_name: str | None, watch: bool, store: str | None, as_json: bool) 
     from pipeline.views.watch import watch as follow
 
     run = find_run(run_name, store)
+    table = partial(tables.status, run.name, str(run.store.root))
     if watch and as_json:
         raise click.UsageError("--watch is for people; programs follow `retort logs RUN -f --json`")
     if watch:
-        follow(run, lambda: tables.status(run.name, str(run.store.root), status_of(run)))
-        return
-    stages = status_of(run)
-    print_result(
-        as_json, {"run": run.name, "stages": stages}, lambda: tables.status(run.name, str(run.store.root), stages)
-    )
+        follow(run, lambda: table(status_of(run)))
+    else:
+        stages = status_of(run)
+        print_result(as_json, {"run": run.name, "stages": stages}, lambda: table(stages))
 
 
 @click.command(short_help="Print or follow a stage's log.")
@@ -71,11 +71,11 @@ def logs(run_name: str, stage: str | None, follow: bool, as_json: bool, store: s
                 click.echo(f"==> {name} <==")
             for line in lines(run.log_file(name), run, follow):
                 click.echo(line)
-        return
-    for line in lines(run.folder / "events.jsonl", run, follow):
-        event = read_event(line)
-        if event and (not stage or event["stage"] in names):
-            click.echo(line if as_json else _words(event))
+    else:
+        for line in lines(run.folder / "events.jsonl", run, follow):
+            event = read_event(line)
+            if event and (not stage or event["stage"] in names):
+                click.echo(line if as_json else _words(event))
 
 
 def _words(event: dict[str, Any]) -> str:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.commands.console import (
-    Execution,
-    carry_out,
-    execution_options,
-    find_artifact,
-    json_option,
-    open_store,
-    print_result,
-    say_waiting,
-    store_option,
-)
+from pipeline.commands import console
 from pipeline.reference.completion import complete_runs_or_paths
 
 
 @click.command(short_help="Show what is in shards of pairs.")
 @click.argument("target", shell_complete=complete_runs_or_paths)
-@store_option
+@console.store_option
 @click.option("--deep", is_flag=True, help="Read and hash every tar again.")
 @click.option(
     "--html",
@@ -34,10 +25,8 @@ from pipeline.reference.completion import complete_runs_or_paths
 )
 @click.option("--sample", "samples", type=click.IntRange(0), default=0, help="Also write this many decoded samples.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("samples"), show_default=True)
-@json_option
-def stats(
-    target: str, store: str | None, deep: bool, html: Path | None, samples: int, out: Path, as_json: bool
-) -> None:
+@console.json_option
+def stats(target: str, store: str | None, deep: bool, html: Path | None, samples: int, out: Path, as_json: bool) -> int:
     """Show what is in TARGET: a run, a sealed `pairs` artifact, or a folder or URL of shards. The shards may be any
     webdataset, including one that Retort did not make.
 
@@ -45,29 +34,35 @@ def stats(
     Images of shards that Retort did not make are scaled down to sides of at most 1024 pixels.
     """
     from pipeline.views import tables
+    from stages.data.inspection import inspect_shards
 
-    found = {place: _inspect(place, deep) for place in _places(target, store, "pairs")}
-    _report(as_json, found, tables.stats)
+    found = {place: inspect_shards(place, deep=deep) for place in _places(target, store, "pairs")}
+    damaged = _report(as_json, found, tables.stats)
     for number, (place, report) in enumerate(found.items()):
-        several = len(found) > 1
-        if html or samples:
-            _show(place, report, _numbered(html, number, several), samples, out / str(number) if several else out)
-    _exit(found)
+        if len(found) == 1:
+            _show(place, report, html, samples, out)
+        else:
+            _show(place, report, html and html.with_stem(f"{html.stem}-{number}"), samples, out / str(number))
+    return damaged
 
 
 @click.command(short_help="Check artifacts by hashing them again.")
 @click.argument("target", shell_complete=complete_runs_or_paths)
-@store_option
-@json_option
-def verify(target: str, store: str | None, as_json: bool) -> None:
+@console.store_option
+@console.json_option
+def verify(target: str, store: str | None, as_json: bool) -> int:
     """Read and hash everything in TARGET again, and list what is damaged. TARGET is the path of an artifact of any
     kind, RUN/STAGE, a run (all its artifacts), or a folder or URL of shards. The exit code is 1 if something is
     damaged."""
+    from pipeline.runs.verify import verify
     from pipeline.views import tables
+    from stages.data.inspection import inspect_shards
 
-    found = {place: _verify(place) for place in _places(target, store)}
-    _report(as_json, found, tables.verified)
-    _exit(found)
+    found = {
+        place: verify(Path(place)) if _is_artifact(place) else inspect_shards(place, deep=True)
+        for place in _places(target, store)
+    }
+    return _report(as_json, found, tables.verified)
 
 
 @click.group()
@@ -77,10 +72,9 @@ def shards() -> None:
 
 @shards.command()
 @click.argument("target", metavar="ARTIFACT|RUN/STAGE")
-@store_option
-@execution_options
-@json_option
-def repair(target: str, store: str | None, engine: str, wait: bool, as_json: bool) -> None:
+@console.store_option
+@console.execution_options
+def repair(target: str, store: str | None, how: console.Execution) -> None:
     """Make damaged shards of the sealed `pairs` ARTIFACT again, byte for byte.
 
     The artifact is unsealed first: no stage can use it until it is whole again. If the command is killed, repeat it.
@@ -88,16 +82,16 @@ def repair(target: str, store: str | None, engine: str, wait: bool, as_json: boo
     from pipeline.planning import Selection
     from pipeline.runs.repair import plan_repair
 
-    artifact = find_artifact(target, store)
+    artifact = console.find_artifact(target, store)
     found = plan_repair(artifact)
     if not found.needed:
-        print_result(as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
+        console.print_result(how.as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
         return
-    found.unseal(say_waiting if wait else None)
-    carry_out(found.loaded, found.run_name, Selection(), Execution(engine, wait, quiet=True))
+    found.unseal(console.say_waiting if how.wait else None)
+    console.carry_out(found.loaded, found.run_name, Selection(), replace(how, quiet=True))
     changed = found.changed()
     result = {"repaired": list(found.damaged), "changed": changed}
-    print_result(as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'only the seal'}")
+    console.print_result(how.as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'only the seal'}")
     if changed:
         click.echo(
             f"sealed again, but with different bytes: {', '.join(changed)}; the hardware or the versions have changed; "
@@ -109,7 +103,7 @@ def repair(target: str, store: str | None, engine: str, wait: bool, as_json: boo
 @shards.command()
 @click.argument("target", metavar="ARTIFACT|RUN/STAGE")
 @click.argument("out", type=click.Path(path_type=Path))
-@store_option
+@console.store_option
 @click.option(
     "--to",
     "form",
@@ -121,19 +115,15 @@ def export(target: str, out: Path, store: str | None, form: str) -> None:
     """Write the sealed `pairs` ARTIFACT to OUT as Parquet or as a Hugging Face dataset."""
     from pipeline.errors import UsageError
     from pipeline.store import load_artifact
-    from stages.base import StageError
     from stages.data.export import EXPORTS
 
-    artifact = find_artifact(target, store)
+    artifact = console.find_artifact(target, store)
     found = load_artifact(artifact)
     if found.kind != "pairs":
         raise UsageError(f"{artifact} is of kind {found.kind}; only pairs have shards")
     if out.exists():
         raise UsageError(f"{out} already exists; give another path")
-    try:
-        EXPORTS[form](found, out)
-    except StageError as error:
-        raise UsageError(str(error)) from None
+    EXPORTS[form](found, out)
     click.echo(f"{out}")
 
 
@@ -146,12 +136,9 @@ def _places(target: str, store: str | None, kind: str | None = None) -> list[str
     from pipeline.runs import Run, status_of
 
     if "/" in target:
-        artifact = find_artifact(target, store)
-        if not artifact.exists():
-            raise UsageError(f"{artifact} does not exist")
-        return [str(artifact)]
+        return [str(console.find_artifact(target, store))]
     try:
-        run = Run.find(open_store(store), target)
+        run = Run.find(console.open_store(store), target)
     except UsageError as error:
         raise UsageError(f"{target} is neither a folder nor a run: {error}") from None
     made = [s["artifact"] for s in status_of(run).values() if kind in (None, s["kind"]) and s["state"] == "done"]
@@ -160,64 +147,43 @@ def _places(target: str, store: str | None, kind: str | None = None) -> list[str
     return made
 
 
-def _verify(place: str) -> dict[str, Any]:
-    from pipeline.runs.verify import verify
+def _is_artifact(place: str) -> bool:
     from pipeline.store import RECORD
 
-    return verify(Path(place)) if (Path(place) / RECORD).exists() else _inspect(place, deep=True)
-
-
-def _inspect(place: str, deep: bool) -> dict[str, Any]:
-    from pipeline.errors import UsageError
-    from stages.base import StageError
-    from stages.data.inspection import inspect_shards
-
-    try:
-        return inspect_shards(place, deep=deep)
-    except StageError as error:
-        raise UsageError(str(error)) from None
+    return (Path(place) / RECORD).exists()
 
 
 def _show(place: str, report: dict[str, Any], html: Path | None, samples: int, out: Path) -> None:
-    from pipeline.errors import UsageError
-    from pipeline.store import RECORD, load_artifact
+    """Write the page `html` and the folder `out` with samples, as far as they are asked for."""
+    from pipeline.store import load_artifact
     from stages.base import StageError
     from stages.reports.gallery import GRID, pictures, write_page, write_samples
 
-    artifact = load_artifact(Path(place)) if (Path(place) / RECORD).exists() else None
+    if not html and not samples:
+        return
+    artifact = load_artifact(Path(place)) if _is_artifact(place) else None
     try:
         shown = pictures(place, artifact, max(samples, GRID if html else 0))
         grid = list(islice(shown, GRID))
     except StageError as error:
         if samples and not report["damaged"]:
-            raise UsageError(str(error)) from None
+            raise
         click.echo(f"no samples: {error}", err=True)
         grid, shown = [], iter(())
     if html:
         write_page(html, report, grid)
         click.echo(f"page: {html}", err=True)
     if samples and grid:
-        try:
-            write_samples(out, islice(chain(grid, shown), samples))
-        except StageError as error:
-            raise UsageError(str(error)) from None
+        write_samples(out, islice(chain(grid, shown), samples))
         click.echo(f"samples: {out}", err=True)
 
 
-def _numbered(path: Path | None, number: int, several: bool) -> Path | None:
-    return path.with_stem(f"{path.stem}-{number}") if path and several else path
-
-
-def _report(as_json: bool, found: dict[str, dict[str, Any]], table: Any) -> None:
-    reports = list(found.values())
-    print_result(as_json, reports[0] if len(reports) == 1 else reports, lambda: "\n\n".join(_headed(found, table)))
-
-
-def _headed(found: dict[str, dict[str, Any]], table: Any) -> list[str]:
-    """Return one text for each report. If there are several, each begins with the path of its target."""
-    return [f"{place}\n{table(report)}" if len(found) > 1 else table(report) for place, report in found.items()]
-
-
-def _exit(found: dict[str, dict[str, Any]]) -> None:
-    if any(report["damaged"] for report in found.values()):
-        sys.exit(1)
+def _report(as_json: bool, found: dict[str, dict[str, Any]], table: Callable[[dict[str, Any]], str]) -> int:
+    """Print the reports. If there are several, each begins with the path of its target. Return the exit code."""
+    if len(found) == 1:
+        (report,) = found.values()
+        console.print_result(as_json, report, lambda: table(report))
+    else:
+        texts = (f"{place}\n{table(report)}" for place, report in found.items())
+        console.print_result(as_json, list(found.values()), lambda: "\n\n".join(texts))
+    return int(any(report["damaged"] for report in found.values()))

@@ -8,22 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.commands.cluster import Cluster, cluster_options, resume_on, submit_to, submitted_by
-from pipeline.commands.console import (
-    Execution,
-    carry_out,
-    execution_options,
-    find_run,
-    is_manifest,
-    json_option,
-    name_option,
-    selection_options,
-    set_option,
-    show_difference,
-    show_plan,
-    store_option,
-    store_override,
-)
+from pipeline.commands import console
+from pipeline.commands.cluster import Cluster, cluster_options, run_on
 from pipeline.reference.completion import complete_runs, complete_runs_or_paths, complete_stages
 
 if TYPE_CHECKING:
@@ -32,14 +18,13 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Run the pipeline of a manifest.")
 @click.argument("manifest", type=click.Path(path_type=Path))
-@set_option
-@selection_options
-@click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
-@name_option
-@store_option
-@execution_options
+@console.set_option
+@console.selection_options
+@console.dry_run_option
+@console.name_option
+@console.store_option
+@console.execution_options
 @cluster_options
-@json_option
 def submit(
     manifest: Path,
     overrides: tuple[str, ...],
@@ -47,69 +32,72 @@ def submit(
     dry_run: bool,
     name: str | None,
     store: str | None,
-    engine: str,
-    wait: bool,
-    as_json: bool,
+    how: console.Execution,
     cluster: Cluster | None,
 ) -> None:
     """Run the pipeline of MANIFEST. Artifacts that the store already holds are reused."""
     from pipeline.manifest import examine
 
-    loaded = examine(manifest, [*overrides, *store_override(store)])
+    loaded = examine(manifest, [*overrides, *console.store_override(store)])
     run_name = name or loaded.manifest.name
     if dry_run:
-        show_plan(loaded, run_name, selection, as_json)
+        console.show_plan(loaded, run_name, selection, how.as_json)
     elif cluster:
-        submit_to(cluster, loaded, run_name, selection, wait, as_json)
+        run_on(cluster, loaded, run_name, selection, how)
     else:
-        carry_out(loaded, run_name, selection, Execution(engine, wait, as_json))
+        console.carry_out(loaded, run_name, selection, how)
+
+
+def _same_build(_: click.Context, __: click.Parameter, theirs: str | None) -> None:
+    from pipeline.engines.nodes import build_difference
+    from pipeline.errors import UsageError
+
+    if theirs and (problem := build_difference("this node", "the machine that submitted the run", theirs)):
+        raise UsageError(problem)
 
 
 @click.command(short_help="Continue a run.")
 @click.argument("run_name", metavar="[RUN]", required=False, shell_complete=complete_runs_or_paths)
 @click.argument("stages", metavar="[STAGE]...", nargs=-1, shell_complete=complete_stages)
-@selection_options
-@click.option("--dry-run", is_flag=True, help="Print the plan and change nothing.")
-@store_option
-@execution_options
+@console.selection_options
+@console.dry_run_option
+@console.store_option
+@console.execution_options
 @cluster_options
-@submitted_by
-@json_option
+@click.option("--submitted-by", metavar="BUILD", hidden=True, expose_value=False, callback=_same_build)
 def resume(
     run_name: str | None,
     stages: tuple[str, ...],
     selection: Selection,
     dry_run: bool,
     store: str | None,
-    engine: str,
-    wait: bool,
-    as_json: bool,
+    how: console.Execution,
     cluster: Cluster | None,
 ) -> None:
     """Continue RUN, or only some STAGEs of it. Finished work is not repeated."""
-    run = find_run(run_name, store)
+    run = console.find_run(run_name, store)
     selection = replace(selection, only=(*stages, *selection.only))
     if dry_run:
-        show_plan(run.manifest(), run.name, selection, as_json)
+        console.show_plan(run.manifest(), run.name, selection, how.as_json)
     elif cluster:
-        resume_on(cluster, run, selection, wait, as_json)
+        run_on(cluster, run.manifest(), run.name, selection, how, follow=True)
     else:
-        carry_out(run.manifest(), run.name, selection, Execution(engine, wait, as_json))
+        console.carry_out(run.manifest(), run.name, selection, how)
 
 
 @click.command(short_help="Show what would be done, and why.")
 @click.argument("target", metavar="MANIFEST|RUN", shell_complete=complete_runs_or_paths)
-@set_option
-@selection_options
+@console.set_option
+@console.selection_options
 @click.option(
     "--diff",
     metavar="RUN",
     shell_complete=complete_runs,
     help="Show instead how the settings differ from those of this run.",
 )
-@name_option
-@store_option
-@json_option
+@console.name_option
+@console.store_option
+@console.json_option
 def plan(
     target: str,
     overrides: tuple[str, ...],
@@ -121,18 +109,24 @@ def plan(
 ) -> None:
     """Show what `retort submit MANIFEST` or `retort resume RUN` would do, and why. Nothing is changed."""
     from pipeline.manifest import examine
+    from pipeline.planning.difference import difference
+    from pipeline.runs import Run
+    from pipeline.views import tables
 
-    if name is not None and not is_manifest(target):
-        raise click.UsageError("--name needs a manifest; a run already has a name")
-    if is_manifest(target):
-        loaded = examine(Path(target), [*overrides, *store_override(store)])
+    if console.is_manifest(target):
+        loaded = examine(Path(target), [*overrides, *console.store_override(store)])
         run_name = name or loaded.manifest.name
+    elif name is not None:
+        raise click.UsageError("--name needs a manifest; a run already has a name")
     else:
-        run = find_run(target, store)
+        run = console.find_run(target, store)
         loaded, run_name = run.manifest(overrides), run.name
-    if diff is not None and (selection.given or selection.force):
+    if diff is None:
+        console.show_plan(loaded, run_name, selection, as_json)
+        return
+    if selection.given or selection.force:
         raise click.UsageError("--diff compares whole plans; do not give --only, --from or --force")
-    if diff is not None:
-        show_difference(loaded, diff, as_json)
-    else:
-        show_plan(loaded, run_name, selection, as_json)
+    before = Run.find(console.open_store(loaded.manifest.store), diff).plan()
+    now = console.plan_run(loaded, Run(console.open_store(loaded.manifest.store), loaded.manifest.name))
+    found = difference(before, {stage.name: stage.as_dict() for stage in now})
+    console.print_result(as_json, found, lambda: tables.difference(found))

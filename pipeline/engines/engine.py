@@ -7,7 +7,7 @@ import logging
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from stages.base import Progress, StageError
 
@@ -37,6 +37,11 @@ class Failure:
     def of(cls, error: BaseException) -> Failure:
         final = isinstance(error, StageError) or (isinstance(error, OSError) and error.errno in FINAL_ERRNOS)
         return cls(describe(error), "".join(traceback.format_exception(error)), final)
+
+    def fail(self) -> NoReturn:
+        """Log the failure, and raise it as a StageError."""
+        log.error("%s", self.traceback)
+        raise StageError(self.message)
 
 
 def describe(error: BaseException) -> str:

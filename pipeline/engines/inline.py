@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from pipeline.engines.engine import ATTEMPTS, Failure, Function, Item, Make, Say, WorkerShape, retry_or_raise
-from stages.base import Progress, StageError
+from stages.base import Progress
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,7 @@ class InlineEngine:
         try:
             return (yield from function(*arguments))
         except Exception as error:
-            failure = Failure.of(error)
-            log.error("%s", failure.traceback)
-            raise StageError(failure.message) from error
+            Failure.of(error).fail()
 
     def close(self) -> None:
         pass

@@ -7,7 +7,6 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from pipeline.errors import UsageError
 from stages.data.provenance import versions
 
 OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -61,10 +60,3 @@ def build_difference(node: str, driver: str, theirs: str) -> str | None:
     if wanted == version():
         return f"{node} runs other sources of retort {wanted} than {driver}: install the same commit on every node"
     return f"{node} has retort {version()}, {driver} {wanted}: install retort=={wanted} on every node"
-
-
-def check_submitted_by(theirs: str) -> None:
-    """Raise UsageError if the run was submitted by another build of Retort than this one."""
-    problem = build_difference("this node", "the machine that submitted the run", theirs)
-    if problem:
-        raise UsageError(problem)

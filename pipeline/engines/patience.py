@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -24,10 +24,9 @@ class Limit:
     least: float
     first: float
 
-    def seconds(self, finished: Iterable[float]) -> float:
+    def seconds(self, finished: Collection[float]) -> float:
         """The limit, given the seconds of the finished calls."""
-        taken = list(finished)
-        return max(self.least, self.times * median(taken)) if taken else self.first
+        return max(self.least, self.times * median(finished)) if finished else self.first
 
 
 SLOW = Limit(times=10, least=60.0, first=600.0)

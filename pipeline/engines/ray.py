@@ -10,18 +10,15 @@ import signal
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
-from pipeline.engines.engine import Failure, Function, Make, Say, WorkerShape, retry_or_raise
+from pipeline.engines.engine import Failure, Function, Item, Make, Say, WorkerShape, retry_or_raise
 from pipeline.engines.nodes import OVERRIDES, build, needs
 from pipeline.engines.patience import HOUR, Call, Watch
 from pipeline.engines.worker import Host, Outcome
 from stages.base import Progress, StageError
 
-Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 IN_FLIGHT_GPU = 2
@@ -49,6 +46,10 @@ START_WITHIN = HOUR / 2
 FETCH_WITHIN = 300.0
 """Seconds for a finished result to arrive from its node."""
 
+TOKEN = secrets.token_hex(32)
+"""The token of this process's Ray. It reaches Ray's processes only through the environment: no file or argument holds
+it."""
+
 LOST = Failure("its worker process died (killed, or out of memory)", "the worker process died", final=False)
 
 
@@ -58,14 +59,14 @@ def _in_flight(shape: WorkerShape) -> int:
 
 @dataclass(eq=False)
 class Worker:
-    """An actor that was requested. It gets work once it has answered."""
+    """A place for an actor. It gets work once the actor has answered. A lost actor is replaced."""
 
     actor: Any
     answer: Any
-    """The Ray reference of its first answer."""
+    """The Ray reference of the actor's first answer."""
     asked: float = field(default_factory=time.monotonic)
     where: str = ""
-    """Its process and node; empty until it answers."""
+    """The process and node of the actor; empty until it answers."""
     load: int = 0
     """Calls under way; a call that uses the worker alone counts as its whole capacity."""
 
@@ -120,23 +121,31 @@ class RayEngine:
         furthest: dict[str, int] = {}
         lost_in_a_row, what = 0, "the work"
         while True:
+            while (worker := workers.free(0)) is None:
+                workers.wait([])
+            stream = worker.actor.stream.options(num_returns="streaming").remote(function, arguments)
             last: Any = None
-            for outcome in workers.stream(function, arguments):
-                if outcome.failure is not None:
-                    if not outcome.lost:
-                        log.error("%s", outcome.failure.traceback)
-                        raise StageError(outcome.failure.message)
+            while True:
+                call = Call("the work", worker, worker.where)
+                while workers.wait([stream], [call]) is None:
+                    continue
+                try:
+                    outcome = workers.outcome(next(stream), call)
+                except StopIteration:
+                    return last
+                if outcome.failure is None:
+                    last = outcome.value
+                    if isinstance(last, Progress):
+                        if last.done > furthest.get(last.unit, -1):
+                            furthest[last.unit], lost_in_a_row = last.done, 0
+                            what = f"the work at {last.done} of {last.total} {last.unit}"
+                        yield last
+                elif outcome.lost:
                     lost_in_a_row += 1
                     retry_or_raise(outcome.failure, what, lost_in_a_row)
                     break  # the function continues from its files on disk
-                last = outcome.value
-                if isinstance(last, Progress):
-                    if last.done > furthest.get(last.unit, -1):
-                        furthest[last.unit], lost_in_a_row = last.done, 0
-                        what = f"the work at {last.done} of {last.total} {last.unit}"
-                    yield last
-            else:
-                return last
+                else:
+                    outcome.failure.fail()
 
     def close(self) -> None:
         if self._ray is not None:
@@ -165,30 +174,28 @@ class RayEngine:
         self._shape = shape
         self._workers.sort(key=lambda worker: not worker.where)
         while len(self._workers) < count:
-            self._workers.append(self._new_worker())
+            self._workers.append(Worker(*self._new_actor()))
         for worker in self._workers:
             worker.load = 0
         return self._workers[:count]
 
-    def replace(self, worker: Worker) -> Worker:
-        """Replace a worker that is lost or out of reach, and return the new one."""
+    def replace(self, worker: Worker) -> None:
+        """Give a worker that is lost or out of reach a new actor."""
         self._ray.kill(worker.actor)
-        new = self._new_worker()
-        self._workers[self._workers.index(worker)] = new
-        return new
+        worker.actor, worker.answer = self._new_actor()
+        worker.asked, worker.where = time.monotonic(), ""
 
-    def _new_worker(self) -> Worker:
+    def _new_actor(self) -> tuple[Any, Any]:
+        """Request an actor. Return it and the reference of its first answer."""
         assert self._shape is not None
-        # num_cpus=0: the stage sets the threads; Ray's own count of CPUs could only delay a worker
-        options: dict[str, Any] = {
-            "num_cpus": 0,
-            "num_gpus": self._shape.gpus,
-            "max_concurrency": _in_flight(self._shape),
-        }
-        if self.attached:
-            options["scheduling_strategy"] = "SPREAD"
-        actor = self._ray.remote(Host).options(**options).remote()
-        return Worker(actor, actor.identify.remote(build() if self.attached else None))
+        actor = self._ray.remote(Host).options(
+            num_cpus=0,  # the stage sets the threads; Ray's own count of CPUs could only delay a worker
+            num_gpus=self._shape.gpus,
+            max_concurrency=_in_flight(self._shape),
+            scheduling_strategy="SPREAD" if self.attached else "DEFAULT",
+        )
+        actor = actor.remote()
+        return actor, actor.identify.remote(build() if self.attached else None)
 
     def get(self, reference: Any) -> Outcome:
         """Fetch an outcome. The host's log records are added to the log of this process."""
@@ -196,12 +203,13 @@ class RayEngine:
             outcome: Outcome = self._ray.get(reference, timeout=FETCH_WITHIN)
         except self._ray.exceptions.RayError as error:
             if NOT_INSTALLED in str(error):
-                return Outcome(None, _not_installed(str(error)), [])
+                problem = f"a node of the cluster cannot import Retort: every node needs {needs()}"
+                return Outcome(None, Failure(problem, str(error), final=True))
             if isinstance(error, self._ray.exceptions.RayTaskError):  # such as arguments that do not unpickle
-                return Outcome(None, Failure.of(error), [])
-            return Outcome(None, LOST, [], lost=True)  # killed, out of memory, or on a node that is gone
-        for level, text in outcome.records:
-            logging.getLogger("worker").log(level, "%s", text)
+                return Outcome(None, Failure.of(error))
+            return Outcome(None, LOST, lost=True)  # killed, out of memory, or on a node that is gone
+        for record in outcome.records:
+            logging.getLogger("worker").handle(record)
         return outcome
 
 
@@ -240,7 +248,8 @@ class _StageWorkers:
             self._handle_answer(worker)
         self._look_at_workers()
         for stuck in self._watch.look(calls):
-            self._ray.kill(stuck.worker.actor)  # its calls then return as lost
+            if stuck.where == stuck.worker.where:
+                self._ray.kill(stuck.worker.actor)  # its calls then return as lost
         return ready[0] if ready and not answered else None
 
     def outcome(self, reference: Any, call: Call) -> Outcome:
@@ -249,45 +258,22 @@ class _StageWorkers:
         if not outcome.lost:
             self._watch.finished(call)
             return outcome
-        if call.worker in self._workers:  # a second call of the worker finds it replaced already
-            self._replace(call.worker)
+        if call.where == call.worker.where:  # a second call of the lost actor finds it replaced already
+            self._engine.replace(call.worker)
         return replace(outcome, failure=replace(LOST, message=call.given_up)) if call.given_up else outcome
-
-    def stream(self, function: Function, arguments: tuple[Any, ...]) -> Iterator[Outcome]:
-        """Run a generator function on one worker. Yield what it yields, then its result. If the worker is lost, the
-        last outcome says so."""
-        while (worker := self.free(0)) is None:
-            self.wait([])
-        stream = worker.actor.stream.options(num_returns="streaming").remote(function, arguments)
-        call = Call("the work", worker, worker.where)
-        while True:
-            if self.wait([stream], [call]) is None:
-                continue
-            try:
-                outcome = self.outcome(next(stream), call)
-            except StopIteration:
-                return
-            yield outcome
-            if outcome.lost:
-                return
-            call = Call("the work", worker, worker.where)
 
     def _handle_answer(self, worker: Worker) -> None:
         outcome = self._engine.get(worker.answer)
         if outcome.lost:
             self._failed_starts += 1
             retry_or_raise(LOST, "the start of a worker", self._failed_starts)
-            self._replace(worker)
+            self._engine.replace(worker)
         elif outcome.failure is not None:
-            log.error("%s", outcome.failure.traceback)
-            raise StageError(outcome.failure.message)
+            outcome.failure.fail()
         else:
             self._failed_starts = 0
             worker.where = outcome.value
             log.info("worker %d of %d: %s", self._workers.index(worker) + 1, len(self._workers), worker.where)
-
-    def _replace(self, worker: Worker) -> None:
-        self._workers[self._workers.index(worker)] = self._engine.replace(worker)
 
     def _look_at_workers(self) -> None:
         """Report the workers that are waited for. Raises StageError if none has answered for START_WITHIN seconds."""
@@ -366,7 +352,10 @@ def _embed() -> Any:
         os.environ.pop(name, None)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
-    with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_token(), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0"):
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
         import ray
 
         ray.init(
@@ -376,24 +365,8 @@ def _embed() -> Any:
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}},
         )
-    return ray
-
-
-@cache
-def _token() -> str:
-    """The token of this process. It reaches Ray's processes only through the environment: no file or argument holds
-    it."""
-    return secrets.token_hex(32)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables, and restore them at the end, so that later processes do not get them."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
+        return ray
+    finally:  # later processes do not get them
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -413,7 +386,3 @@ def _attach() -> Any:
             "`retort submit MANIFEST --address http://HEAD:8265`"
         ) from error
     return ray
-
-
-def _not_installed(error: str) -> Failure:
-    return Failure(f"a node of the cluster cannot import Retort: every node needs {needs()}", error, final=True)

@@ -10,8 +10,10 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 from typing import Any
 
 from pipeline.engines.engine import Failure
@@ -21,11 +23,11 @@ from stages.base import Progress
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a host returns: a value or a failure, with the log records (level, text) of the call."""
+    """What a host returns: a value or a failure, with the log records of the call."""
 
     value: Any
-    failure: Failure | None
-    records: list[tuple[int, str]]
+    failure: Failure | None = None
+    records: Sequence[logging.LogRecord] = ()
     lost: bool = False
     """Whether the host itself is gone. The driver sets this."""
 
@@ -37,9 +39,14 @@ class Host:
         self._key: str | None = None
         self._worker: Any = None
         self._making = threading.Lock()
-        self._records = _RecordBuffer()
+        self._records: SimpleQueue[logging.LogRecord] = SimpleQueue()
         logging.captureWarnings(True)
-        logging.basicConfig(level=logging.INFO, handlers=[self._records], force=True)
+        logging.basicConfig(
+            level=logging.INFO,
+            handlers=[QueueHandler(self._records)],
+            format="[worker %(process)d] %(message)s",
+            force=True,
+        )
 
     def identify(self, needed: str | None) -> Outcome:
         """Return the process and node of this host. If its build of Retort is not `needed`, return a Failure.
@@ -47,8 +54,8 @@ class Host:
         node = platform.node()
         problem = needed and build_difference(f"node {node}", "its driver", needed)
         if problem:
-            return Outcome(None, Failure(problem, problem, final=True), [])
-        return Outcome(f"process {os.getpid()} on node {node}", None, self._records.take())
+            return self._outcome(failure=Failure(problem, problem, final=True))
+        return self._outcome(f"process {os.getpid()} on node {node}")
 
     def call(self, key: str, make_worker: Callable[[], Callable[[Any], Any]], item: Any) -> Outcome:
         """Return the result of a stage's worker for `item`. A worker that was made for another `key` is replaced
@@ -58,9 +65,9 @@ class Host:
                 if self._key != key:
                     self._worker = self._key = None
                     self._worker, self._key = make_worker(), key
-            return Outcome(self._worker(item), None, self._records.take())
+            return self._outcome(self._worker(item))
         except Exception as error:
-            return Outcome(None, Failure.of(error), self._records.take())
+            return self._outcome(failure=Failure.of(error))
 
     def stream(
         self, function: Callable[..., Generator[Progress, None, Any]], arguments: tuple[Any, ...]
@@ -70,21 +77,12 @@ class Host:
         steps = function(*arguments)
         try:
             while True:
-                yield Outcome(next(steps), None, self._records.take())
+                yield self._outcome(next(steps))
         except StopIteration as end:
-            yield Outcome(end.value, None, self._records.take())
+            yield self._outcome(end.value)
         except Exception as error:
-            yield Outcome(None, Failure.of(error), self._records.take())
+            yield self._outcome(failure=Failure.of(error))
 
-
-class _RecordBuffer(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: list[tuple[int, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._kept.append((record.levelno, f"[worker {os.getpid()}] {record.getMessage()}"))
-
-    def take(self) -> list[tuple[int, str]]:
-        taken, self._kept = self._kept, []
-        return taken
+    def _outcome(self, value: Any = None, failure: Failure | None = None) -> Outcome:
+        """An outcome with the log records that were made since the last one."""
+        return Outcome(value, failure, [self._records.get() for _ in range(self._records.qsize())])

@@ -3,6 +3,6 @@
 A job executes `retort resume` on the cluster. `pipeline.engines` starts the workers of a stage.
 """
 
-from pipeline.jobs.job import Job, alive, follow, load, stop, submit
+from pipeline.jobs.job import Job, alive, check_store, follow, load, stop, submit
 
-__all__ = ["Job", "alive", "follow", "load", "stop", "submit"]
+__all__ = ["Job", "alive", "check_store", "follow", "load", "stop", "submit"]

@@ -78,18 +78,16 @@ def load(run: Run) -> Job | None:
         return None
 
 
-def submit(run: Run, address: str, *, store_is_shared: bool, extra: Sequence[str] = ()) -> Job:
-    """Submit `run`, whose plan is stored already, to the cluster. `extra` are further arguments of `retort resume`.
+def submit(run: Run, address: str, arguments: Sequence[str]) -> Job:
+    """Submit `run`, whose plan is stored already, to the cluster. `arguments` are further ones of `retort resume`.
 
-    Raises UsageError for an unsuitable address, token, version of Ray or store. Raises StageFailed if the cluster does
-    not accept the job.
+    Raises UsageError for an unsuitable token or version of Ray. Raises StageFailed if the cluster does not accept the
+    job.
     """
-    address = dashboard.checked(address)
-    check_store(run.store.root, address, store_is_shared)
     ray, now = dashboard.same_ray(address), datetime.now(UTC)
     name = f"retort-{run.name}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
     job = Job(run.name, address, name, now.isoformat(timespec="seconds"), ray)
-    command = ["retort", "resume", run.name, *extra, "--store", str(run.store.root), "--engine", "attached"]
+    command = ["retort", "resume", run.name, *arguments, "--store", str(run.store.root), "--engine", "attached"]
     # written before the job is submitted, so that every running job is on record
     write_atomically(run.folder / "job.json", json.dumps(asdict(job), indent=2).encode("utf-8"))
     try:
@@ -170,8 +168,8 @@ class _Log:
             self.written += len(new)
 
 
-def stop(job: Job) -> str:
-    """Stop the job and wait until it has ended. Return its final state. Raises StageFailed if it does not end."""
+def stop(job: Job) -> None:
+    """Stop the job and wait until it has ended. Raises StageFailed if it does not end."""
     client, deadline = _client(job.address), time.monotonic() + STOP_FOR
     try:
         client.stop_job(job.id)
@@ -181,7 +179,6 @@ def stop(job: Job) -> str:
         if time.monotonic() > deadline:
             raise StageFailed(f"job {job.id} is still {status.lower()} after {STOP_FOR:.0f} s")
         time.sleep(PAUSE)
-    return status
 
 
 def check_store(root: Path, address: str, store_is_shared: bool) -> None:

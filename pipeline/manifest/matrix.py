@@ -8,13 +8,12 @@ Stages that read the stage are repeated too: once for each member.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -124,7 +123,6 @@ def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
             text = f"makes {count} stages; a manifest may have at most {MAX_STAGES}"
             problems.append(document.problem(("stages", base, "matrix"), text))
             continue
-        plain = {key: value for key, value in stage.items() if key != "matrix"}
         for values in product(*axes.values()):
             at = {axis: value.label for axis, value in zip(axes, values, strict=True)}
             name = name_of(base, at)
@@ -134,7 +132,7 @@ def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
                         ("stages", name), f"the matrix of {base} makes a stage of this name; rename one of them"
                     )
                 )
-            expanded[name] = copy.deepcopy(plain)
+            expanded[name] = {key: value for key, value in stage.items() if key != "matrix"}
             coordinates[name] = at
             document.origins["stages", name] = ("stages", base)
             for axis, value in zip(axes, values, strict=True):
@@ -160,15 +158,7 @@ def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> di
             text = f"is varied by the matrix; set stages.{base}.matrix.{'.'.join(path)} to a list instead"
             problems.append(document.problem(("stages", base, *path), text))
         else:
-            named = [_named(item, (*place, i), document, problems) for i, item in enumerate(values)]
-            counts = Counter(map(repr, values))
-            shown = Counter(name or _label(value, i) for i, (name, value, _) in enumerate(named))
-            twice = [*(word for word in counts if counts[word] > 1), *(n for n, _, _ in named if n and shown[n] > 1)]
-            problems += [document.problem(place, f"{word} is given twice") for word in dict.fromkeys(twice)]
-            labels = _labels([value if name is None else name for name, value, _ in named])
-            axes[Axis(base, path)] = [
-                Value(label, value, at) for label, (_, value, at) in zip(labels, named, strict=True)
-            ]
+            axes[Axis(base, path)] = _values(values, place, document, problems)
     if not isinstance(matrix, dict) or not matrix:
         problems.append(document.problem(where, "names no setting; give one or more, such as `seed: [0, 1, 2]`"))
     return axes
@@ -184,24 +174,27 @@ def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tup
         yield path, value, place
 
 
-def _named(item: Any, place: Path, document: Document, problems: list[str]) -> tuple[str | None, Any, Path]:
-    """Return (name, value, place) of an item of a list. The name is None if the item is not `{as: NAME, value:
-    ...}`."""
-    if not isinstance(item, dict) or "as" not in item:
-        return None, item, place
-    name = item["as"]
-    if set(item) != {"as", "value"}:
-        problems.append(document.problem(place, "a named value is `{as: NAME, value: ...}`, with no other key"))
-    elif not isinstance(name, str) or _label(name, 0) != name:
-        problems.append(document.problem((*place, "as"), "a name is at most 40 letters, digits, _, ., + or -"))
-    return str(name), item.get("value"), (*place, "value")
-
-
-def _labels(values: Sequence[Any]) -> list[str]:
-    """Short, readable and unique names for the values of one axis."""
-    labels = [_label(value, i) for i, value in enumerate(values)]
-    counts = Counter(labels)
-    return [label if counts[label] == 1 else f"{label}-{i}" for i, label in enumerate(labels)]
+def _values(items: Sequence[Any], place: Path, document: Document, problems: list[str]) -> list[Value]:
+    """Return the values of one axis, with short and unique labels. An item may be `{as: NAME, value: ...}`."""
+    twice = [word for word, count in Counter(map(repr, items)).items() if count > 1]
+    values: list[Value] = []
+    names: list[str] = []
+    for i, item in enumerate(items):
+        if not isinstance(item, dict) or "as" not in item:
+            values.append(Value(_label(item, i), item, (*place, i)))
+            continue
+        name = str(item["as"])
+        if set(item) != {"as", "value"}:
+            text = "a named value is `{as: NAME, value: ...}`, with no other key"
+            problems.append(document.problem((*place, i), text))
+        elif item["as"] != name or _label(name, i) != name:
+            problems.append(document.problem((*place, i, "as"), "a name is at most 40 letters, digits, _, ., + or -"))
+        values.append(Value(name, item.get("value"), (*place, i, "value")))
+        names.append(name)
+    counts = Counter(value.label for value in values)
+    twice += [name for name in names if counts[name] > 1]
+    problems += [document.problem(place, f"{word} is given twice") for word in dict.fromkeys(twice)]
+    return [v if counts[v.label] == 1 else replace(v, label=f"{v.label}-{i}") for i, v in enumerate(values)]
 
 
 def _label(value: Any, place: int) -> str:
@@ -231,13 +224,15 @@ def name_of(base: str, at: Coordinates) -> str:
 
 
 def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document, problems: list[str]) -> None:
+    """Set a value below `holder`, which shares nothing with other members. Mappings inside it are copied."""
     for i, part in enumerate(path[:-1]):
-        holder = holder.setdefault(part, {})
-        if not isinstance(holder, dict):
+        if not isinstance(holder.get(part, {}), dict):
             text = f"{'.'.join(path[: i + 1])} is not a mapping here, so {path[i + 1]} cannot be set in it"
             problems.append(document.problem(value.place[:-1], text))
             return
-    holder[path[-1]] = copy.deepcopy(value.value)
+        holder[part] = dict(holder.get(part, {}))
+        holder = holder[part]
+    holder[path[-1]] = value.value
 
 
 # --- Stages that read a matrix ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +89,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
     Raises ManifestError with every problem found, and UsageError for a file that cannot be read.
     """
-    return _without_problems(examine(path, overrides))
+    return loads(_read(path), str(path), overrides)
 
 
 def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
     """Like `load`, but from a text. `name` is the file name in messages."""
-    return _without_problems(_examine(text, name, overrides))
+    loaded = _examine(text, name, overrides)
+    if loaded.problems:
+        raise ManifestError(loaded.problems)
+    return loaded
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -122,12 +126,6 @@ def _read(path: Path) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         column = error.start - error.object.rfind(b"\n", 0, error.start)
         raise ManifestError([f"{path}:{line}:{column}: not UTF-8"]) from None
-
-
-def _without_problems(loaded: Loaded) -> Loaded:
-    if loaded.problems:
-        raise ManifestError(loaded.problems)
-    return loaded
 
 
 def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
@@ -185,7 +183,7 @@ def _absolute(manifest: Manifest) -> Manifest:
         for field in marked(stage, Content):
             if field.value in field.marker.shipped:
                 continue
-            local = field.value.startswith((".", "/", "~")) or _exists(field.value)
+            local = field.value.startswith((".", "/", "~")) or os.path.exists(field.value)
             if local or field.marker.revision_field is None:
                 paths[field.path] = _full(field.value)
         for field in marked(stage, Input):
@@ -197,14 +195,4 @@ def _absolute(manifest: Manifest) -> Manifest:
 
 
 def _full(path: str) -> str:
-    try:
-        return str(Path(path).expanduser().absolute())
-    except RuntimeError:  # ~NAME of a user that does not exist
-        return str(Path(path).absolute())
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # not a valid file name, such as one that is too long
-        return False
+    return str(Path(os.path.expanduser(path)).absolute())

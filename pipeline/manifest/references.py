@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -83,22 +84,17 @@ def order(stages: Mapping[str, Stage], left_out: Collection[str]) -> list[str]:
 
     Stages in `left_out`, stages in a cycle, and all stages that depend on these are omitted.
     """
-    missing = {
-        name: {r for r in inputs_of(stage).values() if not is_artifact_path(r)}
-        for name, stage in stages.items()
-        if name not in left_out
-    }
-    readers: dict[str, list[str]] = {}
-    for name, names in missing.items():
-        for other in names:
-            readers.setdefault(other, []).append(name)
-    ready = [name for name, names in missing.items() if not names][::-1]
+    sorter = TopologicalSorter[str](dict.fromkeys(stages, ()))  # ties keep the order in which names are added
+    for name, stage in stages.items():
+        read = {r for r in inputs_of(stage).values() if not is_artifact_path(r)}
+        # a stage that would wait for itself never comes
+        sorter.add(name, *(read if name not in left_out and read <= stages.keys() else {name}))
+    with suppress(CycleError):
+        sorter.prepare()
     found: list[str] = []
+    ready = [*sorter.get_ready()][::-1]
     while ready:
-        name = ready.pop()
-        found.append(name)
-        for reader in reversed(readers.get(name, ())):
-            missing[reader].discard(name)
-            if not missing[reader]:
-                ready.append(reader)
+        found.append(ready.pop())
+        sorter.done(found[-1])
+        ready += sorter.get_ready()[::-1]
     return found

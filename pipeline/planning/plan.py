@@ -38,7 +38,6 @@ class PlannedStage:
     artifact: Artifact
     identity: Mapping[str, Any]
     """Everything that decides the artifact's content; see `fingerprint.identity`."""
-    seed: int
     contents: Mapping[str, str]
     """Field path -> identity of each content that the stage reads."""
     pool: Path
@@ -150,12 +149,12 @@ def _plan_stage(
         changed = "; ".join(changes(before["identity"], its_identity, files)) if before else ""
         state, why = _state(artifact, store, pool, changed or ("not finished yet" if before else "never made"))
     reads, forced = [p.name for p in upstream], force or forced_input is not None
-    return PlannedStage(name, state, why, artifact, its_identity, seed, contents, pool, reads, files, forced)
+    return PlannedStage(name, state, why, artifact, its_identity, contents, pool, reads, files, forced)
 
 
 def _state(artifact: Artifact, store: Store, pool: Path, reason: str) -> tuple[State, str]:
-    damage = store.damage(artifact) if store.is_sealed(artifact) else None
-    if store.is_sealed(artifact) and damage is None:
+    damage = store.damage(artifact)
+    if damage is None:
         return "reuse", "sealed"
     progress = None if store.outdated(artifact) else artifact.stage.progress_in(store.work(artifact), pool)
     why = damage or reason

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,11 @@ class Run:
             raise UsageError(f"{asked} in store {store.root}, {there}{close}")
         return cls(store, name)
 
-    @contextmanager
-    def held(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    def held(self, waiting: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
         """Hold the lock of this run, so that no other process carries it out.
 
         Raises Locked, or waits, like `store.hold`."""
-        with hold(self.folder / "lock", f"run {self.name} is being carried out", self.name, waiting):
-            yield
+        return hold(self.folder / "lock", f"run {self.name} is being carried out", self.name, waiting)
 
     @contextmanager
     def making(self, artifact: Artifact, pool: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:

@@ -92,21 +92,22 @@ class Store:
         return (artifact.folder / RECORD).exists()
 
     def damage(self, artifact: Artifact) -> str | None:
-        """Say why a sealed artifact cannot be reused, or return None if it can.
+        """Say why an artifact cannot be reused: return "" if it is not sealed, None if it can be reused.
 
-        It cannot be reused if a file is missing or has another size, or if an input was made again with different
-        bytes. This method hashes no file. Runs hash the files of all inputs before a stage starts, and `retort verify`
-        hashes the files of an artifact.
+        A sealed one cannot be reused if a file is missing or has another size, or if an input was made again with
+        different bytes. This method hashes no file. Runs hash the files of all inputs before a stage starts, and
+        `retort verify` hashes the files of an artifact.
         """
+        if not self.is_sealed(artifact):
+            return ""
         try:
             record = artifact.record
-            changed, remade = changed_file(artifact.folder, record), remade_input(artifact, record)
+            if changed := next(changed_files(artifact.folder, record), None):
+                return f"{changed} is missing or changed"
+            if remade := remade_input(artifact, record):
+                return f"its input {remade} was made again with different bytes"
         except READ_ERRORS:
             return f"its {RECORD} cannot be read"
-        if changed:
-            return f"{changed} is missing or changed"
-        if remade:
-            return f"its input {remade} was made again with different bytes"
         try:
             return artifact.stage.damage(artifact.folder)
         except StageError as error:
@@ -189,11 +190,6 @@ class Store:
         return self.root / "locks" / f"{kind}-{fingerprint}"
 
 
-def changed_file(folder: Path, record: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None) -> str | None:
-    """Return the first file that `changed_files` yields, or None if it yields none."""
-    return next(changed_files(folder, record, hash_file), None)
-
-
 def changed_files(
     folder: Path, record: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None
 ) -> Iterator[str]:
@@ -240,7 +236,7 @@ def damaged_input(artifact: Artifact, hash_file: Callable[[Path], str]) -> str |
             record = source.record
         except READ_ERRORS as error:
             return f"{source.kind}/{source.fingerprint} is damaged: its {RECORD} cannot be read ({error})"
-        if changed := changed_file(folder, record, hash_file):
+        if changed := next(changed_files(folder, record, hash_file), None):
             return (
                 f"{source.kind}/{source.fingerprint} is damaged: {folder / changed} is missing or changed since it was "
                 "sealed. Restore the file; or delete it and make it again with: "

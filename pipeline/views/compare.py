@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.runs import Run, status_of
 from pipeline.store import RECORD
-from pipeline.store.artifacts import changed_file
+from pipeline.store.artifacts import changed_files
 from stages.evaluate import Evaluate, figures
 from stages.reports.sections import Evaluated, Section
 
@@ -94,8 +94,7 @@ def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
     version = record["identity"]["version"]
     if version != Evaluate.VERSION:
         raise ValueError(f"its VERSION is {version}; this Retort makes VERSION {Evaluate.VERSION}")
-    changed = changed_file(folder, record)
-    if changed:
+    if changed := next(changed_files(folder, record), None):
         raise ValueError(f"{folder / changed} is missing or changed")
     pairs = f"noises of {names.get(shown['pairs'], 'pairs/' + shown['pairs'])}, " if "pairs" in shown else ""
     origin = f"{pairs}teacher {names.get(shown['teacher'], 'teacher/' + shown['teacher'])}"

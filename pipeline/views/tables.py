@@ -27,38 +27,26 @@ MOST_READS = 3
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Align columns. On a terminal that is too narrow, the last column is wrapped between words, so that paths can be
     copied; if that is not enough, each row becomes several lines."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    widths = [max(map(len, column)) + 2 for column in zip(head, *rows, strict=True)][:-1]
+    lines: list[str] = []
+    if terminal_width() - sum(widths) < NARROWEST:
+        for first, *cells in rows:
+            lines.append(first)
+            for name, cell in zip(head[1:], cells, strict=True):
+                lines += _wrapped(f"{name}: {cell}" if cell else "", "    ", "      ")
+        return "\n".join(lines)
+    for *cells, last in [head, *rows] if any(head) else rows:
+        start = "".join(map(str.ljust, cells, widths))
+        lines += _wrapped(last, start, " " * len(start)) or [start.rstrip()]
+    return "\n".join(lines)
 
-    room = terminal_width() - sum(max(len(row[i]) for row in [head, *rows]) + 2 for i in range(len(head) - 1))
-    if room < NARROWEST:
-        return "\n".join(line for row in rows for line in _upright(head, row))
-    made = Table(*head, box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=any(head))
-    for row in rows:
-        made.add_row(*map(Text, row[:-1]), Text("\n".join(_wrapped(row[-1], room))))
-    printed = io.StringIO()
-    Console(width=UNLIMITED, file=printed, color_system=None).print(made)
-    return "\n".join(map(str.rstrip, printed.getvalue().splitlines()))
 
-
-def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """Wrap text between words. Lines after the first are indented by two more than `indent`, unless it is empty."""
+def _wrapped(text: str, start: str, indent: str) -> list[str]:
+    """Wrap text between words to the terminal. The first line begins with `start`, the others with `indent`."""
+    width = max(terminal_width(), NARROWEST)
     return textwrap.wrap(
-        text,
-        width,
-        initial_indent=indent,
-        subsequent_indent=indent and f"{indent}  ",
-        break_long_words=False,
-        break_on_hyphens=False,
+        text, width, initial_indent=start, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
-
-
-def _upright(head: Sequence[str], row: Sequence[str]) -> Iterator[str]:
-    yield row[0]
-    for name, cell in zip(head[1:], row[1:], strict=True):
-        if cell:
-            yield from _wrapped(f"{name}: {cell}", max(terminal_width(), NARROWEST), "    ")
 
 
 def terminal_width() -> int:

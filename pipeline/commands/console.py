@@ -230,7 +230,7 @@ def show_plan(loaded: Loaded, name: str, selection: Selection, as_json: bool) ->
 
 def show_difference(loaded: Loaded, other: str, as_json: bool) -> None:
     """Print how a manifest's plan differs from the plan of run `other`."""
-    from pipeline.planning.difference import difference
+    from pipeline.planning.fingerprint import difference
     from pipeline.runs import Run
     from pipeline.views import tables
 

@@ -161,8 +161,8 @@ def _places(target: str, store: str | None, kind: str | None = None) -> list[str
 
 
 def _verify(place: str) -> dict[str, Any]:
-    from pipeline.runs.verify import verify
     from pipeline.store import RECORD
+    from pipeline.store.artifacts import verify
 
     return verify(Path(place)) if (Path(place) / RECORD).exists() else _inspect(place, deep=True)
 

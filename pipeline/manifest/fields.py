@@ -77,18 +77,17 @@ def parts_of(path: str) -> list[str | int]:
 
 def plain(config: Config) -> dict[str, Any]:
     """Return settings as JSON values. They validate to equal settings. A null is left out if it is the default."""
-    values = config.model_dump(mode="json", by_alias=True)
-    found: dict[str, Any] = {}
-    for name, info in type(config).model_fields.items():
-        key, value = info.alias or name, getattr(config, name)
-        if value is not None or info.is_required() or info.get_default(call_default_factory=True) is not None:
-            found[key] = _plain(value, values[key])
-    return found
+    values: dict[str, Any] = _plain(config, config.model_dump(mode="json", by_alias=True))
+    return values
 
 
 def _plain(value: Any, dumped: Any) -> Any:
     if isinstance(value, Config):
-        return plain(value)
+        return {
+            info.alias or name: _plain(getattr(value, name), dumped[info.alias or name])
+            for name, info in type(value).model_fields.items()
+            if getattr(value, name) is not None or info.get_default(call_default_factory=True) is not None
+        }
     if isinstance(value, list | tuple):
         return [_plain(one, other) for one, other in zip(value, dumped, strict=True)]
     if isinstance(value, dict):

@@ -71,6 +71,22 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], files: Mapping[
             yield f"{name or group} {_word(old, path)} -> {_word(new, path)}"
 
 
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Compare two plans: stage name -> `PlannedStage.as_dict()`. Return stage name -> its changes, in words."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*before, *after]):
+        if name not in after:
+            found[name] = ["removed"]
+        elif name not in before:
+            found[name] = ["added"]
+        elif before[name]["kind"] != after[name]["kind"]:
+            found[name] = [f"kind {before[name]['kind']} -> {after[name]['kind']}"]
+        elif before[name]["fingerprint"] != after[name]["fingerprint"]:
+            old, new = before[name]["identity"], after[name]["identity"]
+            found[name] = list(changes(old, new, after[name]["files"]))
+    return found
+
+
 def _word(values: Mapping[str, Any], path: str) -> str:
     absent = "1" if path.endswith(".VERSION") else "(none)"
     return absent if path not in values else str(values[path])

@@ -206,6 +206,22 @@ def changed_files(
             yield str(name)
 
 
+def verify(folder: Path) -> dict[str, Any]:
+    """Hash the files of a sealed artifact, and the parts that it lists.
+
+    Returns {"target", "kind", "files": number of files hashed, "damaged": {path: what is wrong}}.
+    """
+    found: dict[str, Any] = {"target": str(folder), "kind": folder.parent.name, "files": 0}
+    try:
+        artifact = load_artifact(folder)
+        record, parts = artifact.record, artifact.stage.parts(folder)
+        damaged = dict.fromkeys(changed_files(folder, record, sha256_of), "missing or changed since it was sealed")
+        damaged |= artifact.stage.damaged_parts(folder)
+    except (UsageError, StageError) as error:  # its record, or its list of parts, cannot be read
+        return {**found, "damaged": {RECORD: str(error)}}
+    return {**found, "files": len(record["files"]) + len(parts), "damaged": damaged}
+
+
 def remade_input(artifact: Artifact, record: Mapping[str, Any]) -> str | None:
     """Return the field path of the first input that was made again with different bytes, or None if there is none.
 

@@ -18,11 +18,10 @@ from stages.base import Link
 from stages.registry import PluginError
 
 
-def expand(document: Document, coordinates: Mapping[str, Coordinates], problems: list[str]) -> dict[str, Coordinates]:
+def expand(document: Document, coordinates: Mapping[str, Coordinates]) -> dict[str, Coordinates]:
     """Replace each stage that is a chain by its links, in `document.value`.
 
-    Return the coordinates of the matrix members, which are in `coordinates`, and of the links. Problems are appended to
-    `problems`.
+    Return the coordinates of the matrix members, which are in `coordinates`, and of the links.
     """
     stages = document.value.get("stages")
     if not isinstance(stages, dict):
@@ -37,11 +36,8 @@ def expand(document: Document, coordinates: Mapping[str, Coordinates], problems:
             at = {Axis(base_of(name), ()): link.label, **coordinates.get(name, {})}
             link_name = name_of(base_of(name), at)
             if link_name in stages:
-                problems.append(
-                    document.problem(
-                        ("stages", link_name), f"the chain of {name} makes a stage of this name; rename one of them"
-                    )
-                )
+                text = f"the chain of {name} makes a stage of this name; rename one of them"
+                document.report(("stages", link_name), text)
             expanded[link_name] = link.settings if previous is None else {**link.settings, link.previous: previous}
             found[link_name], previous = at, link_name
             document.origins["stages", link_name] = ("stages", name)

@@ -43,6 +43,11 @@ class Document:
     overrides: dict[Path, str] = field(default_factory=dict)
     origins: dict[Path, Path] = field(default_factory=dict)
     """Path of a value that a matrix or chain made -> the path in the text that it comes from."""
+    problems: list[str] = field(default_factory=list)
+
+    def report(self, path: Path, message: str, *, at_key: bool = False) -> None:
+        """Add to the problems what `problem` returns."""
+        self.problems.append(self.problem(path, message, at_key=at_key))
 
     def problem(self, path: Path, message: str, *, at_key: bool = False) -> str:
         """Return the message `file:line:column: path: message`, followed by the line itself and a caret.
@@ -123,43 +128,43 @@ def parse(text: str, name: str) -> Document:
     Raises ManifestError, with the place of the problem, for any other text.
     """
     document = Document(name, _LINE_END.split(text))
-    problems: list[str] = []
     try:
-        loader = _Loader(text, document, problems)
+        loader = _Loader(text, document)
         document.root = loader.get_single_node()
         if document.root:
             loader.check(document.root, {})
             document.value = loader.construct_object(document.root, deep=True)
     except RecursionError:
-        problems = [document.problem_at((0, 0), "the YAML is nested too deeply")]
+        document.problems = [document.problem_at((0, 0), "the YAML is nested too deeply")]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = (mark.line, mark.column) if mark else (0, 0)
-        problems = [document.problem_at(place, f"not YAML: {error.problem or error.context}")]
+        document.problems = [document.problem_at(place, f"not YAML: {error.problem or error.context}")]
     except yaml.reader.ReaderError as error:
         before = _LINE_END.split(text[: error.position])
         place = (len(before) - 1, len(before[-1]))
-        problems = [document.problem_at(place, f"not YAML: it contains the character {text[error.position]!r}")]
-    if not problems and not isinstance(document.value, dict):
-        problems = [document.problem_at((0, 0), "a manifest is a mapping with name, store and stages")]
-    if problems:
-        raise ManifestError(problems)
+        what = f"not YAML: it contains the character {text[error.position]!r}"
+        document.problems = [document.problem_at(place, what)]
+    if not document.problems and not isinstance(document.value, dict):
+        document.problems = [document.problem_at((0, 0), "a manifest is a mapping with name, store and stages")]
+    if document.problems:
+        raise ManifestError(document.problems)
     return document
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the core schema's scalars. Every key is a string. Problems are appended to `problems`."""
+    """SafeLoader with the core schema's scalars. Every key is a string. Problems are added to the document."""
 
-    def __init__(self, text: str, document: Document, problems: list[str]) -> None:
+    def __init__(self, text: str, document: Document) -> None:
         super().__init__(text)
-        self._document, self._problems = document, problems
+        self._document = document
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Return the value of a node. It is None if the value cannot be read."""
         try:
             return super().construct_object(node, deep)
         except (yaml.YAMLError, ValueError, AttributeError) as error:  # such as !!timestamp before a word
-            self._problems.append(self._problem(node, f"cannot be read: {getattr(error, 'problem', None) or error}"))
+            self._report(node, f"cannot be read: {getattr(error, 'problem', None) or error}")
             self.constructed_objects[node] = None
             return None
 
@@ -171,7 +176,8 @@ class _Loader(yaml.SafeLoader):
         """
         if node in sizes:
             if not sizes[node]:
-                raise ManifestError([self._problem(node, "an alias contains itself")])
+                self._report(node, "an alias contains itself")
+                raise ManifestError(self._document.problems)
             return sizes[node]
         sizes[node] = 0
         inside: Iterable[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else ()
@@ -182,7 +188,8 @@ class _Loader(yaml.SafeLoader):
             node.value = self._with_words_as_keys(node.value)
         found = 1 + sum(self.check(one, sizes) for one in inside)
         if found > MAX_VALUES:
-            raise ManifestError([self._problem(node, f"more than {MAX_VALUES:,} values, with aliases expanded")])
+            self._report(node, f"more than {MAX_VALUES:,} values, with aliases expanded")
+            raise ManifestError(self._document.problems)
         sizes[node] = found
         return found
 
@@ -191,19 +198,19 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, value in pairs:
             if not isinstance(key, yaml.ScalarNode):
-                self._problems.append(self._problem(key, "a key must be a plain word"))
+                self._report(key, "a key must be a plain word")
                 continue
             if key.tag != f"{_TAG}merge":
                 key = yaml.ScalarNode(f"{_TAG}str", key.value, key.start_mark, key.end_mark)
                 if key.value in lines:
-                    text = f"duplicate key {key.value!r}, first given on line {lines[key.value] + 1}"
-                    self._problems.append(self._problem(key, text))
+                    self._report(key, f"duplicate key {key.value!r}, first given on line {lines[key.value] + 1}")
                 lines[key.value] = key.start_mark.line
             found.append((key, value))
         return found
 
-    def _problem(self, node: yaml.Node, message: str) -> str:
-        return self._document.problem_at((node.start_mark.line, node.start_mark.column), message)
+    def _report(self, node: yaml.Node, message: str) -> None:
+        place = (node.start_mark.line, node.start_mark.column)
+        self._document.problems.append(self._document.problem_at(place, message))
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:

@@ -101,11 +101,8 @@ def chosen(names: Sequence[str], asked: str) -> list[str]:
 # --- A stage's own matrix, before anything is validated -----------------------------------------------
 
 
-def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
-    """Replace each stage that has a `matrix` by its members, in `document.value`.
-
-    Return the coordinates of each member. Problems are appended to `problems`.
-    """
+def expand(document: Document) -> dict[str, Coordinates]:
+    """Replace each stage that has a `matrix` by its members, in `document.value`. Return the coordinates of each."""
     stages = document.value.get("stages")
     if not isinstance(stages, dict):
         return {}
@@ -115,52 +112,49 @@ def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
         if not isinstance(stage, dict) or "matrix" not in stage:
             expanded[base] = stage
             continue
-        axes = _axes(base, stage["matrix"], document, problems)
+        axes = _axes(base, stage["matrix"], document)
         if not axes:
             continue
         count = math.prod(map(len, axes.values()))
         if len(expanded) + count > MAX_STAGES:
             text = f"makes {count} stages; a manifest may have at most {MAX_STAGES}"
-            problems.append(document.problem(("stages", base, "matrix"), text))
+            document.report(("stages", base, "matrix"), text)
             continue
         for values in product(*axes.values()):
             at = {axis: value.label for axis, value in zip(axes, values, strict=True)}
             name = name_of(base, at)
             if name in stages:
-                problems.append(
-                    document.problem(
-                        ("stages", name), f"the matrix of {base} makes a stage of this name; rename one of them"
-                    )
-                )
+                text = f"the matrix of {base} makes a stage of this name; rename one of them"
+                document.report(("stages", name), text)
             expanded[name] = {key: value for key, value in stage.items() if key != "matrix"}
             coordinates[name] = at
             document.origins["stages", name] = ("stages", base)
             for axis, value in zip(axes, values, strict=True):
-                _set(expanded[name], axis.path, value, document, problems)
+                _set(expanded[name], axis.path, value, document)
                 document.origins["stages", name, *axis.path] = value.place
     document.value["stages"] = expanded
     return coordinates
 
 
-def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> dict[Axis, list[Value]]:
+def _axes(base: str, matrix: Any, document: Document) -> dict[Axis, list[Value]]:
     where: Path = ("stages", base, "matrix")
     axes: dict[Axis, list[Value]] = {}
     for path, values, place in _lists(matrix, (), where):
         if any(place[:length] in document.overrides for length in range(len(place) + 1)):
             axes.pop(Axis(base, path), None)  # --set replaces the axis in the text
         if not isinstance(values, list) or not values:
-            problems.append(document.problem(place, "a list of values is needed, such as `seed: [0, 1, 2]`"))
+            document.report(place, "a list of values is needed, such as `seed: [0, 1, 2]`")
         elif path[0] in ("kind", "matrix"):
-            problems.append(document.problem(place, f"{path[0]} cannot be varied by a matrix"))
+            document.report(place, f"{path[0]} cannot be varied by a matrix")
         elif any(path[: len(a.path)] == a.path or a.path[: len(path)] == path for a in axes):
-            problems.append(document.problem(place, "the matrix varies this setting twice; keep one list"))
+            document.report(place, "the matrix varies this setting twice; keep one list")
         elif ("stages", base, *path) in document.overrides:
             text = f"is varied by the matrix; set stages.{base}.matrix.{'.'.join(path)} to a list instead"
-            problems.append(document.problem(("stages", base, *path), text))
+            document.report(("stages", base, *path), text)
         else:
-            axes[Axis(base, path)] = _values(values, place, document, problems)
+            axes[Axis(base, path)] = _values(values, place, document)
     if not isinstance(matrix, dict) or not matrix:
-        problems.append(document.problem(where, "names no setting; give one or more, such as `seed: [0, 1, 2]`"))
+        document.report(where, "names no setting; give one or more, such as `seed: [0, 1, 2]`")
     return axes
 
 
@@ -174,7 +168,7 @@ def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tup
         yield path, value, place
 
 
-def _values(items: Sequence[Any], place: Path, document: Document, problems: list[str]) -> list[Value]:
+def _values(items: Sequence[Any], place: Path, document: Document) -> list[Value]:
     """Return the values of one axis, with short and unique labels. An item may be `{as: NAME, value: ...}`."""
     twice = [word for word, count in Counter(map(repr, items)).items() if count > 1]
     values: list[Value] = []
@@ -185,15 +179,15 @@ def _values(items: Sequence[Any], place: Path, document: Document, problems: lis
             continue
         name = str(item["as"])
         if set(item) != {"as", "value"}:
-            text = "a named value is `{as: NAME, value: ...}`, with no other key"
-            problems.append(document.problem((*place, i), text))
+            document.report((*place, i), "a named value is `{as: NAME, value: ...}`, with no other key")
         elif item["as"] != name or _label(name, i) != name:
-            problems.append(document.problem((*place, i, "as"), "a name is at most 40 letters, digits, _, ., + or -"))
+            document.report((*place, i, "as"), "a name is at most 40 letters, digits, _, ., + or -")
         values.append(Value(name, item.get("value"), (*place, i, "value")))
         names.append(name)
     counts = Counter(value.label for value in values)
     twice += [name for name in names if counts[name] > 1]
-    problems += [document.problem(place, f"{word} is given twice") for word in dict.fromkeys(twice)]
+    for word in dict.fromkeys(twice):
+        document.report(place, f"{word} is given twice")
     return [v if counts[v.label] == 1 else replace(v, label=f"{v.label}-{i}") for i, v in enumerate(values)]
 
 
@@ -223,12 +217,12 @@ def name_of(base: str, at: Coordinates) -> str:
     return f"{base}[{inside}]"
 
 
-def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document, problems: list[str]) -> None:
+def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document) -> None:
     """Set a value below `holder`, which shares nothing with other members. Mappings inside it are copied."""
     for i, part in enumerate(path[:-1]):
         if not isinstance(holder.get(part, {}), dict):
             text = f"{'.'.join(path[: i + 1])} is not a mapping here, so {path[i + 1]} cannot be set in it"
-            problems.append(document.problem(value.place[:-1], text))
+            document.report(value.place[:-1], text)
             return
         holder[part] = dict(holder.get(part, {}))
         holder = holder[part]
@@ -239,7 +233,7 @@ def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Do
 
 
 def expand_readers(
-    stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document, problems: list[str]
+    stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document
 ) -> dict[str, Stage]:
     """Repeat each stage that reads an expanded stage, once for each member. Each copy refers to single members.
 
@@ -288,7 +282,7 @@ def expand_readers(
         for names in product(*read.values()):
             if count == MAX_STAGES:
                 text = f"would be made more than {MAX_STAGES} times, once for each combination of its inputs"
-                problems.append(document.problem(("stages", name), text, at_key=True))
+                document.report(("stages", name), text, at_key=True)
                 return
             positions = [by_name[n] for by_name, n in zip(read.values(), names, strict=True)]
             found = _merged([*(_without_links(position, own) for position in positions), own])

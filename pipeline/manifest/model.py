@@ -132,24 +132,21 @@ def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
     document = yaml_document.parse(text, name)
     for override in overrides:
         document.set(override)
-    problems: list[str] = []
     unexpanded = document.value.get("stages")
-    coordinates = chain.expand(document, matrix.expand(document, problems), problems)
-    manifest = _validated(document, problems)
-    problems += references.cycles(manifest.stages, document)
-    stages = matrix.expand_readers(manifest.stages, coordinates, document, problems)
+    coordinates = chain.expand(document, matrix.expand(document))
+    manifest = _validated(document)
+    references.check_cycles(manifest.stages, document)
+    stages = matrix.expand_readers(manifest.stages, coordinates, document)
     manifest = manifest.model_copy(update={"stages": stages})
     known = {*manifest.stages, *(group for name in manifest.stages for group in groups_of(name))}
     invalid = {name for name in (*unexpanded, *document.value["stages"]) if name not in known}
-    found = references.problems(manifest.stages, invalid, document)
-    problems += [problem for several in found.values() for problem in several]
-    problems += references.resource_problems(manifest.stages, invalid, manifest.resources, document)
-    order = references.order(manifest.stages, set(found))
-    return Loaded(_absolute(manifest), document, order, by_place(problems))
+    order = references.order(manifest.stages, references.check(manifest.stages, invalid, document))
+    references.check_resources(manifest.stages, invalid, manifest.resources, document)
+    return Loaded(_absolute(manifest), document, order, by_place(document.problems))
 
 
-def _validated(document: Document, problems: list[str]) -> Manifest:
-    """Validate, leaving out the stages and resources that are invalid. Their problems are appended to `problems`.
+def _validated(document: Document) -> Manifest:
+    """Validate, leaving out the stages and resources that are invalid. Their problems are reported.
 
     Raises ManifestError if nothing else can be checked.
     """
@@ -158,7 +155,7 @@ def _validated(document: Document, problems: list[str]) -> Manifest:
         return Manifest.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False)
-    problems += [describe(Manifest, document, e) for e in found]
+    document.problems += [describe(Manifest, document, e) for e in found]
     wrong = {e["loc"][:2] for e in found}
     kept: dict[str, Any] = {"name": "manifest"} | {k: v for k, v in value.items() if (k,) not in {w[:1] for w in wrong}}
     for section in ("stages", "resources"):
@@ -167,7 +164,7 @@ def _validated(document: Document, problems: list[str]) -> Manifest:
     try:
         return Manifest.model_validate(kept)
     except ValidationError:
-        raise ManifestError(list(dict.fromkeys(problems))) from None
+        raise ManifestError(list(dict.fromkeys(document.problems))) from None
 
 
 def dump(manifest: Manifest) -> str:

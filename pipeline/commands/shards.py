@@ -94,7 +94,7 @@ def repair(target: str, store: str | None, engine: str, wait: bool, as_json: boo
         print_result(as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
         return
     found.unseal(say_waiting if wait else None)
-    carry_out(found.loaded, found.run_name, Selection(), Execution(engine, wait, quiet=True))
+    carry_out(found.loaded, found.loaded.manifest.name, Selection(), Execution(engine, wait, quiet=True))
     changed = found.changed()
     result = {"repaired": list(found.damaged), "changed": changed}
     print_result(as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'only the seal'}")

@@ -1,9 +1,16 @@
-"""Matrices: a stage with `matrix:` becomes one stage, a member, for every combination of values.
+"""Matrices and chains, and the names of the stages that they become.
+
+A stage with `matrix:` becomes one stage, a member, for every combination of values:
 
 student:
   matrix: {method.loss: [l1, l2], seed: [0, 1, 2]}    # student[loss=l1,seed=0], student[loss=l1,seed=1], ...
 
-Stages that read the stage are repeated too: once for each member.
+A stage with several rounds, a chain, becomes one stage for each round, its links. Each link reads the link before it:
+
+student:
+  method: {name: progressive, start_steps: 32, end_steps: 1}    # student/16, student/8, student/4, student/2, student/1
+
+Stages that read the stage are repeated too: once for each member or link.
 """
 
 from __future__ import annotations
@@ -20,7 +27,9 @@ from typing import Any
 
 from pipeline.manifest.document import Document, Path
 from pipeline.manifest.fields import inputs_of, replaced
-from stages.base import Config, Stage
+from stages import KINDS
+from stages.base import Config, Link, Stage
+from stages.registry import PluginError
 
 MAX_STAGES = 2000
 """Maximum number of stages of a manifest with matrices, and of copies of one stage that reads them."""
@@ -227,6 +236,47 @@ def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Do
         holder[part] = dict(holder.get(part, {}))
         holder = holder[part]
     holder[path[-1]] = value.value
+
+
+# --- Chains -------------------------------------------------------------------------------------------
+
+
+def expand_chains(document: Document, coordinates: Mapping[str, Coordinates]) -> dict[str, Coordinates]:
+    """Replace each stage that is a chain by its links, in `document.value`. `Stage.chain` says which links there are.
+
+    Return the coordinates of the matrix members, which are in `coordinates`, and of the links.
+    """
+    stages = document.value.get("stages")
+    if not isinstance(stages, dict):
+        return dict(coordinates)
+    found, expanded = dict(coordinates), {}
+    for name, stage in stages.items():
+        links = [] if is_link(name) else _links(stage)  # the manifest of a run already has links as stages
+        if not links:
+            expanded[name] = stage
+        previous = None
+        for link in links:
+            at = {Axis(base_of(name), ()): link.label, **coordinates.get(name, {})}
+            link_name = name_of(base_of(name), at)
+            if link_name in stages:
+                text = f"the chain of {name} makes a stage of this name; rename one of them"
+                document.report(("stages", link_name), text)
+            expanded[link_name] = link.settings if previous is None else {**link.settings, link.previous: previous}
+            found[link_name], previous = at, link_name
+            document.origins["stages", link_name] = ("stages", name)
+            for path, origin in link.origins.items():
+                document.origins["stages", link_name, *path] = ("stages", name, *origin)
+    document.value["stages"] = expanded
+    return found
+
+
+def _links(stage: Any) -> list[Link]:
+    kind = stage.get("kind") if isinstance(stage, dict) else None
+    try:
+        cls = KINDS.get(kind) if isinstance(kind, str) else None
+        return list(cls.chain(stage)) if cls else []
+    except PluginError:  # reported when the stage is validated
+        return []
 
 
 # --- Stages that read a matrix ------------------------------------------------------------------------

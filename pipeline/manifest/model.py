@@ -12,8 +12,8 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from pipeline import DEFAULT_STORE
 from pipeline.errors import ManifestError, UsageError
-from pipeline.manifest import chain, matrix, references
 from pipeline.manifest import document as yaml_document
+from pipeline.manifest import matrix, references
 from pipeline.manifest.document import Document
 from pipeline.manifest.fields import is_artifact_path, marked, parts_of, plain, replaced
 from pipeline.manifest.matrix import groups_of
@@ -133,7 +133,7 @@ def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
     for override in overrides:
         document.set(override)
     unexpanded = document.value.get("stages")
-    coordinates = chain.expand(document, matrix.expand(document))
+    coordinates = matrix.expand_chains(document, matrix.expand(document))
     manifest = _validated(document)
     references.check_cycles(manifest.stages, document)
     stages = matrix.expand_readers(manifest.stages, coordinates, document)

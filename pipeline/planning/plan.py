@@ -88,16 +88,14 @@ def make_plan(
     for name in loaded.order:
         stage = loaded.manifest.stages[name]
         inputs: dict[str, Artifact] = {}
-        for field, reference in inputs_of(stage).items():
-            if reference in planned:
-                inputs[field] = planned[reference].artifact
-            if reference in planned or not is_artifact_path(reference):
-                continue
+        for field in marked(stage, Input):
             try:
-                kind = next(f.marker.kind for f in marked(stage, Input) if f.path == field)
-                inputs[field] = _artifact_at(Path(reference), kind, store)
+                if field.value in planned:
+                    inputs[field.path] = planned[field.value].artifact
+                elif is_artifact_path(field.value):
+                    inputs[field.path] = _artifact_at(Path(field.value), field.marker.kind, store)
             except UsageError as error:
-                problems.append(loaded.problem(name, field, str(error)))
+                problems.append(loaded.problem(name, field.path, str(error)))
         if len(inputs) < len(inputs_of(stage)):
             continue  # a stage with wrong inputs cannot be checked further
         problems += [loaded.problem(name, field, text) for field, text in stage.check(inputs)]
@@ -113,8 +111,7 @@ def _artifact_at(folder: Path, kind: str, store: Store) -> Artifact:
     artifact = load_artifact(folder)
     if artifact.kind != kind:
         raise UsageError(f"needs an artifact of kind {kind}; {folder} is of kind {artifact.kind}")
-    damage = store.damage(artifact)
-    if damage:
+    if damage := store.damage(artifact):
         raise UsageError(f"{folder} cannot be used: {damage}")
     return artifact
 

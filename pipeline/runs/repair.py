@@ -33,11 +33,6 @@ class Repair:
     """Path below the pool -> sha256, of all parts that the artifact lists."""
 
     @property
-    def run_name(self) -> str:
-        """The name of the run that carries out the repair."""
-        return f"{REPAIR_PREFIX}{self.artifact.fingerprint}"
-
-    @property
     def needed(self) -> bool:
         """Whether a part is damaged, or the artifact is still unsealed after an earlier repair."""
         return bool(self.damaged) or not self.store.is_sealed(self.artifact)
@@ -48,7 +43,7 @@ class Repair:
 
         Raises Locked while a run makes or reads the artifact or its pool.
         """
-        run = Run(self.store, self.run_name)
+        run = Run(self.store, self.loaded.manifest.name)
         with (
             run.making(self.artifact, self.pool, waiting),
             hold(self.store.garbage_lock, "a plan is being made", run.name, waiting),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,23 @@ def collect(runs: Sequence[Run]) -> tuple[list[Evaluated], list[NotMade]]:
 
     Raises UsageError for a run without an evaluation, and if no evaluation is sealed.
     """
-    found: list[Evaluated | NotMade] = []
+    made: list[Evaluated] = []
+    not_made: list[NotMade] = []
     for run in runs:
-        evaluations = list(_evaluations_of(run, f"{run.name}/" if len(runs) > 1 else ""))
+        stages, prefix = status_of(run), f"{run.name}/" if len(runs) > 1 else ""
+        names = {stage["fingerprint"]: f"{prefix}{name}" for name, stage in stages.items()}
+        evaluations = {name: stage for name, stage in stages.items() if stage["kind"] == "evaluate"}
         if not evaluations:
             raise UsageError(f"run {run.name} evaluates nothing; add a stage of `kind: evaluate` to its manifest")
-        found += evaluations
-    made = [one for one in found if isinstance(one, Evaluated)]
-    not_made = [one for one in found if isinstance(one, NotMade)]
+        for name, stage in evaluations.items():
+            why = f"{stage['state']}: {stage['detail']}" if stage["detail"] else stage["state"]
+            if stage["state"] == "done":
+                try:
+                    made.append(_evaluated(Path(stage["artifact"]), f"{prefix}{name}", names))
+                    continue
+                except (OSError, ValueError, KeyError) as error:
+                    why = f"made by an older version of Retort, or damaged: {error}"
+            not_made.append(NotMade(run, name, why))
     if not made:
         raise UsageError("\n".join(["nothing to compare yet", *remarks(not_made)]))
     return made, not_made
@@ -67,22 +76,6 @@ def pictured(compared: Sequence[Section], names: Sequence[str]) -> Section:
             return replace(section, rows=found or list(rows.values()))
     known = dict.fromkeys(row.name for section in compared for row in section.rows if row.picture)
     raise UsageError("\n".join(["no section has images of all the rows of --row; rows with images:", *known]))
-
-
-def _evaluations_of(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:
-    stages = status_of(run)
-    names = {stage["fingerprint"]: f"{prefix}{name}" for name, stage in stages.items()}
-    for name, stage in stages.items():
-        if stage["kind"] != "evaluate":
-            continue
-        why = f"{stage['state']}: {stage['detail']}" if stage["detail"] else stage["state"]
-        if stage["state"] == "done":
-            try:
-                yield _evaluated(Path(stage["artifact"]), f"{prefix}{name}", names)
-                continue
-            except (OSError, ValueError, KeyError) as error:
-                why = f"made by an older version of Retort, or damaged: {error}"
-        yield NotMade(run, name, why)
 
 
 def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:

@@ -306,27 +306,22 @@ def expand_readers(
         return done[name]
 
     @cache
-    def members(reference: str) -> list[str]:
-        """The stages that a reference stands for: one stage, or the members or links in a group."""
+    def members(reference: str) -> dict[str, Coordinates]:
+        """The stages that a reference stands for -> their coordinates, without the axes that the reference itself
+        fixes, such as a link's number."""
         if reference in stages:
-            return list(expanded(reference))
+            return {name: at[name] for name in expanded(reference)}
         everything = (new for name in by_base.get(base_of(reference), []) for new in expanded(name))
-        return [new for new in everything if reference in groups_of(new)]
-
-    def coordinates_of(reference: str) -> dict[str, Coordinates]:
-        """Member -> its coordinates, without the axes that the reference itself fixes, such as a link's number."""
-        names = members(reference)
-        if reference in (*stages, base_of(reference)):
-            return {name: at[name] for name in names}
-        fixed = {
-            axis for name in names for axis, value in at[name].items() if all(at[n].get(axis) == value for n in names)
-        }
-        return {name: {axis: value for axis, value in at[name].items() if axis not in fixed} for name in names}
+        found = {new: at[new] for new in everything if reference in groups_of(new)}
+        if reference == base_of(reference):
+            return found
+        fixed = {axis for one in found.values() for axis in one if len({two.get(axis) for two in found.values()}) == 1}
+        return {name: {axis: value for axis, value in one.items() if axis not in fixed} for name, one in found.items()}
 
     def copies_of(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
         """Yield (name, settings, coordinates) of the stage, once for each combination of members that it reads."""
         own = coordinates.get(name, {})
-        read = {field: coordinates_of(reference) for field, reference in inputs_of(stage).items()}
+        read = {field: members(reference) for field, reference in inputs_of(stage).items()}
         read = {field: names for field, names in read.items() if names and [*names] != [inputs_of(stage)[field]]}
         count = 0
         for names in product(*read.values()):

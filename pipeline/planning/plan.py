@@ -38,14 +38,14 @@ class PlannedStage:
     artifact: Artifact
     identity: Mapping[str, Any]
     """Everything that decides the artifact's content; see `fingerprint.identity`."""
-    contents: Mapping[str, str]
-    """Field path -> identity of each content that the stage reads."""
     pool: Path
     """The folder of parts. Artifacts that differ only in `Extent` settings share it."""
     reads: Sequence[str]
     """The names of the stages in this plan whose artifacts this stage reads."""
     files: Mapping[str, str]
     """Field path -> path or repository of each content that the stage reads."""
+    contents: Mapping[str, str]
+    """Field path -> identity of each content."""
     forced: bool
     """Whether the artifact is made again even if it is sealed and undamaged."""
 
@@ -146,7 +146,7 @@ def _plan_stage(
         changed = "; ".join(changes(before["identity"], its_identity, files)) if before else ""
         state, why = _state(artifact, store, pool, changed or ("not finished yet" if before else "never made"))
     reads, forced = [p.name for p in upstream], force or forced_input is not None
-    return PlannedStage(name, state, why, artifact, its_identity, contents, pool, reads, files, forced)
+    return PlannedStage(name, state, why, artifact, its_identity, pool, reads, files, contents, forced)
 
 
 def _state(artifact: Artifact, store: Store, pool: Path, reason: str) -> tuple[State, str]:

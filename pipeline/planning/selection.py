@@ -31,11 +31,8 @@ class Selection:
         return _resolve(names, self.force)
 
     def of(self, plan: Plan) -> set[str]:
-        """Return the names of the stages to carry out.
-
-        Raises UsageError for a name that matches no stage of the plan, for a selected stage that is blocked, and for a
-        selected stage with an input that is neither sealed nor selected.
-        """
+        """Return the names of the stages to carry out. Raises UsageError for a name that matches no stage of the plan,
+        and for a selected stage that is blocked, or has an input that is neither sealed nor selected."""
         names = [stage.name for stage in plan]
         wanted = _resolve(names, self.only)
         onward = _resolve(names, self.onward)

@@ -24,8 +24,8 @@ def collect(
     pool, temporary or run. Artifacts under construction are kept. Runs named in `drop` count as garbage too.
 
     Raises UsageError for an unknown run in `drop`, and for a run whose plan cannot be read, because it could refer to
-    anything. Raises Locked for a run in `drop` that is running. While another process makes a plan, `waiting` is called
-    and the call waits; without `waiting`, Locked is raised.
+    anything. Raises Locked for a run in `drop` that is running. While another process makes a plan, Locked is raised or
+    the call waits, as in `hold`.
     """
     if not (store.root / "runs").is_dir():
         raise UsageError(f"{store.root} is not a store; give one with --store or RETORT_STORE")

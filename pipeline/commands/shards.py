@@ -54,7 +54,7 @@ def verify(target: str, store: str | None, as_json: bool) -> int:
     """Read and hash everything in TARGET again, and list what is damaged. TARGET is the path of an artifact of any
     kind, RUN/STAGE, a run (all its artifacts), or a folder or URL of shards. The exit code is 1 if something is
     damaged."""
-    from pipeline.runs.verify import verify
+    from pipeline.store.artifacts import verify
     from pipeline.views import tables
     from stages.data.inspection import inspect_shards
 
@@ -88,7 +88,7 @@ def repair(target: str, store: str | None, how: console.Execution) -> None:
         console.print_result(how.as_json, {"repaired": [], "changed": []}, lambda: f"{artifact}: nothing to repair")
         return
     found.unseal(console.say_waiting if how.wait else None)
-    console.carry_out(found.loaded, found.run_name, Selection(), replace(how, quiet=True))
+    console.carry_out(found.loaded, found.loaded.manifest.name, Selection(), replace(how, quiet=True))
     changed = found.changed()
     result = {"repaired": list(found.damaged), "changed": changed}
     console.print_result(how.as_json, result, lambda: f"made again: {', '.join(found.damaged) or 'only the seal'}")

@@ -109,7 +109,7 @@ def plan(
 ) -> None:
     """Show what `retort submit MANIFEST` or `retort resume RUN` would do, and why. Nothing is changed."""
     from pipeline.manifest import examine
-    from pipeline.planning.difference import difference
+    from pipeline.planning.fingerprint import difference
     from pipeline.runs import Run
     from pipeline.views import tables
 

@@ -6,7 +6,7 @@ Scalars follow YAML 1.2's core schema, not PyYAML's 1.1: `1e-4` is a float, `no`
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -18,22 +18,6 @@ from pipeline.errors import ManifestError, suggest
 Path = tuple[str | int, ...]
 """Keys and list indices from the top of the document: ("stages", "pairs", "count")."""
 
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with the core schema's scalars."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("merge", r"<<", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
-
-
 MAX_INTEGER_LENGTH = 100
 """Maximum number of characters of an integer. The largest value of any setting has 19 digits."""
 MAX_VALUES = 100_000
@@ -41,59 +25,41 @@ MAX_VALUES = 100_000
 
 _LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 """The line breaks of YAML."""
-
-
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node)
-    if len(text) > MAX_INTEGER_LENGTH:  # Python refuses to print much longer integers
-        raise ValueError(f"an integer of {len(text):,} characters; at most {MAX_INTEGER_LENGTH} are read")
-    return int(text, 16) if text.startswith("0x") else int(text)
-
-
-def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    return float(loader.construct_scalar(node))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_TAG = "tag:yaml.org,2002:"
 
 
 @dataclass
 class Document:
     """A parsed YAML text.
 
-    `value` is the YAML as dicts, lists and scalars. `places` and `keys` give the (line, column) of each value and of
-    each key, both counted from 0. `overrides` maps the paths set by --set to the text of the option.
+    `value` is the YAML as dicts, lists and scalars. `root` is the same as nodes, which know their places. `overrides`
+    maps the paths set by --set to the text of the option.
     """
 
     name: str
     lines: list[str] = field(default_factory=list)
-    value: Any = None
-    places: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    keys: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    value: Any = field(default_factory=dict)
+    root: yaml.Node | None = None
     overrides: dict[Path, str] = field(default_factory=dict)
     origins: dict[Path, Path] = field(default_factory=dict)
     """Path of a value that a matrix or chain made -> the path in the text that it comes from."""
+    problems: list[str] = field(default_factory=list)
+
+    def report(self, path: Path, message: str, *, at_key: bool = False) -> None:
+        """Add to the problems what `problem` returns."""
+        self.problems.append(self.problem(path, message, at_key=at_key))
 
     def problem(self, path: Path, message: str, *, at_key: bool = False) -> str:
         """Return the message `file:line:column: path: message`, followed by the line itself and a caret.
 
-        A path that is not in the text gets the place of its nearest parent. With `at_key` the caret points at the
-        key, not at the value.
+        With `at_key` the caret points at the key, not at the value.
         """
         path = self._origin(path)
         dotted = ".".join(str(part) for part in path) or "manifest"
         for override, text in self.overrides.items():
             if path[: len(override)] == override:
                 return f"--set {text}: {dotted}: {message}"
-        place = self.keys.get(path) if at_key else None
-        above = path
-        while place is None:
-            place = self.places.get(above) or self.keys.get(above)
-            if not above:
-                break
-            above = above[:-1]
-        return self.problem_at(place or (0, 0), f"{dotted}: {message}")
+        return self.problem_at(self.place(path, at_key), f"{dotted}: {message}")
 
     def _origin(self, path: Path) -> Path:
         """Map a path in a matrix member or a link to its path in the text."""
@@ -101,6 +67,20 @@ class Document:
             if path[:length] in self.origins:
                 return self._origin((*self.origins[path[:length]], *path[length:]))
         return path
+
+    def place(self, path: Path, at_key: bool = False) -> tuple[int, int]:
+        """Return the (line, column) of a value or of its key, counted from 0.
+
+        A path that is not in the text gets the place of its nearest parent.
+        """
+        key, node = None, self.root
+        for part in path:
+            key, inner = _child(node, part)
+            if inner is None:
+                break
+            node = inner
+        found = key if at_key and key else node
+        return (found.start_mark.line, found.start_mark.column) if found else (0, 0)
 
     def problem_at(self, place: tuple[int, int], message: str) -> str:
         """Return `file:line:column: message` for a (line, column) counted from 0, followed by the line and a caret."""
@@ -127,9 +107,19 @@ class Document:
             if not isinstance(holder.get(part), dict):
                 where = ".".join(path[:i]) or "the manifest"
                 raise ManifestError([f"--set {text}: there is no {part!r} in {where}{suggest(part, holder)}"])
+            holder[part] = dict(holder[part])  # other places with the same anchor keep their value
             holder = holder[part]
         holder[path[-1]] = value
         self.overrides[path] = text
+
+
+def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node | None, yaml.Node | None]:
+    """Return the nodes of the key and of the value at a key or index; None for a node that does not exist."""
+    if isinstance(node, yaml.MappingNode):  # of several equal keys, the last one is not merged
+        return next(((key, value) for key, value in reversed(node.value) if key.value == part), (None, None))
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        return None, node.value[part]
+    return None, None
 
 
 def parse(text: str, name: str) -> Document:
@@ -139,126 +129,115 @@ def parse(text: str, name: str) -> Document:
     """
     document = Document(name, _LINE_END.split(text))
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
+        loader = _Loader(text, document)
+        document.root = loader.get_single_node()
+        if document.root:
+            loader.check(document.root, {})
+            document.value = loader.construct_object(document.root, deep=True)
     except RecursionError:
-        raise ManifestError([document.problem_at((0, 0), "the YAML is nested too deeply")]) from None
+        document.problems = [document.problem_at((0, 0), "the YAML is nested too deeply")]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = (mark.line, mark.column) if mark else (0, 0)
-        raise ManifestError([document.problem_at(place, f"not YAML: {error.problem or error.context}")]) from None
+        document.problems = [document.problem_at(place, f"not YAML: {error.problem or error.context}")]
     except yaml.reader.ReaderError as error:
         before = _LINE_END.split(text[: error.position])
-        where = (len(before) - 1, len(before[-1]))
-        raise ManifestError(
-            [document.problem_at(where, f"not YAML: it contains the character {text[error.position]!r}")]
-        ) from None
-    problems: list[str] = []
-    try:
-        if node:
-            _check_size(document, node)
-        document.value = _Builder(document, loader, problems).build(node, ()) if node else {}
-    except RecursionError:
-        raise ManifestError([document.problem_at((0, 0), "the YAML is nested too deeply")]) from None
-    if node and not isinstance(document.value, dict):
-        problems.append(document.problem_at((0, 0), "a manifest is a mapping with name, store and stages"))
-    if problems:
-        raise ManifestError(problems)
+        place = (len(before) - 1, len(before[-1]))
+        what = f"not YAML: it contains the character {text[error.position]!r}"
+        document.problems = [document.problem_at(place, what)]
+    if not document.problems and not isinstance(document.value, dict):
+        document.problems = [document.problem_at((0, 0), "a manifest is a mapping with name, store and stages")]
+    if document.problems:
+        raise ManifestError(document.problems)
     return document
 
 
-def _check_size(document: Document, root: yaml.Node) -> None:
-    """Raise ManifestError at the first node that holds more than MAX_VALUES values, or that contains itself."""
-    sizes: dict[yaml.Node, int | None] = {}
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the core schema's scalars. Every key is a string. Problems are added to the document."""
 
-    def size(node: yaml.Node) -> int:
+    def __init__(self, text: str, document: Document) -> None:
+        super().__init__(text)
+        self._document = document
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node. It is None if the value cannot be read."""
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, ValueError, AttributeError) as error:  # such as !!timestamp before a word
+            self._report(node, f"cannot be read: {getattr(error, 'problem', None) or error}")
+            self.constructed_objects[node] = None
+            return None
+
+    def check(self, node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+        """Check the keys in a node, and return the number of its values, with aliases expanded.
+
+        Raises ManifestError if a node holds more than MAX_VALUES values, or contains itself. `sizes` has the checked
+        nodes, and 0 for a node under way.
+        """
         if node in sizes:
-            known, place = sizes[node], (node.start_mark.line, node.start_mark.column)
-            if known is None:
-                raise ManifestError([document.problem_at(place, "an alias contains itself")])
-            return known
-        sizes[node] = None
-        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-        inside = chain.from_iterable(parts) if isinstance(node, yaml.MappingNode) else parts
-        found = 1 + sum(map(size, inside))
+            if not sizes[node]:
+                self._report(node, "an alias contains itself")
+                raise ManifestError(self._document.problems)
+            return sizes[node]
+        sizes[node] = 0
+        inside: Iterable[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            inside = chain.from_iterable(node.value)
+            if node.value and not node.flow_style:
+                node.start_mark = node.value[0][0].start_mark  # the first key, even if an anchor stands before it
+            node.value = self._with_words_as_keys(node.value)
+        found = 1 + sum(self.check(one, sizes) for one in inside)
         if found > MAX_VALUES:
-            place = (node.start_mark.line, node.start_mark.column)
-            raise ManifestError([document.problem_at(place, f"more than {MAX_VALUES:,} values, with aliases expanded")])
+            self._report(node, f"more than {MAX_VALUES:,} values, with aliases expanded")
+            raise ManifestError(self._document.problems)
         sizes[node] = found
         return found
 
-    size(root)
+    def _with_words_as_keys(self, pairs: list[tuple[yaml.Node, yaml.Node]]) -> list[tuple[yaml.Node, yaml.Node]]:
+        found: list[tuple[yaml.Node, yaml.Node]] = []
+        lines: dict[str, int] = {}
+        for key, value in pairs:
+            if not isinstance(key, yaml.ScalarNode):
+                self._report(key, "a key must be a plain word")
+                continue
+            if key.tag != f"{_TAG}merge":
+                key = yaml.ScalarNode(f"{_TAG}str", key.value, key.start_mark, key.end_mark)
+                if key.value in lines:
+                    self._report(key, f"duplicate key {key.value!r}, first given on line {lines[key.value] + 1}")
+                lines[key.value] = key.start_mark.line
+            found.append((key, value))
+        return found
+
+    def _report(self, node: yaml.Node, message: str) -> None:
+        place = (node.start_mark.line, node.start_mark.column)
+        self._document.problems.append(self._document.problem_at(place, message))
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    if len(text) > MAX_INTEGER_LENGTH:  # Python refuses to print much longer integers
+        raise ValueError(f"an integer of {len(text):,} characters; at most {MAX_INTEGER_LENGTH} are read")
+    return int(text, 16) if text.startswith("0x") else int(text)
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_constructor(f"{_TAG}int", _construct_int)
+for _kind, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(rf"(?:{_pattern})$"), list(_first))
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes strings that `_Loader` would not read as strings."""
 
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def dump(value: Any) -> str:
     """Return YAML that `parse` reads back to an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
-
-
-@dataclass
-class _Builder:
-    document: Document
-    loader: _Loader
-    problems: list[str]
-    merged: list[yaml.Node] = field(default_factory=list)
-
-    def build(self, node: yaml.Node, path: Path) -> Any:
-        start = node.start_mark
-        if isinstance(node, yaml.MappingNode) and not node.flow_style and node.value:
-            start = node.value[0][0].start_mark  # the first key, even if an anchor stands before it
-        place = (start.line, start.column)
-        self.document.places.setdefault(path, place)
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
-        return self._scalar(node, place)
-
-    def _scalar(self, node: yaml.Node, place: tuple[int, int]) -> Any:
-        try:
-            return self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError, AttributeError) as error:  # such as !!timestamp before a word
-            problem = getattr(error, "problem", None) or str(error)
-            self.problems.append(self.document.problem_at(place, f"cannot be read: {problem}"))
-            return None
-
-    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        if node not in self.merged:  # a mapping with an anchor is visited again at each alias
-            self._check_duplicates(node.value)
-            self.merged.append(node)
-        try:
-            self.loader.flatten_mapping(node)  # expand `<<: *anchor`; the mapping's own keys come last and win
-        except yaml.MarkedYAMLError as error:
-            self.problems.append(
-                self.document.problem_at((node.start_mark.line, node.start_mark.column), str(error.problem))
-            )
-            return {}
-        winning: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                winning[str(key.value)] = key, value
-            else:
-                place = (key.start_mark.line, key.start_mark.column)
-                self.problems.append(self.document.problem_at(place, "a key must be a plain word"))
-        result: dict[str, Any] = {}
-        for name, (key, value) in winning.items():
-            self.document.keys[(*path, name)] = (key.start_mark.line, key.start_mark.column)
-            result[name] = self.build(value, (*path, name))
-        return result
-
-    def _check_duplicates(self, pairs: Sequence[tuple[yaml.Node, yaml.Node]]) -> None:
-        seen: dict[str, int] = {}
-        for key, _ in pairs:
-            name = str(key.value)
-            place = (key.start_mark.line, key.start_mark.column)
-            if name in seen and key.tag != "tag:yaml.org,2002:merge":
-                text = f"duplicate key {name!r}, first given on line {seen[name] + 1}"
-                self.problems.append(self.document.problem_at(place, text))
-            seen[name] = place[0]

@@ -43,19 +43,18 @@ def marked(config: Config, marker: type, prefix: str = "") -> Iterator[Marked]:
 
 def replaced(config: C, values: Mapping[str, Any]) -> C:
     """Return a copy of `config` with other values at some dotted paths."""
-    updates: dict[str, Any] = {}
-    for name in {path.partition(".")[0] for path in values}:
-        inside = {p.partition(".")[2]: v for p, v in values.items() if p.partition(".")[0] == name}
-        if "" in inside:
-            updates[name] = inside[""]
-        elif isinstance(old := getattr(config, name), list):
-            updates[name] = [
-                replaced(one, {p.partition(".")[2]: v for p, v in inside.items() if p.partition(".")[0] == str(place)})
-                for place, one in enumerate(old)
-            ]
-        else:
-            updates[name] = replaced(old, inside)
-    return config.model_copy(update=updates)
+    for path, value in values.items():
+        config = _with(config, parts_of(path), value)
+    return config
+
+
+def _with(holder: Any, path: Sequence[str | int], value: Any) -> Any:
+    if not path:
+        return value
+    first, rest = path[0], path[1:]
+    if isinstance(holder, list):
+        return [_with(one, rest, value) if place == first else one for place, one in enumerate(holder)]
+    return holder.model_copy(update={first: _with(getattr(holder, str(first)), rest, value)})
 
 
 def inputs_of(stage: Stage) -> Mapping[str, str]:
@@ -78,18 +77,17 @@ def parts_of(path: str) -> list[str | int]:
 
 def plain(config: Config) -> dict[str, Any]:
     """Return settings as JSON values. They validate to equal settings. A null is left out if it is the default."""
-    values = config.model_dump(mode="json", by_alias=True)
-    found: dict[str, Any] = {}
-    for name, info in type(config).model_fields.items():
-        key, value = info.alias or name, getattr(config, name)
-        if value is not None or info.is_required() or info.get_default(call_default_factory=True) is not None:
-            found[key] = _plain(value, values[key])
-    return found
+    values: dict[str, Any] = _plain(config, config.model_dump(mode="json", by_alias=True))
+    return values
 
 
 def _plain(value: Any, dumped: Any) -> Any:
     if isinstance(value, Config):
-        return plain(value)
+        return {
+            info.alias or name: _plain(getattr(value, name), dumped[info.alias or name])
+            for name, info in type(value).model_fields.items()
+            if getattr(value, name) is not None or info.get_default(call_default_factory=True) is not None
+        }
     if isinstance(value, list | tuple):
         return [_plain(one, other) for one, other in zip(value, dumped, strict=True)]
     if isinstance(value, dict):

@@ -1,27 +1,35 @@
-"""Matrices: a stage with `matrix:` becomes one stage, a member, for every combination of values.
+"""Matrices and chains, and the names of the stages that they become.
+
+A stage with `matrix:` becomes one stage, a member, for every combination of values:
 
 student:
   matrix: {method.loss: [l1, l2], seed: [0, 1, 2]}    # student[loss=l1,seed=0], student[loss=l1,seed=1], ...
 
-Stages that read the stage are repeated too: once for each member.
+A stage with several rounds, a chain, becomes one stage for each round, its links. Each link reads the link before it:
+
+student:
+  method: {name: progressive, start_steps: 32, end_steps: 1}    # student/16, student/8, student/4, student/2, student/1
+
+Stages that read the stage are repeated too: once for each member or link.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
 
 from pipeline.manifest.document import Document, Path
 from pipeline.manifest.fields import inputs_of, replaced
-from stages.base import Config, Stage
+from stages import KINDS
+from stages.base import Config, Link, Stage
+from stages.registry import PluginError
 
 MAX_STAGES = 2000
 """Maximum number of stages of a manifest with matrices, and of copies of one stage that reads them."""
@@ -102,11 +110,8 @@ def chosen(names: Sequence[str], asked: str) -> list[str]:
 # --- A stage's own matrix, before anything is validated -----------------------------------------------
 
 
-def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
-    """Replace each stage that has a `matrix` by its members, in `document.value`.
-
-    Return the coordinates of each member. Problems are appended to `problems`.
-    """
+def expand(document: Document) -> dict[str, Coordinates]:
+    """Replace each stage that has a `matrix` by its members, in `document.value`. Return the coordinates of each."""
     stages = document.value.get("stages")
     if not isinstance(stages, dict):
         return {}
@@ -116,61 +121,49 @@ def expand(document: Document, problems: list[str]) -> dict[str, Coordinates]:
         if not isinstance(stage, dict) or "matrix" not in stage:
             expanded[base] = stage
             continue
-        axes = _axes(base, stage["matrix"], document, problems)
+        axes = _axes(base, stage["matrix"], document)
         if not axes:
             continue
         count = math.prod(map(len, axes.values()))
         if len(expanded) + count > MAX_STAGES:
             text = f"makes {count} stages; a manifest may have at most {MAX_STAGES}"
-            problems.append(document.problem(("stages", base, "matrix"), text))
+            document.report(("stages", base, "matrix"), text)
             continue
-        plain = {key: value for key, value in stage.items() if key != "matrix"}
         for values in product(*axes.values()):
             at = {axis: value.label for axis, value in zip(axes, values, strict=True)}
             name = name_of(base, at)
             if name in stages:
-                problems.append(
-                    document.problem(
-                        ("stages", name), f"the matrix of {base} makes a stage of this name; rename one of them"
-                    )
-                )
-            expanded[name] = copy.deepcopy(plain)
+                text = f"the matrix of {base} makes a stage of this name; rename one of them"
+                document.report(("stages", name), text)
+            expanded[name] = {key: value for key, value in stage.items() if key != "matrix"}
             coordinates[name] = at
             document.origins["stages", name] = ("stages", base)
             for axis, value in zip(axes, values, strict=True):
-                _set(expanded[name], axis.path, value, document, problems)
+                _set(expanded[name], axis.path, value, document)
                 document.origins["stages", name, *axis.path] = value.place
     document.value["stages"] = expanded
     return coordinates
 
 
-def _axes(base: str, matrix: Any, document: Document, problems: list[str]) -> dict[Axis, list[Value]]:
+def _axes(base: str, matrix: Any, document: Document) -> dict[Axis, list[Value]]:
     where: Path = ("stages", base, "matrix")
     axes: dict[Axis, list[Value]] = {}
     for path, values, place in _lists(matrix, (), where):
         if any(place[:length] in document.overrides for length in range(len(place) + 1)):
             axes.pop(Axis(base, path), None)  # --set replaces the axis in the text
         if not isinstance(values, list) or not values:
-            problems.append(document.problem(place, "a list of values is needed, such as `seed: [0, 1, 2]`"))
+            document.report(place, "a list of values is needed, such as `seed: [0, 1, 2]`")
         elif path[0] in ("kind", "matrix"):
-            problems.append(document.problem(place, f"{path[0]} cannot be varied by a matrix"))
+            document.report(place, f"{path[0]} cannot be varied by a matrix")
         elif any(path[: len(a.path)] == a.path or a.path[: len(path)] == path for a in axes):
-            problems.append(document.problem(place, "the matrix varies this setting twice; keep one list"))
+            document.report(place, "the matrix varies this setting twice; keep one list")
         elif ("stages", base, *path) in document.overrides:
             text = f"is varied by the matrix; set stages.{base}.matrix.{'.'.join(path)} to a list instead"
-            problems.append(document.problem(("stages", base, *path), text))
+            document.report(("stages", base, *path), text)
         else:
-            named = [_named(item, (*place, i), document, problems) for i, item in enumerate(values)]
-            counts = Counter(map(repr, values))
-            shown = Counter(name or _label(value, i) for i, (name, value, _) in enumerate(named))
-            twice = [*(word for word in counts if counts[word] > 1), *(n for n, _, _ in named if n and shown[n] > 1)]
-            problems += [document.problem(place, f"{word} is given twice") for word in dict.fromkeys(twice)]
-            labels = _labels([value if name is None else name for name, value, _ in named])
-            axes[Axis(base, path)] = [
-                Value(label, value, at) for label, (_, value, at) in zip(labels, named, strict=True)
-            ]
+            axes[Axis(base, path)] = _values(values, place, document)
     if not isinstance(matrix, dict) or not matrix:
-        problems.append(document.problem(where, "names no setting; give one or more, such as `seed: [0, 1, 2]`"))
+        document.report(where, "names no setting; give one or more, such as `seed: [0, 1, 2]`")
     return axes
 
 
@@ -184,24 +177,27 @@ def _lists(value: Any, path: tuple[str, ...], place: Path) -> Iterator[tuple[tup
         yield path, value, place
 
 
-def _named(item: Any, place: Path, document: Document, problems: list[str]) -> tuple[str | None, Any, Path]:
-    """Return (name, value, place) of an item of a list. The name is None if the item is not `{as: NAME, value:
-    ...}`."""
-    if not isinstance(item, dict) or "as" not in item:
-        return None, item, place
-    name = item["as"]
-    if set(item) != {"as", "value"}:
-        problems.append(document.problem(place, "a named value is `{as: NAME, value: ...}`, with no other key"))
-    elif not isinstance(name, str) or _label(name, 0) != name:
-        problems.append(document.problem((*place, "as"), "a name is at most 40 letters, digits, _, ., + or -"))
-    return str(name), item.get("value"), (*place, "value")
-
-
-def _labels(values: Sequence[Any]) -> list[str]:
-    """Short, readable and unique names for the values of one axis."""
-    labels = [_label(value, i) for i, value in enumerate(values)]
-    counts = Counter(labels)
-    return [label if counts[label] == 1 else f"{label}-{i}" for i, label in enumerate(labels)]
+def _values(items: Sequence[Any], place: Path, document: Document) -> list[Value]:
+    """Return the values of one axis, with short and unique labels. An item may be `{as: NAME, value: ...}`."""
+    twice = [word for word, count in Counter(map(repr, items)).items() if count > 1]
+    values: list[Value] = []
+    names: list[str] = []
+    for i, item in enumerate(items):
+        if not isinstance(item, dict) or "as" not in item:
+            values.append(Value(_label(item, i), item, (*place, i)))
+            continue
+        name = str(item["as"])
+        if set(item) != {"as", "value"}:
+            document.report((*place, i), "a named value is `{as: NAME, value: ...}`, with no other key")
+        elif item["as"] != name or _label(name, i) != name:
+            document.report((*place, i, "as"), "a name is at most 40 letters, digits, _, ., + or -")
+        values.append(Value(name, item.get("value"), (*place, i, "value")))
+        names.append(name)
+    counts = Counter(value.label for value in values)
+    twice += [name for name in names if counts[name] > 1]
+    for word in dict.fromkeys(twice):
+        document.report(place, f"{word} is given twice")
+    return [v if counts[v.label] == 1 else replace(v, label=f"{v.label}-{i}") for i, v in enumerate(values)]
 
 
 def _label(value: Any, place: int) -> str:
@@ -230,21 +226,64 @@ def name_of(base: str, at: Coordinates) -> str:
     return f"{base}[{inside}]"
 
 
-def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document, problems: list[str]) -> None:
+def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document) -> None:
+    """Set a value below `holder`, which shares nothing with other members. Mappings inside it are copied."""
     for i, part in enumerate(path[:-1]):
-        holder = holder.setdefault(part, {})
-        if not isinstance(holder, dict):
+        if not isinstance(holder.get(part, {}), dict):
             text = f"{'.'.join(path[: i + 1])} is not a mapping here, so {path[i + 1]} cannot be set in it"
-            problems.append(document.problem(value.place[:-1], text))
+            document.report(value.place[:-1], text)
             return
-    holder[path[-1]] = copy.deepcopy(value.value)
+        holder[part] = dict(holder.get(part, {}))
+        holder = holder[part]
+    holder[path[-1]] = value.value
+
+
+# --- Chains -------------------------------------------------------------------------------------------
+
+
+def expand_chains(document: Document, coordinates: Mapping[str, Coordinates]) -> dict[str, Coordinates]:
+    """Replace each stage that is a chain by its links, in `document.value`. `Stage.chain` says which links there are.
+
+    Return the coordinates of the matrix members, which are in `coordinates`, and of the links.
+    """
+    stages = document.value.get("stages")
+    if not isinstance(stages, dict):
+        return dict(coordinates)
+    found, expanded = dict(coordinates), {}
+    for name, stage in stages.items():
+        links = [] if is_link(name) else _links(stage)  # the manifest of a run already has links as stages
+        if not links:
+            expanded[name] = stage
+        previous = None
+        for link in links:
+            at = {Axis(base_of(name), ()): link.label, **coordinates.get(name, {})}
+            link_name = name_of(base_of(name), at)
+            if link_name in stages:
+                text = f"the chain of {name} makes a stage of this name; rename one of them"
+                document.report(("stages", link_name), text)
+            expanded[link_name] = link.settings if previous is None else {**link.settings, link.previous: previous}
+            found[link_name], previous = at, link_name
+            document.origins["stages", link_name] = ("stages", name)
+            for path, origin in link.origins.items():
+                document.origins["stages", link_name, *path] = ("stages", name, *origin)
+    document.value["stages"] = expanded
+    return found
+
+
+def _links(stage: Any) -> list[Link]:
+    kind = stage.get("kind") if isinstance(stage, dict) else None
+    try:
+        cls = KINDS.get(kind) if isinstance(kind, str) else None
+        return list(cls.chain(stage)) if cls else []
+    except PluginError:  # reported when the stage is validated
+        return []
 
 
 # --- Stages that read a matrix ------------------------------------------------------------------------
 
 
 def expand_readers(
-    stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document, problems: list[str]
+    stages: Mapping[str, Stage], coordinates: Mapping[str, Coordinates], document: Document
 ) -> dict[str, Stage]:
     """Repeat each stage that reads an expanded stage, once for each member. Each copy refers to single members.
 
@@ -267,33 +306,28 @@ def expand_readers(
         return done[name]
 
     @cache
-    def members(reference: str) -> list[str]:
-        """The stages that a reference stands for: one stage, or the members or links in a group."""
+    def members(reference: str) -> dict[str, Coordinates]:
+        """The stages that a reference stands for -> their coordinates, without the axes that the reference itself
+        fixes, such as a link's number."""
         if reference in stages:
-            return list(expanded(reference))
+            return {name: at[name] for name in expanded(reference)}
         everything = (new for name in by_base.get(base_of(reference), []) for new in expanded(name))
-        return [new for new in everything if reference in groups_of(new)]
-
-    def coordinates_of(reference: str) -> dict[str, Coordinates]:
-        """Member -> its coordinates, without the axes that the reference itself fixes, such as a link's number."""
-        names = members(reference)
-        if reference in (*stages, base_of(reference)):
-            return {name: at[name] for name in names}
-        fixed = {
-            axis for name in names for axis, value in at[name].items() if all(at[n].get(axis) == value for n in names)
-        }
-        return {name: {axis: value for axis, value in at[name].items() if axis not in fixed} for name in names}
+        found = {new: at[new] for new in everything if reference in groups_of(new)}
+        if reference == base_of(reference):
+            return found
+        fixed = {axis for one in found.values() for axis in one if len({two.get(axis) for two in found.values()}) == 1}
+        return {name: {axis: value for axis, value in one.items() if axis not in fixed} for name, one in found.items()}
 
     def copies_of(name: str, stage: Stage) -> Iterator[tuple[str, Stage, Coordinates]]:
         """Yield (name, settings, coordinates) of the stage, once for each combination of members that it reads."""
         own = coordinates.get(name, {})
-        read = {field: coordinates_of(reference) for field, reference in inputs_of(stage).items()}
+        read = {field: members(reference) for field, reference in inputs_of(stage).items()}
         read = {field: names for field, names in read.items() if names and [*names] != [inputs_of(stage)[field]]}
         count = 0
         for names in product(*read.values()):
             if count == MAX_STAGES:
                 text = f"would be made more than {MAX_STAGES} times, once for each combination of its inputs"
-                problems.append(document.problem(("stages", name), text, at_key=True))
+                document.report(("stages", name), text, at_key=True)
                 return
             positions = [by_name[n] for by_name, n in zip(read.values(), names, strict=True)]
             found = _merged([*(_without_links(position, own) for position in positions), own])

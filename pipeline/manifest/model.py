@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from pipeline import DEFAULT_STORE
 from pipeline.errors import ManifestError, UsageError
-from pipeline.manifest import chain, matrix, references
 from pipeline.manifest import document as yaml_document
+from pipeline.manifest import matrix, references
 from pipeline.manifest.document import Document
 from pipeline.manifest.fields import is_artifact_path, marked, parts_of, plain, replaced
 from pipeline.manifest.matrix import groups_of
@@ -88,12 +89,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
     Raises ManifestError with every problem found, and UsageError for a file that cannot be read.
     """
-    return _without_problems(examine(path, overrides))
+    return loads(_read(path), str(path), overrides)
 
 
 def loads(text: str, name: str, overrides: Sequence[str] = ()) -> Loaded:
     """Like `load`, but from a text. `name` is the file name in messages."""
-    return _without_problems(_examine(text, name, overrides))
+    loaded = _examine(text, name, overrides)
+    if loaded.problems:
+        raise ManifestError(loaded.problems)
+    return loaded
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -124,34 +128,25 @@ def _read(path: Path) -> str:
         raise ManifestError([f"{path}:{line}:{column}: not UTF-8"]) from None
 
 
-def _without_problems(loaded: Loaded) -> Loaded:
-    if loaded.problems:
-        raise ManifestError(loaded.problems)
-    return loaded
-
-
 def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
     document = yaml_document.parse(text, name)
     for override in overrides:
         document.set(override)
-    problems: list[str] = []
     unexpanded = document.value.get("stages")
-    coordinates = chain.expand(document, matrix.expand(document, problems), problems)
-    manifest = _validated(document, problems)
-    problems += references.cycles(manifest.stages, document)
-    stages = matrix.expand_readers(manifest.stages, coordinates, document, problems)
+    coordinates = matrix.expand_chains(document, matrix.expand(document))
+    manifest = _validated(document)
+    references.check_cycles(manifest.stages, document)
+    stages = matrix.expand_readers(manifest.stages, coordinates, document)
     manifest = manifest.model_copy(update={"stages": stages})
     known = {*manifest.stages, *(group for name in manifest.stages for group in groups_of(name))}
     invalid = {name for name in (*unexpanded, *document.value["stages"]) if name not in known}
-    found = references.problems(manifest.stages, invalid, document)
-    problems += [problem for several in found.values() for problem in several]
-    problems += references.resource_problems(manifest.stages, invalid, manifest.resources, document)
-    order = references.order(manifest.stages, set(found))
-    return Loaded(_absolute(manifest), document, order, by_place(problems))
+    order = references.order(manifest.stages, references.check(manifest.stages, invalid, document))
+    references.check_resources(manifest.stages, invalid, manifest.resources, document)
+    return Loaded(_absolute(manifest), document, order, by_place(document.problems))
 
 
-def _validated(document: Document, problems: list[str]) -> Manifest:
-    """Validate, leaving out the stages and resources that are invalid. Their problems are appended to `problems`.
+def _validated(document: Document) -> Manifest:
+    """Validate, leaving out the stages and resources that are invalid. Their problems are reported.
 
     Raises ManifestError if nothing else can be checked.
     """
@@ -160,7 +155,7 @@ def _validated(document: Document, problems: list[str]) -> Manifest:
         return Manifest.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False)
-    problems += [describe(Manifest, document, e) for e in found]
+    document.problems += [describe(Manifest, document, e) for e in found]
     wrong = {e["loc"][:2] for e in found}
     kept: dict[str, Any] = {"name": "manifest"} | {k: v for k, v in value.items() if (k,) not in {w[:1] for w in wrong}}
     for section in ("stages", "resources"):
@@ -169,7 +164,7 @@ def _validated(document: Document, problems: list[str]) -> Manifest:
     try:
         return Manifest.model_validate(kept)
     except ValidationError:
-        raise ManifestError(list(dict.fromkeys(problems))) from None
+        raise ManifestError(list(dict.fromkeys(document.problems))) from None
 
 
 def dump(manifest: Manifest) -> str:
@@ -185,7 +180,7 @@ def _absolute(manifest: Manifest) -> Manifest:
         for field in marked(stage, Content):
             if field.value in field.marker.shipped:
                 continue
-            local = field.value.startswith((".", "/", "~")) or _exists(field.value)
+            local = field.value.startswith((".", "/", "~")) or os.path.exists(field.value)
             if local or field.marker.revision_field is None:
                 paths[field.path] = _full(field.value)
         for field in marked(stage, Input):
@@ -197,14 +192,4 @@ def _absolute(manifest: Manifest) -> Manifest:
 
 
 def _full(path: str) -> str:
-    try:
-        return str(Path(path).expanduser().absolute())
-    except RuntimeError:  # ~NAME of a user that does not exist
-        return str(Path(path).absolute())
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # not a valid file name, such as one that is too long
-        return False
+    return str(Path(os.path.expanduser(path)).absolute())

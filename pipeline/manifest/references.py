@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -13,68 +14,64 @@ from pipeline.manifest.matrix import base_of, groups_of
 from stages.base import Content, Input, Stage
 
 
-def cycles(stages: Mapping[str, Stage], document: Document) -> list[str]:
-    """Return one problem for each cycle."""
+def check_cycles(stages: Mapping[str, Stage], document: Document) -> None:
+    """Report one problem for each cycle."""
     after: dict[str, set[str]] = {}
     for name, stage in stages.items():
         after.setdefault(name, set()).update(r for r in inputs_of(stage).values() if not is_artifact_path(r))
         for group in groups_of(name):  # a reader of a whole matrix or chain reads each of its stages
             after.setdefault(group, set()).add(name)
-    problems: list[str] = []
     while True:
         try:
             TopologicalSorter(after).prepare()
-            return problems
+            return
         except CycleError as error:
             *_, cycle = error.args  # each stage is read by the next
             path = cycle[::-1]
-            problems.append(document.problem(("stages", path[0]), f"a cycle: {' -> '.join(path)}", at_key=True))
+            document.report(("stages", path[0]), f"a cycle: {' -> '.join(path)}", at_key=True)
             after[path[0]].discard(path[1])
 
 
-def problems(stages: Mapping[str, Stage], invalid: Collection[str], document: Document) -> dict[str, list[str]]:
-    """stage -> the problems of its references. `invalid` are names of stages whose own settings are invalid."""
-    found = {name: list(_problems_of(name, stage, stages, invalid, document)) for name, stage in stages.items()}
-    return {name: problems for name, problems in found.items() if problems}
+def check(stages: Mapping[str, Stage], invalid: Collection[str], document: Document) -> set[str]:
+    """Report the problems of references, and return the names of the stages that have one.
+
+    `invalid` are names of stages whose own settings are invalid. References to them are not checked.
+    """
+    skipped = {*invalid, *map(base_of, invalid)}
+    wrong: set[str] = set()
+    for name, stage in stages.items():
+        before = len(document.problems)
+        for content in marked(stage, Content):
+            if not content.value.strip():
+                document.report(("stages", name, *parts_of(content.path)), "empty; expected a path")
+        for field in marked(stage, Input):
+            reference, wanted = field.value, field.marker.kind
+            path = ("stages", name, *parts_of(field.path))
+            if is_artifact_path(reference) or {reference, base_of(reference)} & skipped:
+                continue
+            if reference not in stages:
+                hint = suggest(reference, list(dict.fromkeys(n for n, s in stages.items() if s.kind == wanted)))
+                text = f"give a stage of kind {wanted}, or the path of a sealed artifact"
+                document.report(path, f"there is no stage {reference!r}{hint}; {text}")
+            elif (kind := stages[reference].kind) != wanted:
+                document.report(path, f"needs a stage of kind {wanted}; {reference!r} is of kind {kind}")
+        if len(document.problems) > before:
+            wrong.add(name)
+    return wrong
 
 
-def _problems_of(
-    name: str, stage: Stage, stages: Mapping[str, Stage], invalid: Collection[str], document: Document
-) -> Iterator[str]:
-    for content in marked(stage, Content):
-        if not content.value.strip():
-            yield document.problem(("stages", name, *parts_of(content.path)), "empty; expected a path")
-    for field in marked(stage, Input):
-        reference, wanted = field.value, field.marker.kind
-        path = ("stages", name, *parts_of(field.path))
-        target = stages.get(reference)
-        if is_artifact_path(reference) or {reference, base_of(reference)} & {*invalid, *map(base_of, invalid)}:
-            continue
-        if target is None:
-            fitting = list(dict.fromkeys(n for n, s in stages.items() if s.kind == wanted))
-            yield document.problem(
-                path,
-                f"there is no stage {reference!r}{suggest(reference, fitting)}; "
-                f"give a stage of kind {wanted}, or the path of a sealed artifact",
-            )
-        elif target.kind != wanted:
-            yield document.problem(path, f"needs a stage of kind {wanted}; {reference!r} is of kind {target.kind}")
-
-
-def resource_problems(
+def check_resources(
     stages: Mapping[str, Stage], invalid: Collection[str], resources: Mapping[str, Any], document: Document
-) -> Iterator[str]:
-    """Yield the problems of `resources:`, whose keys must be names of stages, members or links."""
+) -> None:
+    """Report the problems of `resources:`, whose keys must be names of stages, members or links."""
     for name, given in resources.items():
-        path = ("resources", name)
         meant = [stage for other, stage in stages.items() if name in {other, *groups_of(other)}]
         if not meant and name not in {*invalid, *map(base_of, invalid)}:
             hint = suggest(name, list(dict.fromkeys(map(base_of, stages))))
-            yield document.problem(path, f"there is no such stage{hint}", at_key=True)
+            document.report(("resources", name), f"there is no such stage{hint}", at_key=True)
         elif meant and given.workers > 1 and not meant[0].PARALLEL:
-            yield document.problem(
-                (*path, "workers"), f"a stage of kind {meant[0].kind} runs on one worker; set it to 1"
-            )
+            text = f"a stage of kind {meant[0].kind} runs on one worker; set it to 1"
+            document.report(("resources", name, "workers"), text)
 
 
 def order(stages: Mapping[str, Stage], left_out: Collection[str]) -> list[str]:
@@ -83,22 +80,17 @@ def order(stages: Mapping[str, Stage], left_out: Collection[str]) -> list[str]:
 
     Stages in `left_out`, stages in a cycle, and all stages that depend on these are omitted.
     """
-    missing = {
-        name: {r for r in inputs_of(stage).values() if not is_artifact_path(r)}
-        for name, stage in stages.items()
-        if name not in left_out
-    }
-    readers: dict[str, list[str]] = {}
-    for name, names in missing.items():
-        for other in names:
-            readers.setdefault(other, []).append(name)
-    ready = [name for name, names in missing.items() if not names][::-1]
+    sorter = TopologicalSorter[str](dict.fromkeys(stages, ()))  # ties keep the order in which names are added
+    for name, stage in stages.items():
+        read = {r for r in inputs_of(stage).values() if not is_artifact_path(r)}
+        # a stage that would wait for itself never comes
+        sorter.add(name, *(read if name not in left_out and read <= stages.keys() else {name}))
+    with suppress(CycleError):
+        sorter.prepare()
     found: list[str] = []
+    ready = [*sorter.get_ready()][::-1]
     while ready:
-        name = ready.pop()
-        found.append(name)
-        for reader in reversed(readers.get(name, ())):
-            missing[reader].discard(name)
-            if not missing[reader]:
-                ready.append(reader)
+        found.append(ready.pop())
+        sorter.done(found[-1])
+        ready += sorter.get_ready()[::-1]
     return found

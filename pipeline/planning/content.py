@@ -39,18 +39,14 @@ def identify(stage: Stage, cache: HashCache) -> Mapping[str, str]:
 
 
 def pinned(manifest: Manifest, contents: Contents) -> Manifest:
-    """Return the manifest with each hub revision replaced by its commit in `contents`.
-
-    A resumed run then sends no request to the hub."""
+    """Return the manifest with each hub revision replaced by its commit, so that resuming asks the hub for nothing."""
     stages = dict(manifest.stages)
     for name, stage in manifest.stages.items():
-        commits = {}
         for field in marked(stage, Content):
             kind, _, commit = contents[name][field.path].partition(":")
             if kind == "hub":
-                parent = field.path.rpartition(".")[0]
-                commits[f"{parent}.{field.marker.revision_field}".removeprefix(".")] = commit
-        stages[name] = replaced(stage, commits)
+                parent, dot, _ = field.path.rpartition(".")
+                stages[name] = replaced(stages[name], {f"{parent}{dot}{field.marker.revision_field}": commit})
     return manifest.model_copy(update={"stages": stages})
 
 
@@ -88,10 +84,9 @@ def _hub_commit(repository: str, revision: str | None) -> str:
 
 
 class HashCache:
-    """Caches the sha256 of files in one JSON file.
+    """Caches the sha256 of files in one JSON file, which counts as empty if it cannot be read.
 
-    A cached hash is used as long as the size, modification time and inode of its file are the same. A cache that cannot
-    be read counts as empty."""
+    A hash is used as long as the size, modification time and inode of its file are the same."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -104,9 +99,7 @@ class HashCache:
         """Path -> [*stamp, sha256]. Entries of another form are ignored."""
 
     def sha256_of(self, source: str | Path, patterns: Sequence[str] = EVERYTHING) -> str:
-        """Return the sha256 of a file, or of the names and hashes of several files: a folder or a glob.
-
-        `patterns` selects files of a folder. Raises FileNotFoundError if there is no file."""
+        """Like `sha256_of_all`. Raises FileNotFoundError if there is no file."""
         return sha256_of_all(str(source), patterns, self._file_hash)
 
     def _file_hash(self, path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def identity(stage: Stage, seed: int, inputs: Mapping[str, str], contents: Mappi
         "kind": stage.kind,
         "version": stage.VERSION,
         "seed": seed,
-        "settings": _settings(stage, set(NOT_IN_SETTINGS), extents=True),
+        "settings": _settings(stage, True, NOT_IN_SETTINGS),
         "inputs": dict(inputs),
         "contents": dict(contents),
     }
@@ -48,7 +48,7 @@ def pool_fingerprint(stage: Stage, identity: Mapping[str, Any]) -> str:
     """Return the hash of a stage's identity without its `Extent` settings, such as the number of pairs.
 
     Artifacts that differ only in those settings share a pool."""
-    return fingerprint({**identity, "settings": _settings(stage, set(NOT_IN_SETTINGS), extents=False)})
+    return fingerprint({**identity, "settings": _settings(stage, False, NOT_IN_SETTINGS)})
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], files: Mapping[str, str]) -> Iterator[str]:
@@ -71,6 +71,22 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], files: Mapping[
             yield f"{name or group} {_word(old, path)} -> {_word(new, path)}"
 
 
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Compare two plans: stage name -> `PlannedStage.as_dict()`. Return stage name -> its changes, in words."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*before, *after]):
+        if name not in after:
+            found[name] = ["removed"]
+        elif name not in before:
+            found[name] = ["added"]
+        elif before[name]["kind"] != after[name]["kind"]:
+            found[name] = [f"kind {before[name]['kind']} -> {after[name]['kind']}"]
+        elif before[name]["fingerprint"] != after[name]["fingerprint"]:
+            old, new = before[name]["identity"], after[name]["identity"]
+            found[name] = list(changes(old, new, after[name]["files"]))
+    return found
+
+
 def _word(values: Mapping[str, Any], path: str) -> str:
     absent = "1" if path.endswith(".VERSION") else "(none)"
     return absent if path not in values else str(values[path])
@@ -84,35 +100,24 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _input_and_content_fields(config: Config) -> Iterator[str]:
-    """Yield the names of fields that hold inputs, contents or hub revisions.
-
-    The settings of an identity omit them, because the identity contains their fingerprints and hashes."""
-    for name, info in type(config).model_fields.items():
-        for marker in info.metadata:
-            if isinstance(marker, Input | Content):
-                yield name
-            if isinstance(marker, Content) and marker.revision_field:
-                yield marker.revision_field
-
-
-def _settings(config: Config, left_out: set[str], extents: bool) -> dict[str, Any]:
+def _settings(config: Config, extents: bool, omitted: Collection[str] = ()) -> dict[str, Any]:
+    """Return settings as plain values, without inputs, contents and hub revisions: the identity has their hashes."""
     settings: dict[str, Any] = {}
-    left_out = {*left_out, *_input_and_content_fields(config)}
-    for name, info in type(config).model_fields.items():
-        value = getattr(config, name)
-        markers = {type(marker) for marker in info.metadata}
+    fields = type(config).model_fields
+    revisions = {m.revision_field for info in fields.values() for m in info.metadata if isinstance(m, Content)}
+    for name, info in fields.items():
+        value, markers = getattr(config, name), {type(marker) for marker in info.metadata}
         neutral = Neutral in markers and value == info.get_default(call_default_factory=True)
-        if name in left_out or neutral or (Extent in markers and not extents):
-            continue
-        settings[name] = _plain(value, extents)
+        elsewhere = name in omitted or name in revisions or markers & {Input, Content}
+        if not (elsewhere or neutral or (Extent in markers and not extents)):
+            settings[name] = _plain(value, extents)
     return settings
 
 
 def _plain(value: Any, extents: bool) -> Any:
     if isinstance(value, Config):
         version = {"VERSION": value.VERSION} if value.VERSION > 1 else {}
-        return {**_settings(value, set(), extents), **version}
+        return {**_settings(value, extents), **version}
     if isinstance(value, list | tuple):
         return [_plain(item, extents) for item in value]
     if isinstance(value, dict):

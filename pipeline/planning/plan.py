@@ -38,15 +38,14 @@ class PlannedStage:
     artifact: Artifact
     identity: Mapping[str, Any]
     """Everything that decides the artifact's content; see `fingerprint.identity`."""
-    seed: int
-    contents: Mapping[str, str]
-    """Field path -> identity of each content that the stage reads."""
     pool: Path
     """The folder of parts. Artifacts that differ only in `Extent` settings share it."""
     reads: Sequence[str]
     """The names of the stages in this plan whose artifacts this stage reads."""
     files: Mapping[str, str]
     """Field path -> path or repository of each content that the stage reads."""
+    contents: Mapping[str, str]
+    """Field path -> identity of each content."""
     forced: bool
     """Whether the artifact is made again even if it is sealed and undamaged."""
 
@@ -89,16 +88,14 @@ def make_plan(
     for name in loaded.order:
         stage = loaded.manifest.stages[name]
         inputs: dict[str, Artifact] = {}
-        for field, reference in inputs_of(stage).items():
-            if reference in planned:
-                inputs[field] = planned[reference].artifact
-            if reference in planned or not is_artifact_path(reference):
-                continue
+        for field in marked(stage, Input):
             try:
-                kind = next(f.marker.kind for f in marked(stage, Input) if f.path == field)
-                inputs[field] = _artifact_at(Path(reference), kind, store)
+                if field.value in planned:
+                    inputs[field.path] = planned[field.value].artifact
+                elif is_artifact_path(field.value):
+                    inputs[field.path] = _artifact_at(Path(field.value), field.marker.kind, store)
             except UsageError as error:
-                problems.append(loaded.problem(name, field, str(error)))
+                problems.append(loaded.problem(name, field.path, str(error)))
         if len(inputs) < len(inputs_of(stage)):
             continue  # a stage with wrong inputs cannot be checked further
         problems += [loaded.problem(name, field, text) for field, text in stage.check(inputs)]
@@ -114,8 +111,7 @@ def _artifact_at(folder: Path, kind: str, store: Store) -> Artifact:
     artifact = load_artifact(folder)
     if artifact.kind != kind:
         raise UsageError(f"needs an artifact of kind {kind}; {folder} is of kind {artifact.kind}")
-    damage = store.damage(artifact)
-    if damage:
+    if damage := store.damage(artifact):
         raise UsageError(f"{folder} cannot be used: {damage}")
     return artifact
 
@@ -150,12 +146,12 @@ def _plan_stage(
         changed = "; ".join(changes(before["identity"], its_identity, files)) if before else ""
         state, why = _state(artifact, store, pool, changed or ("not finished yet" if before else "never made"))
     reads, forced = [p.name for p in upstream], force or forced_input is not None
-    return PlannedStage(name, state, why, artifact, its_identity, seed, contents, pool, reads, files, forced)
+    return PlannedStage(name, state, why, artifact, its_identity, pool, reads, files, contents, forced)
 
 
 def _state(artifact: Artifact, store: Store, pool: Path, reason: str) -> tuple[State, str]:
-    damage = store.damage(artifact) if store.is_sealed(artifact) else None
-    if store.is_sealed(artifact) and damage is None:
+    damage = store.damage(artifact)
+    if damage is None:
         return "reuse", "sealed"
     progress = None if store.outdated(artifact) else artifact.stage.progress_in(store.work(artifact), pool)
     why = damage or reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import UsageError, suggest
@@ -31,11 +31,8 @@ class Selection:
         return _resolve(names, self.force)
 
     def of(self, plan: Plan) -> set[str]:
-        """Return the names of the stages to carry out.
-
-        Raises UsageError for a name that matches no stage of the plan, for a selected stage that is blocked, and for a
-        selected stage with an input that is neither sealed nor selected.
-        """
+        """Return the names of the stages to carry out. Raises UsageError for a name that matches no stage of the plan,
+        and for a selected stage that is blocked, or has an input that is neither sealed nor selected."""
         names = [stage.name for stage in plan]
         wanted = _resolve(names, self.only)
         onward = _resolve(names, self.onward)
@@ -43,7 +40,16 @@ class Selection:
             if onward.intersection(stage.reads):
                 onward.add(stage.name)
         found = wanted | onward if self.given else set(names)
-        _check(plan, found)
+        by_name = {stage.name: stage for stage in plan}
+        for stage in (by_name[name] for name in names if name in found):
+            if stage.state == "blocked":
+                raise UsageError(f"stage {stage.name} is blocked: {stage.why}")
+            missing = next((by_name[r] for r in stage.reads if r not in found and by_name[r].state != "reuse"), None)
+            if missing:
+                raise UsageError(
+                    f"stage {stage.name} needs {missing.name}, which is not made yet ({missing.why}); "
+                    f"choose {missing.name} too, or choose no stages to carry out all of them"
+                )
         return found
 
 
@@ -52,18 +58,3 @@ def _resolve(names: Sequence[str], asked: Sequence[str]) -> set[str]:
         if not chosen(names, one):
             raise UsageError(f"no stage {one!r}{suggest(one, list(dict.fromkeys([*map(base_of, names), *names])))}")
     return {name for one in asked for name in chosen(names, one)}
-
-
-def _check(plan: Plan, found: Collection[str]) -> None:
-    by_name = {stage.name: stage for stage in plan}
-    for stage in plan:
-        if stage.name not in found:
-            continue
-        if stage.state == "blocked":
-            raise UsageError(f"stage {stage.name} is blocked: {stage.why}")
-        missing = next((by_name[r] for r in stage.reads if r not in found and by_name[r].state != "reuse"), None)
-        if missing:
-            raise UsageError(
-                f"stage {stage.name} needs {missing.name}, which is not made yet ({missing.why}); "
-                f"choose {missing.name} too, or choose no stages to carry out all of them"
-            )

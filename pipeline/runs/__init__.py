@@ -1,7 +1,7 @@
 """Runs: the folder of a run, the runner that carries out its plan, and what commands do with runs.
 
-`status`, `history`, `repair`, `verify`, `force` (making stages again) and `garbage` (removing unused artifacts) each
-serve a command. `pipeline.views` prints the results. `pipeline.jobs` runs jobs on a Ray cluster.
+`status`, `history`, `repair`, `force` (making stages again) and `garbage` (removing unused artifacts) each serve a
+command. `pipeline.views` prints the results. `pipeline.jobs` runs jobs on a Ray cluster.
 """
 
 from pipeline.runs.run import Run, all_runs

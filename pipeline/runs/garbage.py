@@ -24,8 +24,8 @@ def collect(
     pool, temporary or run. Artifacts under construction are kept. Runs named in `drop` count as garbage too.
 
     Raises UsageError for an unknown run in `drop`, and for a run whose plan cannot be read, because it could refer to
-    anything. Raises Locked for a run in `drop` that is running. While another process makes a plan, `waiting` is called
-    and the call waits; without `waiting`, Locked is raised.
+    anything. Raises Locked for a run in `drop` that is running. While another process makes a plan, Locked is raised or
+    the call waits, as in `hold`.
     """
     if not (store.root / "runs").is_dir():
         raise UsageError(f"{store.root} is not a store; give one with --store or RETORT_STORE")
@@ -43,46 +43,35 @@ def collect(
 def _collect(store: Store, runs: Sequence[Run], dropped: Sequence[Run], delete: bool) -> dict[str, Any]:
     used = {path for run in runs for path in run.uses()}
     found, kept = [], []
-    for path, what in [*_candidates(store, used), *((run.folder, "run") for run in dropped)]:
-        busy = holder(store.root / "locks" / _lock_name(store, path)) if what != "run" else None
-        if busy:
+    for path, what, lock in [*_candidates(store, used), *((run.folder, "run", "") for run in dropped)]:
+        if lock and (busy := holder(store.root / "locks" / lock)):
             kept.append({"path": str(path), "why": f"held by {busy}"})
             continue
-        found.append({"path": str(path), "what": what, "bytes": _size(path)})
+        files = path.rglob("*") if path.is_dir() else [path]
+        size = sum(file.lstat().st_size for file in files if file.is_file())
+        found.append({"path": str(path), "what": what, "bytes": size})
         if delete:
             _remove(store, path)
     return {"found": found, "bytes": sum(one["bytes"] for one in found), "kept": kept, "deleted": delete}
 
 
-def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str]]:
+def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str, str]]:
+    """Yield (path, what, name of the lock that is held while the path is being made)."""
     for kind in sorted(path.name for path in store.root.iterdir() if path.name in KINDS):
         for folder in sorted((store.root / kind).iterdir()):
             if folder.name != "pool" and folder.resolve() not in used:
-                yield folder, "artifact"
+                yield folder, "artifact", f"{kind}-{folder.name}"
         for pool in sorted((store.root / kind / "pool").glob("*")):
             if pool.resolve() not in used:
-                yield pool, "pool"
-            else:
-                yield from ((leftover, "temporary") for leftover in sorted(filter(is_temporary, pool.rglob(".*"))))
+                yield pool, "pool", f"{kind}-{pool.name}"
+                continue
+            for leftover in sorted(filter(is_temporary, pool.rglob(".*"))):
+                yield leftover, "temporary", f"{kind}-{pool.name}"
     for work in sorted((store.root / "work").iterdir()):
         if work.resolve() not in used:
-            yield work, "temporary"
-    yield from ((leftover, "temporary") for leftover in sorted(filter(is_temporary, store.root.iterdir())))
-
-
-def _lock_name(store: Store, path: Path) -> str:
-    """The name of the lock that is held while this path is being made."""
-    parts = path.relative_to(store.root).parts
-    if len(parts) == 1:
-        return parts[0]  # a temporary file of the hash cache, which has no lock
-    if parts[0] == "work":
-        return parts[1].removesuffix("-old")
-    return f"{parts[0]}-{parts[2] if parts[1] == 'pool' else parts[1]}"
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file())
+            yield work, "temporary", work.name.removesuffix("-old")
+    for leftover in sorted(filter(is_temporary, store.root.iterdir())):
+        yield leftover, "temporary", ""  # of the hash cache, which has no lock
 
 
 def _remove(store: Store, path: Path) -> None:

@@ -27,11 +27,9 @@ class Attempt:
 
     @property
     def device_seconds(self) -> float:
-        """Seconds times workers."""
         return self.seconds * self.workers
 
     def add(self, event: Event) -> None:
-        """Add an event of the attempt."""
         self.seconds = max(self.seconds, event.get("seconds", 0.0))
         if event["event"] == "progress":
             same = self.progress and self.progress[0]["unit"] == event["unit"]
@@ -40,8 +38,7 @@ class Attempt:
             self.ended, self.error = event["event"].removeprefix("stage_"), event.get("error", "")
 
     def rate(self) -> float | None:
-        """Units per second, as the stage reports them; otherwise the average since its first progress event. None if
-        unknown."""
+        """Units per second, as the stage reports them, or on average since its first progress event."""
         if not self.progress:
             return None
         first, last = self.progress[0], self.progress[-1]

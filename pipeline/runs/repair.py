@@ -33,11 +33,6 @@ class Repair:
     """Path below the pool -> sha256, of all parts that the artifact lists."""
 
     @property
-    def run_name(self) -> str:
-        """The name of the run that carries out the repair."""
-        return f"{REPAIR_PREFIX}{self.artifact.fingerprint}"
-
-    @property
     def needed(self) -> bool:
         """Whether a part is damaged, or the artifact is still unsealed after an earlier repair."""
         return bool(self.damaged) or not self.store.is_sealed(self.artifact)
@@ -48,7 +43,7 @@ class Repair:
 
         Raises Locked while a run makes or reads the artifact or its pool.
         """
-        run = Run(self.store, self.run_name)
+        run = Run(self.store, self.loaded.manifest.name)
         with (
             run.making(self.artifact, self.pool, waiting),
             hold(self.store.garbage_lock, "a plan is being made", run.name, waiting),
@@ -58,8 +53,7 @@ class Repair:
             self.artifact.stage.discard(self.pool, self.damaged)
 
     def changed(self) -> list[str]:
-        """Parts that were made again with other bytes than the sealed ones, as on other hardware or with other
-        versions."""
+        """Parts that were made again with other bytes, as on other hardware or with other versions."""
         now = self.artifact.stage.parts(self.artifact.folder)
         return [path for path, sha256 in now.items() if self.before[path] != sha256]
 
@@ -67,10 +61,8 @@ class Repair:
 def plan_repair(folder: Path) -> Repair:
     """Find the damaged parts of a sealed artifact, and plan how to make them again.
 
-    Nothing is changed, except that a repair that was killed while it sealed the artifact is finished.
-
-    Raises UsageError for an artifact without parts. Raises it too if the parts would not be the same again because
-    their inputs or Retort's version changed.
+    Nothing is changed, except that a repair that was killed while it sealed the artifact is finished. Raises UsageError
+    for an artifact without parts, or if its inputs or Retort's version changed, so that the parts would differ.
     """
     folder = folder.absolute()
     store = Store(folder.parent.parent)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,19 +66,14 @@ class Run:
             raise UsageError(f"{asked} in store {store.root}, {there}{close}")
         return cls(store, name)
 
-    @contextmanager
-    def held(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Hold the lock of this run, so that no other process carries it out.
-
-        Raises Locked, or waits, like `store.hold`."""
-        with hold(self.folder / "lock", f"run {self.name} is being carried out", self.name, waiting):
-            yield
+    def held(self, waiting: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
+        """Hold the lock of this run, so that no other process carries it out. Raises Locked or waits, like `hold`."""
+        return hold(self.folder / "lock", f"run {self.name} is being carried out", self.name, waiting)
 
     @contextmanager
     def making(self, artifact: Artifact, pool: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
         """Hold the locks of an artifact and its pool, so that no other process makes the artifact or parts in the pool.
-
-        Raises Locked, or waits, like `store.hold`."""
+        Raises Locked or waits, like `hold`."""
         with ExitStack() as stack:
             for fingerprint in dict.fromkeys((artifact.fingerprint, pool.name)):
                 file = self.store.lock_of(artifact.kind, fingerprint)
@@ -86,7 +81,7 @@ class Run:
             yield
 
     def driver(self) -> Holder | None:
-        """The process that carries out the run now; None if there is none."""
+        """The process that carries out the run now."""
         return holder(self.folder / "lock")
 
     def uses(self) -> set[Path]:
@@ -104,11 +99,8 @@ class Run:
         """Raise Locked if another run that is being carried out makes or reads the artifact or its pool. `what` names
         it in the message."""
         for other in all_runs(self.store):
-            if (
-                other.name != self.name
-                and other.driver()
-                and {artifact.folder.resolve(), pool.resolve()} & other.uses()
-            ):
+            under_way = other.name != self.name and other.driver()
+            if under_way and {artifact.folder.resolve(), pool.resolve()} & other.uses():
                 raise Locked(f"{what} is in use by run {other.name}; wait until it ends, or stop it (retort stop)")
 
     def freeze(self, resolved: Manifest, plan: Plan) -> None:

@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pipeline.engines import Engine, WorkerShape, describe
 from pipeline.errors import StageFailed
 from pipeline.manifest import Manifest
-from pipeline.manifest.fields import marked, plain
+from pipeline.manifest.fields import plain
 from pipeline.manifest.model import Resources
 from pipeline.planning import Plan, PlannedStage
 from pipeline.planning.content import HashCache, identify
@@ -26,7 +26,7 @@ from pipeline.runs.history import attempts, spent
 from pipeline.runs.run import Run
 from pipeline.store import RECORD
 from pipeline.store.artifacts import damaged_input
-from stages.base import Artifact, Content, Progress, StageError
+from stages.base import Artifact, Progress, StageError
 from stages.data.provenance import versions
 from stages.data.urls import redacted
 
@@ -38,17 +38,12 @@ EVENT_EVERY = 5.0
 """Seconds between two progress events of a stage."""
 
 
-class Reporter(Protocol):
-    """Receives what happens in a run. `pipeline.views.progress` prints it.
+class Reporter:
+    """Receives the progress of stages, and notes such as "done in 3 s". It prints nothing; its subclasses in
+    `pipeline.views.progress` do."""
 
-    `started` gets the reason why the stage is run, `note` a message, `ended` how the stage ended ("reused", "done in
-    3 s").
-    """
-
-    def started(self, stage: str, why: str) -> None: ...
     def progress(self, stage: str, progress: Progress) -> None: ...
     def note(self, stage: str, text: str) -> None: ...
-    def ended(self, stage: str, how: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -77,18 +72,18 @@ class Runner:
         store = self.run.store
 
         def waiting(text: str) -> None:
-            self.reporter.started(stage.name, f"waiting: {text}")
+            self.reporter.note(stage.name, f"waiting: {text}")
 
         with self.run.making(stage.artifact, stage.pool, waiting if self.wait else None):
             # checked again under the lock: another run may have made the artifact since the plan was made
-            damage = store.damage(stage.artifact) if store.is_sealed(stage.artifact) else None
-            if store.is_sealed(stage.artifact) and damage is None:
-                self.reporter.ended(stage.name, "reused")
+            damage = store.damage(stage.artifact)
+            if damage is None:
+                self.reporter.note(stage.name, "reused")
                 self._event("stage_reused", stage)
                 return
             store.unseal(stage.artifact)  # if sealed, it is damaged: hide it from readers until it is made again
             state, why = ("run", damage) if damage and stage.state == "reuse" else (stage.state, stage.why)
-            self.reporter.started(stage.name, f"{state}: {why}")
+            self.reporter.note(stage.name, f"{state}: {why}")
             workers = self.manifest.resources_of(stage.name).workers
             self._event("stage_started", stage, why=why, workers=workers)
             started = time.monotonic()
@@ -110,7 +105,7 @@ class Runner:
                         f"log: {self.run.log_file(stage.name)}\n"
                         f"carry on with: retort resume {self.run.name} --store {store.root}"
                     ) from error
-            self.reporter.ended(stage.name, f"done in {_since(started):.0f} s")
+            self.reporter.note(stage.name, f"done in {_since(started):.0f} s")
             self._event("stage_done", stage, seconds=_since(started))
 
     def _event(self, event: str, stage: PlannedStage, **details: Any) -> None:
@@ -140,7 +135,7 @@ class Runner:
             "kind": artifact.kind,
             "fingerprint": artifact.fingerprint,
             "settings": plain(artifact.stage),
-            "seed": stage.seed,
+            "seed": artifact.seed,
             "inputs": {f: os.path.relpath(a.folder, artifact.folder) for f, a in artifact.inputs.items()},
             "inputs_sha256": inputs_sha256,
             "pool": stage.pool.name if stage.pool.exists() else None,
@@ -177,10 +172,8 @@ class Runner:
         now = identify(stage.artifact.stage, HashCache(self.run.store.hashes)) if files else {}
         for field, value in files.items():
             if now[field] != value:
-                path = next(f.value for f in marked(stage.artifact.stage, Content) if f.path == field)
-                raise StageError(
-                    f"{path} changed since the run was planned; resume the run to plan with the new content"
-                )
+                changed = stage.files[field]
+                raise StageError(f"{changed} changed since the run was planned; resume it to plan with the new content")
 
 
 class Context:
@@ -192,7 +185,7 @@ class Context:
         self._last_event = 0.0
         self.inputs: Mapping[str, Artifact] = stage.artifact.inputs
         self.fingerprint = stage.artifact.fingerprint
-        self.seed = stage.seed
+        self.seed = stage.artifact.seed
         self.contents = stage.contents
         self.output = work
         self.pool = stage.pool
@@ -243,15 +236,12 @@ def _since(started: float) -> float:
 
 
 class _StageLog(logging.FileHandler):
+    def format(self, record: logging.LogRecord) -> str:
+        """Remove passwords and signatures from URLs, because logs are shown to others."""
+        return redacted(super().format(record))
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore a log line that cannot be written, as on a full disk: no traceback is printed."""
-
-
-class _Redacting(logging.Formatter):
-    """Removes passwords and signatures from URLs, because logs are shown to others."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
 
 
 @contextmanager
@@ -259,7 +249,7 @@ def _log_to(file: Path) -> Iterator[None]:
     """Send all log records and warnings of this process to `file`, and none to the terminal."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _StageLog(file, encoding="utf-8")
-    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.runs.history import Attempt, attempts, spent
 from pipeline.runs.run import Run, all_runs
-from pipeline.store import RECORD, Store, holder
-
-ENDINGS = {
-    "interrupted": "resume to carry on",
-    None: "its process is gone; resume to carry on",
-}
-"""What to do next, by how the last attempt ended."""
+from pipeline.store import RECORD, Store, holder, read_record
+from pipeline.store.artifacts import READ_ERRORS
 
 
 def status_of(run: Run) -> dict[str, dict[str, Any]]:
@@ -37,7 +32,7 @@ def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> di
     if (folder / RECORD).exists():
         made = last is not None and last.ended == "done"
         found |= {"state": "done", "detail": "" if made else "reused"}
-        cost = cost if made else _recorded_cost(folder / RECORD)
+        cost = cost if made else _recorded_cost(folder)
     else:
         maker = holder(run.store.lock_of(kind, fingerprint))
         state, detail = ("running", str(maker)) if maker else _ended(last)
@@ -51,11 +46,12 @@ def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> di
 def _ended(last: Attempt | None) -> tuple[str, str]:
     if last is None:
         return "waiting", ""
-    if last.ended == "failed":
-        return "failed", last.error
-    if last.ended == "done":  # the artifact was removed or unsealed since
-        return "waiting", "its artifact is gone; resume to make it again"
-    return last.ended or "stopped", ENDINGS[last.ended]
+    return {
+        "failed": ("failed", last.error),
+        "interrupted": ("interrupted", "resume to carry on"),
+        "done": ("waiting", "its artifact is gone; resume to make it again"),  # removed or unsealed since
+        None: ("stopped", "its process is gone; resume to carry on"),
+    }[last.ended]
 
 
 def _progress(last: Attempt, running: bool) -> dict[str, Any]:
@@ -67,11 +63,11 @@ def _progress(last: Attempt, running: bool) -> dict[str, Any]:
     return found
 
 
-def _recorded_cost(record: Any) -> float:
+def _recorded_cost(folder: Path) -> float:
     """Device-seconds in the record of a reused artifact; 0 for a record that cannot be read."""
     try:
-        return float(json.loads(record.read_text(encoding="utf-8"))["device_seconds"])
-    except (OSError, ValueError, KeyError):
+        return float(read_record(folder)["device_seconds"])
+    except READ_ERRORS:
         return 0.0
 
 

@@ -42,10 +42,7 @@ def is_url(root: Path | str) -> bool:
 
 
 class Store:
-    """A store in the folder `root`. All nodes of a cluster must share the folder.
-
-    Raises UsageError for a URL.
-    """
+    """A store in the folder `root`. All nodes of a cluster must share the folder. Raises UsageError for a URL."""
 
     def __init__(self, root: Path | str) -> None:
         if is_url(root):
@@ -55,15 +52,13 @@ class Store:
         self.root = Path(root).expanduser().absolute()
 
     def folder(self, kind: str, fingerprint: str) -> Path:
-        """Return the folder of the artifact, which may not exist yet."""
         return self.root / kind / fingerprint
 
     def pool(self, kind: str, fingerprint: str) -> Path:
-        """Return the folder of the pool with this fingerprint, which may not exist yet."""
         return self.root / kind / "pool" / fingerprint
 
     def work(self, artifact: Artifact) -> Path:
-        """Return the work folder: the folder in which an attempt makes the artifact."""
+        """The folder in which an attempt makes the artifact."""
         return self.root / "work" / f"{artifact.kind}-{artifact.fingerprint}"
 
     def create(self) -> None:
@@ -92,21 +87,22 @@ class Store:
         return (artifact.folder / RECORD).exists()
 
     def damage(self, artifact: Artifact) -> str | None:
-        """Say why a sealed artifact cannot be reused, or return None if it can.
+        """Say why an artifact cannot be reused: return "" if it is not sealed, None if it can be reused.
 
-        It cannot be reused if a file is missing or has another size, or if an input was made again with different
-        bytes. This method hashes no file. Runs hash the files of all inputs before a stage starts, and `retort verify`
-        hashes the files of an artifact.
+        A sealed one cannot be reused if a file is missing or has another size, or if an input was made again with
+        different bytes. This method hashes no file. Runs hash the files of all inputs before a stage starts, and
+        `retort verify` hashes the files of an artifact.
         """
+        if not self.is_sealed(artifact):
+            return ""
         try:
             record = artifact.record
-            changed, remade = changed_file(artifact.folder, record), remade_input(artifact, record)
+            if changed := next(changed_files(artifact.folder, record), None):
+                return f"{changed} is missing or changed"
+            if remade := remade_input(artifact, record):
+                return f"its input {remade} was made again with different bytes"
         except READ_ERRORS:
             return f"its {RECORD} cannot be read"
-        if changed:
-            return f"{changed} is missing or changed"
-        if remade:
-            return f"its input {remade} was made again with different bytes"
         try:
             return artifact.stage.damage(artifact.folder)
         except StageError as error:
@@ -125,9 +121,7 @@ class Store:
         self.finish(artifact.folder, work)
 
     def finish(self, folder: Path, work: Path) -> None:
-        """Do the last step of sealing: remove temporary files from `work`, and move it to `folder`.
-
-        `work` must hold the record. The step can be repeated if the process is killed."""
+        """Do the last step of sealing, which can be repeated: remove temporary files from `work`, and move it."""
         for path in list(work.rglob("*")):
             if _is_scratch(path.relative_to(work)):
                 _remove(path)
@@ -153,7 +147,7 @@ class Store:
     def begin(self, artifact: Artifact, inputs_sha256: Mapping[str, str]) -> Path:
         """Create and return the work folder. It keeps the files of an earlier attempt, except temporary files.
 
-        `inputs_sha256` (field -> sha256 of the input) is stored there if the attempt is new."""
+        If the attempt is new, `inputs_sha256` (field -> sha256 of the input) is stored there."""
         work = self.work(artifact)
         work.mkdir(parents=True, exist_ok=True)
         for leftover in list(filter(is_temporary, work.rglob(".*"))):
@@ -176,38 +170,40 @@ class Store:
 
     @property
     def garbage_lock(self) -> Path:
-        """The lock file of garbage collection.
-
-        `retort gc` holds it exclusively. Commands share it while they make and write a plan, so that gc does not remove
-        what the plan reuses."""
+        """A lock file that `retort gc` holds exclusively. Commands share it while they make and write a plan, so that
+        gc does not remove what the plan reuses."""
         return self.root / "locks" / "garbage"
 
     def lock_of(self, kind: str, fingerprint: str) -> Path:
-        """Return the lock file of the artifact or pool with this fingerprint.
-
-        It is locked while the artifact, or a part in the pool, is being made."""
+        """The file that is locked while this artifact, or a part in this pool, is being made."""
         return self.root / "locks" / f"{kind}-{fingerprint}"
-
-
-def changed_file(folder: Path, record: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None) -> str | None:
-    """Return the first file that `changed_files` yields, or None if it yields none."""
-    return next(changed_files(folder, record, hash_file), None)
 
 
 def changed_files(
     folder: Path, record: Mapping[str, Any], hash_file: Callable[[Path], str] | None = None
 ) -> Iterator[str]:
-    """Yield the names of sealed files that are missing or have another size.
-
-    If `hash_file` is given, also yield the names of files with another sha256."""
+    """Yield the names of sealed files that are missing or have another size or, with `hash_file`, another sha256."""
     for name, about in record["files"].items():
         path = folder / name
-        if (
-            not path.is_file()
-            or path.stat().st_size != about["bytes"]
-            or (hash_file is not None and hash_file(path) != about["sha256"])
-        ):
+        same = path.is_file() and path.stat().st_size == about["bytes"]
+        if not same or (hash_file is not None and hash_file(path) != about["sha256"]):
             yield str(name)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Hash the files of a sealed artifact, and the parts that it lists.
+
+    Returns {"target", "kind", "files": number of files hashed, "damaged": {path: what is wrong}}.
+    """
+    found: dict[str, Any] = {"target": str(folder), "kind": folder.parent.name, "files": 0}
+    try:
+        artifact = load_artifact(folder)
+        record, parts = artifact.record, artifact.stage.parts(folder)
+        damaged = dict.fromkeys(changed_files(folder, record, sha256_of), "missing or changed since it was sealed")
+        damaged |= artifact.stage.damaged_parts(folder)
+    except (UsageError, StageError) as error:  # its record, or its list of parts, cannot be read
+        return {**found, "damaged": {RECORD: str(error)}}
+    return {**found, "files": len(record["files"]) + len(parts), "damaged": damaged}
 
 
 def remade_input(artifact: Artifact, record: Mapping[str, Any]) -> str | None:
@@ -240,7 +236,7 @@ def damaged_input(artifact: Artifact, hash_file: Callable[[Path], str]) -> str |
             record = source.record
         except READ_ERRORS as error:
             return f"{source.kind}/{source.fingerprint} is damaged: its {RECORD} cannot be read ({error})"
-        if changed := changed_file(folder, record, hash_file):
+        if changed := next(changed_files(folder, record, hash_file), None):
             return (
                 f"{source.kind}/{source.fingerprint} is damaged: {folder / changed} is missing or changed since it was "
                 "sealed. Restore the file; or delete it and make it again with: "
@@ -323,9 +319,7 @@ def _unreadable(error: ValidationError) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of an artifact that is sealed or being repaired.
-
-    Raises OSError or ValueError if it cannot be read."""
+    """Return the record of an artifact that is sealed or being repaired. Raises OSError or ValueError."""
     path = folder / RECORD
     record: dict[str, Any] = json.loads((path if path.exists() else folder / UNSEALED).read_text(encoding="utf-8"))
     return record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.runs import Run, status_of
 from pipeline.store import RECORD
-from pipeline.store.artifacts import changed_file
+from pipeline.store.artifacts import changed_files
 from stages.evaluate import Evaluate, figures
 from stages.reports.sections import Evaluated, Section
 
@@ -33,14 +33,23 @@ def collect(runs: Sequence[Run]) -> tuple[list[Evaluated], list[NotMade]]:
 
     Raises UsageError for a run without an evaluation, and if no evaluation is sealed.
     """
-    found: list[Evaluated | NotMade] = []
+    made: list[Evaluated] = []
+    not_made: list[NotMade] = []
     for run in runs:
-        evaluations = list(_evaluations_of(run, f"{run.name}/" if len(runs) > 1 else ""))
+        stages, prefix = status_of(run), f"{run.name}/" if len(runs) > 1 else ""
+        names = {stage["fingerprint"]: f"{prefix}{name}" for name, stage in stages.items()}
+        evaluations = {name: stage for name, stage in stages.items() if stage["kind"] == "evaluate"}
         if not evaluations:
             raise UsageError(f"run {run.name} evaluates nothing; add a stage of `kind: evaluate` to its manifest")
-        found += evaluations
-    made = [one for one in found if isinstance(one, Evaluated)]
-    not_made = [one for one in found if isinstance(one, NotMade)]
+        for name, stage in evaluations.items():
+            why = f"{stage['state']}: {stage['detail']}" if stage["detail"] else stage["state"]
+            if stage["state"] == "done":
+                try:
+                    made.append(_evaluated(Path(stage["artifact"]), f"{prefix}{name}", names))
+                    continue
+                except (OSError, ValueError, KeyError) as error:
+                    why = f"made by an older version of Retort, or damaged: {error}"
+            not_made.append(NotMade(run, name, why))
     if not made:
         raise UsageError("\n".join(["nothing to compare yet", *remarks(not_made)]))
     return made, not_made
@@ -69,22 +78,6 @@ def pictured(compared: Sequence[Section], names: Sequence[str]) -> Section:
     raise UsageError("\n".join(["no section has images of all the rows of --row; rows with images:", *known]))
 
 
-def _evaluations_of(run: Run, prefix: str) -> Iterator[Evaluated | NotMade]:
-    stages = status_of(run)
-    names = {stage["fingerprint"]: f"{prefix}{name}" for name, stage in stages.items()}
-    for name, stage in stages.items():
-        if stage["kind"] != "evaluate":
-            continue
-        why = f"{stage['state']}: {stage['detail']}" if stage["detail"] else stage["state"]
-        if stage["state"] == "done":
-            try:
-                yield _evaluated(Path(stage["artifact"]), f"{prefix}{name}", names)
-                continue
-            except (OSError, ValueError, KeyError) as error:
-                why = f"made by an older version of Retort, or damaged: {error}"
-        yield NotMade(run, name, why)
-
-
 def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
     """Read a sealed evaluation. `names` maps the fingerprints of artifacts to the names of their stages.
 
@@ -94,8 +87,7 @@ def _evaluated(folder: Path, name: str, names: Mapping[str, str]) -> Evaluated:
     version = record["identity"]["version"]
     if version != Evaluate.VERSION:
         raise ValueError(f"its VERSION is {version}; this Retort makes VERSION {Evaluate.VERSION}")
-    changed = changed_file(folder, record)
-    if changed:
+    if changed := next(changed_files(folder, record), None):
         raise ValueError(f"{folder / changed} is missing or changed")
     pairs = f"noises of {names.get(shown['pairs'], 'pairs/' + shown['pairs'])}, " if "pairs" in shown else ""
     origin = f"{pairs}teacher {names.get(shown['teacher'], 'teacher/' + shown['teacher'])}"

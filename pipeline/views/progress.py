@@ -4,62 +4,41 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from pipeline.runs import Reporter
 from stages.base import Progress
 
 PLAIN_EVERY = 10.0
-"""Seconds between two plain lines of one stage."""
+"""Seconds from any plain line of a stage to the next line about its progress."""
+
+HIDDEN = ("per_second", "step", "gradient_norm")
+"""Figures that are not shown by their names."""
 
 
 def reporter(quiet: bool = False) -> Reporter:
-    """The reporter for standard error: Quiet, or Live on a terminal, or else Plain."""
+    """The reporter for standard error: Live on a terminal, else Plain; one that prints nothing if `quiet`."""
     if quiet:
-        return Quiet()
+        return Reporter()
     return Live() if sys.stderr.isatty() else Plain()
 
 
-class Quiet:
-    """Prints nothing. It is used with --json and for quiet runs."""
-
-    def started(self, stage: str, why: str) -> None: ...
-    def progress(self, stage: str, progress: Progress) -> None: ...
-    def note(self, stage: str, text: str) -> None: ...
-    def ended(self, stage: str, how: str) -> None: ...
-    def close(self) -> None: ...
-
-
-class Plain:
+class Plain(Reporter):
     """Prints lines to standard error."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
 
-    def started(self, stage: str, why: str) -> None:
-        self._line(stage, why)
-        self._last[stage] = time.monotonic()
-
     def progress(self, stage: str, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._last.get(stage, 0.0) >= PLAIN_EVERY:
-            self._last[stage] = now
-            self._line(stage, describe(progress))
+        if time.monotonic() - self._last.get(stage, 0.0) >= PLAIN_EVERY:
+            self.note(stage, describe(progress))
 
     def note(self, stage: str, text: str) -> None:
-        self._line(stage, text)
-
-    def ended(self, stage: str, how: str) -> None:
-        self._line(stage, how)
-
-    def close(self) -> None: ...
-
-    def _line(self, stage: str, text: str) -> None:
+        self._last[stage] = time.monotonic()
         print(f"{stage}: {text}", file=sys.stderr, flush=True)
 
 
-class Live:
+class Live(Reporter):
     """Draws progress bars on the terminal, one for each stage and unit."""
 
     def __init__(self) -> None:
@@ -68,37 +47,26 @@ class Live:
         from rich.progress import Progress as Bars
 
         self._bars = Bars(
-            TextColumn("{task.fields[stage]}"),
+            TextColumn("{task.fields[stage]}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._tasks: dict[str, dict[str, Any]] = {}
+        self._tasks: dict[tuple[str, str], Any] = {}
         self._bars.start()
-
-    def started(self, stage: str, why: str) -> None:
-        self.note(stage, why)
-        self._tasks[stage] = {}
 
     def progress(self, stage: str, progress: Progress) -> None:
         """Update a bar. There is one bar for each unit that the stage counts, such as VAE steps and U-Net steps."""
-        tasks = self._tasks.setdefault(stage, {})
-        if progress.unit not in tasks:
-            tasks[progress.unit] = self._bars.add_task("", stage=stage, total=progress.total)
-        self._bars.update(
-            tasks[progress.unit],
-            completed=progress.done,
-            total=progress.total,
-            description=describe(progress),
-        )
+        key = stage, progress.unit
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task("", stage=stage)
+        bar, words = self._tasks[key], describe(progress)
+        self._bars.update(bar, completed=progress.done, total=progress.total, description=words)
 
     def note(self, stage: str, text: str) -> None:
         self._bars.console.print(f"{stage}: {text}", markup=False, highlight=False)
-
-    def ended(self, stage: str, how: str) -> None:
-        self.note(stage, how)
 
     def close(self) -> None:
         self._bars.stop()
@@ -106,13 +74,7 @@ class Live:
 
 def describe(progress: Progress) -> str:
     """Progress in one line: `320/1280 pairs, 21.3/s, loss 0.12`."""
-    parts = [f"{progress.done}/{progress.total} {progress.unit}"]
-    rate = progress.figures.get("per_second")
-    if rate is not None:
-        parts.append(f"{rate:.3g}/s")
-    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in _shown(progress.figures)]
+    parts, figures = [f"{progress.done}/{progress.total} {progress.unit}"], progress.figures
+    parts += [f"{figures['per_second']:.3g}/s"] if "per_second" in figures else []
+    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items() if name not in HIDDEN]
     return ", ".join(parts)
-
-
-def _shown(figures: Mapping[str, float]) -> list[tuple[str, float]]:
-    return [(n, v) for n, v in figures.items() if n not in ("per_second", "step", "gradient_norm")]

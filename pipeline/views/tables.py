@@ -125,12 +125,14 @@ def runs(store: str, found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def garbage(found: Mapping[str, Any], deleted: bool) -> str:
     """What can be removed, or was removed, and what is kept."""
-    rows = [[one["what"], size(one["bytes"]), one["path"]] for one in found["found"]]
+    from rich.filesize import decimal
+
+    rows = [[one["what"], decimal(one["bytes"]), one["path"]] for one in found["found"]]
     rows += [["kept", "", f"{one['path']}: {one['why']}"] for one in found["kept"]]
     verb = "removed" if deleted else "can be removed by --delete"
     if not rows:
         return "nothing to remove"
-    return table(["what", "size", "path"], rows) + f"\n{size(found['bytes'])} {verb}"
+    return table(["what", "size", "path"], rows) + f"\n{decimal(found['bytes'])} {verb}"
 
 
 def duration(seconds: float) -> str:
@@ -144,30 +146,17 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
-def size(count: float) -> str:
-    """Bytes in decimal units: `1.5 MB`."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def done(planned: Plan) -> str:
     """The folders of the artifacts, and the figures of evaluations."""
     parts = [table(["stage", "artifact"], [[s.name, str(s.artifact.folder)] for s in planned])]
     for stage in planned:
-        metrics = stage.artifact.folder / "metrics.json"
-        if stage.artifact.kind == "evaluate" and metrics.exists():
-            parts.append(evaluation(json.loads(metrics.read_text(encoding="utf-8"))))
+        file = stage.artifact.folder / "metrics.json"
+        if stage.artifact.kind == "evaluate" and file.exists():
+            metrics = json.loads(file.read_text(encoding="utf-8"))
+            sides = {**metrics["sides"], **metrics.get("references", {})}
+            parts.append(figures_table([(figures.title(name, values), values) for name, values in sides.items()]))
             parts.append(f"page: {stage.artifact.folder / 'index.html'}")
     return "\n\n".join(parts)
-
-
-def evaluation(metrics: Mapping[str, Any]) -> str:
-    """One row for each side, then the references."""
-    sides = {**metrics["sides"], **metrics.get("references", {})}
-    return figures_table([(figures.title(name, values), values) for name, values in sides.items()])
 
 
 def figures_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -192,9 +181,8 @@ def stats(found: Mapping[str, Any]) -> str:
         ["repeated noises", f"{found['repeated_noises']:,}"],
     ]
     prompts = found["prompts"]
-    lengths = [
-        f"{name} {s['mean']:.1f} on average, {s['most']:.0f} at most" for name, s in prompts.items() if _spread(s)
-    ]
+    spreads = {name: s for name, s in prompts.items() if isinstance(s, Mapping) and s["most"] > 0}
+    lengths = [f"{name} {s['mean']:.1f} on average, {s['most']:.0f} at most" for name, s in spreads.items()]
     empty = f", {prompts['empty']:,} empty" if prompts["empty"] else ""
     rows.append(["prompts", f"{prompts['distinct']:,} distinct{empty}; {', '.join(lengths)}"])
     for name, about in found.get("members", {}).items():
@@ -241,16 +229,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def _spread(value: Any) -> bool:
-    return isinstance(value, Mapping) and value["most"] > 0
-
-
 def _figures(about: Mapping[str, Any]) -> str:
+    others = "".join(f", also {other}" for other in about.get("others", []))
     if "mean" not in about:
-        return "".join(f", also {other}" for other in about.get("others", [])) + " (--deep reads the values)"
+        return f"{others} (--deep reads the values)"
     ks = f", KS distance to N(0, 1) {about['ks_distance']:.4f}" if about.get("ks_distance") is not None else ""
     broken = f", {about['nonfinite']:,} NOT FINITE" if about["nonfinite"] else ""
-    others = "".join(f", also {other}" for other in about.get("others", []))
     return f"{others}: mean {about['mean']:+.4f}, std {about['std']:.4f}, largest {about['absmax']:.2f}{ks}{broken}"
 
 

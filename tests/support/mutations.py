@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path as File
+from typing import Any
 
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.manifest.document import parse
+from pipeline.manifest.document import Path, parse
 from pipeline.manifest.model import examine
 from pipeline.planning import make_plan, read_contents
 from pipeline.store import Store
@@ -37,11 +39,20 @@ def mutations(draw: st.DrawFn) -> Mutation:
     return draw(st.sampled_from([_misspelt, _replaced, _cut, _lines]))(draw, text)
 
 
+def _paths(value: Any, path: Path = ()) -> Iterator[Path]:
+    """Yield the path of each value inside another."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for part, inner in inside:
+        yield (*path, part)
+        yield from _paths(inner, (*path, part))
+
+
 def _misspelt(draw: st.DrawFn, text: str) -> Mutation:
     """Misspell a key in the settings of a stage. The problem must be found at this key."""
     document = parse(text, "m.yaml")
-    keys = [path for path in document.keys if len(path) > 2 and path[0] == "stages" and "matrix" not in path]
-    line, column = document.keys[draw(st.sampled_from(keys))]
+    keys = [path for path in _paths(document.value) if len(path) > 2 and "matrix" not in path]
+    keys = [path for path in keys if path[0] == "stages" and isinstance(path[-1], str)]
+    line, column = document.place(draw(st.sampled_from(keys)), at_key=True)
     lines = text.splitlines(keepends=True)
     name = draw(st.from_regex(r"zz[a-z_]{1,8}", fullmatch=True))
     lines[line] = lines[line][:column] + re.sub(r"^[\w.]+", name, lines[line][column:])
@@ -50,7 +61,7 @@ def _misspelt(draw: st.DrawFn, text: str) -> Mutation:
 
 def _replaced(draw: st.DrawFn, text: str) -> Mutation:
     document = parse(text, "m.yaml")
-    line, column = document.places[draw(st.sampled_from([path for path in document.places if path]))]
+    line, column = document.place(draw(st.sampled_from([*_paths(document.value)])))
     lines = text.splitlines(keepends=True)
     value = draw(st.one_of(st.sampled_from(VALUES), st.text(max_size=6)))
     lines[line] = lines[line][:column] + re.sub(r"^[^,}\]\s]+", lambda _: value, lines[line][column:])
@@ -77,7 +88,7 @@ def _lines(draw: st.DrawFn, text: str) -> Mutation:
     return Mutation("".join(lines), f"line {one + 1} {how}")
 
 
-def check(mutation: Mutation, folder: Path) -> bool:
+def check(mutation: Mutation, folder: File) -> bool:
     """Return whether the manifest is valid. If it is not, check that every problem has its line. Other errors are
     raised."""
     path = folder / "m.yaml"

@@ -11,7 +11,6 @@ from pipeline.manifest import loads
 from pipeline.planning import PlannedStage, Selection, make_plan, read_contents
 from pipeline.runs import Reporter, Run, Runner
 from pipeline.store import Store
-from pipeline.views.progress import Quiet
 
 GAUSSIAN = """
 name: gaussian
@@ -90,7 +89,7 @@ def execute(
     loaded = loads(text, "test.yaml", [*overrides, f"store={store}"])
     run = Run(Store(store), name or loaded.manifest.name)
     with held(loaded, run, Selection(only, force=force), wait=False) as (plan, chosen):
-        Runner(run, loaded.manifest, engine or InlineEngine(), reporter or Quiet()).execute(plan, chosen)
+        Runner(run, loaded.manifest, engine or InlineEngine(), reporter or Reporter()).execute(plan, chosen)
     return {stage.name: stage for stage in plan}
 
 

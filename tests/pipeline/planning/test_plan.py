@@ -13,9 +13,8 @@ from pipeline.manifest import loads
 from pipeline.planning import make_plan, read_contents
 from pipeline.planning.content import HashCache, pinned
 from pipeline.planning.fingerprint import fingerprint, identity, pool_fingerprint
-from pipeline.runs import Run, Runner
+from pipeline.runs import Reporter, Run, Runner
 from pipeline.store import Store
-from pipeline.views.progress import Quiet
 from stages.base import Extent, Neutral, Stage
 from stages.data.files import files_of
 from tests.support.cli import BLOCKER, ROOT, retort
@@ -86,7 +85,7 @@ def test_a_stage_whose_prompts_change_during_the_run_is_not_sealed(tmp_path):
     run.freeze(loaded.manifest, plan)
     prompts.write_text("a dog\n")
     with pytest.raises(StageFailed, match=r"prompts.txt changed since the run was planned"):
-        Runner(run, loaded.manifest, InlineEngine(), Quiet()).execute(plan, {"teacher", "pairs"})
+        Runner(run, loaded.manifest, InlineEngine(), Reporter()).execute(plan, {"teacher", "pairs"})
     assert not list(store.glob("pairs/pool/*/*.tar"))
 
 

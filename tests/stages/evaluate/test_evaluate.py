@@ -10,7 +10,7 @@ import torch
 
 from pipeline.engines.ray import RayEngine
 from pipeline.errors import ManifestError
-from pipeline.views.progress import Quiet
+from pipeline.runs import Reporter
 from stages.base import StageError
 from stages.data.images.config import Digits
 from stages.data.images.load import load
@@ -316,7 +316,7 @@ PARTED = (
 )
 
 
-class InterruptedAfter(Quiet):
+class InterruptedAfter(Reporter):
     """Interrupts (Ctrl-C) after a number of measured samples, and records all progress."""
 
     def __init__(self, samples: int = 10**9) -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from safetensors import safe_open
 
-from pipeline.views.progress import Quiet
+from pipeline.runs import Reporter
 from stages.networks.student import Student
 from stages.networks.teachers import load_network
 from stages.training import TrainingExecution
@@ -94,7 +94,7 @@ stages:
     return family_pairs
 
 
-class Interrupting(Quiet):
+class Interrupting(Reporter):
     """Interrupts the first training of each stage in its second step, after the checkpoint of the first step."""
 
     def __init__(self):

@@ -82,7 +82,7 @@ class RayEngine:
         self.attached = attached
         self._ray: Any = None
         self._workers: list[Worker] = []
-        self._shape: WorkerShape | None = None
+        self._shape = WorkerShape(0, 0.0)
 
     def map(
         self, key: str, make_worker: Make[Item], items: Iterable[Item], shape: WorkerShape, say: Say = log.warning
@@ -166,8 +166,7 @@ class RayEngine:
     def acquire(self, count: int, shape: WorkerShape) -> list[Worker]:
         """Return `count` workers of this shape. Existing workers are reused if their GPUs fit; new ones are requested
         otherwise."""
-        self.start()
-        if self._shape is not None and self._shape.gpus != shape.gpus:
+        if self._shape.gpus != shape.gpus:
             for worker in self._workers:
                 self._ray.kill(worker.actor)
             self._workers = []
@@ -187,14 +186,13 @@ class RayEngine:
 
     def _new_actor(self) -> tuple[Any, Any]:
         """Request an actor. Return it and the reference of its first answer."""
-        assert self._shape is not None
-        actor = self._ray.remote(Host).options(
+        host = self._ray.remote(Host).options(
             num_cpus=0,  # the stage sets the threads; Ray's own count of CPUs could only delay a worker
             num_gpus=self._shape.gpus,
             max_concurrency=_in_flight(self._shape),
             scheduling_strategy="SPREAD" if self.attached else "DEFAULT",
         )
-        actor = actor.remote()
+        actor = host.remote()
         return actor, actor.identify.remote(build() if self.attached else None)
 
     def get(self, reference: Any) -> Outcome:
@@ -228,7 +226,7 @@ class _StageWorkers:
         self._watch = watch
         self._failed_starts = 0
         self._idle_since = time.monotonic()
-        self._said, self._said_at, self._pause = "", 0.0, PENDING_AFTER
+        self._said, self._repeat_at, self._pause = "", 0.0, PENDING_AFTER
 
     def free(self, most: int) -> Worker | None:
         """The least loaded worker that has answered and has at most `most` calls under way; None if there is none."""
@@ -279,19 +277,17 @@ class _StageWorkers:
         """Report the workers that are waited for. Raises StageError if none has answered for START_WITHIN seconds."""
         now = time.monotonic()
         late = [n for n, w in enumerate(self._workers, 1) if not w.where and now - w.asked > PENDING_AFTER]
-        pending = sum(not worker.where for worker in self._workers)
-        working = len(self._workers) - pending
+        working = sum(bool(worker.where) for worker in self._workers)
         if working:
             self._idle_since = now
         elif now - self._idle_since > START_WITHIN:
             raise StageError(f"no worker started within {START_WITHIN:.0f} s: {self._room()}")
         text = _waiting(late, len(self._workers), working, self._shape.gpus) if late else ""
-        if text == self._said and (not text or now - self._said_at < self._pause):
-            return
-        self._pause = 2 * self._pause if text == self._said else PENDING_AFTER
-        self._said, self._said_at = text, now
-        if text:
+        if text and (text != self._said or now > self._repeat_at):
+            self._pause = 2 * self._pause if text == self._said else PENDING_AFTER
+            self._repeat_at = now + self._pause
             self._say(text)
+        self._said = text
 
     def _check_room(self, count: int) -> None:
         """Raise StageError if the workers can never all start. On a cluster, only report it: nodes may be added."""
@@ -306,11 +302,12 @@ class _StageWorkers:
         """Say how many workers fit, and what to change."""
         if not self._shape.gpus:
             return "see Ray's log files in /tmp/ray/session_latest/logs"
-        fit, nodes = fitting(self._gpus(), self._shape.gpus), [f"{gpus:g}" for gpus in self._gpus() if gpus]
-        found = f"nodes with {', '.join(nodes)} GPUs" if len(nodes) > 1 else f"{''.join(nodes) or 0} GPUs"
+        nodes = self._gpus()
+        found = " + ".join(f"{gpus:g}" for gpus in nodes if gpus) or "no"
         return (
-            f"Ray found {found}, enough for {fit} (the GPUs of a worker are all on one node, and a fraction is part of "
-            "a single GPU); change `workers` or `gpus_per_worker` under `resources:` in the manifest"
+            f"Ray found {found} GPUs, enough for {fitting(nodes, self._shape.gpus)} (the GPUs of a worker are all on "
+            "one node, and a fraction is part of a single GPU); change `workers` or `gpus_per_worker` under "
+            "`resources:` in the manifest"
         )
 
     def _gpus(self) -> list[float]:

@@ -63,10 +63,8 @@ def inputs_of(stage: Stage) -> Mapping[str, str]:
 
 
 def is_artifact_path(reference: str) -> bool:
-    """Whether a reference is the path of a sealed artifact, and not the name of a stage.
-
-    A path contains a slash. The name of a stage has one only before the number of a chain's link: student/16.
-    """
+    """Whether a reference is the path of a sealed artifact, not the name of a stage. A path contains a slash. A name
+    has one only before the number of a link: student/16."""
     return "/" in reference and not LINK.fullmatch(reference)
 
 
@@ -96,9 +94,7 @@ def _plain(value: Any, dumped: Any) -> Any:
 
 
 def config_in(annotation: Any, metadata: Sequence[Any] = (), value: Any = None) -> type[Config] | None:
-    """Return the class of the settings that a field holds, or None if it holds no settings.
-
-    The field may hold them directly or in a list or mapping, and may be optional.
+    """Return the class of the settings that a field holds, directly or in a list or mapping. None if it holds none.
 
     For a choice, the class is the one that `value` names. `value` is not validated yet.
     """

@@ -55,11 +55,8 @@ class Manifest(Config):
         return self.seed if own is None else own
 
     def resources_of(self, stage: str) -> Resources:
-        """The most specific match: exact stage, then matrix member, then chain link, then the whole stage.
-
-        For `student/16[seed=2]` these are `student/16[seed=2]`, `student[seed=2]`, `student/16` and `student`. Without
-        a match the defaults apply.
-        """
+        """The most specific match, or else the defaults. For `student/16[seed=2]`, the order is `student/16[seed=2]`,
+        `student[seed=2]`, `student/16`, `student`."""
         names = [stage, *sorted(groups_of(stage), key=lambda name: ("[" in name, "/" in name), reverse=True)]
         return next((self.resources[name] for name in names if name in self.resources), Resources())
 
@@ -73,11 +70,8 @@ class Loaded:
     order: list[str]
     """Names of stages, each after the stages that it reads."""
     problems: Sequence[str] = ()
-    """The problems found so far.
-
-    A stage with problems is not in `order`. A stage whose own settings are invalid is not in `manifest` either.
-    Planning checks the other stages and then reports all problems together.
-    """
+    """The problems found so far. A stage with problems is not in `order`. A stage whose own settings are invalid is not
+    in `manifest` either. Planning checks the other stages and then reports all problems together."""
 
     def problem(self, stage: str, field: str, message: str) -> str:
         """Return `message` with the place of a stage's field (a dotted path) in the text."""

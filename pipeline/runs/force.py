@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from pathlib import Path
 
 from pipeline.errors import UsageError
-from pipeline.planning import Plan, PlannedStage
+from pipeline.planning import Plan
 from pipeline.runs.run import Run
 from pipeline.store import read_record
 from pipeline.store.artifacts import READ_ERRORS
@@ -25,22 +24,16 @@ def check(run: Run, plan: Plan, chosen: Collection[str]) -> None:
         )
     folders = {stage.artifact.folder for stage in forced}
     for stage in forced:
-        others = [folder for folder in _artifacts_in_pool(run, stage) if folder not in folders]
-        if others:
-            raise UsageError(
-                f"{stage.name} shares its parts with {others[0]}: forcing would remove them from both. "
-                "Force the stage of that artifact too, or remove artifacts that no run needs with `retort gc --delete`"
-            )
-
-
-def _artifacts_in_pool(run: Run, stage: PlannedStage) -> Iterator[Path]:
-    """Yield the folders of artifacts whose parts lie in the stage's pool."""
-    for folder in run.store.root.glob(f"{stage.artifact.kind}/*"):
-        try:
-            if read_record(folder)["pool"] == stage.pool.name:
-                yield folder
-        except READ_ERRORS:  # no artifact, or a damaged one, which must be made again in any case
-            continue
+        for folder in run.store.root.glob(f"{stage.artifact.kind}/*"):
+            try:
+                shared = folder not in folders and read_record(folder)["pool"] == stage.pool.name
+            except READ_ERRORS:  # no artifact, or a damaged one, which must be made again in any case
+                continue
+            if shared:
+                raise UsageError(
+                    f"{stage.name} shares its parts with {folder}: forcing would remove them from both. Force the "
+                    "stage of that artifact too, or remove artifacts that no run needs with `retort gc --delete`"
+                )
 
 
 def forget(run: Run, plan: Plan, waiting: Callable[[str], None] | None) -> None:

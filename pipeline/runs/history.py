@@ -14,10 +14,11 @@ Event = Mapping[str, Any]
 
 @dataclass
 class Attempt:
-    """One attempt at a stage, from its start to its end. If its driver was killed, it ends with its last event."""
+    """One attempt at an artifact, from its start to its end. If its driver was killed, it ends with its last event."""
 
-    fingerprint: str
-    workers: int = 1
+    workers: int
+    spent_before: float
+    """Device-seconds of earlier attempts, unless they made the artifact."""
     seconds: float = 0.0
     ended: str | None = None
     """done, failed or interrupted; None while it runs, or if its driver was killed."""
@@ -27,7 +28,8 @@ class Attempt:
 
     @property
     def device_seconds(self) -> float:
-        return self.seconds * self.workers
+        """Seconds times workers, summed over this attempt and the earlier ones."""
+        return self.spent_before + self.seconds * self.workers
 
     def add(self, event: Event) -> None:
         self.seconds = max(self.seconds, event.get("seconds", 0.0))
@@ -49,25 +51,15 @@ class Attempt:
         return done / seconds if done > 0 and seconds > 0 else None
 
 
-def attempts(events: Iterable[Event]) -> dict[str, list[Attempt]]:
-    """stage -> its attempts, the newest last. Reusing a sealed artifact is not an attempt."""
-    found: dict[str, list[Attempt]] = {}
+def attempts(events: Iterable[Event]) -> dict[tuple[str, str], Attempt]:
+    """(stage, fingerprint) -> the latest attempt. Reusing a sealed artifact is not an attempt."""
+    found: dict[tuple[str, str], Attempt] = {}
     for event in events:
-        stage, fingerprint = event["stage"], event.get("fingerprint")
-        if not stage or not fingerprint or event["event"] == "stage_reused":
-            continue
+        key: tuple[str, str] = event["stage"], event.get("fingerprint", "")
         if event["event"] == "stage_started":
-            found.setdefault(stage, []).append(Attempt(fingerprint, event.get("workers", 1)))
-        elif stage in found and found[stage][-1].fingerprint == fingerprint:
-            found[stage][-1].add(event)
+            before = found.get(key)
+            spent = before.device_seconds if before and before.ended != "done" else 0.0
+            found[key] = Attempt(event.get("workers", 1), spent)
+        elif key in found and event["event"] != "stage_reused":
+            found[key].add(event)
     return found
-
-
-def spent(tried: Iterable[Attempt], fingerprint: str) -> float:
-    """Device-seconds of the attempts that led to the latest artifact with this fingerprint, failed ones included."""
-    seconds, made = 0.0, False
-    for attempt in tried:
-        if attempt.fingerprint == fingerprint:
-            seconds = attempt.device_seconds if made else seconds + attempt.device_seconds
-            made = attempt.ended == "done"
-    return seconds

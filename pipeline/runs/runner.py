@@ -22,7 +22,7 @@ from pipeline.manifest.fields import plain
 from pipeline.manifest.model import Resources
 from pipeline.planning import Plan, PlannedStage
 from pipeline.planning.content import HashCache, identify
-from pipeline.runs.history import attempts, spent
+from pipeline.runs.history import attempts
 from pipeline.runs.run import Run
 from pipeline.store import RECORD
 from pipeline.store.artifacts import damaged_input
@@ -129,8 +129,8 @@ class Runner:
         self._check_contents(stage)
         metrics = dict(artifact.stage.run(context))
         self._check_contents(stage)
-        tried = attempts(self.run.events()).get(stage.name, [])
-        before = spent(tried, artifact.fingerprint) - (tried[-1].device_seconds if tried else 0.0)
+        attempt = attempts(self.run.events()).get((stage.name, artifact.fingerprint))
+        spent_before = attempt.spent_before if attempt else 0.0  # there is none if the events were removed
         record = {
             "kind": artifact.kind,
             "fingerprint": artifact.fingerprint,
@@ -145,7 +145,7 @@ class Runner:
             "threads": context.threads,
             "device": metrics.pop("device", "cpu"),
             "seconds": _since(started),
-            "device_seconds": round(before + _since(started) * resources.workers, 3),
+            "device_seconds": round(spent_before + _since(started) * resources.workers, 3),
             "versions": versions(),
             "commit": _commit(),
             "metrics": metrics,
@@ -172,8 +172,8 @@ class Runner:
         now = identify(stage.artifact.stage, HashCache(self.run.store.hashes)) if files else {}
         for field, value in files.items():
             if now[field] != value:
-                changed = stage.files[field]
-                raise StageError(f"{changed} changed since the run was planned; resume it to plan with the new content")
+                remedy = "resume the run to plan with the new content"
+                raise StageError(f"{stage.files[field]} changed since the run was planned; {remedy}")
 
 
 class Context:

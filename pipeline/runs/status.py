@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.runs.history import Attempt, attempts, spent
+from pipeline.runs.history import Attempt, attempts
 from pipeline.runs.run import Run, all_runs
 from pipeline.store import RECORD, Store, holder, read_record
 from pipeline.store.artifacts import READ_ERRORS
@@ -20,15 +20,15 @@ def status_of(run: Run) -> dict[str, dict[str, Any]]:
     was killed); waiting. `progress`, `per_second` and `seconds_left` are missing where they are unknown.
     """
     tried = attempts(run.events())
-    return {name: _stage(run, planned, tried.get(name, ())) for name, planned in run.plan().items()}
+    stages = run.plan().items()
+    return {name: _stage(run, planned, tried.get((name, planned["fingerprint"]))) for name, planned in stages}
 
 
-def _stage(run: Run, planned: Mapping[str, Any], tried: Sequence[Attempt]) -> dict[str, Any]:
+def _stage(run: Run, planned: Mapping[str, Any], last: Attempt | None) -> dict[str, Any]:
     kind, fingerprint = planned["kind"], planned["fingerprint"]
     folder = run.store.folder(kind, fingerprint)
-    last = tried[-1] if tried and tried[-1].fingerprint == fingerprint else None
     found: dict[str, Any] = {"kind": kind, "fingerprint": fingerprint, "artifact": str(folder)}
-    cost = spent(tried, fingerprint)
+    cost = last.device_seconds if last else 0.0
     if (folder / RECORD).exists():
         made = last is not None and last.ended == "done"
         found |= {"state": "done", "detail": "" if made else "reused"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.runs import Run
@@ -14,26 +15,22 @@ EVERY = 1.0
 
 
 def watch(run: Run, draw: Callable[[], str]) -> None:
-    """Show `draw()` until the run ends. On a terminal it is redrawn in place. Elsewhere it is printed whenever it
-    changes."""
-    if sys.stdout.isatty():
-        from rich.live import Live
-        from rich.text import Text
+    """Show `draw()` until the run ends, whenever it changes. On a terminal it is redrawn in place."""
+    from rich.live import Live
+    from rich.text import Text
 
-        with Live(Text(draw()), auto_refresh=False, vertical_overflow="visible") as live:
-            while run.driver():
-                time.sleep(EVERY)
-                live.update(Text(draw()), refresh=True)
-        return
-    shown = ""
-    while True:
-        alive = run.driver()
-        if (text := draw()) != shown:
-            print(text, flush=True)
+    screen = Live(auto_refresh=False, vertical_overflow="visible") if sys.stdout.isatty() else None
+    with screen or nullcontext():
+        shown, alive = "", True
+        while alive:
+            alive = run.driver() is not None
+            text = draw()
+            if screen:
+                screen.update(Text(text), refresh=True)
+            elif text != shown:
+                print(text, flush=True)
             shown = text
-        if not alive:
-            return
-        time.sleep(EVERY)
+            time.sleep(EVERY if alive else 0.0)
 
 
 def lines(file: Path, run: Run, follow: bool) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.engines import InlineEngine
 from pipeline.runs import Run, status_of
-from pipeline.runs.history import attempts, spent
+from pipeline.runs.history import attempts
 from pipeline.runs.status import runs_of
 from pipeline.store import Store
 from pipeline.views.progress import Plain
@@ -77,13 +77,14 @@ def test_the_seconds_of_all_attempts_are_added_even_if_the_clock_jumps():
         {"time": "", "event": "run_done", "stage": None},
         event("stage_reused"),
     ]
-    first, second = attempts(events)["s"]
+    first, second = attempts(events[:3])["s", "f"], attempts(events)["s", "f"]
     assert first.rate() == pytest.approx(2.0) and second.rate() == pytest.approx(10.0)
     assert (first.ended, second.ended) == (None, "interrupted")
-    assert spent([first, second], "f") == pytest.approx(10.5 * 4 + 6.0 * 2)
-    assert spent([first, second], "another") == 0
+    assert first.device_seconds == pytest.approx(10.5 * 4)
+    assert second.device_seconds == pytest.approx(10.5 * 4 + 6.0 * 2)
     again = [event("stage_started", workers=1), event("stage_done", seconds=3.0)]
-    assert spent(attempts([*events, *again, *again])["s"], "f") == pytest.approx(3.0), "forced: what it cost last"
+    made = attempts([*events, *again, *again])["s", "f"]
+    assert made.device_seconds == pytest.approx(3.0), "forced: what it cost last"
 
 
 def test_incomplete_events_of_a_crash_are_skipped(tmp_path):

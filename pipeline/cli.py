@@ -67,7 +67,7 @@ def main() -> None:
         from stages.base import StageError
         from stages.data.urls import redacted
 
-        if isinstance(error, StageError):  # what the command was given is unsuitable; stages that fail are StageFailed
+        if isinstance(error, StageError):  # its arguments are unsuitable; a stage that fails raises StageFailed
             error = UsageError(str(error))
         if debug or not isinstance(error, RetortError | OSError):
             raise

@@ -60,8 +60,8 @@ def cluster_options(command: F) -> F:
 def run_on(
     cluster: Cluster, loaded: Loaded, name: str, selection: Selection, how: console.Execution, follow: bool = False
 ) -> None:
-    """Plan a run on this machine, and submit it to the cluster as a job. If the run is a job already that is under way,
-    raise Locked, or with `follow`, follow that job.
+    """Plan a run on this machine, and submit it to the cluster as a job. If the run already has a job under way, raise
+    Locked; with `follow`, follow that job.
 
     At the end of the job, exit with its driver's exit code. With --no-wait, print how to follow the job.
     """
@@ -76,7 +76,7 @@ def run_on(
         under_way = job is not None and jobs.alive(job)
     except Unreachable:
         if job and job.address == cluster.address:
-            raise  # otherwise the cluster of the old job is gone; a driver that still runs holds the run's lock
+            raise  # another cluster may be gone; a driver that still runs there holds the run's lock
     if job is None or not under_way:
         jobs.check_store(run.store.root, cluster.address, cluster.store_is_shared)
         with console.held(loaded, run, selection, how.wait):

@@ -121,6 +121,6 @@ def import_weights(source: str, out: Path) -> None:
     try:
         path = importing.download(source) if named else Path(source)
     except StageError as error:
-        raise RetortError(str(error)) from None  # a failed download is no wrong usage
+        raise RetortError(str(error)) from None  # a failed download is not a usage error
     importing.import_weights(path, out)
     click.echo(f"{out}    licence: {importing.LICENCE}")

@@ -154,7 +154,7 @@ def _is_artifact(place: str) -> bool:
 
 
 def _show(place: str, report: dict[str, Any], html: Path | None, samples: int, out: Path) -> None:
-    """Write the page `html` and the folder `out` with samples, as far as they are asked for."""
+    """Write the page `html` and the folder `out` of samples, if they are asked for."""
     from pipeline.store import load_artifact
     from stages.base import StageError
     from stages.reports.gallery import GRID, pictures, write_page, write_samples

@@ -57,8 +57,8 @@ class Call:
 class Watch:
     """Watches the calls of one stage.
 
-    Calls are `alike` if they should take about equally long. The steps of a function are not: it may pause between two
-    of them. Only if calls are alike does their median decide when one is given up.
+    `alike`: whether all calls should take about equally long. If so, a stuck call is found by the median of the others.
+    The steps of a function are not alike: it may pause between two of them. A stuck step is found by `STUCK.first`.
     """
 
     def __init__(self, alike: bool = True) -> None:

@@ -59,7 +59,7 @@ def _in_flight(shape: WorkerShape) -> int:
 
 @dataclass(eq=False)
 class Worker:
-    """A place for an actor. It gets work once the actor has answered. A lost actor is replaced."""
+    """A slot for an actor. It gets work once the actor has answered. A lost actor is replaced."""
 
     actor: Any
     answer: Any

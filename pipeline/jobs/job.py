@@ -33,8 +33,8 @@ SHARED = (
     *("9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2"),
     *("orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"),
 )
-"""Types of file systems that several machines may mount. Types that begin with `fuse.` count too, except the one that
-containers use."""
+"""Types of file systems that several machines may mount. Types that begin with `fuse.` count too, except that of
+containers."""
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """The final states of a job."""
@@ -79,7 +79,7 @@ def load(run: Run) -> Job | None:
 
 
 def submit(run: Run, address: str, arguments: Sequence[str]) -> Job:
-    """Submit `run`, whose plan is stored already, to the cluster. `arguments` are further ones of `retort resume`.
+    """Submit `run`, whose plan is stored already, to the cluster. `arguments` are added to `retort resume`.
 
     Raises UsageError for an unsuitable token or version of Ray. Raises StageFailed if the cluster does not accept the
     job.

@@ -46,7 +46,7 @@ class Document:
     problems: list[str] = field(default_factory=list)
 
     def report(self, path: Path, message: str, *, at_key: bool = False) -> None:
-        """Add to the problems what `problem` returns."""
+        """Add the message of `problem` to the problems."""
         self.problems.append(self.problem(path, message, at_key=at_key))
 
     def problem(self, path: Path, message: str, *, at_key: bool = False) -> str:
@@ -91,7 +91,7 @@ class Document:
 
     def set(self, text: str) -> None:
         """Apply the override `text`, `a.b.c=VALUE`. VALUE is YAML. Raises ManifestError."""
-        parts = re.fullmatch(r"((?:[^=\[]|\[[^\]]*\])+)=(.*)", text, re.DOTALL)  # = and . may stand in [...]
+        parts = re.fullmatch(r"((?:[^=\[]|\[[^\]]*\])+)=(.*)", text, re.DOTALL)  # brackets may contain = and .
         path = tuple(re.split(r"\.(?![^\[]*\])", parts[1])) if parts else ()
         if not parts or not all(path):
             raise ManifestError([f"--set {text}: expected PATH=VALUE, such as stages.pairs.count=128"])
@@ -115,7 +115,7 @@ class Document:
 
 def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node | None, yaml.Node | None]:
     """Return the nodes of the key and of the value at a key or index; None for a node that does not exist."""
-    if isinstance(node, yaml.MappingNode):  # of several equal keys, the last one is not merged
+    if isinstance(node, yaml.MappingNode):  # a mapping's own keys come after those merged into it
         return next(((key, value) for key, value in reversed(node.value) if key.value == part), (None, None))
     if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
         return None, node.value[part]
@@ -171,8 +171,8 @@ class _Loader(yaml.SafeLoader):
     def check(self, node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
         """Check the keys in a node, and return the number of its values, with aliases expanded.
 
-        Raises ManifestError if a node holds more than MAX_VALUES values, or contains itself. `sizes` has the checked
-        nodes, and 0 for a node under way.
+        Raises ManifestError if a node holds more than MAX_VALUES values, or contains itself. `sizes` has the numbers of
+        checked nodes, and 0 for a node that is being checked.
         """
         if node in sizes:
             if not sizes[node]:

@@ -227,7 +227,7 @@ def name_of(base: str, at: Coordinates) -> str:
 
 
 def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Document) -> None:
-    """Set a value below `holder`, which shares nothing with other members. Mappings inside it are copied."""
+    """Set a value inside `holder`. Mappings on the way to it are copied, because other members share them."""
     for i, part in enumerate(path[:-1]):
         if not isinstance(holder.get(part, {}), dict):
             text = f"{'.'.join(path[: i + 1])} is not a mapping here, so {path[i + 1]} cannot be set in it"
@@ -244,7 +244,7 @@ def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Do
 def expand_chains(document: Document, coordinates: Mapping[str, Coordinates]) -> dict[str, Coordinates]:
     """Replace each stage that is a chain by its links, in `document.value`. `Stage.chain` says which links there are.
 
-    Return the coordinates of the matrix members, which are in `coordinates`, and of the links.
+    Return the `coordinates` of the matrix members, and those of the links.
     """
     stages = document.value.get("stages")
     if not isinstance(stages, dict):

@@ -83,7 +83,7 @@ def order(stages: Mapping[str, Stage], left_out: Collection[str]) -> list[str]:
     sorter = TopologicalSorter[str](dict.fromkeys(stages, ()))  # ties keep the order in which names are added
     for name, stage in stages.items():
         read = {r for r in inputs_of(stage).values() if not is_artifact_path(r)}
-        # a stage that would wait for itself never comes
+        # a stage that waits for itself is never ready
         sorter.add(name, *(read if name not in left_out and read <= stages.keys() else {name}))
     with suppress(CycleError):
         sorter.prepare()

@@ -76,7 +76,7 @@ def _candidates(store: Store, used: set[Path]) -> Iterator[tuple[Path, str, str]
 
 def _remove(store: Store, path: Path) -> None:
     if path.is_dir():
-        gone = store.root / "work" / f"gone-{path.name}"  # first moved away in one step, then deleted
+        gone = store.root / "work" / f"gone-{path.name}"  # moved away in one step, then deleted
         shutil.rmtree(gone, ignore_errors=True)
         path.replace(gone)
         shutil.rmtree(gone)

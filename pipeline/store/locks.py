@@ -102,7 +102,7 @@ class Holder:
 
 
 def holder(file: Path) -> Holder | None:
-    """Return the holder of the exclusive lock of `file`; None if the lock is free or its holder not named yet."""
+    """Return the holder of the exclusive lock of `file`; None if it is free, or if no name is in the file yet."""
     if not file.exists():
         return None
     with open(file, encoding="utf-8") as opened:

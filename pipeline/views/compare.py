@@ -29,7 +29,7 @@ class NotMade:
 
 
 def collect(runs: Sequence[Run]) -> tuple[list[Evaluated], list[NotMade]]:
-    """The evaluations of these runs that are sealed, and those that are not made.
+    """Return the sealed evaluations of these runs, and the evaluations that are not made.
 
     Raises UsageError for a run without an evaluation, and if no evaluation is sealed.
     """

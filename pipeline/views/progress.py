@@ -10,10 +10,10 @@ from pipeline.runs import Reporter
 from stages.base import Progress
 
 PLAIN_EVERY = 10.0
-"""Seconds from any plain line of a stage to the next line about its progress."""
+"""Minimum seconds between a line of a stage and its next line about progress."""
 
 HIDDEN = ("per_second", "step", "gradient_norm")
-"""Figures that are not shown by their names."""
+"""Figures that are not shown as `name value`."""
 
 
 def reporter(quiet: bool = False) -> Reporter:

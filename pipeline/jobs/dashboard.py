@@ -1,7 +1,7 @@
 """Ask a Ray dashboard over HTTP. A wrong address, token or version is explained in one sentence.
 
 Jobs are submitted, followed and stopped by Ray's `JobSubmissionClient`. It has no timeout and follows redirects, and it
-does not tell an unknown job from a failed request. So this module asks for the state of a job and for the version of Ray.
+does not tell an unknown job from a failed request. So this module asks for the state of a job and for Ray's version.
 """
 
 from __future__ import annotations

@@ -136,7 +136,10 @@ def _places(target: str, store: str | None, kind: str | None = None) -> list[str
     from pipeline.runs import Run, status_of
 
     if "/" in target:
-        return [str(console.find_artifact(target, store))]
+        artifact = console.find_artifact(target, store)
+        if not artifact.exists():
+            raise UsageError(f"{artifact} does not exist")
+        return [str(artifact)]
     try:
         run = Run.find(console.open_store(store), target)
     except UsageError as error:

@@ -90,11 +90,6 @@ def base_of(name: str) -> str:
     return name.partition("[")[0].partition("/")[0]
 
 
-def is_link(name: str) -> bool:
-    """Whether the name is that of a chain's link, such as `student/16`."""
-    return "/" in name.partition("[")[0]
-
-
 def groups_of(name: str) -> set[str]:
     """The names that stand for this stage and others. For `student/16[seed=2]`: `student` (all of them), `student/16`
     (the link of all members) and `student[seed=2]` (all links of the member)."""
@@ -251,7 +246,8 @@ def expand_chains(document: Document, coordinates: Mapping[str, Coordinates]) ->
         return dict(coordinates)
     found, expanded = dict(coordinates), {}
     for name, stage in stages.items():
-        links = [] if is_link(name) else _links(stage)  # the manifest of a run already has links as stages
+        is_link = "/" in name.partition("[")[0]  # the manifest of a run already has links as stages
+        links = [] if is_link else _links(stage)
         if not links:
             expanded[name] = stage
         previous = None

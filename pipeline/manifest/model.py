@@ -103,11 +103,10 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 def name_and_store(path: Path) -> tuple[str, str]:
     """The run name and the store of a manifest. Other problems of the manifest are ignored."""
     document = yaml_document.parse(_read(path), str(path))
-    name, store = (document.value.get(key, default) for key, default in (("name", None), ("store", DEFAULT_STORE)))
+    name, store = document.value.get("name"), document.value.get("store", DEFAULT_STORE)
     if not isinstance(name, str) or not isinstance(store, str):
-        raise ManifestError(
-            [document.problem(("name",), "missing or not text; give the run a name, such as `name: digits`")]
-        )
+        text = "missing or not text; give the run a name, such as `name: digits`"
+        raise ManifestError([document.problem(("name",), text)])
     return name, store
 
 
@@ -170,17 +169,12 @@ def _absolute(manifest: Manifest) -> Manifest:
     """Make all paths absolute, so that a run can be resumed from any folder."""
     stages: dict[str, Stage] = {}
     for name, stage in manifest.stages.items():
-        paths: dict[str, str] = {}
+        paths = [field for field in marked(stage, Input) if is_artifact_path(field.value)]
         for field in marked(stage, Content):
-            if field.value in field.marker.shipped:
-                continue
             local = field.value.startswith((".", "/", "~")) or os.path.exists(field.value)
-            if local or field.marker.revision_field is None:
-                paths[field.path] = _full(field.value)
-        for field in marked(stage, Input):
-            if is_artifact_path(field.value):
-                paths[field.path] = _full(field.value)
-        stages[name] = replaced(stage, paths)
+            if field.value not in field.marker.shipped and (local or field.marker.revision_field is None):
+                paths.append(field)
+        stages[name] = replaced(stage, {field.path: _full(field.value) for field in paths})
     store = manifest.store if is_url(manifest.store) else _full(manifest.store)
     return manifest.model_copy(update={"stages": stages, "store": store})
 

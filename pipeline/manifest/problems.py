@@ -61,7 +61,7 @@ def _fields_at(top: type[Config], path: Sequence[str | int], value: Any) -> list
             value = value[part]
             continue  # `model` is already that of the list's entries
         if isinstance(model, type) and issubclass(model, Config):
-            info = _field(model, str(part))
+            info = next((i for name, i in model.model_fields.items() if part in (name, i.alias)), None)
             if info is None:
                 return []
             is_mapping = get_origin(info.annotation) is dict
@@ -72,7 +72,3 @@ def _fields_at(top: type[Config], path: Sequence[str | int], value: Any) -> list
         return []
     names = [info.alias or name for name, info in model.model_fields.items()]
     return [*names, "matrix"] if issubclass(model, Stage) else names
-
-
-def _field(model: type[Config], key: str) -> Any:
-    return next((i for name, i in model.model_fields.items() if key in (name, i.alias)), None)

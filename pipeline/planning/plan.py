@@ -142,17 +142,12 @@ def _plan_stage(
         state, why = "blocked", f"waits for {next(p.name for p in upstream if p.state == 'blocked')}"
     elif force or forced_input:
         state, why = "run", "forced" if force else f"{forced_input} is made again"
+    elif (damage := store.damage(artifact)) is None:
+        state, why = "reuse", "sealed"
     else:
-        changed = "; ".join(changes(before["identity"], its_identity, files)) if before else ""
-        state, why = _state(artifact, store, pool, changed or ("not finished yet" if before else "never made"))
+        changed = "; ".join(changes(before["identity"], its_identity, files)) if before else "never made"
+        progress = None if store.outdated(artifact) else stage.progress_in(store.work(artifact), pool)
+        why = "; ".join(filter(None, [damage or changed or "not finished yet", progress]))
+        state = "resume" if progress else "run"
     reads, forced = [p.name for p in upstream], force or forced_input is not None
     return PlannedStage(name, state, why, artifact, its_identity, pool, reads, files, contents, forced)
-
-
-def _state(artifact: Artifact, store: Store, pool: Path, reason: str) -> tuple[State, str]:
-    damage = store.damage(artifact)
-    if damage is None:
-        return "reuse", "sealed"
-    progress = None if store.outdated(artifact) else artifact.stage.progress_in(store.work(artifact), pool)
-    why = damage or reason
-    return ("resume", f"{why}; {progress}") if progress else ("run", why)

@@ -117,6 +117,5 @@ def _training(path: Path) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -197,7 +197,9 @@ def stats(found: Mapping[str, Any]) -> str:
             for i, c in enumerate(about.get("channels", [])[:8])
             if name == "latent"
         ]
-    rows += [[name.replace("_", " "), _value(value)] for name, value in found["provenance"].items()]
+    for name, value in found["provenance"].items():
+        words = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+        rows.append([name.replace("_", " "), words])
     rows += [["DAMAGED", line] for line in _damaged(found)]
     return table(["", ""], rows).lstrip("\n ")
 
@@ -236,9 +238,3 @@ def _figures(about: Mapping[str, Any]) -> str:
     ks = f", KS distance to N(0, 1) {about['ks_distance']:.4f}" if about.get("ks_distance") is not None else ""
     broken = f", {about['nonfinite']:,} NOT FINITE" if about["nonfinite"] else ""
     return f"{others}: mean {about['mean']:+.4f}, std {about['std']:.4f}, largest {about['absmax']:.2f}{ks}{broken}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
-    return str(value)

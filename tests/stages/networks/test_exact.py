@@ -232,7 +232,7 @@ STUDENTS = """
 TRAINING = "training: {steps: 2, batch_size: 4}\n    held_out: 16\n    execution: {threads: 1}"
 
 
-def test_methods_train_on_it_and_evaluations_sample_it(made):
+def test_methods_train_on_it_and_evaluations_sample_it(made, quick_probes):
     text = TEXT + STUDENTS.replace("TRAINING", TRAINING)
     plan = execute(text, made[0], name="methods")
     metrics = json.loads((plan["quality"].artifact.folder / "metrics.json").read_text())

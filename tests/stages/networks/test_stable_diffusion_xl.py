@@ -214,7 +214,7 @@ stages:
 """
 
 
-def test_a_whole_pipeline(folder, tmp_path):
+def test_a_whole_pipeline(folder, quick_probes, tmp_path):
     """From the teacher to the evaluation, planned without torch; then `stats` and `sample`."""
     manifest, store = tmp_path / "whole.yaml", tmp_path / "store"
     manifest.write_text(WHOLE.format(folder=folder))

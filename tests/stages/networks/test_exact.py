@@ -179,7 +179,7 @@ def test_the_output_has_the_prediction_type_of_the_pipeline(exact):
     torch.testing.assert_close(exact.output(z, level, condition).double(), v, rtol=1e-5, atol=1e-5)
 
 
-CAPTIONED = TEXT.replace("captions: none", "captions: full").replace("count: 200", "count: 2000")
+CAPTIONED = TEXT.replace("captions: none", "captions: full").replace("count: 200", "count: 500")
 
 
 @pytest.fixture(scope="module")

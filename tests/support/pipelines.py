@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.commands.console import held
 from pipeline.engines import Engine, InlineEngine
@@ -99,6 +100,14 @@ def plan_of(text: str, store: Path, overrides: Sequence[str] = (), name: str | N
     run = Run(found, name or loaded.manifest.name)
     plan = make_plan(loaded, read_contents(loaded, store / "contents.json"), found, run.plan())
     return {stage.name: stage for stage in plan}
+
+
+def without_seconds(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return all figures of an evaluation that are the same in an equal run."""
+    return {
+        side: {name: value for name, value in values.items() if name != "seconds_per_image"}
+        for side, values in {**metrics["sides"], **metrics["references"]}.items()
+    }
 
 
 def flip(path: Path, place: int) -> None:

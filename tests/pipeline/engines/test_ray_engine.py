@@ -1,4 +1,5 @@
-"""The Ray engine with a real Ray: warm workers, lost workers, the same bytes as inline. All tests share one Ray."""
+"""The Ray engine with a real Ray: warm workers, lost workers, the same bytes and figures as inline. All tests
+share one Ray."""
 
 import os
 import re
@@ -17,8 +18,9 @@ from pipeline.engines import ray as cluster
 from pipeline.engines.ray import RayEngine, fitting
 from stages.base import Progress, StageError
 from stages.data.files import sha256_of
+from stages.evaluate import parts
 from tests.support.cli import ROOT, command, retort
-from tests.support.pipelines import GAUSSIAN, execute
+from tests.support.pipelines import GAUSSIAN, TINY, execute, without_seconds
 
 ONE, TWO = WorkerShape(1, 0.0), WorkerShape(2, 0.0)
 
@@ -368,9 +370,9 @@ stages:
     kind: pairs
     teacher: {teacher}
     prompts: digits
-    count: 80
+    count: 64
     shard_size: 8
-    sampler: {{steps: 20}}
+    sampler: {{steps: 8}}
     execution: {{micro_batch: 4, threads: 1}}
 resources: {{pairs: {{workers: 2}}}}
 """
@@ -389,6 +391,25 @@ resources: {{pairs: {{workers: 2}}}}
     killer.join()
     assert hashes(parallel.pool) == hashes(inline.pool)
     assert "the worker process died" in (store / "runs/same/logs/pairs.log").read_text()
+
+
+def test_figures_do_not_depend_on_the_number_of_workers(ray, tiny, quick_probes, monkeypatch):
+    monkeypatch.setattr(parts, "SIZE", 32)
+    text = f"""
+{TINY}
+  probe: {{kind: probe, images: digits, limit: 400, steps: 100, execution: {{threads: 1}}}}
+  parted:
+    kind: evaluate
+    student: student
+    real: probe
+    samples: 100
+    teacher_steps: [2]
+    execution: {{threads: 1}} # two workers on two cores have one each
+"""
+    alone = execute(text, tiny[0], name="alone")["parted"].artifact.record["metrics"]
+    text += "resources: {parted: {workers: 2}}\n"
+    two = execute(text, tiny[0], engine=ray, force=["parted"], name="two")["parted"].artifact.record["metrics"]
+    assert without_seconds(two) == without_seconds(alone)
 
 
 def working() -> set[int]:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.engines.ray import RayEngine
 from pipeline.errors import ManifestError
 from pipeline.runs import Reporter
 from stages.base import StageError
@@ -28,14 +27,16 @@ from stages.networks.probe import Classifier, batches
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 from tests.support.cli import ROOT
-from tests.support.pipelines import TINY, execute, plan_of
+from tests.support.pipelines import TINY, execute, plan_of, without_seconds
 
-PROBE = TINY + "  probe: {kind: probe, images: digits, steps: 150, execution: {threads: 1}}\n"
+pytestmark = pytest.mark.usefixtures("quick_probes")
+
+PROBE = TINY + "  probe: {kind: probe, images: digits, steps: 200, execution: {threads: 1}}\n"
 QUALITY = PROBE + "  quality: {kind: evaluate, student: student, real: probe, samples: 120, teacher_steps: [2, 1]}\n"
 
 
 @pytest.fixture(scope="module")
-def quality(tiny):
+def quality(tiny, quick_probes):
     return execute(QUALITY, tiny[0])["quality"].artifact
 
 
@@ -330,13 +331,6 @@ class InterruptedAfter(Reporter):
                 raise KeyboardInterrupt
 
 
-def without_seconds(metrics):
-    return {
-        side: {name: value for name, value in values.items() if name != "seconds_per_image"}
-        for side, values in {**metrics["sides"], **metrics["references"]}.items()
-    }
-
-
 @pytest.fixture
 def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "SIZE", 32)
@@ -352,17 +346,6 @@ def test_an_interrupted_evaluation_keeps_its_measured_parts(tiny, small_parts):
     assert going_on.seen == [96, 100]
     assert without_seconds(again.record["metrics"]) == without_seconds(whole)
     assert not list(again.folder.rglob("*.safetensors"))
-
-
-def test_figures_do_not_depend_on_the_number_of_workers(tiny, small_parts):
-    alone = execute(PARTED, tiny[0], force=["parted"], name="alone")["parted"].artifact.record["metrics"]
-    text = PARTED + "resources: {parted: {workers: 2}}\n"
-    engine = RayEngine()
-    try:
-        two = execute(text, tiny[0], engine=engine, force=["parted"], name="two")["parted"].artifact.record["metrics"]
-    finally:
-        engine.close()
-    assert without_seconds(two) == without_seconds(alone)
 
 
 def test_parts_of_another_size_change_rounding_only(tiny, quality, monkeypatch):

@@ -54,7 +54,12 @@ def stable_diffusion(folder, prediction):
     return folder
 
 
-FAMILIES = {"stable_diffusion": stable_diffusion, "sdxl": stable_diffusion_xl_layout, "pixels": pixels}
+def sdxl(folder, prediction):
+    """A shallow one: the layers that it lacks are the same as those that it has."""
+    return stable_diffusion_xl_layout(folder, prediction, layers_per_block=1, transformer_layers_per_block=1)
+
+
+FAMILIES = {"stable_diffusion": stable_diffusion, "sdxl": sdxl, "pixels": pixels}
 
 
 @pytest.fixture(scope="module")

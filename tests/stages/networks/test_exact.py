@@ -179,7 +179,7 @@ def test_the_output_has_the_prediction_type_of_the_pipeline(exact):
     torch.testing.assert_close(exact.output(z, level, condition).double(), v, rtol=1e-5, atol=1e-5)
 
 
-CAPTIONED = TEXT.replace("captions: none", "captions: full").replace("count: 200", "count: 2000")
+CAPTIONED = TEXT.replace("captions: none", "captions: full").replace("count: 200", "count: 500")
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ STUDENTS = """
 TRAINING = "training: {steps: 2, batch_size: 4}\n    held_out: 16\n    execution: {threads: 1}"
 
 
-def test_methods_train_on_it_and_evaluations_sample_it(made):
+def test_methods_train_on_it_and_evaluations_sample_it(made, quick_probes):
     text = TEXT + STUDENTS.replace("TRAINING", TRAINING)
     plan = execute(text, made[0], name="methods")
     metrics = json.loads((plan["quality"].artifact.folder / "metrics.json").read_text())

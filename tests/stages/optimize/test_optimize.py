@@ -44,7 +44,7 @@ PARTICLES = (
 
 
 @pytest.fixture(scope="module")
-def made(tiny):
+def made(tiny, quick_probes):
     store, _ = tiny
     return store, execute(PARTICLES, store, name="particles")
 

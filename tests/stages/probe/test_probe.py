@@ -12,6 +12,8 @@ from pipeline.engines import InlineEngine
 from pipeline.errors import ManifestError, StageFailed
 from tests.support.pipelines import TINY, execute, plan_of
 
+pytestmark = pytest.mark.usefixtures("quick_probes")
+
 COLOURS = ("red", "green", "blue")
 ALONE = """
 name: walls
@@ -55,7 +57,7 @@ def walls(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(walls, tmp_path_factory):
+def made(walls, quick_probes, tmp_path_factory):
     return execute(ALONE.format(path=walls), tmp_path_factory.mktemp("store"))["probe"].artifact
 
 

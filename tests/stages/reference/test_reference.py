@@ -177,7 +177,7 @@ MEASURED = """
     kind: evaluate
     student: student
     reference: standard
-    samples: 24
+    samples: 20
     teacher_steps: []
     execution: {threads: 1}
 """
@@ -191,7 +191,7 @@ def few(monkeypatch):
     from stages.reference import measure
 
     def first_ones(config, size, *, held_out=False, start=0):
-        yield from (batch[:20] for batch in [next(loading.batches(config, size, held_out=held_out, start=start))])
+        yield from (batch[:5] for batch in [next(loading.batches(config, size, held_out=held_out, start=start))])
 
     monkeypatch.setattr(measure, "batches", first_ones)
     monkeypatch.setattr(stage, "DIVERSITY_PROMPTS", 2)
@@ -210,7 +210,7 @@ def test_an_evaluation_has_the_standard_metrics_and_the_weights_hashes(tiny, wei
     page = (plan["quality"].artifact.folder / "index.html").read_text()
     assert "FID" in page and hashes["inception"] in page
     saved = np.load(plan["standard"].artifact.folder / "inception.npy")
-    assert saved.shape == (40, 2048) == (metrics["reference"]["images"], 2048)
+    assert saved.shape == (10, 2048) == (metrics["reference"]["images"], 2048)
 
 
 def test_metrics_without_weights_are_not_measured_and_listed(tiny, weights, few, write_manifest):
@@ -221,7 +221,7 @@ def test_metrics_without_weights_are_not_measured_and_listed(tiny, weights, few,
     done = retort("plan", write_manifest(kept), "--store", tiny[0])
     said = "not measured, because the weights are not given: fid, kid, precision and recall, patch_fid (inception); "
     assert said + "fd_dinov2 (dinov2); lpips_diversity (lpips)" in done.stdout + done.stderr
-    assert "cifar10_50k has 50,000 samples, this evaluation 24" in done.stdout + done.stderr
+    assert "cifar10_50k has 50,000 samples, this evaluation 20" in done.stdout + done.stderr
     found = execute(kept, tiny[0], name="clip_only")["quality"].artifact.record["metrics"]
     assert "clip_score" in found["sides"]["student"] and "fid" not in found["sides"]["student"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,20 +36,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Plan
     """
     store = tmp_path_factory.mktemp("tiny")
     return store, execute(TINY, store)
-
-
-@pytest.fixture(scope="module")
-def few_digits() -> Iterator[None]:
-    """Leaves every fourth scan of the set `digits`: 2,160 training and 540 held-out images on black.
-
-    For stores of a test's own. An artifact of the few images has the fingerprint of one of all images."""
-    from stages.data.images import digits
-
-    scans = digits._scans
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "_scans", lambda held_out: tuple(one[::4] for one in scans(held_out)))
-        patch.setattr(digits, "load", cache(digits.load.__wrapped__))  # none of these images stays in the cache
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_an_epsilon_student_is_refused_on_a_schedule_that_ends_in_pure_noise():
 
 
 @pytest.fixture(scope="module")
-def of_epsilon(few_digits, tmp_path_factory):
+def of_epsilon(tmp_path_factory):
     store = tmp_path_factory.mktemp("epsilon")
     return store, execute(EPSILON + STUDENTS, store)
 

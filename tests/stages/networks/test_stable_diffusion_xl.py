@@ -215,7 +215,7 @@ stages:
 """
 
 
-def test_an_sdxl_manifest_runs_from_teacher_to_evaluation(folder, quick_probes, few_digits, tmp_path):
+def test_an_sdxl_manifest_runs_from_teacher_to_evaluation(folder, quick_probes, tmp_path):
     """From the teacher to the evaluation, planned without torch; then `stats` and `sample`."""
     manifest, store = tmp_path / "whole.yaml", tmp_path / "store"
     manifest.write_text(WHOLE.format(folder=folder))

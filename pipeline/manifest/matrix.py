@@ -102,11 +102,13 @@ def chosen(names: Sequence[str], asked: str) -> list[str]:
     return [name for name in names if asked in {name, *groups_of(name)}]
 
 
-# --- A stage's own matrix, before anything is validated -----------------------------------------------
+# --- A stage's own matrix and chain, before anything is validated -------------------------------------
 
 
 def expand(document: Document) -> dict[str, Coordinates]:
-    """Replace each stage that has a `matrix` by its members, in `document.value`. Return the coordinates of each."""
+    """Replace each stage that has a `matrix` by its members, and each chain by its links, in `document.value`.
+
+    Return the coordinates of the members and links."""
     stages = document.value.get("stages")
     if not isinstance(stages, dict):
         return {}
@@ -136,7 +138,7 @@ def expand(document: Document) -> dict[str, Coordinates]:
             for axis, value in zip(axes, values, strict=True):
                 _set(expanded[name], axis.path, value, document)
                 document.origins["stages", name, *axis.path] = value.place
-    document.value["stages"] = expanded
+    document.value["stages"] = _with_links(expanded, coordinates, document)
     return coordinates
 
 
@@ -233,18 +235,9 @@ def _set(holder: dict[str, Any], path: Sequence[str], value: Value, document: Do
     holder[path[-1]] = value.value
 
 
-# --- Chains -------------------------------------------------------------------------------------------
-
-
-def expand_chains(document: Document, coordinates: Mapping[str, Coordinates]) -> dict[str, Coordinates]:
-    """Replace each stage that is a chain by its links, in `document.value`. `Stage.chain` says which links there are.
-
-    Return the `coordinates` of the matrix members, and those of the links.
-    """
-    stages = document.value.get("stages")
-    if not isinstance(stages, dict):
-        return dict(coordinates)
-    found, expanded = dict(coordinates), {}
+def _with_links(stages: Mapping[str, Any], coordinates: dict[str, Coordinates], document: Document) -> dict[str, Any]:
+    """Replace each stage that is a chain by its links, and add the coordinates of the links to `coordinates`."""
+    expanded: dict[str, Any] = {}
     for name, stage in stages.items():
         is_link = "/" in name.partition("[")[0]  # the manifest of a run already has links as stages
         links = [] if is_link else _links(stage)
@@ -258,15 +251,15 @@ def expand_chains(document: Document, coordinates: Mapping[str, Coordinates]) ->
                 text = f"the chain of {name} makes a stage of this name; rename one of them"
                 document.report(("stages", link_name), text)
             expanded[link_name] = link.settings if previous is None else {**link.settings, link.previous: previous}
-            found[link_name], previous = at, link_name
+            coordinates[link_name], previous = at, link_name
             document.origins["stages", link_name] = ("stages", name)
             for path, origin in link.origins.items():
                 document.origins["stages", link_name, *path] = ("stages", name, *origin)
-    document.value["stages"] = expanded
-    return found
+    return expanded
 
 
 def _links(stage: Any) -> list[Link]:
+    """The links of a chain, as `Stage.chain` says. Empty for another stage."""
     kind = stage.get("kind") if isinstance(stage, dict) else None
     try:
         cls = KINDS.get(kind) if isinstance(kind, str) else None

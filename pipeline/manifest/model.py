@@ -126,7 +126,7 @@ def _examine(text: str, name: str, overrides: Sequence[str]) -> Loaded:
     for override in overrides:
         document.set(override)
     unexpanded = document.value.get("stages")
-    coordinates = matrix.expand_chains(document, matrix.expand(document))
+    coordinates = matrix.expand(document)
     manifest = _validated(document)
     references.check_cycles(manifest.stages, document)
     stages = matrix.expand_readers(manifest.stages, coordinates, document)

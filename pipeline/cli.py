@@ -67,7 +67,7 @@ def main() -> None:
         from stages.base import StageError
         from stages.data.urls import redacted
 
-        if isinstance(error, StageError):  # its arguments are unsuitable; a stage that fails raises StageFailed
+        if isinstance(error, StageError):  # outside a stage, it means unsuitable arguments
             error = UsageError(str(error))
         if debug or not isinstance(error, RetortError | OSError):
             raise

@@ -47,11 +47,13 @@ def cluster_options(command: F) -> F:
     @click.option("--store-is-shared", is_flag=True, help="With --address: every node has the store at the same path.")
     @wraps(command)
     def with_cluster(*args: Any, address: str | None, no_wait: bool, store_is_shared: bool, **others: Any) -> Any:
-        from pipeline.jobs.dashboard import checked
-
         if address is None and (no_wait or store_is_shared):
             raise click.UsageError("--no-wait and --store-is-shared need --address")
-        cluster = Cluster(checked(address), no_wait, store_is_shared) if address is not None else None
+        cluster = None
+        if address is not None:
+            from pipeline.jobs.dashboard import checked
+
+            cluster = Cluster(checked(address), no_wait, store_is_shared)
         return command(*args, cluster=cluster, **others)
 
     return with_cluster  # type: ignore[return-value]
@@ -87,7 +89,7 @@ def run_on(
         job = jobs.submit(run, cluster.address, [*arguments, *(["--wait"] if how.wait else [])])
     elif not follow or job.address != cluster.address or selection.given or selection.force:
         raise Locked(
-            f"run {run.name} is job {job.id} of {job.address}, which is still under way with the stages that were "
+            f"run {run.name} is job {job.id} of {job.address}, which is still under way; it makes the stages that were "
             f"chosen when it was submitted; {_how(run, job)}"
         )
     else:
@@ -128,15 +130,16 @@ def stop(run_name: str | None, store: str | None) -> None:
     from pipeline.jobs.dashboard import Unreachable
 
     run = console.find_run(run_name, store)
-    job, driver, in_cluster = jobs.load(run), run.driver(), False
+    job, in_cluster = jobs.load(run), False
     try:
         in_cluster = job is not None and jobs.alive(job)
     except Unreachable as error:
         click.echo(f"job {job and job.id}: {error}", err=True)
     if job and in_cluster:
+        driver = run.driver()
         jobs.stop(job)
         _explain_kill(run, driver)
-    elif driver:
+    elif driver := run.driver():
         _stop_driver(run, driver)
     else:
         raise UsageError(f"run {run.name} is not running (store {run.store.root})")

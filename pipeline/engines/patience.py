@@ -58,7 +58,7 @@ class Watch:
     """Watches the calls of one stage.
 
     `alike`: whether all calls should take about equally long. If so, a stuck call is found by the median of the others.
-    The steps of a function are not alike: it may pause between two of them. A stuck step is found by `STUCK.first`.
+    The steps of a function are not alike: it may pause between two of them. A stuck step is given up after 48 hours.
     """
 
     def __init__(self, alike: bool = True) -> None:

@@ -206,8 +206,8 @@ class RayEngine:
             if isinstance(error, self._ray.exceptions.RayTaskError):  # such as arguments that do not unpickle
                 return Outcome(None, Failure.of(error))
             return Outcome(None, LOST, lost=True)  # killed, out of memory, or on a node that is gone
-        for record in outcome.records:
-            logging.getLogger("worker").handle(record)
+        for level, text in outcome.records:
+            logging.getLogger("worker").log(level, "%s", text)
         return outcome
 
 

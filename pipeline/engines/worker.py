@@ -12,8 +12,6 @@ import platform
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from logging.handlers import QueueHandler
-from queue import SimpleQueue
 from typing import Any
 
 from pipeline.engines.engine import Failure
@@ -23,11 +21,11 @@ from stages.base import Progress
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a host returns: a value or a failure, with the log records of the call."""
+    """What a host returns: a value or a failure, with the log records (level, text) of the call."""
 
     value: Any
     failure: Failure | None = None
-    records: Sequence[logging.LogRecord] = ()
+    records: Sequence[tuple[int, str]] = ()
     lost: bool = False
     """Whether the host itself is gone. The driver sets this."""
 
@@ -39,14 +37,9 @@ class Host:
         self._key: str | None = None
         self._worker: Any = None
         self._making = threading.Lock()
-        self._records: SimpleQueue[logging.LogRecord] = SimpleQueue()
+        self._records = _RecordBuffer()
         logging.captureWarnings(True)
-        logging.basicConfig(
-            level=logging.INFO,
-            handlers=[QueueHandler(self._records)],
-            format="[worker %(process)d] %(message)s",
-            force=True,
-        )
+        logging.basicConfig(level=logging.INFO, handlers=[self._records], force=True)
 
     def identify(self, needed: str | None) -> Outcome:
         """Return the process and node of this host. If its build of Retort is not `needed`, return a Failure.
@@ -85,4 +78,19 @@ class Host:
 
     def _outcome(self, value: Any = None, failure: Failure | None = None) -> Outcome:
         """An outcome with the log records that were made since the last one."""
-        return Outcome(value, failure, [self._records.get() for _ in range(self._records.qsize())])
+        return Outcome(value, failure, self._records.take())
+
+
+class _RecordBuffer(logging.Handler):
+    """Keeps log records as text: records themselves may hold objects that cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[tuple[int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._kept.append((record.levelno, f"[worker {os.getpid()}] {record.getMessage()}"))
+
+    def take(self) -> list[tuple[int, str]]:
+        taken, self._kept = self._kept, []
+        return taken

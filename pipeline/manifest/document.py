@@ -163,7 +163,7 @@ class _Loader(yaml.SafeLoader):
         """Return the value of a node. It is None if the value cannot be read."""
         try:
             return super().construct_object(node, deep)
-        except (yaml.YAMLError, ValueError, AttributeError) as error:  # such as !!timestamp before a word
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # such as !!timestamp before a word
             self._report(node, f"cannot be read: {getattr(error, 'problem', None) or error}")
             self.constructed_objects[node] = None
             return None
@@ -181,6 +181,8 @@ class _Loader(yaml.SafeLoader):
             return sizes[node]
         sizes[node] = 0
         inside: Iterable[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.CollectionNode):  # tags of collections, such as !!set, change nothing
+            node.tag = f"{_TAG}map" if isinstance(node, yaml.MappingNode) else f"{_TAG}seq"
         if isinstance(node, yaml.MappingNode):
             inside = chain.from_iterable(node.value)
             if node.value and not node.flow_style:
@@ -220,8 +222,13 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(text, 16) if text.startswith("0x") else int(text)
 
 
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(loader.construct_scalar(node))
+
+
 _Loader.yaml_implicit_resolvers = {}
 _Loader.add_constructor(f"{_TAG}int", _construct_int)
+_Loader.add_constructor(f"{_TAG}float", _construct_float)
 for _kind, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),

@@ -111,8 +111,8 @@ def _artifact_at(folder: Path, kind: str, store: Store) -> Artifact:
     artifact = load_artifact(folder)
     if artifact.kind != kind:
         raise UsageError(f"needs an artifact of kind {kind}; {folder} is of kind {artifact.kind}")
-    if damage := store.damage(artifact):
-        raise UsageError(f"{folder} cannot be used: {damage}")
+    if (damage := store.damage(artifact)) is not None:
+        raise UsageError(f"{folder} cannot be used: {damage or 'it is not sealed'}")
     return artifact
 
 

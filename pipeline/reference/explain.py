@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.manifest import Manifest
 from pipeline.manifest.matrix import Matrix
-from pipeline.reference.settings import Setting, about, properties_of, settings_of
+from pipeline.reference.settings import Setting, about, settings_of
 from stages import KINDS
 from stages.base import Config, Execution
 from stages.data.images.config import IMAGE_SETS
@@ -65,14 +65,9 @@ class Topic:
         return [s for s in settings_of(self.config) if self.only in (None, s.name)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the topic for programs. `settings` are the properties of the JSON Schema of its class."""
+        """Return the topic for programs. `schema` is the JSON Schema of its class; `setting` names a single setting."""
         own = {"name": self.name, "what": self.what, "used": self.used, "package": self.package}
-        properties = properties_of(self.config)
-        return {
-            **own,
-            "description": about(self.config),
-            "settings": {s.name: properties[s.name] for s in self.settings},
-        }
+        return {**own, "setting": self.only, "schema": self.config.model_json_schema()}
 
 
 def names() -> dict[str, list[str]]:

@@ -32,7 +32,7 @@ class Setting:
 
 
 @cache
-def properties_of(config: type[Config]) -> dict[str, Any]:
+def _properties(config: type[Config]) -> dict[str, Any]:
     """Name of a setting -> its JSON Schema. Some classes also take a plain text, so their schema is a union."""
     schema = config.model_json_schema()
     properties: dict[str, Any] = next(p["properties"] for p in (schema, *schema.get("anyOf", ())) if "properties" in p)
@@ -45,7 +45,7 @@ def settings_of(config: type[Config]) -> Sequence[Setting]:
     fields = {info.alias or name: info for name, info in config.model_fields.items()}
     settings = []
     for name in sorted(fields, key=lambda name: name in ("seed", "execution")):
-        part, info = properties_of(config)[name], fields[name]
+        part, info = _properties(config)[name], fields[name]
         if name in NAMED_BY and "const" in part:
             continue
         default = part.get("default")
@@ -109,6 +109,6 @@ def _changed(default: Any, config: type[Config] | None) -> Any:
     """A default as a manifest would have it. For settings, only the values that differ from their own defaults."""
     if config is None or not isinstance(default, dict):
         return default
-    own = properties_of(config)
+    own = _properties(config)
     found = {name: value for name, value in default.items() if name in own and value != own[name].get("default")}
     return found.get("name", found) if list(found) == ["name"] else found

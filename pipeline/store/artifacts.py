@@ -87,7 +87,7 @@ class Store:
         return (artifact.folder / RECORD).exists()
 
     def damage(self, artifact: Artifact) -> str | None:
-        """Say why an artifact cannot be reused: return "" if it is not sealed, None if it can be reused.
+        """Return None if the artifact can be reused, "" if it is not sealed, and otherwise a text that says why not.
 
         A sealed one cannot be reused if a file is missing or has another size, or if an input was made again with
         different bytes. This method hashes no file. Runs hash the files of all inputs before a stage starts, and

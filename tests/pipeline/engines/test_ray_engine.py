@@ -1,6 +1,7 @@
 """The Ray engine with a real Ray: warm workers, lost workers, the same bytes and figures as inline. All tests
 share one Ray."""
 
+import logging
 import os
 import re
 import signal
@@ -156,6 +157,18 @@ def test_the_token_is_in_no_file_and_no_argument(ray, home):
     written = [path for path in session.rglob("*") if path.is_file()]
     assert written and not [path for path in written if token.encode() in path.read_bytes()]
     assert token not in subprocess.run(["ps", "-e", "-o", "args="], capture_output=True, text=True).stdout
+
+
+class LogsALock:
+    def __call__(self, item: int) -> int:
+        logging.info("item %d", item, extra={"lock": threading.Lock()})
+        return item
+
+
+def test_log_records_arrive_even_if_they_hold_objects_that_cannot_be_pickled(ray, caplog):
+    caplog.set_level(logging.INFO)
+    assert sorted(item for item, _ in ray.map("logs", LogsALock, range(3), ONE)) == [0, 1, 2]
+    assert sum(re.fullmatch(r"\[worker \d+\] item \d", message) is not None for message in caplog.messages) == 3
 
 
 class Suicidal:

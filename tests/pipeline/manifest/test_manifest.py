@@ -223,7 +223,8 @@ def test_unreadable_files(tmp_path):
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=!!int abc", "seed=" + "9" * 5000, "seed=!!timestamp x", "stages.pairs.matrix={1: [2]}", "store=[",
+    ["seed=!!int abc", "seed=" + "9" * 5000, "seed=!!timestamp x", "seed=!!float ''", "seed=!!float 1:30",
+     "seed=!!bool x", "stages.pairs.matrix={1: [2]}", "store=[",
      "stages.pairs.matrix=&a {x: *a}", "stages.pairs.count=" + "[" * 3000, "stages.pairs.prompts=''"],
 )  # fmt: skip
 def test_invalid_overrides_are_refused(override):

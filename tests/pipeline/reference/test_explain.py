@@ -106,7 +106,11 @@ def test_explain_prints_a_table(tmp_path):
     assert "2101.02388" in retort("explain", "knowledge_distillation").stdout
     found = json.loads(retort("explain", "distill", "--json").stdout)
     assert [topic["name"] for topic in found] == ["distill"]
-    assert found[0]["settings"]["held_out"]["default"] == 256 and found[0]["settings"]["held_out"]["minimum"] == 0
+    schema = found[0]["schema"]
+    assert schema["properties"]["held_out"]["default"] == 256 and "training" in schema["required"]
+    training = schema["$defs"][schema["properties"]["training"]["$ref"].rpartition("/")[2]]
+    assert {"steps", "learning_rate"} <= training["properties"].keys()
+    assert json.loads(retort("explain", "pairs.count", "--json").stdout)[0]["setting"] == "count"
     assert json.loads(retort("explain", "--json").stdout)["methods"] == list(METHODS.built_in)
     assert f"stage kinds\n  {', '.join(KINDS.built_in)}\n" in retort("explain").stdout
 

@@ -37,6 +37,28 @@ def test_a_stage_and_its_readers_are_made_once_for_every_combination():
     assert stages["quality[loss=mse,seed=1]"].student == "student[loss=mse,seed=1]"
 
 
+SHARED = """
+name: shared
+stages:
+  teacher: {kind: teacher, from: digits}
+  a: {kind: pairs, teacher: teacher, prompts: digits, count: 8, sampler: &sampler {steps: 4}, MATRIX}
+  b: {kind: pairs, teacher: teacher, prompts: digits, count: 8, sampler: *sampler}
+"""
+
+
+@pytest.mark.parametrize("override", ["sampler.steps=9", "matrix.sampler.steps=[9]"])
+def test_a_value_set_in_one_stage_does_not_change_another_stage_with_the_same_anchor(override):
+    stages = loads(SHARED.replace(", MATRIX", ""), "m.yaml", [f"stages.a.{override}"]).manifest.stages
+    first = next(stage for name, stage in stages.items() if name.startswith("a"))
+    assert first.sampler.steps == 9 and stages["b"].sampler.steps == 4
+
+
+def test_a_matrix_does_not_change_another_stage_with_the_same_anchor():
+    stages = loads(SHARED.replace("MATRIX", "matrix: {sampler.steps: [1, 2]}"), "m.yaml").manifest.stages
+    steps = {name: stages[name].sampler.steps for name in ("a[steps=1]", "a[steps=2]", "b")}
+    assert steps == {"a[steps=1]": 1, "a[steps=2]": 2, "b": 4}
+
+
 def test_a_matrix_member_equals_the_stage_written_by_hand(tmp_path):
     by_hand = plan_of(TINY + QUALITY, tmp_path, ["stages.student.method.loss=mse", "stages.student.seed=1"])
     member = plan_of(manifest("{method.loss: [l1, mse], seed: [0, 1]}"), tmp_path)

@@ -709,18 +709,12 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-<<<<<<< ours
 def test_the_published_manifests_run_at_small_size(name, tmp_path):
-    layout = stable_diffusion_xl_layout if name.startswith("sdxl") else stable_diffusion_layout
-    sets = [*PUBLISHED[name].split(), f"teacher.from={layout(tmp_path / 'teacher')}", *SMALL.split()]
-=======
-def test_the_published_manifests_run_as_they_are_but_small(name, tmp_path):
     if name.startswith("sdxl"):
         teacher = stable_diffusion_xl_layout(tmp_path / "teacher", layers_per_block=1, transformer_layers_per_block=1)
     else:
         teacher = stable_diffusion_layout(tmp_path / "teacher")
     sets = [*PUBLISHED[name].split(), f"teacher.from={teacher}", *SMALL.split()]
->>>>>>> theirs
     if name != "sd15_dmd":
         sets.append(f"latents.images.path={photographs(tmp_path / 'images.tar')}")
         sets.append("latents.execution.threads=1")

@@ -13,7 +13,9 @@ from pipeline.reference.completion import complete_published
 @click.command(short_help="Sample images from a teacher or student.")
 @click.argument("artifact", metavar="ARTIFACT|RUN/STAGE")
 @click.option("--prompt", "-p", "prompts", multiple=True, required=True, help="A prompt. Repeat for several.")
-@click.option("--count", "-n", type=click.IntRange(1), default=4, show_default=True, help="Images of each prompt.")
+@click.option(
+    "--count", "-n", type=click.IntRange(1), default=4, show_default=True, help="Number of images of each prompt."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--steps",

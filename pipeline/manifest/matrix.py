@@ -187,7 +187,7 @@ def _values(items: Sequence[Any], place: Path, document: Document) -> list[Value
         if set(item) != {"as", "value"}:
             document.report((*place, i), "a named value is `{as: NAME, value: ...}`, with no other key")
         elif item["as"] != name or _label(name, i) != name:
-            document.report((*place, i, "as"), "a name is at most 40 letters, digits, _, ., + or -")
+            document.report((*place, i, "as"), "a name has at most 40 characters: letters, digits, _, ., + and -")
         values.append(Value(name, item.get("value"), (*place, i, "value")))
         names.append(name)
     counts = Counter(value.label for value in values)

@@ -76,6 +76,18 @@ PROGRESSIVE = """
 """Follows TINY: progressive distillation from 8 steps to 1, and an evaluation of every link."""
 
 
+PARTS = """
+  parted:
+    kind: evaluate
+    student: student
+    real: probe
+    samples: 100
+    teacher_steps: [2]
+    execution: {threads: 1} # two workers on two cores have one thread each
+"""
+"""An evaluation for TINY with a probe, whose parts several workers can measure."""
+
+
 def execute(
     text: str,
     store: Path,

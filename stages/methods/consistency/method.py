@@ -23,10 +23,10 @@ class Consistency:
     """Consistency distillation (Song et al. 2023, 2303.01469, algorithm 2) with the guided solver and the skipped steps
     of LCM (Luo et al. 2023, 2310.04378, algorithm 1).
 
-    Minimises d(f(z_{n+k}, c, w), f-(z_n, c, w)). z_n is the result of one guided DDIM step of the teacher from z_{n+k},
-    k timesteps noisier. f is the student, which is the identity at clean data (the boundary condition), and f- has the
-    exponential moving average of its weights. No gradient flows through f-. At the point next to clean data the target
-    is the teacher's own estimate of x0."""
+    Minimises d(f(z_{n+k}, c, w), f-(z_n, c, w)). z_{n+k} is k timesteps noisier than z_n. One guided DDIM step of the
+    teacher leads from z_{n+k} to z_n. f is the student, which is the identity at clean data (the boundary condition).
+    f- has the exponential moving average of its weights. No gradient flows through f-. At the point next to clean data
+    the target is the teacher's own estimate of x0."""
 
     def __init__(self, config: ConsistencyConfig, materials: Materials) -> None:
         self.config = config

@@ -21,7 +21,7 @@ from stages.base import Progress, StageError
 from stages.data.files import sha256_of
 from stages.evaluate import parts
 from tests.support.cli import ROOT, command, retort
-from tests.support.pipelines import GAUSSIAN, TINY, execute, without_seconds
+from tests.support.pipelines import GAUSSIAN, PARTS, TINY, execute, without_seconds
 
 ONE, TWO = WorkerShape(1, 0.0), WorkerShape(2, 0.0)
 
@@ -408,17 +408,8 @@ resources: {{pairs: {{workers: 2}}}}
 
 def test_figures_do_not_depend_on_the_number_of_workers(ray, tiny, quick_probes, monkeypatch):
     monkeypatch.setattr(parts, "SIZE", 32)
-    text = f"""
-{TINY}
-  probe: {{kind: probe, images: digits, limit: 400, steps: 100, execution: {{threads: 1}}}}
-  parted:
-    kind: evaluate
-    student: student
-    real: probe
-    samples: 100
-    teacher_steps: [2]
-    execution: {{threads: 1}} # two workers on two cores have one each
-"""
+    probe = "  probe: {kind: probe, images: digits, limit: 400, steps: 100, execution: {threads: 1}}\n"
+    text = TINY + probe + PARTS
     alone = execute(text, tiny[0], name="alone")["parted"].artifact.record["metrics"]
     text += "resources: {parted: {workers: 2}}\n"
     two = execute(text, tiny[0], engine=ray, force=["parted"], name="two")["parted"].artifact.record["metrics"]

@@ -126,8 +126,8 @@ def test_values_with_many_settings_can_be_named():
         ("{seed: [{as: a, value: 1}, {as: a, value: 2}]}", "a is given twice"),
         ("{seed: ['a', {as: a, value: 2}]}", "a is given twice"),
         ("{seed: [{as: a, valeu: 1}]}", "a named value is `{as: NAME, value: ...}`"),
-        ("{seed: [{as: 'a b', value: 1}]}", "a name is at most 40 letters"),
-        ("{seed: [{as: 7, value: 1}]}", "a name is at most 40 letters"),
+        ("{seed: [{as: 'a b', value: 1}]}", "a name has at most 40 characters"),
+        ("{seed: [{as: 7, value: 1}]}", "a name has at most 40 characters"),
     ],
 )
 def test_problems_of_named_values(axis, words):

@@ -27,7 +27,7 @@ from stages.networks.probe import Classifier, batches
 from stages.networks.stable_diffusion import StableDiffusion
 from stages.networks.student import Student
 from tests.support.cli import ROOT
-from tests.support.pipelines import TINY, execute, plan_of, without_seconds
+from tests.support.pipelines import PARTS, TINY, execute, plan_of, without_seconds
 
 pytestmark = pytest.mark.usefixtures("quick_probes")
 
@@ -303,18 +303,7 @@ def test_the_micro_batch_is_recorded_and_makes_nothing_stale(tiny):
 
 # --- Parts ---
 
-PARTED = (
-    PROBE
-    + """
-  parted:
-    kind: evaluate
-    student: student
-    real: probe
-    samples: 100
-    teacher_steps: [2]
-    execution: {threads: 1} # two workers on two cores have one thread each
-"""
-)
+PARTED = PROBE + PARTS
 
 
 class InterruptedAfter(Reporter):
